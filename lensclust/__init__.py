@@ -1,0 +1,63 @@
+"""Where, when and how a causal language model holds the identity of the task it was asked to do.
+
+The public face of the package: every name is imported on first use, so that
+``import lensclust`` (and ``lensclust --help``) does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lensclust import figures, report, tasks
+    from lensclust.errors import InputError
+    from lensclust.extraction import extract, head_residual
+    from lensclust.models import load
+    from lensclust.prompts import Prompts
+    from lensclust.results import Claim
+    from lensclust.sites import Site
+    from lensclust.training import train
+    from lensclust.weights import fingerprint
+
+# A module may not share its name with a function listed here (hence `extraction`, `training`):
+# importing the submodule would put the module in the function's place.
+_HOMES = {
+    "Claim": "lensclust.results",
+    "InputError": "lensclust.errors",
+    "Prompts": "lensclust.prompts",
+    "Site": "lensclust.sites",
+    "extract": "lensclust.extraction",
+    "fingerprint": "lensclust.weights",
+    "head_residual": "lensclust.extraction",
+    "load": "lensclust.models",
+    "train": "lensclust.training",
+}
+_MODULES = ("figures", "report", "tasks")
+
+__all__ = [
+    "Claim",
+    "InputError",
+    "Prompts",
+    "Site",
+    "extract",
+    "figures",
+    "fingerprint",
+    "head_residual",
+    "load",
+    "report",
+    "tasks",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"lensclust.{name}")
+    raise AttributeError(f"module 'lensclust' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

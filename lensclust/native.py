@@ -1,0 +1,162 @@
+"""Small models built from scratch: named presets of TransformerLens' own architecture."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import boot_native, build_bridge_from_module
+from transformer_lens.model_bridge.sources.native import NativeModel
+
+from lensclust.errors import InputError
+
+NATIVE = "TransformerLensNative"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Sized for the synthetic instruction-following task: pre-LN, learned positions, GELU.
+    "sif-small": {
+        "n_layers": 6,
+        "n_heads": 4,
+        "d_model": 64,
+        "d_head": 16,
+        "d_mlp": 256,
+        "d_vocab": 128,
+        "n_ctx": 64,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "positional_embedding_type": "standard",
+    },
+}
+
+# What the native model reads. TransformerBridgeConfig has sixty more fields, written for other
+# architectures, that it would accept and silently ignore.
+_FIELDS = frozenset(
+    "act_fn attention_dir attn_only attn_scale attn_scores_soft_cap d_head d_mlp d_model d_vocab "
+    "d_vocab_out dtype eps final_rms gated_mlp init_mode init_weights initializer_range n_ctx "
+    "n_heads n_key_value_heads n_layers normalization_type output_logits_soft_cap "
+    "positional_embedding_type rope_scaling rotary_base rotary_dim seed use_attn_scale".split()
+)
+
+
+def native_config(preset: str, **overrides: Any) -> TransformerBridgeConfig:
+    """The configuration of a native preset, with some fields changed.
+
+    ``d_head`` and ``d_mlp`` follow ``d_model`` and ``n_heads`` unless they are given too.
+
+    Raises:
+        InputError: if the preset or a field does not exist, or the values do not fit together.
+
+    >>> config = native_config("sif-small", d_vocab=97, n_heads=8)
+    >>> config.n_layers, config.d_head, config.d_vocab
+    (6, 8, 97)
+    """
+    if preset not in PRESETS:
+        raise InputError(f"native_config: no preset {preset!r}: there are {sorted(PRESETS)}")
+    unknown = sorted(set(overrides) - _FIELDS)
+    if unknown:
+        raise InputError(
+            f"native_config: a native model has no field {unknown[0]!r}: it has {sorted(_FIELDS)}"
+        )
+    fields = {**PRESETS[preset], **overrides}
+    derived: dict[str, Any] = {}
+    if {"d_model", "n_heads"} & set(overrides):
+        derived["d_head"] = fields["d_model"] // max(fields["n_heads"], 1)
+    if "d_model" in overrides:
+        derived["d_mlp"] = 4 * fields["d_model"]
+    return _config({**fields, **derived, **overrides})
+
+
+def native_bridge(
+    source: str | TransformerBridgeConfig | Mapping[str, Any],
+    *,
+    seed: int,
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+    reseed: bool = False,
+) -> TransformerBridge:
+    """A freshly initialised native model from ``"native:PRESET"`` or a configuration.
+
+    The weights come from the configuration's own seed; from ``seed`` where it has none or
+    with ``reseed``. The global random state is left alone.
+
+    Raises:
+        InputError: if the native architecture cannot be built so.
+
+    >>> native_bridge("native:sif-small", seed=0, device="cpu").cfg.n_layers
+    6
+    """
+    if isinstance(source, str):
+        config = native_config(source.removeprefix("native:"), seed=seed)
+        name = source
+    else:
+        mapping = isinstance(source, Mapping)
+        config = _config(dict(source)) if mapping else copy.deepcopy(source)
+        name = "native"
+    if reseed or config.seed is None:
+        config.seed = seed
+    try:
+        return boot_native(
+            config, device=device, dtype=dtype or config.dtype, model_name=name
+        ).eval()
+    except (ValueError, NotImplementedError, ArithmeticError, RuntimeError, TypeError) as error:
+        raise InputError(f"load: no native model from this configuration: {error}") from error
+
+
+def native_bridge_with(
+    config: TransformerBridgeConfig, weights: Mapping[str, torch.Tensor], *, name: str
+) -> TransformerBridge:
+    """A native model that holds exactly ``weights`` (names of the unwrapped model, own dtype).
+
+    Raises:
+        InputError: if names or shapes are not those of ``config``.
+    """
+    # Building a module draws random numbers that are thrown away here.
+    with torch.random.fork_rng(devices=[]):
+        model = NativeModel(copy.deepcopy(config))
+    try:
+        model.load_state_dict(dict(weights), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"load: {name}: weights do not fit their config: {reason}") from error
+    return wrap_native(model, name=name)
+
+
+def wrap_native(model: NativeModel, *, name: str = "native") -> TransformerBridge:
+    """A bridge around a bare native model, which is modified in place."""
+    return build_bridge_from_module(model, NATIVE, tl_config=model.cfg, model_name=name).eval()
+
+
+def config_to_json(config: TransformerBridgeConfig) -> str:
+    """The fields of a native configuration that make the model; the device is not one."""
+    fields = {name: getattr(config, name, None) for name in sorted(_FIELDS)}
+    fields["dtype"] = str(config.dtype).removeprefix("torch.")
+    # numpy floats come from TransformerLens' own default for the initialiser's range.
+    return json.dumps(fields, default=lambda value: value.item())
+
+
+def config_from_json(text: str) -> TransformerBridgeConfig:
+    """Inverse of :func:`config_to_json`.
+
+    >>> config = native_config("sif-small", seed=3)
+    >>> config_from_json(config_to_json(config)).to_dict() == config.to_dict()
+    True
+    """
+    fields = json.loads(text)
+    return _config({**fields, "dtype": getattr(torch, fields["dtype"])})
+
+
+def _config(fields: dict[str, Any]) -> TransformerBridgeConfig:
+    rope_scaling = fields.pop("rope_scaling", None)
+    try:
+        config = TransformerBridgeConfig(**fields)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"native_config: {error}") from error
+    if rope_scaling is not None:
+        # Read by the native model, yet no parameter of the constructor.
+        config.rope_scaling = rope_scaling  # pyright: ignore[reportAttributeAccessIssue]
+    return config

@@ -1,0 +1,40 @@
+"""Intervals over seeds and permutation p-values; scipy does the mathematics."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+
+def mean_interval(
+    values: Float[np.ndarray, " n"], *, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean and Student-t interval of independent values; the interval of one value is NaN.
+
+    >>> [round(x, 2) for x in mean_interval(np.array([1.0, 2.0, 3.0]))]
+    [2.0, -0.48, 4.48]
+    """
+    mean = float(np.mean(values))
+    if values.size < 2:
+        return mean, float("nan"), float("nan")
+    error = float(stats.sem(values))
+    if error == 0:
+        return mean, mean, mean
+    low, high = stats.t.interval(confidence, values.size - 1, loc=mean, scale=error)
+    return mean, float(low), float(high)
+
+
+def permutation_p(
+    value: float | Float[np.ndarray, " n"], null: Float[np.ndarray, ...]
+) -> Float[np.ndarray, ...]:
+    """One-sided p of ``value`` under a null sampled along the last axis of ``null``.
+
+    Counts the observed value among the permutations (Phipson & Smyth 2010), so p is never 0:
+    with R permutations the smallest p is 1 / (R + 1).
+
+    >>> float(permutation_p(0.9, np.zeros(99)))
+    0.01
+    """
+    at_least = (null >= np.asarray(value)[..., None]).sum(axis=-1)
+    return np.asarray((at_least + 1) / (null.shape[-1] + 1))

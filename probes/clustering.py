@@ -1,0 +1,316 @@
+"""k-means by site: do the states at a layer or head fall into clusters, one for each task?
+
+Standard of evidence: a partition's agreement with the labels means nothing alone. Every score
+stands beside the same score under permuted labels (F1's floor is not 0), and the default
+``given="input"`` clusters the prompts of one input at a time, so that what is found cannot be
+the input. Compare further with the untrained model and with a clustering of the words.
+
+Source: Wu & Varshney (arXiv 2402.12151) score clusters with F1, ARI and AMI; clustering given
+the input, both readings of F1 and the nulls are our reconstruction.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from joblib import Parallel, delayed
+from scipy import sparse
+
+from lensclust import figures
+from lensclust.errors import InputError
+from lensclust.extraction import VARIABLES, dataset_sites, prompt_labels, select, site_values
+from lensclust.progress import progress_bar
+from lensclust.sites import Site
+from lensclust.stats import permutation_p
+from probes.partitions import METRICS, SCALES, Group, score_groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False)
+class Clustering:
+    """k-means partitions of the activations at each site, scored against labellings.
+
+    Attributes:
+        frame: one row a site, labelling and metric: ``site, kind, layer, head, position, by,
+            given, metric, value, null_mean, null_std, p, k, n_groups``.
+        groups: the true labels' scores of each group apart: ``site, kind, layer, head, by, metric,
+            group, value`` (``group`` is the value of ``given``).
+        centroids: mean state of each label (for each value of ``given``), by variable of the
+            activations: ``resid (layer, [given,] label, d_model)``, ``z (block, head, ...)``.
+        assignments: cluster of each prompt at each site ``(site, prompt)``; -1 where left out.
+            With ``given`` the numbers are only comparable inside one group.
+        left_out: why rows or groups were not clustered, one sentence each.
+        by, given: the labelling and the condition.
+    """
+
+    frame: pd.DataFrame
+    groups: pd.DataFrame
+    centroids: xr.Dataset
+    assignments: xr.DataArray
+    left_out: tuple[str, ...]
+    by: str
+    given: str | None
+
+    def best(self, kind: str = "resid", *, metric: str = "ari") -> Site:
+        """The site of a kind with the highest score; ties go to the earliest layer.
+
+        Choose on one set of prompts and report on another: the best of many is biased upwards.
+        """
+        rows = self._scores(metric)
+        rows = rows[rows["kind"] == kind]
+        if rows.empty:
+            raise InputError(f"best: no site of kind {kind!r}, only {set(self.frame['kind'])}")
+        return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
+
+    def plot(self, metric: str = "ari") -> Any:
+        """Score by layer over its permuted-label band; a heat map where there are heads."""
+        rows = self._scores(metric)
+        charts = [
+            figures.curves(
+                group,
+                title=f"{metric.upper()} of {self.by} clusters, {kind}",
+                caption=f"k-means given {self.given}; band: permuted labels, mean ± 2 std",
+                y_title=metric,
+            )
+            if group["head"].isna().all()
+            else figures.head_map(
+                group,
+                title=f"{metric.upper()} of {self.by} clusters, {kind}",
+                caption=f"k-means given {self.given}",
+            )
+            for kind, group in rows.groupby("kind", sort=False)
+        ]
+        return charts[0] if len(charts) == 1 else figures.stack(charts)
+
+    def __repr__(self) -> str:
+        best = self._scores("ari").nlargest(1, "value").iloc[0]
+        return (
+            f"Clustering(by={self.by!r}, given={self.given!r}, {self.frame['site'].nunique()} "
+            f"sites; best ARI {best['value']:.2f} at {best['site']}, "
+            f"permuted labels {best['null_mean']:.2f})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = self._scores("ari").nlargest(10, "value")
+        table = rows[["site", "metric", "value", "null_mean", "null_std", "p"]]
+        return f"<p>{self!r}</p>{table.to_html(index=False, border=0)}{self.plot().to_html()}"
+
+    def _scores(self, metric: str) -> pd.DataFrame:
+        if metric not in METRICS:
+            raise InputError(f"metric {metric!r} is not known: expected one of {METRICS}")
+        return self.frame[(self.frame["metric"] == metric) & (self.frame["by"] == self.by)]
+
+
+def cluster(
+    acts: xr.Dataset,
+    *,
+    by: str = "task",
+    given: str | None = "input",
+    k: int | None = None,
+    score_against: Sequence[str] = (),
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+    scale: str = "none",
+    permutations: int = 100,
+    n_init: int = 4,
+    seed: int = 0,
+    jobs: int = -1,
+    progress: bool = False,
+) -> Clustering:
+    """Cluster the prompts at every site of an activation set and score it against a label.
+
+    Args:
+        acts: activations from `lensclust.extract`, in memory or opened from disk (then one site
+            is read at a time).
+        by: the label to look for; a coordinate of ``prompt``.
+        given: cluster the prompts that share this label apart, and average the scores; None
+            clusters all prompts together, where task and input compete.
+        k: number of clusters; default the number of ``by`` labels present (in each group).
+        score_against: further labels to score the same partitions against.
+        kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
+        position: which read position, if the activations hold several.
+        scale: ``none``, ``unit`` (rows to unit norm) or ``standard`` (features to unit variance).
+        permutations: labellings in the null; p is at least 1 / (permutations + 1).
+        n_init: k-means restarts.
+        seed: of k-means and of the permutations.
+        jobs: worker processes (joblib's ``n_jobs``).
+
+    Returns:
+        Scores by site: ``ari``, ``ami``, ``pair_f1``, ``matched_f1`` of the partition and
+        ``silhouette`` of the labels, each with its permuted-label null.
+
+    Raises:
+        InputError: if a label does not exist, ``k`` exceeds the rows of every group, or nothing
+            is left to cluster.
+
+    >>> import lensclust as lc
+    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> clusters = cluster(acts, by="task", given="input", jobs=1)
+    >>> sorted(clusters.frame.metric.unique())
+    ['ami', 'ari', 'matched_f1', 'pair_f1', 'silhouette']
+    """
+    if scale not in SCALES:
+        raise InputError(f"cluster: scale {scale!r} is not known: expected one of {list(SCALES)}")
+    labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *score_against))}
+    condition = None if given is None else prompt_labels(acts, given)
+    groups, left_out = _groups(labels, by, given, condition, k, permutations, seed)
+    for reason in left_out:
+        log.warning("cluster: %s", reason)
+    sites = dataset_sites(acts, kinds)
+    centroids = _Centroids(labels[by], condition, by, given)
+    work = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed)
+        for values in (site_values(acts, site, position=position) for site in sites)
+    )
+    rows: list[dict[str, Any]] = []
+    parts: list[pd.DataFrame] = []
+    assignments = np.empty((len(sites), acts.sizes["prompt"]), dtype=np.int32)
+    place = position or str(acts["position"].values[0])
+    with progress_bar("cluster", len(sites), enabled=progress) as advance:
+        for index, (site, (scores, found)) in enumerate(zip(sites, work, strict=True)):
+            assignments[index] = found
+            centroids.add(site, select(acts, site, position=position).values)
+            shared = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
+            parts += [
+                pd.DataFrame({**shared, "by": b, "metric": m, "group": g, "value": v[:, 0]})
+                for (b, m), v in scores.items()
+                for g in [[group.name for group in groups if b in group.codes]]
+            ]
+            shared |= {"position": place, "given": given or "none"}
+            rows += [
+                shared | {"by": name, "metric": metric} | _against_null(values)
+                for (name, metric), values in scores.items()
+            ]
+            advance()
+    frame = pd.DataFrame(rows).astype({"head": "Int64"})
+    frame["k"] = int(np.median([group.k for group in groups]))
+    return Clustering(
+        frame=frame,
+        groups=pd.concat(parts, ignore_index=True).astype({"head": "Int64"}),
+        centroids=centroids.dataset(acts, sites),
+        assignments=xr.DataArray(
+            assignments, dims=("site", "prompt"), coords={"site": [str(s) for s in sites]}
+        ),
+        left_out=tuple(left_out),
+        by=by,
+        given=given,
+    )
+
+
+def _groups(
+    labels: dict[str, np.ndarray],
+    by: str,
+    given: str | None,
+    condition: np.ndarray | None,
+    k: int | None,
+    permutations: int,
+    seed: int,
+) -> tuple[list[Group], list[str]]:
+    """The rows to cluster together, without what cannot be clustered, and the reasons."""
+    rng = np.random.default_rng(seed)
+    everything = np.arange(len(labels[by]))
+    parts = (
+        {"all": everything}
+        if condition is None
+        else {value: np.flatnonzero(condition == value) for value in np.unique(condition)}
+    )
+    groups, single, lone, small, constant = [], [], 0, [], set()
+    for value, part in parts.items():
+        names, counts = np.unique(labels[by][part], return_counts=True)
+        lone += int((counts == 1).sum())
+        rows = part[np.isin(labels[by][part], names[counts > 1])]
+        present = int((counts > 1).sum())
+        if present < 2:
+            single.append(value)
+        elif (k or present) > len(rows):
+            small.append(value)
+        else:
+            codes = {}
+            for name, column in labels.items():
+                true = np.unique(column[rows], return_inverse=True)[1]
+                if true.max() == 0:
+                    constant.add(name)
+                    continue
+                codes[name] = np.stack(
+                    [true, *(rng.permutation(true) for _ in range(permutations))]
+                )
+            groups.append(Group(str(value), rows, k or present, codes))
+    if k is not None and len(small) == len(parts):
+        largest = max(len(part) for part in parts.values())
+        raise InputError(
+            f"cluster: k={k} clusters asked for, but at most {largest} rows to cluster"
+        )
+    if not groups:
+        raise InputError(
+            f"cluster: nothing to cluster by {by!r} given {given!r}: no group holds two labels "
+            "with two rows each"
+        )
+    reasons = {
+        f"{lone} rows left out: the only one of their {by} in their group": lone,
+        f"{len(single)} of {len(parts)} groups left out: fewer than two {by} labels": single,
+        f"{len(small)} of {len(parts)} groups left out: fewer rows than clusters": small,
+        f"not scored against {sorted(constant)}: constant given {given}": constant,
+    }
+    return groups, [reason for reason, happened in reasons.items() if happened]
+
+
+def _against_null(scores: np.ndarray) -> dict[str, Any]:
+    """Mean over groups of the true labels' score, beside the same mean under permuted labels."""
+    mean = scores.mean(0)
+    value, null = float(mean[0]), mean[1:]
+    return {
+        "value": value,
+        "null_mean": float(null.mean()) if null.size else float("nan"),
+        "null_std": float(null.std(ddof=1)) if null.size > 1 else float("nan"),
+        "p": float(permutation_p(value, null)),
+        "n_groups": len(scores),
+    }
+
+
+class _Centroids:
+    """Mean states by label (and condition), collected site by site."""
+
+    def __init__(
+        self, labels: np.ndarray, condition: np.ndarray | None, by: str, given: str | None
+    ) -> None:
+        names, code = np.unique(labels, return_inverse=True)
+        self.coords: dict[str, np.ndarray] = {by: names}
+        cell = code
+        if condition is not None and given is not None:
+            values, outer = np.unique(condition, return_inverse=True)
+            self.coords = {given: values, by: names}
+            cell = outer * len(names) + code
+        self.shape = tuple(map(len, self.coords.values()))
+        count = np.bincount(cell, minlength=int(np.prod(self.shape)))
+        self.empty = count == 0
+        self.average = sparse.csr_array(
+            (1 / count[cell], (cell, np.arange(len(cell)))), shape=(len(count), len(cell))
+        )
+        self.means: dict[Site, np.ndarray] = {}
+
+    def add(self, site: Site, values: np.ndarray) -> None:
+        mean = self.average @ values.astype(np.float64)
+        mean[self.empty] = np.nan
+        self.means[site] = mean.reshape(*self.shape, -1).astype(np.float32)
+
+    def dataset(self, acts: xr.Dataset, sites: Sequence[Site]) -> xr.Dataset:
+        variables = {}
+        for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
+            own = [site for site in sites if VARIABLES[site.kind][0] == variable]
+            axes = [axis, "head"] if own[0].head is not None else [axis]
+            sizes = [acts.sizes[name] for name in axes]
+            stacked = np.stack([self.means[site] for site in own])
+            coords = {name: acts[name].values for name in axes} | self.coords
+            variables[variable] = xr.DataArray(
+                stacked.reshape(*sizes, *stacked.shape[1:]),
+                dims=(*axes, *self.coords, acts[variable].dims[-1]),
+                coords=coords,
+            )
+        return xr.Dataset(variables)

@@ -1,0 +1,95 @@
+"""Similarity of states: are a prompt's nearest neighbours prompts of the same task?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+
+from lensclust.errors import InputError
+from lensclust.extraction import dataset_sites, prompt_labels, site_values
+from lensclust.stats import permutation_p
+
+BLOCK = 2048
+
+
+def nearest_neighbour(
+    acts: xr.Dataset,
+    *,
+    target: str = "task",
+    apart: str | None = "template",
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+    permutations: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """1-nearest-neighbour accuracy for a label at every site, neighbours held apart.
+
+    A prompt's nearest neighbour (cosine) is looked for only among prompts with another
+    ``apart`` label, so that a shared wording cannot give the task away.
+
+    Returns:
+        One row a site: ``site, kind, layer, head, metric, value, null_mean, null_std, p``; the
+        null permutes the target labels over the prompts.
+
+    Raises:
+        InputError: if a label does not exist, or a prompt has no neighbour left.
+
+    >>> import lensclust as lc
+    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> scores = nearest_neighbour(acts, target="input", apart="template")
+    >>> bool(scores.value[0] == 1)  # the embedding of the last token is the input itself
+    True
+    """
+    labels = _codes(prompt_labels(acts, target))
+    groups = np.arange(len(labels)) if apart is None else _codes(prompt_labels(acts, apart))
+    if len(np.unique(groups)) < 2:
+        raise InputError(f"nearest_neighbour: all prompts share one {apart!r}, none is left")
+    rng = np.random.default_rng(seed)
+    permuted = np.stack([rng.permutation(labels) for _ in range(permutations)])
+    rows: list[dict[str, Any]] = []
+    for site in dataset_sites(acts, kinds):
+        nearest = neighbours(site_values(acts, site, position=position), groups)
+        value = float((labels[nearest] == labels).mean())
+        null = (permuted[:, nearest] == permuted).mean(1)
+        rows.append(
+            {
+                "site": str(site),
+                "kind": site.kind,
+                "layer": site.layer,
+                "head": site.head,
+                "by": target,
+                "metric": "1nn_accuracy",
+                "value": value,
+                "null_mean": float(null.mean()),
+                "null_std": float(null.std(ddof=1)),
+                "p": float(permutation_p(value, null)),
+            }
+        )
+    return pd.DataFrame(rows).astype({"head": "Int64"})
+
+
+def neighbours(
+    x: Float[np.ndarray, "row d"], groups: Int[np.ndarray, " row"]
+) -> Int[np.ndarray, " row"]:
+    """Index of each row's nearest other row (cosine) outside its own group.
+
+    >>> neighbours(np.array([[1.0, 0], [1, 0.1], [0.5, 1]]), np.array([0, 0, 1])).tolist()
+    [2, 2, 1]
+    """
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    nearest = np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), BLOCK):
+        part = slice(start, start + BLOCK)
+        likeness = unit[part] @ unit.T
+        likeness[groups[part, None] == groups[None]] = -np.inf
+        nearest[part] = likeness.argmax(1)
+    return nearest
+
+
+def _codes(labels: np.ndarray) -> Int[np.ndarray, " row"]:
+    return np.unique(labels, return_inverse=True)[1]

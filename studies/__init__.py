@@ -1,0 +1,1 @@
+"""Studies: prompts, models and probes composed into claims, each beside its control."""

@@ -1,0 +1,162 @@
+"""What a study is, and how one becomes a run directory.
+
+A study is a frozen dataclass: its fields are its knobs, `Study.run` turns a `Context` into
+`Findings`. Register the class under the entry-point group ``lensclust.studies`` and
+``lensclust run NAME`` offers every field as an option.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lensclust as lc
+from lensclust import run_directory
+from lensclust.progress import progress_bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Frames = Mapping[str, "pd.DataFrame"]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study found.
+
+    Attributes:
+        scores: one tidy frame of everything measured.
+        claims: statements decided from it.
+        figures: file name -> Altair chart.
+        notes: sentences that the reader of the page must not miss.
+        provenance: what was run on (fingerprints, digests, sizes).
+    """
+
+    scores: pd.DataFrame
+    claims: Sequence[lc.Claim]
+    figures: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how a study runs.
+
+    Attributes:
+        out: the run directory.
+        seeds: one independent repetition each.
+        jobs: worker processes for independent parts.
+        progress: show bars.
+    """
+
+    out: Path
+    seeds: tuple[int, ...] = (0,)
+    jobs: int = -1
+    progress: bool = True
+
+    def sweep(
+        self, function: Callable[..., Frames], items: Sequence[Any], title: str
+    ) -> dict[str, pd.DataFrame]:
+        """``function(item, folder)`` for each item, in worker processes; frames concatenated.
+
+        What an item returned is kept in the run directory as soon as it is done, so that a
+        resumed run computes only what is missing. ``folder`` is the item's own, for checkpoints
+        and the like; it is there again on resume.
+        """
+        import pandas as pd
+        from joblib import Parallel, delayed
+
+        folders = [self.out / "parts" / f"{title}-{item}" for item in items]
+        work = Parallel(n_jobs=self.jobs, return_as="generator")(
+            delayed(_once)(function, item, folder)
+            for item, folder in zip(items, folders, strict=True)
+        )
+        found = []
+        with progress_bar(title, len(items), enabled=self.progress) as advance:
+            for frames in work:
+                found.append(frames)
+                advance()
+        return {name: pd.concat([f[name] for f in found], ignore_index=True) for name in found[0]}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Base of all studies: subclass as a frozen dataclass and write `run`."""
+
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    cost: ClassVar[Mapping[str, str]] = {}
+    default_seeds: ClassVar[int] = 1
+
+    def run(self, context: Context) -> Findings:
+        """Measure, and decide the claims."""
+        raise NotImplementedError
+
+    def execute(
+        self,
+        out: Path,
+        *,
+        preset: str = "default",
+        seeds: int | None = None,
+        resume: bool = False,
+        jobs: int = -1,
+        progress: bool = True,
+    ) -> Findings:
+        """Run into a directory: claims, scores, figures and the page.
+
+        Args:
+            out: a new or empty folder, or with ``resume`` one that holds this very run.
+            preset: the name under which the fields were chosen, for the record.
+            seeds: number of repetitions; default the study's own.
+
+        Raises:
+            InputError: if ``out`` holds something else; nothing is written then.
+        """
+        numbers = tuple(range(self.default_seeds if seeds is None else seeds))
+        if not numbers:
+            raise lc.InputError(f"seeds: expected at least 1, given {seeds}")
+        config = {"study": type(self).name(), "preset": preset, "seeds": len(numbers)}
+        config |= {"fields": asdict(self)}
+        self.check()
+        run_directory.begin(out, config, resume=resume)
+        findings = self.run(Context(out, numbers, jobs, progress))
+        run_directory.finish(
+            out,
+            scores=findings.scores,
+            claims=findings.claims,
+            figures=findings.figures,
+            notes=findings.notes,
+            provenance=findings.provenance,
+        )
+        return findings
+
+    def check(self) -> None:
+        """Refuse unusable fields before anything is written (InputError)."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The study's name on the command line: its module's."""
+        return cls.__module__.rpartition(".")[2]
+
+
+def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
+    """The frames of one item, from disk if it was done before."""
+    import pandas as pd
+
+    done = folder / "frames"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        frames = function(item, folder)
+        unfinished = folder / f".frames.{os.getpid()}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for name, frame in frames.items():
+            frame.to_parquet(unfinished / f"{name}.parquet", index=False)
+        unfinished.rename(done)
+    return {path.stem: pd.read_parquet(path) for path in sorted(done.glob("*.parquet"))}
