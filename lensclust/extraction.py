@@ -330,10 +330,10 @@ def _template(
             places["head"].add(site.head)
     coords: dict[str, Any] = {k: (k, sorted(v)) for k, v in places.items() if v}
     coords["position"] = ("position", list(positions))
-    for label, column in prompts.rows.items():
+    for label, values in prompts.label_arrays().items():
         if label in ("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank"):
             raise InputError(f"extract: label {label!r} of the rows is the name of an axis")
-        coords[str(label)] = ("prompt", _plain_column(column))
+        coords[label] = ("prompt", values)
     sizes = {axis: len(values[1]) for axis, values in coords.items() if axis in places}
     sizes |= {"prompt": len(prompts), "position": len(positions)}
     sizes |= {"d_model": cfg.d_model, "d_head": cfg.d_head}
@@ -347,11 +347,6 @@ def _template(
         frames = head_frames(model, blocks)[:, sorted(places["head"])].cpu().numpy()
         variables["head_frame"] = (("block", "head", "d_head", "rank"), frames)
     return xr.Dataset(variables, coords, _provenance(model, prompts, sites, dtype))
-
-
-def _plain_column(column: Any) -> np.ndarray:
-    numeric = column.dtype.kind in "iufb"
-    return column.to_numpy() if numeric else column.astype(str).to_numpy(dtype=object)
 
 
 def _provenance(

@@ -36,10 +36,37 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What the native model reads. TransformerBridgeConfig has sixty more fields, written for other
 # architectures, that it would accept and silently ignore.
 _FIELDS = frozenset(
-    "act_fn attention_dir attn_only attn_scale attn_scores_soft_cap d_head d_mlp d_model d_vocab "
-    "d_vocab_out dtype eps final_rms gated_mlp init_mode init_weights initializer_range n_ctx "
-    "n_heads n_key_value_heads n_layers normalization_type output_logits_soft_cap "
-    "positional_embedding_type rope_scaling rotary_base rotary_dim seed use_attn_scale".split()
+    {
+        "act_fn",
+        "attention_dir",
+        "attn_only",
+        "attn_scale",
+        "attn_scores_soft_cap",
+        "d_head",
+        "d_mlp",
+        "d_model",
+        "d_vocab",
+        "d_vocab_out",
+        "dtype",
+        "eps",
+        "final_rms",
+        "gated_mlp",
+        "init_mode",
+        "init_weights",
+        "initializer_range",
+        "n_ctx",
+        "n_heads",
+        "n_key_value_heads",
+        "n_layers",
+        "normalization_type",
+        "output_logits_soft_cap",
+        "positional_embedding_type",
+        "rope_scaling",
+        "rotary_base",
+        "rotary_dim",
+        "seed",
+        "use_attn_scale",
+    }
 )
 
 

@@ -218,6 +218,15 @@ class Prompts:
         mask = (index >= self.lengths[:, None]) & (index < lengths[:, None])
         return tokens, lengths, mask
 
+    def label_arrays(self) -> dict[str, np.ndarray]:
+        """The columns of ``rows`` as arrays of numbers or strings."""
+        return {
+            str(name): column.to_numpy()
+            if column.dtype.kind in "iufb"
+            else column.astype(str).to_numpy(dtype=object)
+            for name, column in self.rows.items()
+        }
+
     def digest(self) -> str:
         """sha256 over tokens, lengths and labels, first 16 hex digits."""
         content = hashlib.sha256()
@@ -225,6 +234,12 @@ class Prompts:
             content.update(str(list(values.shape)).encode() + values.numpy().tobytes())
         content.update(self.rows.to_csv(index=False).encode())
         return content.hexdigest()[:16]
+
+    @property
+    def d_vocab(self) -> int:
+        """Smallest vocabulary that holds every token and every answer."""
+        answers = (token for answer in self.answers or () for token in answer)
+        return max(int(self.tokens.max()), *answers, self.pad_id) + 1
 
     # -- selecting ------------------------------------------------------------------------
 

@@ -57,8 +57,8 @@ def decide(
     source: str,
     origin: Origin,
     control: Mapping[str, float],
-    at_least: float | None = None,
-    at_most: float | None = None,
+    at_least: float | int | None = None,
+    at_most: float | int | None = None,
     unit: str = "seed",
     n_seeds: int | None = None,
 ) -> Claim:

@@ -64,8 +64,9 @@ def finish(
     if len(set(ids)) != len(ids):
         raise ValueError(f"claims: ids must differ, given {ids}")
     scores.to_parquet(out / "scores.parquet", index=False)
-    for name, chart in figures.items():
-        drawing.save(chart, out / "figures", name)
+    for number, (name, chart) in enumerate(figures.items(), start=1):
+        # The page shows figures by file name; the number keeps the order the study gave them.
+        drawing.save(chart, out / "figures", f"{number}_{name}")
     write_atomically(out / "notes.json", _encode(list(notes)))
     write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
     write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))

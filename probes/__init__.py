@@ -6,16 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.baselines import bag_of_tokens
     from probes.clustering import Clustering, cluster
     from probes.similarity import nearest_neighbour
 
 _HOMES = {
     "Clustering": "probes.clustering",
+    "bag_of_tokens": "probes.baselines",
     "cluster": "probes.clustering",
     "nearest_neighbour": "probes.similarity",
 }
 
-__all__ = ["Clustering", "cluster", "nearest_neighbour"]
+__all__ = ["Clustering", "bag_of_tokens", "cluster", "nearest_neighbour"]
 
 
 def __getattr__(name: str) -> Any:

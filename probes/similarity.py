@@ -22,6 +22,7 @@ def nearest_neighbour(
     *,
     target: str = "task",
     apart: str | None = "template",
+    per: str | None = None,
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     permutations: int = 100,
@@ -32,9 +33,12 @@ def nearest_neighbour(
     A prompt's nearest neighbour (cosine) is looked for only among prompts with another
     ``apart`` label, so that a shared wording cannot give the task away.
 
+    With ``per``, the accuracy of the prompts of each value of that label stands apart (the
+    neighbours still come from all prompts).
+
     Returns:
-        One row a site: ``site, kind, layer, head, metric, value, null_mean, null_std, p``; the
-        null permutes the target labels over the prompts.
+        One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
+        null_mean, null_std, p``; the null permutes the target labels over the prompts.
 
     Raises:
         InputError: if a label does not exist, or a prompt has no neighbour left.
@@ -42,34 +46,38 @@ def nearest_neighbour(
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
     >>> scores = nearest_neighbour(acts, target="input", apart="template")
-    >>> bool(scores.value[0] == 1)  # the embedding of the last token is the input itself
+    >>> bool(scores.value[0] > 2 * scores.null_mean[0])  # the last token's embedding is the input's
     True
     """
     labels = _codes(prompt_labels(acts, target))
     groups = np.arange(len(labels)) if apart is None else _codes(prompt_labels(acts, apart))
     if len(np.unique(groups)) < 2:
         raise InputError(f"nearest_neighbour: all prompts share one {apart!r}, none is left")
+    parts = {"all": np.arange(len(labels))}
+    if per is not None:
+        values = prompt_labels(acts, per)
+        parts = {str(value): np.flatnonzero(values == value) for value in np.unique(values)}
     rng = np.random.default_rng(seed)
     permuted = np.stack([rng.permutation(labels) for _ in range(permutations)])
     rows: list[dict[str, Any]] = []
     for site in dataset_sites(acts, kinds):
         nearest = neighbours(site_values(acts, site, position=position), groups)
-        value = float((labels[nearest] == labels).mean())
-        null = (permuted[:, nearest] == permuted).mean(1)
-        rows.append(
-            {
-                "site": str(site),
-                "kind": site.kind,
-                "layer": site.layer,
-                "head": site.head,
-                "by": target,
-                "metric": "1nn_accuracy",
-                "value": value,
-                "null_mean": float(null.mean()),
-                "null_std": float(null.std(ddof=1)),
-                "p": float(permutation_p(value, null)),
-            }
-        )
+        right = np.vstack([labels[nearest] == labels, permuted[:, nearest] == permuted])
+        place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
+        for name, members in parts.items():
+            value, *null = right[:, members].mean(1)
+            rows.append(
+                {
+                    **place,
+                    "by": target,
+                    "metric": "1nn_accuracy",
+                    "group": name,
+                    "value": float(value),
+                    "null_mean": float(np.mean(null)),
+                    "null_std": float(np.std(null, ddof=1)),
+                    "p": float(permutation_p(float(value), np.array(null))),
+                }
+            )
     return pd.DataFrame(rows).astype({"head": "Int64"})
 
 

@@ -1,0 +1,288 @@
+"""The ``lensclust`` command: arguments in, one line out where they are unusable.
+
+Nothing heavy is imported until a command needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, make_dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from lensclust.errors import InputError
+
+DONE, FAILED, UNUSABLE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a study.
+
+    Attributes:
+        preset: smoke (seconds), default (minutes on two cores) or paper (for a GPU).
+        seeds: number of independent repetitions; default the study's own.
+        out: run directory; default runs/STUDY-PRESET.
+        resume: continue a run that was interrupted.
+        jobs: worker processes; -1 uses all cores.
+        quiet: no progress bars.
+    """
+
+    preset: str = "default"
+    seeds: int | None = None
+    out: Path | None = None
+    resume: bool = False
+    jobs: int = -1
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """One page over one or several run directories.
+
+    Attributes:
+        runs: run directories.
+        out: the page; default report.html in the only directory.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """Read activations of a model on a task set into a zarr store.
+
+    Attributes:
+        model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
+            directory, a hub id, a GGUF file, a checkpoint.
+        tasks: sif, natural, or instruction_induction:DIR.
+        out: the store's folder.
+        sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
+        at: read positions: answer, instruction_end, ...
+        batch_tokens: upper bound of a batch's size, padding included.
+        dtype: numpy type of what is kept.
+        resume: continue a store that was interrupted.
+        quiet: no progress bars.
+    """
+
+    model: str
+    tasks: str
+    out: Path
+    sites: tuple[str, ...] = ("resid", "head")
+    at: tuple[str, ...] = ("answer",)
+    batch_tokens: int = 16_384
+    dtype: Literal["float16", "float32", "float64"] = "float32"
+    resume: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Versions, devices, and what a model really supports.
+
+    Attributes:
+        model: a model to examine; anything `lensclust.load` takes.
+    """
+
+    model: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``lensclust`` command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except InputError as error:
+        print(f"lensclust: {error}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print("lensclust: interrupted; continue with --resume", file=sys.stderr)
+        return FAILED
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return DONE if given else UNUSABLE
+    command, rest = given[0], given[1:]
+    if command not in COMMANDS:
+        raise InputError(f"command {command!r} is not known: expected one of {', '.join(COMMANDS)}")
+    return COMMANDS[command][0](rest)
+
+
+def _studies(given: list[str]) -> int:
+    _parse(_NoOptions, given, "studies")
+    table = Table(box=None, pad_edge=False)
+    for column in ("study", "what it shows", "after", "presets"):
+        table.add_column(column, overflow="fold")
+    for name, study in sorted(_load_studies().items()):
+        presets = "\n".join(f"{p}: {study.cost.get(p, '?')}" for p in study.presets)
+        table.add_row(name, study.title, study.paper, presets)
+    Console().print(table)
+    return DONE
+
+
+def _run(given: list[str]) -> int:
+    studies = _load_studies()
+    if not given or given[0] in ("-h", "--help"):
+        print(
+            f"usage: lensclust run STUDY [--preset NAME] [options]\n\nSTUDY: {', '.join(studies)}"
+        )
+        return DONE if given else UNUSABLE
+    name, rest = given[0], given[1:]
+    if name not in studies:
+        raise InputError(f"study {name!r} is not known: expected one of {', '.join(studies)}")
+    study_class = studies[name]
+    preset = _preset(rest, study_class)
+    # The preset sets the defaults, so it must be known before the options are read.
+    command = tyro.conf.OmitArgPrefixes[_command(study_class)]
+    parsed: Any = _parse(
+        command,
+        rest,
+        f"run {name}",
+        default=_command(study_class)(
+            RunOptions(preset=preset), study_class(**study_class.presets[preset])
+        ),
+    )
+    options, study = parsed.options, parsed.study
+    out = options.out or Path("runs") / f"{name}-{preset}"
+    findings = study.execute(
+        out,
+        preset=preset,
+        seeds=options.seeds,
+        resume=options.resume,
+        jobs=options.jobs,
+        progress=not options.quiet,
+    )
+    _print_claims(findings)
+    print(f"page: {out / 'report.html'}")
+    return DONE
+
+
+def _report(given: list[str]) -> int:
+    from lensclust.report import write_page
+
+    options = _parse(ReportOptions, given, "report")
+    print(f"page: {write_page(options.runs, options.out)}")
+    return DONE
+
+
+def _extract(given: list[str]) -> int:
+    options = _parse(ExtractOptions, given, "extract")
+    import lensclust as lc
+
+    model = lc.load(options.model, progress=not options.quiet)
+    prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
+    acts = lc.extract(
+        model,
+        prompts,
+        options.sites,
+        at=options.at,
+        batch_tokens=options.batch_tokens,
+        dtype=options.dtype,
+        store=options.out,
+        resume=options.resume,
+        progress=not options.quiet,
+    )
+    sizes = ", ".join(f"{name} {tuple(acts[name].shape)}" for name in acts)
+    print(f"store: {options.out} ({acts.sizes['prompt']} prompts; {sizes})")
+    return DONE
+
+
+def _doctor(given: list[str]) -> int:
+    options = _parse(DoctorOptions, given, "doctor")
+    from lensclust.doctor import examine
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, state in examine(options.model).items():
+        table.add_row(name, state)
+    Console().print(table)
+    return DONE
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "studies": (_studies, "what there is, which paper, what it costs"),
+    "run": (_run, "run a study: lensclust run STUDY [--preset smoke|default|paper] ..."),
+    "report": (_report, "one page over one or several run directories"),
+    "extract": (_extract, "read activations into a zarr store"),
+    "doctor": (_doctor, "versions, devices, and what a model really supports"),
+}
+
+
+@dataclass(frozen=True)
+class _NoOptions:
+    """What studies there are, which paper each follows, and what each preset costs."""
+
+
+def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
+    return tyro.cli(kind, args=given, prog=f"lensclust {command}", **keywords)
+
+
+def _usage() -> str:
+    lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lensclust COMMAND [options]",
+            "",
+            "Where, when and how a causal language model holds the identity of its task.",
+            "",
+            *lines,
+            "",
+            "lensclust COMMAND --help says more.",
+        ]
+    )
+
+
+def _load_studies() -> dict[str, Any]:
+    found = {point.name: point for point in entry_points(group="lensclust.studies")}
+    return {name: found[name].load() for name in sorted(found)}
+
+
+def _preset(given: list[str], study: Any) -> str:
+    """The preset named among the options, before they are parsed."""
+    named = RunOptions.preset
+    for index, word in enumerate(given):
+        if word == "--preset" and index + 1 < len(given):
+            named = given[index + 1]
+        elif word.startswith("--preset="):
+            named = word.partition("=")[2]
+    if named not in study.presets:
+        raise InputError(
+            f"preset {named!r} is not known: {study.name()} has {', '.join(study.presets)}"
+        )
+    return named
+
+
+def _command(study: Any) -> Any:
+    """The options of a run and the fields of its study, as one flat set."""
+    return make_dataclass(
+        "Run",
+        [("options", RunOptions), ("study", study)],
+        frozen=True,
+        namespace={"__doc__": study.__doc__},
+    )
+
+
+def _print_claims(findings: Any) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("verdict", "claim", "estimate", "95% interval", "control"):
+        table.add_column(column, overflow="fold")
+    for claim in findings.claims:
+        control = ", ".join(f"{name} {value:.2f}" for name, value in claim.control.items())
+        low, high = claim.ci95
+        interval = "one value" if low != low else f"{low:.2f} .. {high:.2f}"
+        table.add_row(claim.verdict, claim.statement, f"{claim.estimate:.2f}", interval, control)
+    Console().print(table)
+    for note in findings.notes:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

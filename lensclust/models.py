@@ -1,0 +1,255 @@
+"""Every way a hooked model comes to be: one function, ``load``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources.native import NativeModel
+from transformer_lens.utilities.devices import get_device
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lensclust import pretrained, weights
+from lensclust.downloads import PINS, fetch
+from lensclust.errors import InputError
+from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
+
+__all__ = ["load", "native_config"]
+
+Source = (
+    str
+    | Path
+    | Mapping[str, Any]
+    | TransformerBridgeConfig
+    | PreTrainedModel
+    | NativeModel
+    | TransformerBridge
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    source: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    seed: int
+    random_weights: bool
+    trust_remote_code: bool
+    progress: bool
+
+
+def load(
+    source: Source,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    random_weights: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> TransformerBridge:
+    """A hooked model in eval mode, from whatever holds it.
+
+    Args:
+        source: one of
+
+            - ``"native:sif-small"`` (a preset), a ``TransformerBridgeConfig`` or a dict of its
+              fields: a small model initialised from ``seed``, or from the configuration's own;
+            - ``"smollm2-135m-instruct"``: real weights from the package index, once;
+            - a GGUF file, dequantised on every load;
+            - one of our checkpoints (``.safetensors``, see ``weights.save_checkpoint``);
+            - a Hugging Face directory, with or without tokenizer files;
+            - a Hugging Face model in memory, or a bare native one: wrapped **in place**, as
+              TransformerLens does, and switched to eager attention so that patterns exist;
+            - a bridge, which passes through;
+            - a hub id.
+        tokenizer: instead of the source's own.
+        device: where to put it. Default: an accelerator if there is one; a model in memory stays.
+        dtype: of the weights. Default: float32; a model in memory or checkpoint keeps its own.
+        seed: of random weights.
+        random_weights: the same architecture freshly initialised from ``seed`` (the control
+            model of a study); reads no weights and leaves the global random state alone.
+        trust_remote_code: run Python code that comes with a hub id or directory.
+        progress: show a bar for downloads.
+
+    Text becomes the ids that the tokenizer makes of it, with a BOS where, and only where, the
+    tokenizer itself adds one: ``model.to_tokens(text)[0] == model.tokenizer(text).input_ids``.
+
+    Raises:
+        InputError: in one line, if the source does not exist or cannot be used.
+
+    >>> model = load("native:sif-small", seed=1)
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 128])
+    """
+    request = _Request(
+        source=source,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        random_weights=random_weights,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    for recognise, loader in _KINDS:
+        if recognise(source):
+            model = loader(request)
+            break
+    else:
+        raise InputError(
+            f"load: {source!r} does not exist: expected a file, a directory, a hub id, one of "
+            f"{sorted(PINS)} or one of {['native:' + name for name in sorted(PRESETS)]}"
+        )
+    if tokenizer is not None:
+        pretrained.attach_tokenizer(model, tokenizer)
+    return model.eval()
+
+
+def _native(request: _Request) -> TransformerBridge:
+    return native_bridge(
+        request.source,
+        seed=request.seed,
+        device=request.device or get_device(),
+        dtype=request.dtype,
+        reseed=request.random_weights,
+    )
+
+
+def _checkpoint(request: _Request) -> TransformerBridge:
+    if request.random_weights:
+        config = weights.checkpoint_config(request.source)
+        return native_bridge(
+            config,
+            seed=request.seed,
+            device=request.device or get_device(),
+            dtype=request.dtype,
+            reseed=True,
+        )
+    return _moved(weights.load_checkpoint(request.source), request, request.device or get_device())
+
+
+def _pinned(request: _Request) -> TransformerBridge:
+    folder = fetch(
+        request.source,
+        PINS[request.source],
+        pretrained.save_converted,
+        progress=request.progress,
+    )
+    return _read(request, str(folder), title=request.source)
+
+
+def _gguf(request: _Request) -> TransformerBridge:
+    path = Path(request.source)
+    return _read(request, str(path.parent), gguf=path.name, title=path.stem)
+
+
+def _directory(request: _Request) -> TransformerBridge:
+    folder = Path(request.source)
+    pretrained.require_model_folder(folder, weights=not request.random_weights)
+    return _read(request, str(folder), title=folder.resolve().name)
+
+
+def _hub(request: _Request) -> TransformerBridge:
+    try:
+        return _read(request, request.source, title=request.source)
+    except InputError as error:
+        raise InputError(f"{error} (without the hub there is {sorted(PINS)})") from error
+
+
+def _read(
+    request: _Request, name: str, *, title: str, gguf: str | None = None
+) -> TransformerBridge:
+    console = Console(stderr=True)
+    watched = request.progress and (console.is_terminal or console.is_jupyter)
+    model = pretrained.read_pretrained(
+        name,
+        gguf=gguf,
+        dtype=request.dtype,
+        random_seed=request.seed if request.random_weights else None,
+        trust_remote_code=request.trust_remote_code,
+        bars=watched and not Path(name).is_dir(),
+    )
+    model.to(torch.device(request.device or get_device()))  # pyright: ignore[reportArgumentType]
+    bridge = pretrained.wrap_pretrained(model, name=title)
+    if request.tokenizer is not None:
+        return bridge
+    tokenizer = pretrained.read_tokenizer(
+        name, gguf=gguf, trust_remote_code=request.trust_remote_code
+    )
+    return bridge if tokenizer is None else pretrained.attach_tokenizer(bridge, tokenizer)
+
+
+def _in_memory(request: _Request) -> TransformerBridge:
+    model = request.source
+    if request.random_weights:
+        model = pretrained.random_twin(model.config, seed=request.seed, dtype=model.dtype)
+        model.to(request.source.device)
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    return pretrained.wrap_pretrained(_placed(model, request), name=name)
+
+
+def _bare_native(request: _Request) -> TransformerBridge:
+    if request.random_weights:
+        config, device = request.source.cfg, next(request.source.parameters()).device
+        return native_bridge(config, seed=request.seed, device=device, reseed=True)
+    return wrap_native(_placed(request.source, request))
+
+
+def _bridge(request: _Request) -> TransformerBridge:
+    if request.random_weights:
+        raise InputError("load: random_weights needs the source of a model, not a bridge")
+    return _moved(request.source, request, request.device)
+
+
+def _placed(model: Any, request: _Request) -> Any:
+    return model.to(device=request.device, dtype=request.dtype)
+
+
+def _moved(
+    bridge: TransformerBridge, request: _Request, device: str | torch.device | None
+) -> TransformerBridge:
+    if device is not None:
+        bridge.to(torch.device(device), print_details=False)
+    if request.dtype is not None:
+        bridge.to(request.dtype, print_details=False)
+    return bridge
+
+
+def _is_file(suffix: str) -> Callable[[Any], bool]:
+    return lambda source: (
+        isinstance(source, (str, Path)) and Path(source).suffix == suffix and Path(source).is_file()
+    )
+
+
+def _is_directory(source: Any) -> bool:
+    return isinstance(source, (str, Path)) and Path(source).is_dir()
+
+
+def _is_hub_id(source: Any) -> bool:
+    if not isinstance(source, str) or source.endswith((".gguf", ".safetensors")):
+        return False
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", source))
+
+
+_KINDS: tuple[tuple[Callable[[Any], bool], Callable[[_Request], TransformerBridge]], ...] = (
+    (lambda source: isinstance(source, TransformerBridge), _bridge),
+    (lambda source: isinstance(source, PreTrainedModel), _in_memory),
+    (lambda source: isinstance(source, NativeModel), _bare_native),
+    (lambda source: isinstance(source, (TransformerBridgeConfig, Mapping)), _native),
+    (lambda source: isinstance(source, str) and source.startswith("native:"), _native),
+    (lambda source: isinstance(source, str) and source in PINS, _pinned),
+    (_is_file(".gguf"), _gguf),
+    (_is_file(".safetensors"), _checkpoint),
+    (_is_directory, _directory),
+    (_is_hub_id, _hub),
+)

@@ -1,0 +1,485 @@
+"""Training a native model from scratch, with log-spaced checkpoints and an exact resume.
+
+Step ``n`` of a run depends on the weights, the optimizer's moments, the seed and ``n``, and on
+nothing else: the rows of a batch and the learning rate are functions of the step. So a run that
+was killed, whenever that was, goes on from the last state it wrote and ends with the same bits
+(on a CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources.native import NativeModel
+from transformer_lens.utilities.statistics import derive_generator
+
+from lensclust.errors import InputError
+from lensclust.native import config_to_json, native_bridge, native_bridge_with, native_config
+from lensclust.progress import progress_bar
+from lensclust.prompts import Prompts
+from lensclust.weights import load_checkpoint, named_weights, save_checkpoint
+
+# A safetensors file, named otherwise so that no one takes it for a checkpoint.
+_STATE = "training.state"
+_HEADER = "lensclust-training"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_TRAIN_ROWS_EVALUATED = 512
+_EVALUATION_BATCH = 512
+
+LossOn = Literal["all", "answer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The model after so many steps, in a file or, without one, in memory."""
+
+    step: int
+    config: TransformerBridgeConfig
+    path: Path | None = None
+    weights: dict[str, Tensor] | None = None
+
+    def model(self) -> TransformerBridge:
+        """A fresh model with these weights, in eval mode.
+
+        Raises:
+            InputError: if the file is gone or damaged.
+        """
+        if self.path is not None:
+            return load_checkpoint(self.path)
+        # Copied, so that no edit of the model reaches the checkpoint.
+        weights = {name: tensor.clone() for name, tensor in (self.weights or {}).items()}
+        return native_bridge_with(self.config, weights, name=f"step {self.step}")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A finished training.
+
+    Attributes:
+        frame: ``step, split, accuracy, loss`` at every checkpoint; accuracy is the share of
+            prompts whose whole answer is the argmax, loss the mean cross-entropy of the answer
+            in nats.
+        checkpoints: by step, the untrained model first.
+    """
+
+    frame: pd.DataFrame
+    checkpoints: tuple[Checkpoint, ...]
+
+    def model(self) -> TransformerBridge:
+        """The trained model."""
+        return self.checkpoints[-1].model()
+
+    def models(self) -> Iterator[tuple[int, TransformerBridge]]:
+        """Step and model of each checkpoint, loaded one at a time."""
+        return ((checkpoint.step, checkpoint.model()) for checkpoint in self.checkpoints)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Token sequences with the tokens that the loss counts."""
+
+    tokens: Int[Tensor, "prompt length"]
+    lengths: Int[Tensor, " prompt"]
+    scored: Bool[Tensor, "prompt length"]
+
+
+def train(
+    config: str | TransformerBridgeConfig,
+    prompts: Prompts,
+    *,
+    steps: int = 600,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    weight_decay: float = 0.1,
+    warmup: float = 0.05,
+    loss_on: LossOn = "all",
+    n_checkpoints: int = 8,
+    out: str | Path | None = None,
+    evaluate: Prompts | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    save_every: int = 100,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> TrainingRun:
+    """Train a native causal language model on prompts with their answers.
+
+    AdamW; the learning rate rises linearly, then follows a cosine to zero. Batches are drawn
+    with replacement, a function of seed and step. The bare module is trained, without hooks.
+
+    Args:
+        config: a native configuration, or the name of a preset, which then gets the
+            vocabulary and context that the prompts need (`required_sizes`).
+        prompts: training sequences. Where rows have a ``split``, those called "train" and no
+            others are trained on.
+        warmup: share of the steps in which the learning rate rises.
+        loss_on: ``"all"`` tokens but the first, or the ``"answer"`` alone.
+        n_checkpoints: at step 0 and log-spaced up to the last; fewer where steps coincide.
+        out: folder for ``step-000600.safetensors`` (`lensclust.load` opens them) and the state
+            to resume from; without it the checkpoints stay in memory.
+        evaluate: prompts to report accuracy on, by ``split``; unless given, the splits that
+            are not trained on and some of the training rows.
+        seed: gives weights (over the configuration's own seed) and batches; the global random
+            state is neither read nor changed.
+        resume: go on with the training in ``out``, if there is one.
+        save_every: steps between two states to resume from, beside those at checkpoints.
+
+    Raises:
+        InputError: if a knob makes no sense, the prompts do not fit the model, ``out`` holds a
+            training and ``resume`` is not asked for, or that training had other knobs.
+        RuntimeError: if the loss is no longer finite.
+
+    >>> from lensclust.tasks.sif import sif
+    >>> prompts = sif(n_tasks=2, n_inputs=3, mappings_per_task=2)
+    >>> config = native_config("sif-small", n_layers=1, **required_sizes(prompts))
+    >>> run = train(config, prompts, steps=4, n_checkpoints=3, progress=False)
+    >>> [checkpoint.step for checkpoint in run.checkpoints]
+    [0, 1, 4]
+    >>> run.frame.columns.tolist(), run.model().cfg.n_layers
+    (['step', 'split', 'accuracy', 'loss'], 1)
+    """
+    if isinstance(config, str):
+        config = native_config(config, **required_sizes(prompts))
+    _check_knobs(steps, batch_size, lr, warmup, loss_on, n_checkpoints, save_every)
+    trained, evaluated = _split(prompts, evaluate)
+    _check_fit(config, prompts, evaluated)
+    training = _sequences(trained, loss_on)
+    bridge = native_bridge(config, seed=seed, device=device, reseed=True)
+    model = _bare(bridge, torch.device(device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    knobs = {
+        "config": json.loads(config_to_json(bridge.cfg)),
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "loss_on": loss_on,
+        "n_checkpoints": n_checkpoints,
+        "seed": seed,
+        "device": torch.device(device).type,
+        "trained on": _digest(trained),
+        "evaluated on": _digest(evaluated),
+    }
+    folder = None if out is None else Path(out)
+    start, scores = _open_folder(folder, resume, knobs, model, optimizer)
+    at = checkpoint_steps(steps, n_checkpoints)
+    if folder is not None:
+        _check_checkpoints(folder, [step for step in at if step < start or start == steps])
+    in_memory: dict[int, dict[str, Tensor]] = {}
+    with progress_bar("training", total=float(steps), enabled=progress) as advance:
+        advance(float(start))
+        for step in range(start, steps + 1):
+            # The state is that before `step`: what follows in this round is done again.
+            is_checkpoint = step in at
+            if is_checkpoint and all(row["step"] != step for row in scores):
+                scores = scores + _evaluate(model, evaluated, step)
+                if folder is None:
+                    in_memory[step] = _copy(model)
+                else:
+                    save_checkpoint(model, _path(folder, step), step=step, seed=seed)
+            if folder is not None and (is_checkpoint or step % save_every == 0):
+                _save_state(folder, step, knobs, scores, model, optimizer)
+            if step == steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _schedule(step, steps, warmup)
+            loss = _step(model, optimizer, training, batch_size, seed, step)
+            advance(1.0, note=f"loss {loss:.3f}")
+    return TrainingRun(
+        frame=pd.DataFrame(scores, columns=["step", "split", "accuracy", "loss"]),
+        checkpoints=tuple(
+            Checkpoint(step, bridge.cfg, weights=in_memory[step])
+            if folder is None
+            else Checkpoint(step, bridge.cfg, path=_path(folder, step))
+            for step in at
+        ),
+    )
+
+
+def required_sizes(prompts: Prompts) -> dict[str, int]:
+    """Vocabulary and context that a model needs for these prompts and their answers.
+
+    >>> rows = pd.DataFrame({"task": ["copy", "add"]})
+    >>> prompts = Prompts.from_token_lists([[1, 5], [1, 6, 7]], rows, answers=[[5], [8]])
+    >>> required_sizes(prompts)
+    {'d_vocab': 9, 'n_ctx': 4}
+    """
+    tokens, lengths, _ = prompts.with_answers()
+    return {"d_vocab": int(tokens.max()) + 1, "n_ctx": int(lengths.max())}
+
+
+def checkpoint_steps(steps: int, n: int) -> list[int]:
+    """Step 0 and log-spaced steps from a fiftieth of the training to its end.
+
+    >>> checkpoint_steps(600, 8)
+    [0, 12, 23, 44, 85, 163, 313, 600]
+    """
+    first = max(1, round(steps / 50))
+    return sorted({0, *(int(step) for step in np.geomspace(first, steps, n - 1).round())})
+
+
+def sequence_loss(
+    logits: Float[Tensor, "prompt next vocab"],
+    tokens: Int[Tensor, "prompt length"],
+    scored: Bool[Tensor, "prompt length"],
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the scored tokens given those before them.
+
+    Args:
+        logits: of all positions but the last, so ``next`` is ``length - 1``.
+        tokens: the sequences.
+        scored: which tokens count; the first of a sequence never does.
+    """
+    kept = scored[:, 1:]
+    return F.cross_entropy(logits[kept], tokens[:, 1:][kept])
+
+
+# -- one step -----------------------------------------------------------------------------
+
+
+def _step(
+    model: NativeModel,
+    optimizer: torch.optim.Optimizer,
+    data: _Sequences,
+    batch_size: int,
+    seed: int,
+    step: int,
+) -> float:
+    generator = derive_generator(seed, "batch", step)
+    rows = torch.randint(len(data.tokens), (batch_size,), generator=generator)
+    longest = int(data.lengths[rows].max())
+    device = next(model.parameters()).device
+    tokens = data.tokens[rows, :longest].to(device)
+    scored = data.scored[rows, :longest].to(device)
+    loss = sequence_loss(model(tokens[:, :-1]), tokens, scored)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise RuntimeError(f"train: loss is {value} at step {step}: expected a smaller lr")
+    return value
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    rising = max(1, round(warmup * steps))
+    done = max(0, step - rising) / max(1, steps - rising)
+    return min((step + 1) / rising, (1 + math.cos(math.pi * done)) / 2)
+
+
+def _scored_all(
+    lengths: Int[Tensor, " prompt"], answers: Bool[Tensor, "prompt length"]
+) -> Bool[Tensor, "prompt length"]:
+    index = torch.arange(answers.shape[1])
+    return (index >= 1) & (index < lengths[:, None])
+
+
+def _scored_answer(
+    lengths: Int[Tensor, " prompt"], answers: Bool[Tensor, "prompt length"]
+) -> Bool[Tensor, "prompt length"]:
+    return answers
+
+
+_SCORED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "all": _scored_all,
+    "answer": _scored_answer,
+}
+
+
+def _sequences(prompts: Prompts, loss_on: str) -> _Sequences:
+    tokens, lengths, answers = prompts.with_answers()
+    return _Sequences(tokens, lengths, _SCORED[loss_on](lengths, answers))
+
+
+def _evaluate(model: NativeModel, prompts: Prompts, step: int) -> list[dict[str, Any]]:
+    """Accuracy and loss of the answers, a row a split."""
+    tokens, _, answers = prompts.with_answers()
+    device = next(model.parameters()).device
+    right, loss = [], []
+    for rows in torch.arange(len(tokens)).split(_EVALUATION_BATCH):
+        batch, asked = tokens[rows].to(device), answers[rows, 1:].to(device)
+        with torch.inference_mode():
+            logits = model(batch[:, :-1])
+            each = F.cross_entropy(logits.mT, batch[:, 1:], reduction="none")
+        wrong = (logits.argmax(-1) != batch[:, 1:]) & asked
+        right += (~wrong.any(-1)).tolist()
+        loss += ((each * asked).sum(-1) / asked.sum(-1)).tolist()
+    frame = pd.DataFrame({"split": _splits(prompts), "accuracy": right, "loss": loss})
+    means = frame.groupby("split", sort=False)[["accuracy", "loss"]].mean()
+    return [
+        {"step": step, "split": split, "accuracy": float(accuracy), "loss": float(nats)}
+        for split, accuracy, nats in means.itertuples()
+    ]
+
+
+# -- prompts ------------------------------------------------------------------------------
+
+
+def _splits(prompts: Prompts) -> list[str]:
+    has_splits = "split" in prompts.rows
+    return prompts.rows["split"].astype(str).tolist() if has_splits else ["all"] * len(prompts)
+
+
+def _split(prompts: Prompts, evaluate: Prompts | None) -> tuple[Prompts, Prompts]:
+    """The prompts to train on and those to report on."""
+    if "split" not in prompts.rows:
+        return prompts, prompts if evaluate is None else evaluate
+    is_train = (prompts.rows["split"] == "train").to_numpy()
+    if not is_train.any():
+        raise InputError(f"train: no row of split 'train': rows have {set(_splits(prompts))}")
+    train_rows = np.flatnonzero(is_train)
+    if evaluate is not None:
+        return prompts.take(train_rows), evaluate
+    every = -(-len(train_rows) // _TRAIN_ROWS_EVALUATED)
+    reported = np.concatenate([train_rows[::every], np.flatnonzero(~is_train)])
+    return prompts.take(train_rows), prompts.take(reported)
+
+
+def _digest(prompts: Prompts) -> str:
+    tokens, lengths, answers = prompts.with_answers()
+    total = hashlib.sha256(json.dumps(_splits(prompts)).encode())
+    for tensor in (tokens, lengths, answers):
+        total.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _check_knobs(
+    steps: int,
+    batch_size: int,
+    lr: float,
+    warmup: float,
+    loss_on: str,
+    n_checkpoints: int,
+    save_every: int,
+) -> None:
+    least = {"steps": (steps, 1), "batch_size": (batch_size, 1), "save_every": (save_every, 1)}
+    for name, (value, bound) in {**least, "n_checkpoints": (n_checkpoints, 2)}.items():
+        if value < bound:
+            raise InputError(f"train: {name}={value}, expected at least {bound}")
+    if not lr > 0 or not math.isfinite(lr):
+        raise InputError(f"train: lr={lr}, expected a positive number")
+    if not 0 <= warmup <= 1:
+        raise InputError(f"train: warmup={warmup}, expected a share of the steps, 0..1")
+    if loss_on not in _SCORED:
+        raise InputError(f"train: loss_on={loss_on!r}, expected one of {sorted(_SCORED)}")
+
+
+def _check_fit(config: TransformerBridgeConfig, *prompts: Prompts) -> None:
+    for name in ("d_vocab", "n_ctx"):
+        needed = max(required_sizes(each)[name] for each in prompts)
+        given = getattr(config, name)
+        if given < needed:
+            raise InputError(f"train: {name}={given}, but the prompts need {needed}")
+
+
+# -- weights and state --------------------------------------------------------------------
+
+
+def _bare(bridge: TransformerBridge, device: torch.device) -> NativeModel:
+    """The module without hooks, an eighth faster to train than within the bridge."""
+    with torch.random.fork_rng(devices=[]):
+        model = NativeModel(deepcopy(bridge.cfg))
+    weights = {name: tensor.detach().clone() for name, tensor in named_weights(bridge).items()}
+    model.load_state_dict(weights, assign=True)
+    return model.to(device)
+
+
+def _copy(model: NativeModel) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.safetensors"
+
+
+def _open_folder(
+    folder: Path | None,
+    resume: bool,
+    knobs: dict[str, Any],
+    model: NativeModel,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, list[dict[str, Any]]]:
+    """Restore what was done in the folder: the step to do next and the scores so far."""
+    if folder is None:
+        if resume:
+            raise InputError("train: resume=True, expected the folder of the training as out=")
+        return 0, []
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and ((folder / _STATE).exists() or any(folder.glob("step-*.safetensors"))):
+        raise InputError(
+            f"train: {str(folder)!r} holds a training: expected another folder or resume=True"
+        )
+    # What a kill in the middle of a write leaves behind.
+    for staging in folder.glob(".step-*"):
+        shutil.rmtree(staging, ignore_errors=True)
+    if not (folder / _STATE).exists():
+        return 0, []
+    try:
+        with safe_open(folder / _STATE, framework="pt") as file:
+            done = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"train: cannot resume from {str(folder / _STATE)!r}: {error}") from error
+    changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"train: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
+            f"and cannot go on with {name}={knobs[name]!r}"
+        )
+    model.load_state_dict({name: tensors[f"weights/{name}"] for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        held = [key for key in _MOMENTS if f"{key}/{name}" in tensors]
+        if held:
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device) for key in held
+            }
+    return done["step"], done["scores"]
+
+
+def _save_state(
+    folder: Path,
+    step: int,
+    knobs: dict[str, Any],
+    scores: list[dict[str, Any]],
+    model: NativeModel,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    tensors = {f"weights/{name}": tensor for name, tensor in _copy(model).items()}
+    for name, parameter in model.named_parameters():
+        for key, moment in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = moment.detach().cpu().contiguous()
+    header = json.dumps({"step": step, "knobs": knobs, "scores": scores})
+    # Replaced in one move: a kill leaves the old state or the new one, never half of one.
+    half = folder / f"{_STATE}.half"
+    save_file(tensors, half, metadata={_HEADER: header})
+    os.replace(half, folder / _STATE)
+
+
+def _check_checkpoints(folder: Path, steps: list[int]) -> None:
+    missing = [step for step in steps if not _path(folder, step).exists()]
+    if missing:
+        raise InputError(
+            f"train: {str(_path(folder, missing[0]))!r} is missing, so this training cannot be "
+            "resumed: expected the folder as it was left"
+        )

@@ -1,0 +1,148 @@
+"""The store: what is on disk equals what is in memory, whatever happened on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+import zarr
+
+import lensclust as lc
+from lensclust import store
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lc.load("native:sif-small")
+
+
+def some_prompts(n: int, seed: int = 0) -> lc.Prompts:
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(0, 99, rng.integers(2, 12)).tolist() for _ in range(n)]
+    # Labels of growing length: a fixed-width string would cut those appended later.
+    rows = pd.DataFrame({"task": ["t" * (1 + seed + i % 4) for i in range(n)], "n": range(n)})
+    return lc.Prompts.from_token_lists(ids, rows)
+
+
+def test_store_equals_memory_and_is_read_lazily(model, tmp_path):
+    prompts = some_prompts(23)
+    memory = lc.extract(model, prompts, ["resid", "head"], shard=5)
+    disk = lc.extract(model, prompts, ["resid", "head"], store=tmp_path / "a.zarr", shard=5)
+    assert not disk.resid.variable._in_memory
+    xr.testing.assert_identical(disk.load(), memory)
+    assert not [p for p in tmp_path.iterdir() if p.name != "a.zarr"]
+    xr.testing.assert_identical(store.open_activations(tmp_path / "a.zarr").load(), memory)
+
+
+def test_appending_equals_one_pass(model, tmp_path):
+    first, second = some_prompts(13), some_prompts(9, seed=3)
+    lc.extract(model, first, ["resid", "head"], store=tmp_path / "a", shard=5)
+    both = lc.extract(model, second, ["resid", "head"], store=tmp_path / "a")
+    expected = [lc.extract(model, p, ["resid", "head"]) for p in (first, second)]
+    for name in ("resid", "z", "task", "n"):
+        apart = np.concatenate([e[name].values for e in expected])
+        if apart.dtype.kind == "f":
+            np.testing.assert_allclose(both[name], apart, rtol=1e-4, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(both[name], apart)
+    assert store.verify(tmp_path / "a").size == 0
+
+
+def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
+    program = """
+        import sys, time
+        import lensclust as lc
+        from lensclust import extraction
+        from tests.lensclust.test_store import some_prompts
+        read = extraction._Reader.read
+        def slowly(self, *arguments):
+            time.sleep(0.2)
+            return read(self, *arguments)
+        extraction._Reader.read = slowly
+        model = lc.load("native:sif-small")
+        lc.extract(model, some_prompts(60), ["resid"], store=sys.argv[1], shard=4)
+    """
+    path = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(path)],
+        cwd=Path(__file__).parents[2],
+    )
+    deadline = time.time() + 60
+    while _written(path) < 8 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = _written(path)
+    assert 0 < done < 60
+    with pytest.raises(lc.InputError, match=r"interrupted; finish it with resume=True"):
+        lc.extract(model, some_prompts(60), ["resid"], store=path)
+    with pytest.raises(lc.InputError, match=r"holds \d+ of 60 prompts"):
+        store.open_activations(path)
+    with pytest.raises(lc.InputError, match="other prompts than these"):
+        lc.extract(model, some_prompts(60, seed=1), ["resid"], store=path, resume=True)
+    resumed = lc.extract(model, some_prompts(60), ["resid"], store=path, resume=True)
+    undisturbed = lc.extract(model, some_prompts(60), ["resid"], store=tmp_path / "b", shard=4)
+    xr.testing.assert_identical(resumed.load(), undisturbed.load())
+    assert store.verify(path).size == 0
+
+
+def test_finished_store_is_not_read_again(model, tmp_path, monkeypatch):
+    prompts = some_prompts(8)
+    lc.extract(model, prompts, "resid 3", store=tmp_path / "a")
+    before = _mtimes(tmp_path / "a")
+    lc.extract(model, prompts, "resid 3", store=tmp_path / "a", resume=True)
+    touched = {p for p, t in _mtimes(tmp_path / "a").items() if before.get(p) != t}
+    assert not any(p.parts[0] == "resid" and p.name[0].isdigit() for p in touched)
+
+
+def test_refuses_what_does_not_belong(model, tmp_path):
+    path = tmp_path / "a"
+    lc.extract(model, some_prompts(6), "resid", store=path)
+    other = lc.load("native:sif-small", seed=1)
+    with pytest.raises(lc.InputError, match="holds weights"):
+        lc.extract(other, some_prompts(6), "resid", store=path)
+    with pytest.raises(lc.InputError, match="holds sites 'resid', these are 'head'"):
+        lc.extract(model, some_prompts(6), "head", store=path)
+    with pytest.raises(lc.InputError, match="holds layer"):
+        lc.extract(model, some_prompts(6), "resid 2", store=path)
+    with pytest.raises(lc.InputError, match="holds dtype 'float32', these are 'float16'"):
+        lc.extract(model, some_prompts(6), "resid", store=path, dtype="float16")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    with pytest.raises(lc.InputError, match="not a folder of activations"):
+        lc.extract(model, some_prompts(6), "resid", store=tmp_path / "notes")
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep me"
+    assert store.open_activations(path).sizes["prompt"] == 6
+
+
+def test_rot_on_disk_is_found(model, tmp_path):
+    lc.extract(model, some_prompts(20), "resid", store=tmp_path / "a", shard=6)
+    values = zarr.open_group(str(tmp_path / "a"), mode="r+")["resid"]
+    values[13, 0, 2, 5] = values[13, 0, 2, 5] + 1
+    assert store.verify(tmp_path / "a").tolist() == [13]
+
+
+def test_missing_store(tmp_path):
+    with pytest.raises(lc.InputError, match="not a folder of activations"):
+        store.open_activations(tmp_path / "nothing")
+
+
+def _written(path: Path) -> int:
+    try:
+        return int((np.asarray(zarr.open_group(str(path), mode="r")["checksum"][:]) != 0).sum())
+    except Exception:  # the store may be half laid out when we look
+        return 0
+
+
+def _mtimes(folder: Path) -> dict[Path, float]:
+    files = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    return {file.relative_to(folder): file.stat().st_mtime_ns for file in files}

@@ -1,0 +1,211 @@
+"""Clustering by site: planted structure is found, noise is not, and nothing else matters."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ortho_group
+
+import lensclust as lc
+from lensclust.sites import Site
+from probes import cluster, nearest_neighbour
+from tests.tiny import hf_model
+
+TASKS, INPUTS, COPIES, D = 4, 3, 6, 10
+
+
+def planted(strength: float, *, seed: int = 0, layers: int = 2) -> xr.Dataset:
+    """Input codes far apart, and in the last layer task codes of a given strength inside them."""
+    rng = np.random.default_rng(seed)
+    task, source, copy = (a.ravel() for a in np.mgrid[:TASKS, :INPUTS, :COPIES])
+    by_input = 20 * rng.normal(size=(INPUTS, D))
+    by_pair = strength * rng.normal(size=(TASKS, INPUTS, D))
+    noise = rng.normal(size=(len(task), 1, layers, D))
+    noise += by_input[source][:, None, None]
+    noise[:, 0, -1] += by_pair[task, source]
+    labels = {"task": task.astype(str), "input": source.astype(str), "template": copy.astype(str)}
+    return xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), noise.astype(np.float32))},
+        {"layer": range(layers), "position": ["answer"]}
+        | {name: ("prompt", values) for name, values in labels.items()},
+    )
+
+
+def score(clusters, site="resid 1", metric="ari", by="task") -> float:
+    rows = clusters.frame.query("site == @site and metric == @metric and by == @by")
+    return float(rows["value"].item())
+
+
+def test_planted_tasks_are_found_given_the_input_and_noise_is_not():
+    clusters = cluster(planted(8.0), jobs=1)
+    assert score(clusters) > 0.95
+    rows = clusters.frame.set_index(["site", "metric"])
+    assert rows.loc[("resid 1", "ari"), "p"] <= 0.01
+    for metric in ("ari", "ami"):
+        noise = rows.loc[("resid 0", metric)]
+        assert abs(noise["value"] - noise["null_mean"]) < 4 * noise["null_std"]
+    # F1 has a floor, which the null shows.
+    assert rows.loc[("resid 0", "pair_f1"), "null_mean"] > 0.15
+    assert clusters.best() == Site("resid", 1)
+
+
+def test_without_the_condition_the_input_is_found_instead():
+    clusters = cluster(planted(1.0), given=None, k=INPUTS, score_against=["input"], jobs=1)
+    assert score(clusters, by="input") == pytest.approx(1)
+    assert score(clusters, by="task") < 0.1
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 999))
+def test_rotation_order_and_names_do_not_matter(seed):
+    acts = planted(8.0, seed=seed)
+    rng = np.random.default_rng(seed)
+    turned = acts.assign(
+        resid=acts.resid
+        @ xr.DataArray(ortho_group.rvs(D, random_state=seed).astype("f4"), dims=("d_model", "e"))
+    ).rename(e="d_model")
+    turned = turned.transpose("prompt", "position", "layer", "d_model")
+    shuffled = turned.isel(prompt=rng.permutation(acts.sizes["prompt"]))
+    renamed = shuffled.assign_coords(
+        task=("prompt", np.array(["z", "y", "x", "w"])[shuffled.task.values.astype(int)])
+    )
+    expected, found = cluster(acts, jobs=1), cluster(renamed, jobs=1)
+    assert score(found) == pytest.approx(score(expected), abs=0.15)
+    assert score(found, metric="silhouette") == pytest.approx(
+        score(expected, metric="silhouette"), abs=1e-4
+    )
+
+
+def test_centroids_are_group_means():
+    acts = planted(3.0)
+    clusters = cluster(acts, jobs=1)
+    assert clusters.centroids.resid.dims == ("layer", "input", "task", "d_model")
+    for task in ("0", "3"):
+        here = (acts.task.values == task) & (acts.input.values == "1")
+        np.testing.assert_allclose(
+            clusters.centroids.resid.sel(layer=1, input="1", task=task),
+            acts.resid.sel(layer=1)[here, 0].mean("prompt"),
+            rtol=1e-5,
+        )
+    everything = cluster(acts, given=None, jobs=1).centroids.resid
+    assert everything.dims == ("layer", "task", "d_model")
+
+
+def test_assignments_agree_with_the_scores():
+    from sklearn.metrics import adjusted_rand_score
+
+    acts = planted(4.0)
+    clusters = cluster(acts, jobs=1)
+    found = clusters.assignments.sel(site="resid 1").values
+    inputs, tasks = acts.input.values, acts.task.values
+    apart = [adjusted_rand_score(tasks[inputs == i], found[inputs == i]) for i in np.unique(inputs)]
+    assert score(clusters) == pytest.approx(np.mean(apart))
+    groups = clusters.groups.query("site == 'resid 1' and metric == 'ari'")
+    assert groups["value"].tolist() == pytest.approx(apart)
+
+
+def test_worker_processes_change_nothing():
+    acts = planted(2.0)
+    one, two = cluster(acts, jobs=1), cluster(acts, jobs=2)
+    assert one.frame.equals(two.frame)
+    assert one.centroids.equals(two.centroids)
+
+
+def test_heads_are_clustered_by_their_contribution_to_the_residual_stream():
+    bridge = lc.load(hf_model("gpt2"))
+    prompts = lc.Prompts.from_token_lists(
+        [[5 + i % 4, 20 + i % 7, 40 + i // 4 % 3] for i in range(60)],
+        pd.DataFrame(
+            {"task": [str(i % 4) for i in range(60)], "input": [str(i // 4 % 3) for i in range(60)]}
+        ),
+    )
+    acts = lc.extract(bridge, prompts, "head")
+    small = cluster(acts, jobs=1)
+    full = lc.head_residual(acts, bridge).sel(block=1, head=2).values[:, :, None]
+    as_layer = xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), full)},
+        {"layer": [0], "position": ["answer"], "task": acts.task, "input": acts.input},
+    )
+    direct = cluster(as_layer, jobs=1)
+    for metric in ("ari", "silhouette"):
+        assert score(small, "head 1.2", metric) == pytest.approx(
+            score(direct, "resid 0", metric), abs=1e-3
+        )
+
+
+def test_what_cannot_be_clustered_is_left_out_with_one_reason(caplog, recwarn):
+    acts = planted(8.0)
+    labels = acts.task.values.copy()
+    labels[0] = "lonely"
+    inputs = acts.input.values.copy()
+    inputs[(inputs == "2") & (labels != "1")] = "0"
+    odd = acts.assign_coords(task=("prompt", labels), input=("prompt", inputs))
+    with caplog.at_level(logging.WARNING):
+        clusters = cluster(odd, score_against=["input"], jobs=1)
+    assert len(caplog.records) == len(clusters.left_out) == 3
+    assert "1 rows left out" in clusters.left_out[0]
+    assert "1 of 3 groups left out: fewer than two task labels" in clusters.left_out[1]
+    assert "constant given input" in clusters.left_out[2]
+    assert clusters.assignments.values[:, 0].tolist() == [-1, -1]
+    assert not recwarn.list
+
+
+def test_identical_states_score_zero_quietly(recwarn):
+    acts = planted(1.0)
+    clusters = cluster(acts.assign(resid=acts.resid * 0), jobs=1)
+    assert (clusters.frame["value"] == 0).all()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "mood"}, "label 'mood' is not in these activations: they have"),
+        ({"given": "mood"}, "label 'mood'"),
+        ({"k": 25}, "k=25 clusters asked for, but at most 24 rows"),
+        ({"scale": "log"}, "scale 'log' is not known"),
+        ({"kinds": "head"}, "site 'head' is not in these activations: they hold"),
+        ({"position": "start"}, "position 'start' is not in these activations"),
+        ({"by": "input"}, "nothing to cluster by 'input' given 'input'"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(options, message):
+    with pytest.raises(lc.InputError, match=message):
+        cluster(planted(1.0), jobs=1, **options)
+
+
+def test_results_show_themselves():
+    clusters = cluster(planted(8.0), jobs=1)
+    assert "best ARI" in repr(clusters)
+    assert "<table" in clusters._repr_html_()
+    assert clusters.plot("ami").to_dict()
+    with pytest.raises(lc.InputError, match="metric 'vibes' is not known"):
+        clusters.plot("vibes")
+
+
+def test_neighbours_are_found_across_templates_only():
+    acts = planted(8.0)
+    scores = nearest_neighbour(acts).set_index("site")
+    assert scores.loc["resid 1", "value"] > 0.9
+    assert scores.loc["resid 0", "value"] < 0.5
+    # With wording that gives the task away, holding templates apart must hide it.
+    wording = np.eye(TASKS * COPIES)[
+        acts.task.values.astype(int) * COPIES + acts.template.values.astype(int)
+    ]
+    states = 5 * wording + 0.01 * np.random.default_rng(0).normal(size=wording.shape)
+    worded = acts.isel(layer=[0]).copy()
+    worded.resid[:] = states[:, None, None]
+    assert nearest_neighbour(worded, apart=None)["value"].item() == 1
+    assert nearest_neighbour(worded)["value"].item() < 0.5
+    per = nearest_neighbour(acts, per="input")
+    assert per.groupby("site")["value"].mean()["resid 1"] == pytest.approx(
+        scores.loc["resid 1", "value"]
+    )
+    with pytest.raises(lc.InputError, match="all prompts share one"):
+        nearest_neighbour(acts.isel(prompt=acts.template.values == "0"))

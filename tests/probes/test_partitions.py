@@ -1,0 +1,113 @@
+"""Scores of partitions against scikit-learn, on every contingency that comes up."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from sklearn import metrics
+
+from probes.partitions import (
+    AGREEMENT,
+    Group,
+    contingency,
+    partition,
+    score_groups,
+    silhouette,
+)
+
+labellings = st.integers(2, 40).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 5), min_size=n, max_size=n),
+        st.lists(st.integers(0, 4), min_size=n, max_size=n),
+    )
+)
+
+
+def pair_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
+    (_, fp), (fn, tp) = metrics.pair_confusion_matrix(labels, clusters)
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
+
+
+def matched_f1(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """Rename each cluster to its matched label, then ask scikit-learn for the macro-F1."""
+    kinds, groups = np.unique(labels), np.unique(clusters)
+    f1 = np.array([[metrics.f1_score(labels == k, clusters == g) for k in kinds] for g in groups])
+    rows, columns = linear_sum_assignment(f1, maximize=True)
+    return f1[rows, columns].sum() / len(kinds)
+
+
+ORACLES = {
+    "ari": metrics.adjusted_rand_score,
+    "ami": metrics.adjusted_mutual_info_score,
+    "pair_f1": pair_f1,
+    "matched_f1": matched_f1,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(labellings, st.integers(0, 99))
+def test_scores_equal_scikit_learn_for_true_and_permuted_labels(pair, seed):
+    labels, clusters = (np.unique(side, return_inverse=True)[1] for side in map(np.array, pair))
+    if labels.max() == 0 or clusters.max() == 0:
+        return  # one label or one cluster: convention, tested below
+    rng = np.random.default_rng(seed)
+    codes = np.stack([labels, rng.permutation(labels), rng.permutation(labels)])
+    table = contingency(clusters, codes, int(clusters.max()) + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, oracle in ORACLES.items():
+            # A metric that cannot exceed its expectation is 0 here and 1 or 0 there.
+            expected = [oracle(row, clusters) for row in codes]
+            if len(np.unique(clusters)) == len(clusters) or len(np.unique(labels)) == len(labels):
+                continue
+            np.testing.assert_allclose(AGREEMENT[name](table), expected, atol=1e-9, err_msg=name)
+
+
+@settings(max_examples=30, deadline=None)
+@given(labellings, st.integers(0, 99))
+def test_names_of_clusters_and_labels_do_not_matter(pair, seed):
+    labels, clusters = map(np.array, pair)
+    rng = np.random.default_rng(seed)
+    renamed = rng.permutation(6)[labels], rng.permutation(6)[clusters]
+    for score in AGREEMENT.values():
+        one = score(contingency(clusters, labels[None], 6))
+        other = score(contingency(renamed[1], renamed[0][None], 6))
+        # Macro-F1 is over the labels that the codes count up to, so none may be missing.
+        if len(np.unique(labels)) == labels.max() + 1 == renamed[0].max() + 1:
+            np.testing.assert_allclose(one, other, atol=1e-9)
+
+
+def test_one_cluster_scores_nothing_and_perfect_clusters_score_one():
+    labels = np.repeat(np.arange(4), 5)
+    alone = contingency(np.zeros(20, dtype=int), labels[None], 4)
+    perfect = contingency(np.array([2, 0, 3, 1])[labels], labels[None], 4)
+    for name, score in AGREEMENT.items():
+        assert score(perfect)[0] == pytest.approx(1), name
+        if name in ("ari", "ami"):
+            assert score(alone)[0] == pytest.approx(0), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 5))
+def test_silhouette_equals_scikit_learn(seed, n_labels):
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(n_labels), rng.integers(0, n_labels, 15)])
+    x = rng.normal(size=(len(labels), 3)) + labels[:, None]
+    codes = np.stack([labels, rng.permutation(labels)])
+    expected = [metrics.silhouette_score(x, row) for row in codes]
+    np.testing.assert_allclose(silhouette(x, codes), expected, atol=1e-5)
+
+
+def test_fewer_distinct_rows_than_clusters_score_zero_without_a_warning(recwarn):
+    x = np.ones((12, 3))
+    group = Group("all", np.arange(12), 3, {"task": np.repeat([0, 1, 2], 4)[None]})
+    scores, clusters = score_groups(x, [group], scale="none", n_init=2, seed=0)
+    assert all(value[0, 0] == 0 for value in scores.values())
+    assert (clusters == -1).all()
+    assert partition(np.arange(6.0)[:, None] // 3, 3, n_init=1, seed=0) is None
+    assert not recwarn.list
