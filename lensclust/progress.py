@@ -18,7 +18,7 @@ from rich.progress import (
 
 @contextmanager
 def progress_bar(
-    title: str, total: int | None, *, enabled: bool = True, transient: bool = True
+    title: str, total: float | int | None, *, enabled: bool = True, transient: bool = True
 ) -> Iterator[Callable[..., None]]:
     """Yield ``advance(amount=1, note="")``, shown as a bar on standard error.
 
@@ -42,7 +42,7 @@ def progress_bar(
     with Progress(*columns, console=console, transient=transient, disable=not visible) as bar:
         task = bar.add_task(title, total=total, note="")
 
-        def advance(amount: int = 1, note: str = "") -> None:
+        def advance(amount: float | int = 1, note: str = "") -> None:
             bar.update(task, advance=amount, note=note)
 
         yield advance

@@ -122,24 +122,18 @@ class Prompts:
                 f"Prompts: chat=True, but tokenizer {tokenizer.name_or_path!r} has no chat template"
             )
         rendered = [_render_chat(tokenizer, text) for text in texts] if chat else list(texts)
-        offsets_wanted = bool(spans)
-        # A rendered template spells its own special tokens; a plain text gets the tokenizer's.
-        encoded = [
-            tokenizer(
-                text,
-                add_special_tokens=not _opens_with_bos(tokenizer, text),
-                return_offsets_mapping=offsets_wanted,
-            )
-            for text in rendered
-        ]
+        # So that `text()` gives these very ids again, a text never spells the BOS that its
+        # tokenizer adds.
+        bos = _added_bos(tokenizer)
+        rendered = [text.removeprefix(bos) for text in rendered]
+        encoded = [tokenizer(text, return_offsets_mapping=bool(spans)) for text in rendered]
         ids = [_without_eos(tokenizer, row["input_ids"]) for row in encoded]
         token_spans = {}
         for name, ranges in (spans or {}).items():
+            shifts = map(_place_of, texts, rendered)
             token_spans[name] = [
                 _token_span(row["offset_mapping"], start + shift, stop + shift)
-                for row, (start, stop), shift in zip(
-                    encoded, ranges, map(str.index, rendered, texts), strict=True
-                )
+                for row, (start, stop), shift in zip(encoded, ranges, shifts, strict=True)
             ]
         return cls.from_token_lists(
             ids,
@@ -235,12 +229,6 @@ class Prompts:
         content.update(self.rows.to_csv(index=False).encode())
         return content.hexdigest()[:16]
 
-    @property
-    def d_vocab(self) -> int:
-        """Smallest vocabulary that holds every token and every answer."""
-        answers = (token for answer in self.answers or () for token in answer)
-        return max(int(self.tokens.max()), *answers, self.pad_id) + 1
-
     # -- selecting ------------------------------------------------------------------------
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Prompts:
@@ -301,8 +289,11 @@ def _render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
-def _opens_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The BOS that the tokenizer puts before every text, or nothing."""
+    first = tokenizer("a")["input_ids"][:1]
+    adds = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if adds else ""
 
 
 def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -315,17 +306,24 @@ def _continuation(
     tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int], answer: str
 ) -> list[int]:
     """Ids of ``answer`` after ``text``: from the joint text, so that a leading space counts."""
-    joint = tokenizer(text + answer, add_special_tokens=not _opens_with_bos(tokenizer, text))[
-        "input_ids"
-    ]
-    joint = _without_eos(tokenizer, joint)
+    joint = _without_eos(tokenizer, tokenizer(text + answer)["input_ids"])
     if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
         return joint[len(prompt) :]
     return tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
-def _token_span(offsets: list[tuple[int, int]], start: int, stop: int) -> TokenSpan:
+def _place_of(text: str, rendered: str) -> int:
+    """Characters by which a template moved a text (templates may trim it)."""
+    place = rendered.find(text.strip())
+    if place < 0:
+        raise InputError(f"Prompts: the chat template does not hold the text {text!r} as it is")
+    return place - (len(text) - len(text.lstrip()))
+
+
+def _token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> TokenSpan:
+    """Tokens that overlap a range of characters; an empty range gives an empty span."""
     overlapping = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
-    if not overlapping:
-        raise InputError(f"Prompts: no token covers characters {start}..{stop}")
-    return overlapping[0], overlapping[-1] + 1
+    if overlapping and start < stop:
+        return overlapping[0], overlapping[-1] + 1
+    before = sum(b <= start for _, b in offsets)
+    return before, before

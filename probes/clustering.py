@@ -76,14 +76,14 @@ class Clustering:
             figures.curves(
                 group,
                 title=f"{metric.upper()} of {self.by} clusters, {kind}",
-                caption=f"k-means given {self.given}; band: permuted labels, mean ± 2 std",
+                caption=f"k-means given {self.given}.",
                 y_title=metric,
             )
             if group["head"].isna().all()
             else figures.head_map(
                 group,
                 title=f"{metric.upper()} of {self.by} clusters, {kind}",
-                caption=f"k-means given {self.given}",
+                caption=f"k-means given {self.given}.",
             )
             for kind, group in rows.groupby("kind", sort=False)
         ]

@@ -21,7 +21,7 @@ def nearest_neighbour(
     acts: xr.Dataset,
     *,
     target: str = "task",
-    apart: str | None = "template",
+    apart: str | Sequence[str] = "template",
     per: str | None = None,
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
@@ -30,8 +30,8 @@ def nearest_neighbour(
 ) -> pd.DataFrame:
     """1-nearest-neighbour accuracy for a label at every site, neighbours held apart.
 
-    A prompt's nearest neighbour (cosine) is looked for only among prompts with another
-    ``apart`` label, so that a shared wording cannot give the task away.
+    A prompt's nearest neighbour (cosine) is looked for only among prompts that differ from it
+    in every ``apart`` label, so that a shared wording (or input) cannot give the task away.
 
     With ``per``, the accuracy of the prompts of each value of that label stands apart (the
     neighbours still come from all prompts).
@@ -50,9 +50,10 @@ def nearest_neighbour(
     True
     """
     labels = _codes(prompt_labels(acts, target))
-    groups = np.arange(len(labels)) if apart is None else _codes(prompt_labels(acts, apart))
-    if len(np.unique(groups)) < 2:
-        raise InputError(f"nearest_neighbour: all prompts share one {apart!r}, none is left")
+    names = [apart] if isinstance(apart, str) else list(apart)
+    groups = np.stack(
+        [np.arange(len(labels)), *(_codes(prompt_labels(acts, name)) for name in names)]
+    )
     parts = {"all": np.arange(len(labels))}
     if per is not None:
         values = prompt_labels(acts, per)
@@ -82,11 +83,14 @@ def nearest_neighbour(
 
 
 def neighbours(
-    x: Float[np.ndarray, "row d"], groups: Int[np.ndarray, " row"]
+    x: Float[np.ndarray, "row d"], groups: Int[np.ndarray, "grouping row"]
 ) -> Int[np.ndarray, " row"]:
-    """Index of each row's nearest other row (cosine) outside its own group.
+    """Index of each row's nearest row (cosine) that shares no group with it.
 
-    >>> neighbours(np.array([[1.0, 0], [1, 0.1], [0.5, 1]]), np.array([0, 0, 1])).tolist()
+    Raises:
+        InputError: if a row shares a group with every other.
+
+    >>> neighbours(np.array([[1.0, 0], [1, 0.1], [0.5, 1]]), np.array([[0, 0, 1]])).tolist()
     [2, 2, 1]
     """
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -94,7 +98,11 @@ def neighbours(
     for start in range(0, len(x), BLOCK):
         part = slice(start, start + BLOCK)
         likeness = unit[part] @ unit.T
-        likeness[groups[part, None] == groups[None]] = -np.inf
+        for group in groups:
+            likeness[group[part, None] == group[None]] = -np.inf
+        alone = np.isneginf(likeness).all(1)
+        if alone.any():
+            raise InputError(f"neighbours: none is left for row {start + int(alone.argmax())}")
         nearest[part] = likeness.argmax(1)
     return nearest
 

@@ -72,7 +72,7 @@ class Emergence(Study):
     rows_per_mapping: int = 8
     steps: int = 600
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float = 3e-3
     n_checkpoints: int = 8
     permutations: int = 100
 
@@ -97,7 +97,8 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
     import pandas as pd
 
     from lensclust.native import native_config
-    from lensclust.training import one_thread
+    from lensclust.threads import one_thread
+    from lensclust.training import required_sizes
 
     prompts = lc.tasks.sif(
         n_tasks=study.n_tasks,
@@ -107,22 +108,16 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         rows_per_mapping=study.rows_per_mapping,
         seed=seed,
     )
-    config = native_config(
-        study.model,
-        d_vocab=prompts.d_vocab,
-        n_ctx=int(prompts.lengths.max()) + 1,
-        seed=seed,
-    )
+    config = native_config(study.model, **required_sizes(prompts))
     # A tiny model gains nothing from a second thread, and one thread is always reproducible.
     with one_thread():
         run = lc.train(
             config,
-            prompts.where(split="train"),
+            prompts,
             steps=study.steps,
             batch_size=study.batch_size,
             lr=study.lr,
             n_checkpoints=study.n_checkpoints,
-            evaluate=prompts,
             out=folder / "checkpoints",
             seed=seed,
             resume=True,
@@ -382,13 +377,12 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
     top = given[given["layer"] == given["layer"].max()]
     together = clusters[(clusters["given"] == "none") & (clusters["step"] == last)]
     accuracy = scores[(scores["kind"] == "model") & (scores["metric"] == "accuracy")]
-    band = "k-means given the input; grey: permuted labels, mean ± 2 sd."
     return {
         "ari_by_layer": figures.curves(
             unseen,
             color="step",
             title="Clustering by task, layer by layer over training",
-            caption=f"ARI on unseen strings. {band}",
+            caption="ARI on unseen strings.",
             y_title="ARI",
         ),
         "ari_over_training": figures.curves(
@@ -396,7 +390,7 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
             x="step",
             color="layer",
             title="Clustering by task over training",
-            caption=f"ARI on unseen strings. {band}",
+            caption="ARI on unseen strings.",
             y_title="ARI",
         ),
         "splits": figures.curves(
@@ -404,7 +398,7 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
             x="step",
             color="split",
             title="The last layer on each split",
-            caption=f"ARI at the last layer. {band}",
+            caption="ARI at the last layer.",
             y_title="ARI",
         ),
         "accuracy": figures.curves(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PAPER = "Wu & Varshney, arXiv 2402.12151"
 # A baseline this close to the model leaves little to be explained by the model.
 HIGH_BASELINE = 0.5
+FOLDER_INPUTS = 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Realistic(Study):
         model: anything `lensclust.load` takes.
         data: a folder in the layout of instruction_induction; default the project's own set.
         chat: wrap prompts in the model's chat template.
-        inputs: inputs of the own set (at most 24), or prompts an instruction from a folder.
+        inputs: inputs of the own set (at most and by default 24), or of each task of a folder
+            (by default 10).
         control_inputs: how many of them the random-weights model reads too.
         heads: cluster every head as well as every layer.
         permutations: permuted labellings behind each score.
@@ -54,20 +56,20 @@ class Realistic(Study):
     model: str = "smollm2-135m-instruct"
     data: Path | None = None
     chat: bool = False
-    inputs: int = 24
+    inputs: int | None = None
     control_inputs: int = 8
     heads: bool = True
     permutations: int = 100
 
     def check(self) -> None:
         """Refuse what can be refused before a model is loaded."""
-        if self.inputs < 2 or self.control_inputs < 2:
-            raise lc.InputError(
-                f"inputs: expected at least 2 for an interval, given inputs={self.inputs}, "
-                f"control_inputs={self.control_inputs}"
-            )
+        for name, value in {"inputs": self.inputs, "control_inputs": self.control_inputs}.items():
+            if value is not None and value < 2:
+                raise lc.InputError(f"{name}={value}: an interval needs at least 2")
         if self.data is not None:
-            lc.tasks.check_instruction_induction(self.data)
+            from lensclust.tasks.instruction_induction import read_folder
+
+            read_folder(self.data)
 
     def run(self, context: Context) -> Findings:
         """Read both models, cluster, compare with the wording, decide."""
@@ -89,7 +91,9 @@ class Realistic(Study):
             acts = self.read(control, few, ["resid"], context, f"random-{seed}")
             weights[f"random weights {seed}"] = acts.attrs["weights"]
             measured.append(self.measure(acts, "random weights", given, context, seed))
-        scores, groups = (pd.concat(tables, ignore_index=True) for tables in zip(*measured))
+        scores, groups = (
+            pd.concat(tables, ignore_index=True) for tables in zip(*measured, strict=True)
+        )
         best = best_by_group(groups)
         return Findings(
             scores=scores,
@@ -100,15 +104,24 @@ class Realistic(Study):
         )
 
     def prompts(self, tokenizer: Any) -> lc.Prompts:
-        """The task set, with text and, for each prompt of an instruction, a ``fold``."""
+        """The task set, with texts and a ``fold`` that holds every instruction once.
+
+        Folds run along the diagonals of instruction and input, so that the prompts of one task
+        in one fold differ in both.
+        """
         if self.data is None:
             found = lc.tasks.natural(tokenizer, inputs=self.inputs, chat=self.chat)
         else:
+            inputs = FOLDER_INPUTS if self.inputs is None else self.inputs
             found = lc.tasks.instruction_induction(
-                self.data, tokenizer, inputs=self.inputs, chat=self.chat
+                self.data, tokenizer, inputs=inputs, chat=self.chat
             )
-        fold = found.rows.groupby("instruction").cumcount().astype(str)
-        return replace(found, rows=found.rows.assign(fold=fold, text=found.texts))
+        rows = found.rows
+        nth_input = rows.groupby("instruction").cumcount()
+        nth_instruction = rows.groupby("task")["instruction"].transform(lambda s: s.factorize()[0])
+        n_inputs = rows.groupby("instruction")["input"].transform("size")
+        fold = ((nth_input + nth_instruction) % n_inputs).astype(str)
+        return replace(found, rows=rows.assign(fold=fold, text=found.texts))
 
     def read(
         self, model: Any, prompts: lc.Prompts, sites: list[str], context: Context, name: str
@@ -135,8 +148,10 @@ class Realistic(Study):
         across = probes.cluster(
             acts, given=None, score_against=["input", "template"], kinds="resid", **options
         )
+        # A folder's inputs belong to one task each, so they too must not be shared.
+        apart = ["template"] if self.data is None else ["template", "input"]
         near = probes.nearest_neighbour(
-            acts, apart="template", per=given, kinds="resid", permutations=self.permutations
+            acts, apart=apart, per=given, kinds="resid", permutations=self.permutations
         )
         place = ["site", "kind", "layer", "head", "by", "metric"]
         near_all = near.groupby(place, dropna=False, sort=False)[["value", "null_mean"]].mean()
@@ -301,13 +316,12 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame, given: str) -> dict[str
     across = across[(across["source"] == "model") & (across["kind"] == "resid")]
     heads = scores[(scores["kind"] == "head") & (scores["metric"] == "ari")]
     heads = heads[heads["by"] == "task"]
-    band = "grey: permuted labels, mean ± 2 sd."
     found = {
         "ari_by_layer": figures.curves(
             spread(inside),
             color="source",
             title=f"Clustering by task, given the {given}",
-            caption=f"ARI by layer, beside the words alone and random weights; {band}",
+            caption="ARI by layer, beside the words alone and random weights",
             y_title="ARI",
         ),
         "neighbours": figures.curves(
@@ -322,7 +336,7 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame, given: str) -> dict[str
             across,
             color="by",
             title="All prompts together: task, input or template?",
-            caption=f"k-means with as many clusters as tasks, scored against each label; {band}",
+            caption="k-means with as many clusters as tasks, scored against each label",
             y_title="ARI",
         ),
         "clusters": figures.scatter(

@@ -199,13 +199,14 @@ def test_neighbours_are_found_across_templates_only():
         acts.task.values.astype(int) * COPIES + acts.template.values.astype(int)
     ]
     states = 5 * wording + 0.01 * np.random.default_rng(0).normal(size=wording.shape)
-    worded = acts.isel(layer=[0]).copy()
-    worded.resid[:] = states[:, None, None]
-    assert nearest_neighbour(worded, apart=None)["value"].item() == 1
+    dims = ("prompt", "position", "layer", "d_model")
+    worded = acts.drop_vars(["resid", "layer"]).assign_coords(layer=[0])
+    worded["resid"] = (dims, states[:, None, None].astype(np.float32))
+    assert nearest_neighbour(worded, apart=[])["value"].item() == 1
     assert nearest_neighbour(worded)["value"].item() < 0.5
     per = nearest_neighbour(acts, per="input")
     assert per.groupby("site")["value"].mean()["resid 1"] == pytest.approx(
         scores.loc["resid 1", "value"]
     )
-    with pytest.raises(lc.InputError, match="all prompts share one"):
+    with pytest.raises(lc.InputError, match="none is left for row 0"):
         nearest_neighbour(acts.isel(prompt=acts.template.values == "0"))

@@ -1,0 +1,13 @@
+"""Sources of prompts whose task is known, one function a source, each returning ``Prompts``.
+
+Each function has the name of its module and takes its place here: ``tasks.natural`` is the
+function, ``from lensclust.tasks.natural import ...`` still reaches the module.
+"""
+
+from lensclust.tasks.icl import icl
+from lensclust.tasks.instruction_induction import instruction_induction
+from lensclust.tasks.names import from_name
+from lensclust.tasks.natural import natural
+from lensclust.tasks.sif import sif
+
+__all__ = ["from_name", "icl", "instruction_induction", "natural", "sif"]

@@ -1,0 +1,46 @@
+"""Task sets by name, as the command line writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lensclust.errors import InputError
+from lensclust.prompts import Prompts
+from lensclust.tasks.instruction_induction import instruction_induction
+from lensclust.tasks.natural import natural
+from lensclust.tasks.sif import sif
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
+    "sif": lambda _, tokenizer: sif(),
+    "natural": lambda _, tokenizer: natural(_required(tokenizer, "natural")),
+    "instruction_induction": lambda folder, tokenizer: instruction_induction(
+        folder, _required(tokenizer, "instruction_induction")
+    ),
+}
+
+
+def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
+    """The prompts called ``sif``, ``natural`` or ``instruction_induction:FOLDER``.
+
+    Raises:
+        InputError: if there is no such source, its folder is missing, or it needs a tokenizer.
+
+    >>> len(from_name("sif")) > 1000
+    True
+    """
+    source, _, folder = name.partition(":")
+    if source not in SOURCES or bool(folder) != (source == "instruction_induction"):
+        raise InputError(
+            f"tasks {name!r} are not known: expected sif, natural or instruction_induction:FOLDER"
+        )
+    return SOURCES[source](folder, tokenizer)
+
+
+def _required(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise InputError(f"tasks {source!r}: need a tokenizer, this model has none")
+    return tokenizer
