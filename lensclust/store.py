@@ -102,7 +102,8 @@ def open_activations(path: str | Path) -> xr.Dataset:
             "was interrupted; finish it with resume=True"
         )
     dataset = dataset.drop_vars("checksum")
-    dataset = dataset.assign_coords({name: c.load() for name, c in dataset.coords.items()})
+    labels = {name: _as_objects(label.load()) for name, label in dataset.coords.items()}
+    dataset = dataset.assign_coords(labels)
     return dataset.drop_attrs(deep=False).assign_attrs(_public(dataset.attrs))
 
 
@@ -238,6 +239,11 @@ def _checksums(values: Mapping[str, np.ndarray]) -> Int[np.ndarray, " row"]:
             digest.update(value[row].tobytes())
         digests[row] = int.from_bytes(digest.digest(), "little", signed=True) or 1
     return digests
+
+
+def _as_objects(label: xr.DataArray) -> xr.DataArray:
+    """Strings as `extract` gives them in memory (newer numpy reads them in a type of its own)."""
+    return label.astype(object) if label.dtype.kind == "T" else label
 
 
 def _slice(rows: range) -> slice:

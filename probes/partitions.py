@@ -97,31 +97,38 @@ class Group:
     codes: Mapping[str, Int[np.ndarray, "labelling row"]]
 
 
-def silhouette(x: Float[np.ndarray, "row d"], codes: Int[np.ndarray, "labelling row"]) -> Scores:
-    """Mean silhouette of each labelling (Rousseeuw 1987), Euclidean, lone labels counting 0.
+def silhouette(
+    distance: Float[np.ndarray, "row row"], codes: Int[np.ndarray, "labelling row"]
+) -> Scores:
+    """Mean silhouette of each labelling (Rousseeuw 1987), lone labels counting 0.
 
     Large when rows of one label are nearer to each other than to the nearest other label; it
     scores the labels themselves, not a partition found by k-means.
     """
-    if len(x) > SILHOUETTE_ROWS:
-        subset = np.linspace(0, len(x) - 1, SILHOUETTE_ROWS).astype(int)
-        x, codes = x[subset], codes[:, subset]
-    distance = cdist(x, x).astype(np.float32)
+    labels = int(codes.max()) + 1
+    rows = np.arange(len(distance))
     scores = np.empty(len(codes))
-    for index, labels in enumerate(codes):
-        indicator = np.eye(labels.max() + 1, dtype=np.float32)[labels]
-        size = indicator.sum(0)
-        to_label = distance @ indicator
-        own = np.take_along_axis(to_label, labels[:, None], 1)[:, 0]
-        inside = own / np.maximum(size[labels] - 1, 1)
-        mean = np.where(size > 0, to_label / np.maximum(size, 1), np.inf)
-        np.put_along_axis(mean, labels[:, None], np.inf, 1)
-        nearest = mean.min(1)
-        valid = (size[labels] > 1) & np.isfinite(nearest)
-        spread = np.where(valid, np.maximum(inside, nearest), 1)
-        gain = np.where(valid, nearest - inside, 0)
-        scores[index] = np.mean(gain / np.where(spread > 0, spread, 1))
+    for part in _pieces(len(codes), len(rows) * labels):
+        # One product gives every row's summed distance to every label of every labelling.
+        belongs = codes[part].T[:, :, None] == np.arange(labels)
+        size = belongs.sum(0)
+        summed = distance @ belongs.reshape(len(rows), -1).astype(distance.dtype)
+        summed = summed.reshape(belongs.shape)
+        inside = summed[belongs].reshape(len(rows), -1)
+        own_size = np.take_along_axis(size, codes[part], 1).T
+        inside = inside / np.maximum(own_size - 1, 1)
+        elsewhere = np.where(belongs | (size == 0), np.inf, summed / np.maximum(size, 1))
+        nearest = elsewhere.min(2)
+        counts = (own_size > 1) & np.isfinite(nearest)
+        gain = np.where(counts, nearest, inside) - inside
+        spread = np.maximum(inside, np.where(counts, nearest, 0))
+        scores[part] = np.mean(gain / np.where(spread > 0, spread, 1), axis=0)
     return scores
+
+
+def distances(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, "row row"]:
+    """Euclidean distances between all pairs of rows."""
+    return cdist(x, x).astype(np.float32)
 
 
 def partition(
@@ -161,9 +168,8 @@ def score_groups(
             found = partition(points, group.k, n_init=n_init, seed=seed)
             if found is not None:
                 clusters[group.rows] = found
-            for name, codes in group.codes.items():
-                for metric, value in _score(points, found, group.k, codes).items():
-                    collected.setdefault((name, metric), []).append(value)
+            for key, value in _score(points, found, group).items():
+                collected.setdefault(key, []).append(value)
     return {key: np.stack(values) for key, values in collected.items()}, clusters
 
 
@@ -182,13 +188,28 @@ def contingency(
 
 
 def _score(
-    points: np.ndarray, found: np.ndarray | None, k: int, codes: np.ndarray
-) -> dict[str, np.ndarray]:
+    points: np.ndarray, found: np.ndarray | None, group: Group
+) -> dict[tuple[str, str], np.ndarray]:
+    """Every metric of every labelling of a group: one row of scores each."""
+    n = len(next(iter(group.codes.values())))
     if found is None:
-        return {metric: np.zeros(len(codes)) for metric in METRICS}
-    table = contingency(found, codes, k)
-    scores = {metric: function(table) for metric, function in AGREEMENT.items()}
-    return scores | {"silhouette": silhouette(points, codes)}
+        return {(name, metric): np.zeros(n) for name in group.codes for metric in METRICS}
+    subset = np.arange(len(points))
+    if len(points) > SILHOUETTE_ROWS:
+        subset = np.linspace(0, len(points) - 1, SILHOUETTE_ROWS).astype(int)
+    apart = distances(points[subset])
+    scores = {}
+    for name, codes in group.codes.items():
+        table = contingency(found, codes, group.k)
+        scores |= {(name, metric): function(table) for metric, function in AGREEMENT.items()}
+        scores[name, "silhouette"] = silhouette(apart, codes[:, subset])
+    return scores
+
+
+def _pieces(total: int, width: int) -> list[slice]:
+    """Slices of a range so narrow that ``width`` numbers each stay within some 100 MB."""
+    step = max(1, 10_000_000 // max(width, 1))
+    return [slice(start, start + step) for start in range(0, total, step)]
 
 
 def _pair_counts(table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:

@@ -39,6 +39,7 @@ def test_store_equals_memory_and_is_read_lazily(model, tmp_path):
     disk = lc.extract(model, prompts, ["resid", "head"], store=tmp_path / "a.zarr", shard=5)
     assert not disk.resid.variable._in_memory
     xr.testing.assert_identical(disk.load(), memory)
+    assert all(disk[name].dtype == memory[name].dtype for name in memory.coords)
     assert not [p for p in tmp_path.iterdir() if p.name != "a.zarr"]
     xr.testing.assert_identical(store.open_activations(tmp_path / "a.zarr").load(), memory)
 

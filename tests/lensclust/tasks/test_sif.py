@@ -140,28 +140,28 @@ def test_tokens_spell_the_text(knobs):
 
 @quick
 @given(st.integers(0, 2**31 - 1))
-def test_global_random_state_is_neither_read_nor_changed(state):
-    random.seed(state), np.random.seed(state), torch.manual_seed(state)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    assert content(sif(**SMALL, seed=3)) == content(sif(**SMALL, seed=3))
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    assert before == after
-    assert content(sif(**SMALL, seed=3)) == reference()
+def test_global_random_state_is_not_read(state):
+    random.seed(state)
+    np.random.seed(state)  # noqa: NPY002
+    torch.manual_seed(state)
+    first = sif(**SMALL, seed=3)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    assert content(first) == content(sif(**SMALL, seed=3))
 
 
-_REFERENCE: list[tuple[object, ...]] = []
-
-
-def reference() -> tuple[object, ...]:
-    if not _REFERENCE:
-        _REFERENCE.append(content(sif(**SMALL, seed=3)))
-    return _REFERENCE[0]
-
-
-def test_the_same_in_another_process_with_other_hashes():
+def test_the_same_in_another_process_and_its_global_state_unchanged():
+    # In a process of its own: under pytest the type checker itself draws from `random`.
     script = f"""
+import random, numpy, torch
 from lensclust.tasks.sif import sif
+def state():
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+sif(n_tasks=1)  # what is imported on first use may do as it likes
+before = state()
 prompts = sif(**{SMALL!r}, seed=3)
+assert state() == before
 print(prompts.tokens.tolist(), prompts.rows.to_csv())
 """
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
@@ -209,7 +209,8 @@ def test_fixed_length_leaves_only_the_input_at_the_last_token():
         ({"n_letters": 27}, "n_letters=27, expected at most"),
         ({"n_outputs": 1}, "disagree on most shared inputs"),
         ({"n_letters": 1}, "only 0 of 60 regular expressions found"),
-        ({"n_tasks": 300, "n_letters": 2}, "regular expressions found"),
+        ({"n_tasks": 300, "n_letters": 2}, "300 tables of 5 inputs that disagree"),
+        ({"strings_per_regex": 10**6}, "only 0 of 60 regular expressions found"),
         ({"lengths": (1, 2)}, "regular expressions found"),
     ],
 )
