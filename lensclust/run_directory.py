@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +46,12 @@ def begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(known, _encode(config))
+
+
+def abandon(out: Path) -> None:
+    """Take a claimed folder back, if nothing but its configuration was written yet."""
+    if [path for path in out.rglob("*") if path.is_file()] == [out / "config.json"]:
+        shutil.rmtree(out)
 
 
 def finish(

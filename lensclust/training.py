@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.native import NativeModel
+from transformer_lens.utilities.devices import get_device
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.errors import InputError
@@ -106,9 +107,9 @@ def train(
     config: str | TransformerBridgeConfig,
     prompts: Prompts,
     *,
-    steps: int = 600,
+    steps: int = 800,
     batch_size: int = 64,
-    lr: float = 3e-3,
+    lr: float = 4e-3,
     weight_decay: float = 0.1,
     warmup: float = 0.05,
     loss_on: LossOn = "all",
@@ -118,13 +119,15 @@ def train(
     seed: int = 0,
     resume: bool = False,
     save_every: int = 100,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> TrainingRun:
     """Train a native causal language model on prompts with their answers.
 
     AdamW; the learning rate rises linearly, then follows a cosine to zero. Batches are drawn
     with replacement, a function of seed and step. The bare module is trained, without hooks.
+
+    The defaults suit `tasks.sif` and the preset "sif-small": half a minute on one core.
 
     Args:
         config: a native configuration, or the name of a preset, which then gets the
@@ -134,7 +137,7 @@ def train(
         warmup: share of the steps in which the learning rate rises.
         loss_on: ``"all"`` tokens but the first, or the ``"answer"`` alone.
         n_checkpoints: at step 0 and log-spaced up to the last; fewer where steps coincide.
-        out: folder for ``step-000600.safetensors`` (`lensclust.load` opens them) and the state
+        out: folder for ``step-000800.safetensors`` (`lensclust.load` opens them) and the state
             to resume from; without it the checkpoints stay in memory.
         evaluate: prompts to report accuracy on, by ``split``; unless given, the splits that
             are not trained on and some of the training rows.
@@ -142,6 +145,7 @@ def train(
             state is neither read nor changed.
         resume: go on with the training in ``out``, if there is one.
         save_every: steps between two states to resume from, beside those at checkpoints.
+        device: where to train. Default: an accelerator if there is one.
 
     Raises:
         InputError: if a knob makes no sense, the prompts do not fit the model, ``out`` holds a
@@ -163,11 +167,12 @@ def train(
     trained, evaluated = _split(prompts, evaluate)
     _check_fit(config, prompts, evaluated)
     training = _sequences(trained, loss_on)
+    device = torch.device(device or get_device())
     bridge = native_bridge(config, seed=seed, device=device, reseed=True)
-    model = _bare(bridge, torch.device(device))
+    model = _bare(bridge, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     knobs = {
-        "config": json.loads(config_to_json(bridge.cfg)),
+        "seed": seed,
         "steps": steps,
         "batch_size": batch_size,
         "lr": lr,
@@ -175,19 +180,19 @@ def train(
         "warmup": warmup,
         "loss_on": loss_on,
         "n_checkpoints": n_checkpoints,
-        "seed": seed,
-        "device": torch.device(device).type,
+        "device": device.type,
         "trained on": _digest(trained),
         "evaluated on": _digest(evaluated),
+        **json.loads(config_to_json(bridge.cfg)),
     }
     folder = None if out is None else Path(out)
     start, scores = _open_folder(folder, resume, knobs, model, optimizer)
     at = checkpoint_steps(steps, n_checkpoints)
     if folder is not None:
-        _check_checkpoints(folder, [step for step in at if step < start or start == steps])
+        _check_checkpoints(folder, [row["step"] for row in scores])
     in_memory: dict[int, dict[str, Tensor]] = {}
-    with progress_bar("training", total=float(steps), enabled=progress) as advance:
-        advance(float(start))
+    with progress_bar("training", total=steps, enabled=progress) as advance:
+        advance(start)
         for step in range(start, steps + 1):
             # The state is that before `step`: what follows in this round is done again.
             is_checkpoint = step in at
@@ -204,7 +209,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * _schedule(step, steps, warmup)
             loss = _step(model, optimizer, training, batch_size, seed, step)
-            advance(1.0, note=f"loss {loss:.3f}")
+            advance(1, note=f"loss {loss:.3f}")
     return TrainingRun(
         frame=pd.DataFrame(scores, columns=["step", "split", "accuracy", "loss"]),
         checkpoints=tuple(
@@ -235,7 +240,8 @@ def checkpoint_steps(steps: int, n: int) -> list[int]:
     [0, 12, 23, 44, 85, 163, 313, 600]
     """
     first = max(1, round(steps / 50))
-    return sorted({0, *(int(step) for step in np.geomspace(first, steps, n - 1).round())})
+    # From the end, so that two checkpoints are the first step and the last.
+    return sorted({0, *(int(step) for step in np.geomspace(steps, first, n - 1).round())})
 
 
 def sequence_loss(
@@ -424,6 +430,8 @@ def _open_folder(
         if resume:
             raise InputError("train: resume=True, expected the folder of the training as out=")
         return 0, []
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"train: {str(folder)!r} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not resume and ((folder / _STATE).exists() or any(folder.glob("step-*.safetensors"))):
         raise InputError(

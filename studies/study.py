@@ -125,7 +125,11 @@ class Study:
         config |= {"fields": asdict(self)}
         self.check()
         run_directory.begin(out, config, resume=resume)
-        findings = self.run(Context(out, numbers, jobs, progress))
+        try:
+            findings = self.run(Context(out, numbers, jobs, progress))
+        except lc.InputError:
+            run_directory.abandon(out)
+            raise
         run_directory.finish(
             out,
             scores=findings.scores,

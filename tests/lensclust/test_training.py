@@ -92,7 +92,7 @@ def test_one_step_follows_the_gradient_of_a_plain_loop(loss_on):
         log_probs = before(sequence[:, :-1]).log_softmax(-1)[0]
         first = 1 if loss_on == "all" else len(ids[i])
         terms += [-log_probs[t - 1, sequence[0, t]] for t in range(first, sequence.shape[1])]
-    optimizer = torch.optim.AdamW(before.original_model.parameters(), lr=3e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(before.original_model.parameters(), lr=4e-3, weight_decay=0.1)
     torch.stack(terms).mean().backward()
     gradients = {n: p.grad for n, p in before.original_model.named_parameters()}
     optimizer.step()

@@ -24,7 +24,7 @@ SMALL = {
     "rows_per_mapping": 5,
 }
 quick = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 

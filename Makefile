@@ -1,0 +1,43 @@
+# Two commands: `make study` runs the main job, `make test` all quick tests. Each makes .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := lensclust probes studies tests
+
+.PHONY: study test test-slow check bench lock clean
+
+study: .venv/installed
+	$(BIN)/lensclust run emergence --out runs/emergence --resume
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow tests
+
+check: .venv/installed-test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/pyright
+
+bench: .venv/installed-test
+	$(BIN)/python -m tests.benchmarks
+
+# One universal lock for every supported Python; extras are pinned too.
+lock: .venv/installed-test
+	$(BIN)/pip install --quiet uv
+	echo "torch==2.13.0" | $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
+		--all-extras --no-annotate --no-header --constraint - pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv runs .ruff_cache .pytest_cache .hypothesis dist
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The lock is a constraint: it pins every package, and pip takes those that the platform needs.
+.venv/installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test]"
+	touch $@

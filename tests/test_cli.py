@@ -1,0 +1,188 @@
+"""The command: exit status, one-line errors, nothing written where the input is unusable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lensclust.cli import main
+from tests.tiny import hf_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--preset", "smoke", "--jobs", "1", "--quiet", "--steps", "8", "--permutations", "3"]
+QUICK += ["--n-checkpoints", "2", "--seeds"]
+
+
+def one_line_error(capsys, arguments: list[str]) -> str:
+    status = main(arguments)
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
+    assert captured.err.startswith("lensclust: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_help_and_studies(capsys):
+    assert main(["--help"]) == 0
+    assert "usage: lensclust" in capsys.readouterr().out
+    assert main(["studies"]) == 0
+    listed = capsys.readouterr().out
+    assert "emergence" in listed
+    assert "2402.12151" in listed
+    assert main([]) == 2
+
+
+def test_help_imports_neither_torch_nor_transformer_lens():
+    program = (
+        "import sys; from lensclust.cli import main; main(['--help']); main(['studies']);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformer_lens', 'pandas')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_options_of_a_study_explain_every_field():
+    shown = subprocess.run(
+        [sys.executable, "-m", "lensclust.cli", "run", "emergence", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert shown.returncode == 0
+    for word in ("--n-tasks", "tasks to learn", "--resume", "--preset", "--out"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "command 'dance' is not known"),
+        (["run", "nothing"], "study 'nothing' is not known: expected one of emergence, realistic"),
+        (["run", "emergence", "--preset", "huge"], "preset 'huge' is not known"),
+        (["run", "emergence", "--seeds", "0"], "seeds: expected at least 1, given 0"),
+        (["run", "emergence", "--n-tasks", "0"], "n_tasks"),
+        (["run", "realistic", "--data", "nowhere"], "no folder 'nowhere/annotations'"),
+        (["run", "realistic", "--inputs", "1"], "inputs=1: an interval needs at least 2"),
+        (["run", "realistic", "--model", "not/a-model"], "not/a-model"),
+        (["extract", "--model", "native:huge", "--tasks", "sif", "--out", "o"], "huge"),
+        (["extract", "--model", "native:sif-small", "--tasks", "x", "--out", "o"], "tasks 'x'"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_unusable_arguments(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line_error(capsys, arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_unusable_site_and_long_prompts_leave_no_store(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--out", "o"]
+    assert "'resid 9' does not exist" in one_line_error(capsys, [*command, "--sites", "resid 9"])
+    model, tokenizer = hf_model("gpt2"), tiny_tokenizer(tmp_path / "tokenizer")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "data"
+    for part, content in {
+        "annotations": {"annotations": [" ".join(["w1"] * 80)]},
+        "execute": {"examples": {"1": {"input": "w2", "output": "w3"}}},
+    }.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "a.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    long = ["extract", "--model", "model", "--tasks", "instruction_induction:data", "--out", "o"]
+    assert "has a context of 64" in one_line_error(capsys, long)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert "model" in one_line_error(capsys, long)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("part", ["annotations", "execute"])
+def test_unusable_task_folders(capsys, tmp_path, monkeypatch, part):
+    monkeypatch.chdir(tmp_path)
+    for name in ("annotations", "execute"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    other = {"annotations": "execute", "execute": "annotations"}[part]
+    (tmp_path / "data" / other / "a.json").write_text("{}")
+    run = ["run", "realistic", "--data", "data", "--out", "o"]
+    assert f"no {part}/a.json" in one_line_error(capsys, run)
+    (tmp_path / "data" / part / "a.json").write_text('{\n "examples": {')
+    (tmp_path / "data" / other / "a.json").write_text('{\n "examples": {')
+    assert "line" in one_line_error(capsys, run)
+    assert not (tmp_path / "o").exists()
+
+
+def test_extract_writes_a_store_that_python_opens(capsys, tmp_path):
+    import lensclust as lc
+    from lensclust.store import open_activations
+
+    out = tmp_path / "acts.zarr"
+    command = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--quiet"]
+    assert main([*command, "--sites", "resid 3", "--out", str(out)]) == 0
+    assert "prompts" in capsys.readouterr().out
+    acts = open_activations(out)
+    assert acts.resid.sizes["layer"] == 1
+    assert acts.attrs["weights"] == lc.fingerprint(lc.load("native:sif-small"))
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--model", "native:sif-small"]) == 0
+    said = capsys.readouterr().out
+    assert "takes effect" in said
+    assert "torch" in said
+
+
+def test_run_ends_with_the_claims_and_the_page_and_is_not_overwritten(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert main(["run", "emergence", *QUICK, "1", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith(str(out / "report.html"))
+    assert "inconclusive" in said
+    for name in ("config.json", "provenance.json", "scores.parquet", "claims.json", "report.html"):
+        assert (out / name).stat().st_size > 0
+    claims = json.loads((out / "claims.json").read_text())
+    keys = ["id", "statement", "source", "origin", "estimate", "ci95", "control", "rule"]
+    assert list(claims[0]) == [*keys, "verdict", "n_seeds"]
+    before = (out / "claims.json").read_bytes()
+    again = ["run", "emergence", *QUICK, "1", "--out", str(out)]
+    assert "holds this run already; continue it with --resume" in one_line_error(capsys, again)
+    other = ["run", "emergence", *QUICK, "1", "--lr", "0.1", "--out", str(out), "--resume"]
+    assert "holds another run (lr 0.003 instead of 0.1)" in one_line_error(capsys, other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    full = ["run", "emergence", *QUICK, "1", "--out", str(tmp_path / "mine")]
+    assert "is not empty and holds no run" in one_line_error(capsys, full)
+    assert main([*again, "--resume"]) == 0
+    assert (out / "claims.json").read_bytes() == before
+    assert main(["report", str(out), str(out), "--out", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").stat().st_size > 0
+
+
+def test_a_killed_run_resumes_to_the_same_claims(tmp_path):
+    def command(out: Path) -> list[str]:
+        program = [sys.executable, "-m", "lensclust.cli", "run", "emergence"]
+        return [*program, *QUICK, "2", "--out", str(out), "--resume"]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        command(killed), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    first_seed_is_done = killed / "parts" / "seed-0" / "frames"
+    deadline = time.time() + 120
+    while not first_seed_is_done.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    assert first_seed_is_done.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "claims.json").exists()
+    for out in (killed, whole):
+        done = subprocess.run(command(out), cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert (killed / "claims.json").read_bytes() == (whole / "claims.json").read_bytes()
