@@ -350,7 +350,7 @@ def _template(
 
 
 def _provenance(
-    model: TransformerLensModel, prompts: Prompts, sites: Sequence[Site], dtype: np.dtype
+    model: Any, prompts: Prompts, sites: Sequence[Site], dtype: np.dtype
 ) -> dict[str, Any]:
     libraries = ("lensclust", "transformer-lens", "transformers", "torch")
     return {

@@ -147,7 +147,7 @@ class Prompts:
             spans=token_spans,
             texts=rendered,
             tokenizer=tokenizer_fingerprint(tokenizer),
-            pad_id=tokenizer.pad_token_id or 0,
+            pad_id=pad if isinstance(pad := tokenizer.pad_token_id, int) else 0,
         )
 
     # -- reading --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -68,7 +68,7 @@ def write(
         start = 0
     else:
         start = _admit(path, frame, resume)
-    store = zarr.open_group(str(path), mode="r+")
+    store = _group(path, "r+")
     shard = int(store.attrs["shard"])
     done = np.asarray(store["checksum"][start : start + frame.sizes["prompt"]]) != 0
     missing = [
@@ -118,7 +118,7 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
     []
     """
     _require_store(Path(path))
-    store = zarr.open_group(str(path), mode="r")
+    store = _group(path, "r")
     written = np.asarray(store["checksum"][:])
     names = json.loads(store.attrs["measured"])
     bad = [
@@ -127,6 +127,11 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
         for kept in [written[_slice(rows)]]
     ]
     return np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
+
+
+def _group(path: str | Path, mode: Literal["r", "r+"]) -> Any:
+    """The zarr group, untyped: zarr cannot know which of its members are arrays."""
+    return zarr.open_group(str(path), mode=mode)
 
 
 def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
@@ -172,7 +177,7 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
 def _admit(path: Path, frame: xr.Dataset, resume: bool) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
     _require_store(path)
-    store = zarr.open_group(str(path), mode="r+")
+    store = _group(path, "r+")
     _require_same(path, store, frame)
     batches = json.loads(str(store.attrs["batches"]))
     n, digest = frame.sizes["prompt"], frame.attrs["prompts"]

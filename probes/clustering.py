@@ -165,7 +165,7 @@ def cluster(
         log.warning("cluster: %s", reason)
     sites = dataset_sites(acts, kinds)
     centroids = _Centroids(labels[by], condition, by, given)
-    work = Parallel(n_jobs=jobs, return_as="generator")(
+    work: Any = Parallel(n_jobs=jobs, return_as="generator")(
         delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed)
         for values in (site_values(acts, site, position=position) for site in sites)
     )

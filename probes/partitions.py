@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -140,7 +141,8 @@ def partition(
     with warnings.catch_warnings():
         # Distinct rows that coincide in single precision still end in fewer clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(k, n_init=n_init, random_state=seed).fit(x)
+        options: dict[str, Any] = {"n_init": n_init, "random_state": seed}
+        found = KMeans(k, **options).fit(x)
     return np.asarray(found.labels_)
 
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 import probes
+from studies.frames import plane
 from studies.study import Context, Findings, Study
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
-PAPER = "Wu & Varshney, arXiv 2402.12151"
 SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 UNSEEN = "new_string"
 # Heads are chosen on one split and reported on another: the best of many is biased upwards.
@@ -87,10 +86,12 @@ class Emergence(Study):
     def run(self, context: Context) -> Findings:
         """Train and measure each seed, then decide the claims over seeds."""
         found = context.sweep(partial(measure, self), context.seeds, "seed")
+        from studies.emergence_findings import claims, pictures
+
         scores, states = found["scores"], found["states"]
         return Findings(
             scores=scores,
-            claims=claims(scores, self),
+            claims=claims(scores),
             figures=pictures(scores, states),
             notes=[
                 "The paper's sizes and hyper-parameters are not known to us: tasks, model and "
@@ -138,8 +139,8 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         for step, model in run.models():
             acts = lc.extract(model, held_out, ["resid", "head"], progress=False)
             tables.append(cluster_scores(acts, study).assign(step=step))
-            states = plane(acts).assign(step=step)
-        weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(model)]})
+            states = plane_by_layer(acts).assign(step=step)
+        weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
     return {"scores": scores, "states": states.assign(seed=seed), "weights": weights}
 
@@ -192,272 +193,20 @@ def cluster_scores(acts: Any, study: Emergence) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def plane(acts: Any) -> pd.DataFrame:
+def plane_by_layer(acts: Any) -> pd.DataFrame:
     """Two principal components by layer of the states that share one input."""
     import numpy as np
     import pandas as pd
-    from sklearn.decomposition import PCA
 
     part = acts.isel(prompt=np.flatnonzero(acts["split"].values == UNSEEN))
     tasks = pd.Series(part["task"].values).groupby(part["input"].values).nunique()
     part = part.isel(prompt=np.flatnonzero(part["input"].values == tasks.idxmax()))
     labels = {name: part[name].values for name in ("instruction", "template", "input")}
     labels["task"] = [f"task {number}" for number in part["task"].values]
-    tables = []
-    for layer in part["layer"].values:
-        points = PCA(2, svd_solver="full").fit_transform(part.resid.sel(layer=layer)[:, 0].values)
-        tables.append(
-            pd.DataFrame({"layer": layer, "x": points[:, 0], "y": points[:, 1], **labels})
-        )
-    return pd.concat(tables, ignore_index=True)
-
-
-def claims(scores: pd.DataFrame, study: Emergence) -> list[lc.Claim]:
-    """Decide the claims; every value is one seed's."""
-    from lensclust.results import decide
-
-    ari = Curves(scores)
-    top, first, last = ari.layers[-1], ari.steps[0], ari.steps[-1]
-    middle = min(ari.steps[1:-1] or [first], key=lambda step: abs(step - last / 2))
-    final, untrained = ari.of(UNSEEN, top, last), ari.of(UNSEEN, top, first)
-    null = ari.null(UNSEEN, top, last)
-    rise = final - untrained
-    accuracy = {split: ari.accuracy(split, last) for split in (UNSEEN, "new_regex")}
-    chance = {split: ari.chance(split) for split in (UNSEEN, "new_regex")}
-    head, typical, untrained_head = ari.heads()
-    paper = {"source": PAPER, "origin": "reconstruction"}
-    return [
-        decide(
-            "rises",
-            "Clustering by task rises with training (last layer, unseen strings, given the input)",
-            rise,
-            control={"untrained model": _mean(untrained), "permuted labels": _mean(null)},
-            at_least=0.0,
-            **paper,
-        ),
-        decide(
-            "saturates",
-            "and saturates: the share of the rise that comes in the second half is small",
-            (final - ari.of(UNSEEN, top, middle)) / rise,
-            control={"share of a steady rise": 0.5},
-            at_most=0.25,
-            **paper,
-        ),
-        decide(
-            "clusters",
-            "At the end the last layer clusters unseen strings by task (ARI given the input)",
-            final,
-            control={"permuted labels": _mean(null), "untrained model": _mean(untrained)},
-            at_least=0.85,
-            **paper,
-        ),
-        decide(
-            "deeper",
-            "Deeper layers cluster more (rank correlation of ARI with layer)",
-            ari.depth_correlation(last),
-            control={"untrained model": _mean(ari.depth_correlation(first))},
-            at_least=0.0,
-            **paper,
-        ),
-        decide(
-            "embedding-flat",
-            "The embedding layer stays flat (largest ARI of layer 0 at any checkpoint)",
-            ari.largest(UNSEEN, ari.layers[0]),
-            control={"permuted labels": _mean(ari.null(UNSEEN, ari.layers[0], last))},
-            at_most=0.05,
-            **paper,
-        ),
-        decide(
-            "unseen-strings",
-            "The model answers unseen strings of known expressions (accuracy)",
-            accuracy[UNSEEN],
-            control={"best answer from the input alone": _mean(chance[UNSEEN])},
-            at_least=0.97,
-            **paper,
-        ),
-        decide(
-            "unseen-expressions",
-            "and fails on expressions never trained on (accuracy above the input alone)",
-            accuracy["new_regex"] - chance["new_regex"],
-            control={
-                "accuracy": _mean(accuracy["new_regex"]),
-                "best answer from the input alone": _mean(chance["new_regex"]),
-            },
-            at_most=0.1,
-            source=PAPER,
-            origin="extension",
-        ),
-        decide(
-            "unclustered-expressions",
-            "whose states do not cluster by task as those of unseen strings do (ARI lost)",
-            final - ari.of("new_regex", top, last),
-            control={
-                "unseen strings": _mean(final),
-                "unseen expressions": _mean(ari.of("new_regex", top, last)),
-                "permuted labels": _mean(ari.null("new_regex", top, last)),
-            },
-            at_least=0.5,
-            source=PAPER,
-            origin="extension",
-        ),
-        decide(
-            "tracks-accuracy",
-            "Clustering and accuracy move together over checkpoints (rank correlation)",
-            ari.accuracy_correlation(top),
-            control={"layer 0": _mean(ari.accuracy_correlation(ari.layers[0]))},
-            at_least=0.0,
-            **paper,
-        ),
-        decide(
-            "heads",
-            "Few heads carry it: the best head (chosen on other prompts) above the median head",
-            head - typical,
-            control={"median head": _mean(typical), "same head untrained": _mean(untrained_head)},
-            at_least=0.0,
-            source="this project",
-            origin="extension",
-        ),
-    ]
-
-
-class Curves:
-    """The scores as arrays over seeds."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        clusters = scores[(scores["metric"] == "ari") & (scores["given"] == "input")]
-        clusters = clusters[clusters["by"] == "task"]
-        self.resid = clusters[clusters["kind"] == "resid"]
-        self.head = clusters[clusters["kind"] == "head"]
-        self.model = scores[(scores["kind"] == "model") & (scores["metric"] == "accuracy")]
-        self.layers = [int(layer) for layer in sorted(self.resid["layer"].unique())]
-        self.steps = [int(step) for step in sorted(self.resid["step"].unique())]
-
-    def of(self, split: str, layer: int, step: int) -> np.ndarray:
-        return self._resid(split, layer, step)["value"].to_numpy()
-
-    def null(self, split: str, layer: int, step: int) -> np.ndarray:
-        return self._resid(split, layer, step)["null_mean"].to_numpy()
-
-    def largest(self, split: str, layer: int) -> np.ndarray:
-        rows = self.resid[(self.resid["split"] == split) & (self.resid["layer"] == layer)]
-        return rows.groupby("seed")["value"].max().to_numpy()
-
-    def accuracy(self, split: str, step: int) -> np.ndarray:
-        rows = self.model[(self.model["split"] == split) & (self.model["step"] == step)]
-        return rows.sort_values("seed")["value"].to_numpy()
-
-    def chance(self, split: str) -> np.ndarray:
-        rows = self.model[self.model["split"] == split]
-        return rows.groupby("seed")["null_mean"].first().to_numpy()
-
-    def depth_correlation(self, step: int) -> np.ndarray:
-        rows = self.resid[(self.resid["split"] == UNSEEN) & (self.resid["step"] == step)]
-        return _rank_correlations(rows, "layer", "value")
-
-    def accuracy_correlation(self, layer: int) -> np.ndarray:
-        rows = self.resid[(self.resid["split"] == UNSEEN) & (self.resid["layer"] == layer)]
-        accuracy = self.model[self.model["split"] == UNSEEN][["seed", "step", "value"]]
-        both = rows.merge(accuracy, on=["seed", "step"], suffixes=("", "_accuracy"))
-        return _rank_correlations(both, "value", "value_accuracy")
-
-    def heads(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ARI on unseen strings by seed: best head, median head, best head before training."""
-        import numpy as np
-
-        found = []
-        for _, rows in self.head.groupby("seed"):
-            scores = rows.pivot_table("value", "site", ["split", "step"])
-            best = scores[CHOOSING, self.steps[-1]].idxmax()
-            final = scores[UNSEEN, self.steps[-1]]
-            found.append((final[best], final.median(), scores[UNSEEN, self.steps[0]][best]))
-        best, median, untrained = np.array(found).T
-        return best, median, untrained
-
-    def _resid(self, split: str, layer: int, step: int) -> pd.DataFrame:
-        rows = self.resid[(self.resid["split"] == split) & (self.resid["layer"] == layer)]
-        return rows[rows["step"] == step].sort_values("seed")
-
-
-def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
-    """The study's figures, by file name."""
-    from lensclust import figures
-
-    clusters = scores[(scores["metric"] == "ari") & (scores["kind"] == "resid")]
-    given = clusters[(clusters["given"] == "input") & (clusters["by"] == "task")]
-    unseen = given[given["split"] == UNSEEN]
-    last = unseen["step"].max()
-    heads = scores[(scores["metric"] == "ari") & (scores["kind"] == "head")]
-    heads = heads[(heads["split"] == UNSEEN) & (heads["step"] == last) & (heads["by"] == "task")]
-    top = given[given["layer"] == given["layer"].max()]
-    together = clusters[(clusters["given"] == "none") & (clusters["step"] == last)]
-    accuracy = scores[(scores["kind"] == "model") & (scores["metric"] == "accuracy")]
-    return {
-        "ari_by_layer": figures.curves(
-            unseen,
-            color="step",
-            title="Clustering by task, layer by layer over training",
-            caption="ARI on unseen strings.",
-            y_title="ARI",
-        ),
-        "ari_over_training": figures.curves(
-            unseen,
-            x="step",
-            color="layer",
-            title="Clustering by task over training",
-            caption="ARI on unseen strings.",
-            y_title="ARI",
-        ),
-        "splits": figures.curves(
-            top,
-            x="step",
-            color="split",
-            title="The last layer on each split",
-            caption="ARI at the last layer.",
-            y_title="ARI",
-        ),
-        "accuracy": figures.curves(
-            accuracy,
-            x="step",
-            color="split",
-            band=None,
-            title="Accuracy on each split",
-            caption="Exact match of the answer; new_regex cannot be known and is the control.",
-            y_title="accuracy",
-        ),
-        "heads": figures.head_map(
-            heads,
-            title="Which heads carry the task",
-            caption="ARI of each head's contribution to the residual stream, unseen strings, "
-            "given the input, after training.",
-        ),
-        "task_and_input": figures.curves(
-            together,
-            color="by",
-            title="All prompts together: task against input",
-            caption="k-means over all unseen strings with as many clusters as tasks, after "
-            "training. At the answering token the state is a code of both.",
-            y_title="ARI",
-        ),
-        "clusters": figures.scatter(
-            states[states["seed"] == states["seed"].min()],
-            title="The states of one input, by layer",
-            caption="Two principal components of each layer after training, unseen strings.",
-            tooltip=("instruction", "template", "input"),
-        ),
-    }
-
-
-def _rank_correlations(rows: pd.DataFrame, a: str, b: str) -> np.ndarray:
-    """Spearman's rho in each seed; 0 where one side does not vary."""
-    import numpy as np
-    from scipy.stats import spearmanr
-
-    found = []
-    for _, seed in rows.groupby("seed"):
-        varies = seed[a].nunique() > 1 and seed[b].nunique() > 1
-        found.append(float(spearmanr(seed[a], seed[b]).statistic) if varies else 0.0)
-    return np.array(found)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean())
+    return pd.concat(
+        [
+            plane(part.resid.sel(layer=layer)[:, 0].values, layer=layer, **labels)
+            for layer in part["layer"].values
+        ],
+        ignore_index=True,
+    )

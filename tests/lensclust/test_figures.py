@@ -161,6 +161,43 @@ def test_colour_stands_alone_where_shape_says_something_else() -> None:
     assert [tip["title"] for tip in encoding["tooltip"]] == ["task", "template", "input"]
 
 
+@pytest.mark.parametrize("dtype", ["str", "string", "category", object])
+def test_digits_that_are_text_are_names(dtype: Any) -> None:
+    frame = points().assign(task=pd.Series([str(i % 10) for i in range(40)]).astype(dtype))
+    color = figures.scatter(frame, **WORDS).to_dict()["spec"]["encoding"]["color"]
+    assert color["type"] == "nominal"
+    assert color["scale"]["range"][:8] == list(figures.PALETTE)
+    numbers = frame.assign(task=frame["task"].astype(int))
+    color = figures.scatter(numbers, **WORDS).to_dict()["spec"]["encoding"]["color"]
+    assert color["type"] == "ordinal"
+
+
+def test_a_stack_holds_its_charts_with_their_own_scales_and_selections(tmp_path: Path) -> None:
+    parts = [make() for make in CHARTS.values()]
+    stack = figures.stack(parts)
+    spec = stack.to_dict()
+    alone = [figures.specification(part) for part in parts]
+    assert [p["title"] for p in spec["vconcat"]] == [p["title"] for p in alone]
+    for held, part in zip(spec["vconcat"], alone, strict=True):
+        assert spec["datasets"][held["data"]["name"]] == part["datasets"][part["data"]["name"]]
+    assert set(spec["resolve"]["scale"].values()) == {"independent"}
+    selections = [param["name"] for param in spec["params"]]
+    assert len(set(selections)) == len(selections) == sum("params" in part for part in alone)
+    used = {name for name in selections if f'"param": "{name}"' in json.dumps(spec["vconcat"])}
+    assert used == set(selections)
+    views = [view for param in spec["params"] for view in param["views"]]
+    assert all(json.dumps(spec["vconcat"]).count(f'"name": "{view}"') == 1 for view in views)
+
+    first, second = (figures.save(stack, tmp_path, name) for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    root = ET.parse(first).getroot()
+    assert "".join(root.itertext()).count("A title") >= len(parts)
+    assert root.attrib["aria-label"].count("Heat map of value") == 1
+    assert figures.stack([stack, parts[0]]).to_dict()["vconcat"][0]["vconcat"]
+    with pytest.raises(ValueError, match="stack: no chart given"):
+        figures.stack([])
+
+
 def test_missing_values_are_left_out_not_drawn_as_zero() -> None:
     frame = heads()
     frame.loc[3, "value"] = np.nan

@@ -183,7 +183,7 @@ def test_all_scores_are_downloaded_and_the_first_are_shown(tmp_path: Path) -> No
 def test_scores_too_large_for_the_page_are_left_in_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lensclust.report.page._MAX_CSV_BYTES", 10)
+    monkeypatch.setattr("lensclust.report.run_content._MAX_CSV_BYTES", 10)
     page = Page(write_page([make_run(tmp_path / "run")]).read_text(encoding="utf-8"))
     assert not [a for a in page.all("a") if "download" in a]
     assert "too large for this page" in page.text

@@ -1,0 +1,92 @@
+"""From a column to an axis, a colour, a shape or a tooltip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from lensclust.figures.frames import is_number
+from lensclust.figures.style import NULL_LABEL, PALETTE, SHAPES
+
+
+def tip(field: str, title: str, number_format: str | None = None) -> alt.Tooltip:
+    if number_format is None:
+        return alt.Tooltip(field=field, type="nominal", title=title)
+    return alt.Tooltip(field=field, type="quantitative", title=title, format=number_format)
+
+
+def seed_tips(seeds: pd.Series) -> list[alt.Tooltip]:
+    if seeds.max() <= 1:
+        return []
+    return [tip("low", "lowest seed", ".3f"), tip("high", "highest seed", ".3f")]
+
+
+def x_axis(values: pd.Series, name: str, *, narrow: bool) -> alt.X:
+    if not is_number(values):
+        order = list(dict.fromkeys(values))
+        axis = alt.Axis(title=name, labelAngle=-30)
+        return alt.X(field="x", type="ordinal", sort=order, axis=axis)
+    if name == "step":
+        # A plain logarithm has no place for step 0; the linear part ends at the first real step.
+        positive = values[values > 0]
+        unit = float(positive.min()) if len(positive) else 1.0
+        ticks = _log_ticks(float(values.min()), unit, float(values.max()))
+        axis = alt.Axis(
+            title="training step", values=ticks, grid=False, labelExpr="format(datum.value, '~s')"
+        )
+        scale = alt.Scale(type="symlog", constant=unit, nice=False, padding=6)
+        return alt.X(field="x", type="quantitative", axis=axis, scale=scale)
+    axis = alt.Axis(title=name, tickCount=6 if narrow else 12, grid=False)
+    if bool((values == values.round()).all()):
+        axis = alt.Axis(title=name, tickCount=6 if narrow else 12, grid=False, tickMinStep=1)
+    scale = alt.Scale(nice=False, zero=False, padding=6)
+    return alt.X(field="x", type="quantitative", axis=axis, scale=scale)
+
+
+def _log_ticks(lowest: float, unit: float, highest: float) -> list[float]:
+    """0 if the axis reaches it, and powers of ten, or 1-2-5 where those are too few."""
+    exponents = range(math.floor(math.log10(unit)), math.ceil(math.log10(max(highest, unit))) + 1)
+    tens = [10.0**e for e in exponents if unit <= 10.0**e <= highest]
+    finer = [m * 10.0**e for e in exponents for m in (1, 2, 5) if unit <= m * 10.0**e <= highest]
+    return ([0.0] if lowest <= 0 else []) + (tens if len(tens) >= 3 else finer)
+
+
+def series(values: pd.Series, name: str, *, field: str = "line") -> dict[str, Any]:
+    """Colour (and shape) encodings of the values of a column."""
+    if is_number(values):
+        steps = sorted(values.unique().tolist())
+        spaced = np.linspace(0, len(steps) - 1, min(8, len(steps))).round().astype(int)
+        legend = alt.Legend(
+            title=name, values=[steps[i] for i in spaced], symbolOpacity=1, symbolSize=60
+        )
+        color = alt.Color(field=field, type="ordinal", sort="ascending", legend=legend)
+        return {"color": color}
+    legend = alt.Legend(title=name, symbolOpacity=1, symbolSize=60)
+    colors, shapes = cycled(values, PALETTE), cycled(values, SHAPES)
+    return {
+        "color": alt.Color(field=field, type="nominal", scale=colors, legend=legend),
+        "shape": alt.Shape(field=field, type="nominal", scale=shapes, legend=legend),
+    }
+
+
+def cycled(values: pd.Series, choices: Sequence[str]) -> alt.Scale:
+    domain = list(dict.fromkeys(values.astype(str)))
+    return alt.Scale(domain=domain, range=[choices[i % len(choices)] for i in range(len(domain))])
+
+
+def null_fill(field: str) -> alt.Fill:
+    """Grey, with a legend entry of its own; ``field`` holds ``NULL_LABEL`` in the rows drawn."""
+    scale = alt.Scale(domain=[NULL_LABEL], range=["#888888"])
+    legend = alt.Legend(title=None, symbolType="square", symbolOpacity=0.6, symbolStrokeWidth=0)
+    return alt.Fill(field=field, type="nominal", scale=scale, legend=legend)
+
+
+def null_band(x: alt.X, low: alt.Y, high: alt.Y2) -> alt.Chart:
+    band = alt.Chart().transform_filter(f"datum.part === '{NULL_LABEL}'")
+    fill = null_fill("part")
+    return band.mark_area(opacity=0.3, aria=False).encode(x=x, y=low, y2=high, fill=fill)

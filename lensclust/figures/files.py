@@ -1,0 +1,100 @@
+"""From a chart to its files, with neither a browser nor a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import altair as alt
+import vl_convert
+
+from lensclust.figures.style import Picture
+from lensclust.run_directory import write_atomically
+
+
+def save(chart: Picture, folder: str | Path, name: str) -> Path:
+    """Write ``name.vl.json`` (interactive) and ``name.svg`` (still); return the SVG's path.
+
+    Both are written whole or not at all, and the same data give the same bytes.
+
+    Raises:
+        ValueError: if ``name`` is not a plain file name.
+
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> from lensclust.figures import bars
+    >>> frame = pd.DataFrame({"condition": ["best layer"], "value": [0.7]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(bars(frame, title="ARI", caption=""), folder, "baselines")
+    ...     print(path.name, sorted(p.name for p in path.parent.iterdir()))
+    baselines.svg ['baselines.svg', 'baselines.vl.json']
+    """
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise ValueError(f"save: figure name {name!r} is not a plain file name")
+    spec = specification(chart)
+    content = json.dumps(spec, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_atomically(Path(folder) / f"{name}.vl.json", content + "\n")
+    still = Path(folder) / f"{name}.svg"
+    write_atomically(still, render_svg(spec))
+    return still
+
+
+def specification(chart: Picture) -> dict[str, Any]:
+    """The Vega-Lite JSON of a chart, the same for the same chart in every process.
+
+    >>> import pandas as pd
+    >>> from lensclust.figures import bars
+    >>> frame = pd.DataFrame({"condition": ["a", "b"], "value": [0.7, 0.1]})
+    >>> one, two = (bars(frame, title="t", caption="c") for _ in range(2))
+    >>> specification(one) == specification(two)
+    True
+    """
+    with alt.data_transformers.enable("default", max_rows=None):
+        spec = chart.to_dict()
+    # Altair numbers the views in the order in which the process made them.
+    names = dict.fromkeys(re.findall(r'"(view_\w+)"', json.dumps(spec)))
+    stable = {name: f"view_{index}" for index, name in enumerate(names)}
+    return renamed(spec, stable)
+
+
+def render_svg(spec: dict[str, Any]) -> str:
+    """A Vega-Lite specification as SVG text, with stable ids and without any network.
+
+    >>> import pandas as pd
+    >>> from lensclust.figures import bars
+    >>> frame = pd.DataFrame({"condition": ["a"], "value": [0.7]})
+    >>> render_svg(specification(bars(frame, title="t", caption="c")))[:4]
+    '<svg'
+    """
+    svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+    # Vega counts clip paths and gradients over the life of the process.
+    seen: dict[str, str] = {}
+
+    def renumber(match: re.Match[str]) -> str:
+        new = seen.setdefault(match[2], f"{match[2].rstrip('0123456789')}{len(seen)}")
+        return match[1] + new
+
+    svg = re.sub(r"""(\bid="|url\(#)((?:clip|gradient_)\d+)""", renumber, svg)
+    # Vega gives the description to the element around the picture, which a file has not.
+    description = str(spec.get("description", ""))
+    return svg.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)
+
+
+def renamed(node: Any, names: dict[str, str]) -> Any:
+    """``node`` with the names of views and selections replaced where a specification keeps them."""
+    if isinstance(node, list):
+        return [renamed(item, names) for item in node]
+    if not isinstance(node, dict):
+        return node
+    copy = {key: renamed(item, names) for key, item in node.items() if key != "datasets"}
+    if "datasets" in node:
+        copy["datasets"] = node["datasets"]
+    for key in ("name", "param"):
+        if isinstance(node.get(key), str):
+            copy[key] = names.get(node[key], node[key])
+    if isinstance(node.get("views"), list):
+        copy["views"] = [names.get(view, view) for view in node["views"]]
+    return copy

@@ -1,0 +1,163 @@
+"""What a run directory says: read, checked and made ready to be laid out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+from markupsafe import Markup
+from pandas.api.types import is_numeric_dtype
+
+from lensclust.errors import InputError
+from lensclust.figures import render_svg
+from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped, number
+from lensclust.results import Claim, Verdict
+
+_FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
+_MAX_ROWS = 500
+_MAX_CSV_BYTES = 2_000_000
+_CLAIM_KEYS = tuple(field.name for field in fields(Claim))
+_VERDICTS = get_args(Verdict)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a run: its still, and its interactive specification where there is one."""
+
+    anchor: str
+    title: str
+    caption: str
+    description: str
+    still: str
+    spec: Markup | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run directory says, ready to be laid out."""
+
+    anchor: str
+    name: str
+    study: str
+    facts: tuple[str, ...]
+    claims: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    columns: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[str, ...], ...]
+    n_rows: int
+    csv: str | None
+    settings: tuple[tuple[str, str], ...]
+    provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+    def count(self, verdict: str) -> int:
+        """How many claims ended with a verdict."""
+        return sum(claim["verdict"] == verdict for claim in self.claims)
+
+
+def read_run(folder: Path, anchor: str) -> Run:
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        what = "a directory" if folder.is_dir() else "no directory"
+        raise InputError(
+            f"report: {folder} is {what} without {missing[0]}: expected a run directory with "
+            f"{', '.join(_FILES)}"
+        )
+    config = _read_json(folder / "config.json", dict)
+    provenance = _read_json(folder / "provenance.json", dict)
+    claims = _read_claims(folder / "claims.json")
+    notes_file = folder / "notes.json"
+    notes = _read_json(notes_file, list) if notes_file.is_file() else []
+    scores = _read_scores(folder / "scores.parquet")
+    shown = scores.head(_MAX_ROWS)
+    return Run(
+        anchor=anchor,
+        name=folder.resolve().name,
+        study=str(config.get("study", folder.resolve().name)),
+        facts=facts(config, provenance),
+        claims=claims,
+        notes=tuple(str(note) for note in notes),
+        figures=tuple(_read_figures(folder / "figures", anchor)),
+        columns=tuple((str(name), is_numeric_dtype(scores[name])) for name in scores),
+        rows=tuple(
+            tuple(number(item) for item in row)
+            for row in zip(*(shown[name].tolist() for name in shown), strict=True)
+        ),
+        n_rows=len(scores),
+        csv=data_uri(scores.to_csv(index=False), "text/csv", limit=_MAX_CSV_BYTES),
+        settings=tuple(flatten(config)),
+        provenance=tuple(grouped(provenance)),
+    )
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"report: {path} is not readable JSON: {error}") from error
+    if not isinstance(content, kind):
+        wanted = {dict: "an object", list: "a list"}[kind]
+        raise InputError(f"report: {path} holds {type(content).__name__}, expected {wanted}")
+    return content
+
+
+def _read_claims(path: Path) -> tuple[dict[str, Any], ...]:
+    claims = _read_json(path, list)
+    for index, claim in enumerate(claims):
+        if not isinstance(claim, dict):
+            raise InputError(f"report: {path}: claim {index} is not an object")
+        missing = [key for key in _CLAIM_KEYS if key not in claim]
+        if missing:
+            raise InputError(f"report: {path}: claim {index} has no {missing[0]!r}")
+        if claim["verdict"] not in _VERDICTS:
+            raise InputError(
+                f"report: {path}: claim {index} has verdict {claim['verdict']!r}, expected one of "
+                f"{list(_VERDICTS)}"
+            )
+        interval = claim["ci95"]
+        if not (isinstance(interval, list) and len(interval) == 2):
+            raise InputError(f"report: {path}: claim {index} has ci95 {interval!r}, expected two")
+        if not isinstance(claim["control"], dict):
+            raise InputError(f"report: {path}: claim {index} has a control that is no object")
+    return tuple(claims)
+
+
+def _read_scores(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are both
+        reason = str(error).splitlines()[0]
+        raise InputError(f"report: {path} is not a readable parquet file: {reason}") from error
+
+
+def _read_figures(folder: Path, anchor: str) -> list[Figure]:
+    stills = {path.name.removesuffix(".svg"): path for path in folder.glob("*.svg")}
+    specs = {path.name.removesuffix(".vl.json"): path for path in folder.glob("*.vl.json")}
+    return [
+        _read_figure(name, specs.get(name), stills.get(name), f"{anchor}-{index}")
+        for index, name in enumerate(sorted(stills.keys() | specs.keys()))
+    ]
+
+
+def _read_figure(name: str, spec_file: Path | None, svg_file: Path | None, anchor: str) -> Figure:
+    spec = _read_json(spec_file, dict) if spec_file else {}
+    try:
+        svg = svg_file.read_text(encoding="utf-8") if svg_file else render_svg(spec)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"report: {svg_file or spec_file} cannot be drawn: {reason}") from error
+    if "<svg" not in svg[:1000]:
+        raise InputError(f"report: {svg_file} is not an SVG file")
+    meta = spec.get("usermeta", {})
+    title = str(meta.get("title", name.replace("_", " ")))
+    return Figure(
+        anchor=anchor,
+        title=title,
+        caption=str(meta.get("caption", "")),
+        description=str(spec.get("description", title)),
+        still=data_uri(svg, "image/svg+xml") or "",
+        spec=embedded_json(spec) if spec else None,
+    )

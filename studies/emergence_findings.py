@@ -1,0 +1,256 @@
+"""What the scores of the emergence study say: its claims and its figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lensclust as lc
+from lensclust import figures
+from lensclust.results import decide
+from studies.emergence import CHOOSING, UNSEEN
+from studies.frames import rank_correlations, where
+
+PAPER: dict[str, Any] = {
+    "source": "Wu & Varshney, arXiv 2402.12151",
+    "origin": "reconstruction",
+}
+OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
+
+
+class Curves:
+    """The scores as one number a seed."""
+
+    def __init__(self, scores: pd.DataFrame) -> None:
+        ari = where(scores, metric="ari", given="input", by="task")
+        self.resid = where(ari, kind="resid")
+        self.head = where(ari, kind="head")
+        self.model = where(scores, kind="model", metric="accuracy")
+        self.layers = [int(layer) for layer in sorted(self.resid["layer"].unique())]
+        self.steps = [int(step) for step in sorted(self.resid["step"].unique())]
+
+    def ari(self, split: str, layer: int, step: int, column: str = "value") -> np.ndarray:
+        """ARI given the input, or with ``null_mean`` that of permuted labels."""
+        rows = where(self.resid, split=split, layer=layer, step=step)
+        return rows.sort_values(by="seed")[column].to_numpy()
+
+    def largest(self, split: str, layer: int) -> np.ndarray:
+        """Largest ARI of a layer at any checkpoint."""
+        return where(self.resid, split=split, layer=layer).groupby("seed")["value"].max().to_numpy()
+
+    def accuracy(self, split: str, column: str = "value") -> np.ndarray:
+        """Final accuracy, or with ``null_mean`` the best that the input alone allows."""
+        rows = where(self.model, split=split, step=self.steps[-1])
+        return rows.sort_values(by="seed")[column].to_numpy()
+
+    def with_depth(self, step: int) -> np.ndarray:
+        """Rank correlation of ARI with layer."""
+        rows = where(self.resid, split=UNSEEN, step=step)
+        return rank_correlations(rows, "layer", "value", by="seed").to_numpy()
+
+    def with_accuracy(self, layer: int) -> np.ndarray:
+        """Rank correlation of ARI with accuracy over checkpoints."""
+        accuracy = where(self.model, split=UNSEEN)[["seed", "step", "value"]]
+        rows = where(self.resid, split=UNSEEN, layer=layer)
+        both = rows.merge(accuracy, on=["seed", "step"], suffixes=("", "_accuracy"))
+        return rank_correlations(both, "value_accuracy", "value", by="seed").to_numpy()
+
+    def heads(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ARI on unseen strings: best head, median head, best head before training."""
+        first, last = self.steps[0], self.steps[-1]
+        found = []
+        for _, rows in self.head.groupby("seed"):
+            by_site = rows.pivot_table("value", "site", ["split", "step"])
+            best = by_site[CHOOSING, last].idxmax()
+            final, untrained = by_site[UNSEEN, last], by_site[UNSEEN, first]
+            found.append((final.loc[best], final.median(), untrained.loc[best]))
+        best_head, median, before = np.array(found, dtype=float).T
+        return best_head, median, before
+
+
+def claims(scores: pd.DataFrame) -> list[lc.Claim]:
+    """Decide the claims; every value is one seed's."""
+    seen = Curves(scores)
+    bottom, top, first, last = seen.layers[0], seen.layers[-1], seen.steps[0], seen.steps[-1]
+    middle = min(seen.steps[:-1], key=lambda step: abs(step - last / 2))
+    final, untrained = seen.ari(UNSEEN, top, last), seen.ari(UNSEEN, top, first)
+    null = seen.ari(UNSEEN, top, last, "null_mean").mean()
+    rise = final - untrained
+    never = seen.ari("new_regex", top, last)
+    head, typical, head_before = seen.heads()
+    return [
+        decide(
+            "rises",
+            "Clustering by task rises with training (last layer, unseen strings, given the input)",
+            rise,
+            control={"untrained model": untrained.mean(), "permuted labels": null},
+            at_least=0,
+            **PAPER,
+        ),
+        decide(
+            "saturates",
+            "and saturates: the share of the rise that comes in the second half is small",
+            (final - seen.ari(UNSEEN, top, middle)) / rise,
+            control={"share of a steady rise": 1 - middle / last},
+            at_most=0.25,
+            **PAPER,
+        ),
+        decide(
+            "clusters",
+            "At the end the last layer clusters unseen strings by task (ARI given the input)",
+            final,
+            control={"permuted labels": null, "untrained model": untrained.mean()},
+            at_least=0.85,
+            **PAPER,
+        ),
+        decide(
+            "deeper",
+            "Deeper layers cluster more (rank correlation of ARI with layer)",
+            seen.with_depth(last),
+            control={"untrained model": seen.with_depth(first).mean()},
+            at_least=0,
+            **PAPER,
+        ),
+        decide(
+            "embedding-flat",
+            "The embedding layer stays flat (largest ARI of layer 0 at any checkpoint)",
+            seen.largest(UNSEEN, bottom),
+            control={"permuted labels": seen.ari(UNSEEN, bottom, last, "null_mean").mean()},
+            at_most=0.05,
+            **PAPER,
+        ),
+        decide(
+            "unseen-strings",
+            "The model answers unseen strings of known expressions (accuracy)",
+            seen.accuracy(UNSEEN),
+            control={"best answer from the input alone": seen.accuracy(UNSEEN, "null_mean").mean()},
+            at_least=0.97,
+            **PAPER,
+        ),
+        decide(
+            "unseen-expressions",
+            "and fails on expressions never trained on (accuracy above the input alone)",
+            seen.accuracy("new_regex") - seen.accuracy("new_regex", "null_mean"),
+            control={
+                "accuracy": seen.accuracy("new_regex").mean(),
+                "best answer from the input alone": seen.accuracy("new_regex", "null_mean").mean(),
+            },
+            at_most=0.1,
+            **OURS,
+        ),
+        decide(
+            "unclustered-expressions",
+            "whose states do not cluster by task as those of unseen strings do (ARI lost)",
+            final - never,
+            control={
+                "unseen strings": final.mean(),
+                "unseen expressions": never.mean(),
+                "permuted labels": seen.ari("new_regex", top, last, "null_mean").mean(),
+            },
+            at_least=0.5,
+            **OURS,
+        ),
+        decide(
+            "unseen-pairs",
+            "Known expressions are answered also with inputs their task showed only through "
+            "another (accuracy above the input alone)",
+            seen.accuracy("new_pair") - seen.accuracy("new_pair", "null_mean"),
+            control={
+                "accuracy": seen.accuracy("new_pair").mean(),
+                "best answer from the input alone": seen.accuracy("new_pair", "null_mean").mean(),
+                "ARI of their states": seen.ari("new_pair", top, last).mean(),
+            },
+            at_least=0,
+            **OURS,
+        ),
+        decide(
+            "tracks-accuracy",
+            "Clustering and accuracy move together over checkpoints (rank correlation)",
+            seen.with_accuracy(top),
+            control={"layer 0": seen.with_accuracy(bottom).mean()},
+            at_least=0,
+            **PAPER,
+        ),
+        decide(
+            "heads",
+            "Few heads carry it: the best head (chosen on other prompts) above the median head",
+            head - typical,
+            control={"median head": typical.mean(), "same head untrained": head_before.mean()},
+            at_least=0,
+            **OURS,
+        ),
+    ]
+
+
+def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
+    """The study's figures, by file name."""
+    seen = Curves(scores)
+    last = seen.steps[-1]
+    unseen = where(seen.resid, split=UNSEEN)
+    together = where(scores, metric="ari", kind="resid", given="none", step=last)
+    found = {
+        "ari_by_layer": figures.curves(
+            unseen,
+            color="step",
+            title="Clustering by task, layer by layer over training",
+            caption="ARI on unseen strings, k-means given the input.",
+            y_title="ARI",
+        ),
+        "ari_over_training": figures.curves(
+            unseen,
+            x="step",
+            color="layer",
+            title="Clustering by task over training",
+            caption="ARI on unseen strings, k-means given the input.",
+            y_title="ARI",
+        ),
+        "splits": figures.curves(
+            where(seen.resid, layer=seen.layers[-1]),
+            x="step",
+            color="split",
+            title="The last layer on each split",
+            caption="ARI at the last layer, k-means given the input.",
+            y_title="ARI",
+        ),
+        "accuracy": figures.curves(
+            seen.model,
+            x="step",
+            color="split",
+            band=None,
+            title="Accuracy on each split",
+            caption="Exact match of the answer; new_regex cannot be known and is the control.",
+            y_title="accuracy",
+        ),
+        "heads": figures.head_map(
+            where(seen.head, split=UNSEEN, step=last),
+            title="Which heads carry the task",
+            caption="ARI of each head's contribution to the residual stream, unseen strings, "
+            "given the input, after training.",
+        ),
+        "task_and_input": figures.curves(
+            together,
+            color="by",
+            title="All prompts together: task against input",
+            caption="k-means over all unseen strings with as many clusters as tasks, after "
+            "training. At the answering token the state is a code of both.",
+            y_title="ARI",
+        ),
+        "clusters": figures.scatter(
+            where(states, seed=states["seed"].min()),
+            title="The states of one input, by layer",
+            caption="Two principal components of each layer after training, unseen strings.",
+            tooltip=("instruction", "template", "input"),
+        ),
+    }
+    by_output = where(scores, metric="ari", kind="resid", given="input", split=UNSEEN, step=last)
+    if by_output["by"].nunique() > 1:
+        found["task_or_output"] = figures.curves(
+            by_output,
+            color="by",
+            title="Task or answer: what do the clusters follow?",
+            caption="The same partitions scored against the task and against its output.",
+            y_title="ARI",
+        )
+    return found
