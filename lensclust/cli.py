@@ -66,7 +66,7 @@ class ExtractOptions:
         out: the store's folder.
         sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
         at: read positions: answer, instruction_end, ...
-        batch_tokens: upper bound of a batch's size, padding included.
+        batch_tokens: upper bound of a batch's size, padding included; default by device.
         dtype: numpy type of what is kept.
         resume: continue a store that was interrupted.
         quiet: no progress bars.
@@ -77,7 +77,7 @@ class ExtractOptions:
     out: Path
     sites: tuple[str, ...] = ("resid", "head")
     at: tuple[str, ...] = ("answer",)
-    batch_tokens: int = 16_384
+    batch_tokens: int | None = None
     dtype: Literal["float16", "float32", "float64"] = "float32"
     resume: bool = False
     quiet: bool = False

@@ -36,6 +36,8 @@ VARIABLES = {
     "mlp_out": ("mlp_out", "block"),
 }
 
+BATCH_TOKENS = {"cpu": 2_048}
+ACCELERATOR_TOKENS = 16_384
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -49,7 +51,7 @@ def extract(
     sites: SiteSelector,
     *,
     at: str | Sequence[str] = "answer",
-    batch_tokens: int = 16_384,
+    batch_tokens: int | None = None,
     shard: int = 512,
     dtype: str = "float32",
     store: str | Path | None = None,
@@ -65,7 +67,8 @@ def extract(
             (all of a kind), one place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list.
             Single heads are read as the smallest block x head rectangle that holds them.
         at: read positions (`Prompts.position`), one or several.
-        batch_tokens: upper bound of a batch's size, padding included.
+        batch_tokens: upper bound of a batch's size, padding included; default 2,048 on a CPU
+            (larger batches leave its caches) and 16,384 elsewhere.
         shard: prompts read between two writes; inside a shard prompts are sorted by length.
         dtype: numpy type of what is kept.
         store: folder of a zarr store to write to instead of memory. A finished store with the
@@ -102,7 +105,7 @@ def extract(
     def shards(pending: Sequence[range]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         total = sum(len(rows) for rows in pending)
         with torch.no_grad(), progress_bar("extract", total, enabled=progress) as advance:
-            reader = _Reader(model, chosen, frame, batch_tokens)
+            reader = _Reader(model, chosen, frame, batch_tokens or default_budget(model))
             for rows in pending:
                 index = torch.arange(rows.start, rows.stop)
                 yield rows, reader.read(prompts, index, positions[index], advance)
@@ -247,7 +250,7 @@ class _Reader:
             for name in _measured(self.frame)
         }
         lengths = prompts.lengths[index]
-        for rows in _batches(lengths, self.batch_tokens):
+        for rows in batches(lengths, self.batch_tokens):
             tokens = prompts.tokens[index[rows], : int(lengths[rows].max())]
             self._run(tokens.to(self.device), rows, positions[rows], buffers)
             advance(len(rows))
@@ -296,7 +299,11 @@ class _Reader:
         )
 
 
-def _batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, " row"]]:
+def default_budget(model: TransformerLensModel) -> int:
+    return BATCH_TOKENS.get(torch.device(model.cfg.device or "cpu").type, ACCELERATOR_TOKENS)
+
+
+def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, " row"]]:
     """Row indices by falling length, cut so that rows x longest stays within the budget.
 
     Longest first: what does not fit in memory fails at once, not after an hour.

@@ -57,7 +57,7 @@ class Emergence(Study):
             "mappings_per_task": 4,
             "regexes_per_task": 2,
             "steps": 150,
-            "n_checkpoints": 4,
+            "n_checkpoints": 3,
             "permutations": 20,
         },
         "default": {},
@@ -138,7 +138,8 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         tables, states = [training_scores(run.frame, prompts)], pd.DataFrame()
         for step, model in run.models():
             acts = lc.extract(model, held_out, ["resid", "head"], progress=False)
-            tables.append(cluster_scores(acts, study).assign(step=step))
+            is_last = step == study.steps
+            tables.append(cluster_scores(acts, study, is_last=is_last).assign(step=step))
             states = plane_by_layer(acts).assign(step=step)
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
@@ -146,12 +147,16 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
 
 
 def clustered_prompts(prompts: lc.Prompts, per_mapping: int) -> lc.Prompts:
-    """The prompts to cluster: every split, the training split cut to the others' size."""
+    """The prompts to cluster: every split, the training split cut to the others' size.
+
+    Inputs that a split shows under one task only have nothing to be clustered by.
+    """
     import numpy as np
 
     rows = prompts.rows
     nth = rows.groupby(["split", "task", "input"]).cumcount()
-    return prompts.take(np.flatnonzero((nth < per_mapping).to_numpy()))
+    tasks = rows.groupby(["split", "input"])["task"].transform("nunique")
+    return prompts.take(np.flatnonzero(((nth < per_mapping) & (tasks > 1)).to_numpy()))
 
 
 def training_scores(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:
@@ -170,8 +175,11 @@ def input_only_accuracy(rows: pd.DataFrame) -> pd.Series:
     return share.groupby("split").sum() / rows.groupby("split").size()
 
 
-def cluster_scores(acts: Any, study: Emergence) -> pd.DataFrame:
-    """Clusters by task at every layer on every split, and at every head on two of them."""
+def cluster_scores(acts: Any, study: Emergence, *, is_last: bool) -> pd.DataFrame:
+    """Clusters by task at every layer on every split, and at every head on unseen strings.
+
+    At the last checkpoint the heads are also scored on the split that the best is chosen on.
+    """
     import numpy as np
     import pandas as pd
 
@@ -181,7 +189,8 @@ def cluster_scores(acts: Any, study: Emergence) -> pd.DataFrame:
         if part.sizes["prompt"] == 0:
             continue
         options: dict[str, Any] = {"permutations": study.permutations, "jobs": 1}
-        kinds = ["resid", "head"] if split in (UNSEEN, CHOOSING) else ["resid"]
+        with_heads = split == UNSEEN or (is_last and split == CHOOSING)
+        kinds = ["resid", "head"] if with_heads else ["resid"]
         against = [] if study.n_outputs is None else ["output"]
         inside = probes.cluster(part, kinds=kinds, score_against=against, **options)
         tables.append(inside.frame.assign(split=split))

@@ -1,0 +1,1 @@
+"""Measured comparisons: ours and its peers in one process, as ratios."""
