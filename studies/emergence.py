@@ -40,6 +40,7 @@ class Emergence(Study):
         n_outputs: output tokens, by default as many as inputs: then tasks that share an input
             answer it differently. With fewer, states are scored against the output too.
         regexes_per_task: regular expressions each task's instructions come from.
+        held_out_regexes: further expressions of each task, never trained on: the control.
         rows_per_mapping: prompts of each task and input in each split.
         steps: training steps.
         batch_size: prompts a step.
@@ -56,6 +57,7 @@ class Emergence(Study):
             "n_inputs": 5,
             "mappings_per_task": 4,
             "regexes_per_task": 2,
+            "held_out_regexes": 2,
             "steps": 150,
             "n_checkpoints": 3,
             "permutations": 20,
@@ -76,6 +78,7 @@ class Emergence(Study):
     mappings_per_task: int = 5
     n_outputs: int | None = None
     regexes_per_task: int = 3
+    held_out_regexes: int = 10
     rows_per_mapping: int = 8
     steps: int = 800
     batch_size: int = 64
@@ -116,6 +119,7 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         mappings_per_task=study.mappings_per_task,
         n_outputs=study.n_outputs,
         regexes_per_task=study.regexes_per_task,
+        held_out_regexes=study.held_out_regexes,
         rows_per_mapping=study.rows_per_mapping,
         seed=seed,
     )

@@ -10,10 +10,9 @@ import torch
 
 from lensclust.run_directory import machine, write_atomically
 from tests.benchmarks import extraction
+from tests.benchmarks.readme import put
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 
 
 def main() -> None:
@@ -29,10 +28,7 @@ def main() -> None:
     write_atomically(RESULTS / "extraction.json", json.dumps(result, indent=2) + "\n")
     text = table(frame, peaks, result)
     print(text)
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    write_atomically(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    put("make bench", text)
 
 
 def table(frame: pd.DataFrame, peaks: dict[int, float], result: dict[str, object]) -> str:
