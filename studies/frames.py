@@ -28,10 +28,12 @@ def rank_correlations(frame: pd.DataFrame, a: str, b: str, *, by: str) -> pd.Ser
     import pandas as pd
 
     found = {
-        key: rows[a].corr(rows[b], method="spearman") if rows[b].nunique() > 1 else 0.0
+        key: rows[a].corr(rows[b], method="spearman")
+        if min(rows[a].nunique(), rows[b].nunique()) > 1
+        else 0.0
         for key, rows in frame.groupby(by)
     }
-    return pd.Series(found).fillna(0.0)
+    return pd.Series(found)
 
 
 def means(table: pd.DataFrame) -> dict[str, float]:

@@ -1,0 +1,120 @@
+"""The emergence study's claims can fail: planted worlds in which they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lensclust as lc
+from studies.emergence import SPLITS, UNSEEN, Emergence, clustered_prompts, input_only_accuracy
+from studies.emergence_findings import claims, pictures
+from studies.frames import plane, rank_correlations, where
+
+STEPS, LAYERS, SEEDS = (0, 50, 400, 800), range(4), range(4)
+
+
+def world(ari: Callable[[str, int, int], float], accuracy: Callable[[str, int], float]):
+    """Scores as the study collects them, from a rule for ARI and one for accuracy."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in SEEDS:
+        for step in STEPS:
+            for split in SPLITS:
+                shared = {"seed": seed, "step": step, "split": split, "null_std": 0.02}
+                known = {"site": "model", "kind": "model", "metric": "accuracy", "null_mean": 0.2}
+                rows.append({**shared, **known, "value": accuracy(split, step)})
+                places = [("resid", layer, None) for layer in LAYERS]
+                places += [("head", layer, head) for layer in (0, 1) for head in (0, 1)]
+                for kind, layer, head in places:
+                    cluster = {"kind": kind, "layer": layer, "head": head, "metric": "ari"}
+                    cluster |= {"site": f"{kind} {layer}.{head}", "by": "task", "null_mean": 0.0}
+                    value = ari(split, step, layer) + 0.001 * rng.normal()
+                    rows += [
+                        {**shared, **cluster, "value": value, "given": given}
+                        for given in ("input", "none")
+                        if given == "input" or (kind, split) == ("resid", UNSEEN)
+                    ]
+    return pd.DataFrame(rows)
+
+
+def learns(split: str, step: int, layer: int) -> float:
+    reach = 0.05 if split == "new_regex" else 0.97
+    return reach * layer / 3 * min(1, step / 400)
+
+
+def verdicts(scores: pd.DataFrame) -> dict[str, str]:
+    return {claim.id: claim.verdict for claim in claims(scores)}
+
+
+def test_a_model_that_learns_supports_the_claims():
+    found = verdicts(
+        world(learns, lambda split, step: 0.2 if split == "new_regex" else min(1, 0.2 + step / 400))
+    )
+    for claim in ("rises", "saturates", "clusters", "deeper", "embedding-flat", "unseen-strings"):
+        assert found[claim] == "supported", claim
+    assert found["unseen-expressions"] == "supported"
+    assert found["unclustered-expressions"] == "supported"
+
+
+@pytest.mark.parametrize(
+    ("ari", "refuted"),
+    [
+        (lambda split, step, layer: -0.01, {"clusters", "unclustered-expressions"}),
+        (lambda split, step, layer: 0.9 - step / 1000, {"rises", "embedding-flat"}),
+        (lambda split, step, layer: (3 - layer) / 3 * min(1, step / 400), {"deeper"}),
+        (lambda split, step, layer: layer / 3 * step / 800, {"saturates"}),
+        (lambda split, step, layer: layer / 3 * min(1, step / 400), {"unclustered-expressions"}),
+    ],
+)
+def test_worlds_in_which_claims_fail(ari, refuted):
+    found = verdicts(world(ari, lambda split, step: 0.2))
+    assert found["unseen-strings"] == "contradicted"
+    for claim in refuted:
+        assert found[claim] == "contradicted", claim
+
+
+def test_a_model_that_answers_what_it_cannot_know_contradicts_the_control():
+    found = verdicts(world(learns, lambda split, step: 0.99))
+    assert found["unseen-expressions"] == "contradicted"
+
+
+def test_every_figure_draws():
+    scores = world(learns, lambda split, step: 0.5)
+    states = plane(np.random.default_rng(0).normal(size=(9, 5)), layer=1, task=["a"] * 9, seed=0)
+    states = states.assign(instruction="s", template="1.0", input="x")
+    assert all(chart.to_dict() for chart in pictures(scores, states).values())
+
+
+def test_chance_is_the_best_answer_without_the_instruction():
+    rows = pd.DataFrame(
+        {"split": ["a"] * 5, "input": list("xxxyy"), "output": ["1", "1", "2", "1", "2"]}
+    )
+    assert input_only_accuracy(rows)["a"] == pytest.approx(3 / 5)
+
+
+def test_only_inputs_under_several_tasks_are_clustered():
+    prompts = lc.tasks.sif(n_tasks=4, n_inputs=5, mappings_per_task=3)
+    kept = clustered_prompts(prompts, 4).rows
+    assert kept.groupby(["split", "input"])["task"].nunique().min() > 1
+    assert kept.groupby(["split", "task", "input"]).size().max() <= 4
+
+
+def test_frames():
+    frame = pd.DataFrame({"s": [0, 0, 0, 1, 1, 1], "a": [1, 2, 3] * 2, "b": [1, 2, 9, 5, 5, 5]})
+    assert rank_correlations(frame, "a", "b", by="s").tolist() == [pytest.approx(1), 0]
+    assert where(frame, s=1, a=[1, 2]).index.tolist() == [3, 4]
+    points = np.random.default_rng(1).normal(size=(20, 6))
+    from sklearn.decomposition import PCA
+
+    expected = PCA(2).fit_transform(points)
+    np.testing.assert_allclose(np.abs(plane(points)[["x", "y"]]), np.abs(expected), atol=1e-8)
+
+
+def test_fields_reach_the_config_only_by_name():
+    assert Emergence.name() == "emergence"
+    assert set(Emergence.presets) == {"smoke", "default", "paper"}
+    for preset in Emergence.presets.values():
+        Emergence(**preset)
