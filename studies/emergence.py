@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lensclust as lc
 import probes
 from studies.frames import plane
-from studies.study import Context, Findings, Study
+from studies.study import Context, Findings, Study, check_clusters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +46,7 @@ class Emergence(Study):
         batch_size: prompts a step.
         lr: peak learning rate.
         n_checkpoints: log-spaced checkpoints, the untrained model included.
+        k: clusters; default as many as tasks are present.
         permutations: permuted labellings behind each score.
     """
 
@@ -84,7 +85,14 @@ class Emergence(Study):
     batch_size: int = 64
     lr: float = 4e-3
     n_checkpoints: int = 8
+    k: int | None = None
     permutations: int = 100
+
+    def check(self) -> None:
+        """Refuse more clusters than there are prompts to cluster."""
+        if self.k is not None:
+            rows = clustered_prompts(task_set(self, 0), self.rows_per_mapping).rows
+            check_clusters(self.k, rows, ["split", "input"])
 
     def run(self, context: Context) -> Findings:
         """Train and measure each seed, then decide the claims over seeds."""
@@ -113,16 +121,7 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
     from lensclust.threads import one_thread
     from lensclust.training import required_sizes
 
-    prompts = lc.tasks.sif(
-        n_tasks=study.n_tasks,
-        n_inputs=study.n_inputs,
-        mappings_per_task=study.mappings_per_task,
-        n_outputs=study.n_outputs,
-        regexes_per_task=study.regexes_per_task,
-        held_out_regexes=study.held_out_regexes,
-        rows_per_mapping=study.rows_per_mapping,
-        seed=seed,
-    )
+    prompts = task_set(study, seed)
     config = native_config(study.model, **required_sizes(prompts))
     # A tiny model gains nothing from a second thread, and one thread is always reproducible.
     with one_thread():
@@ -148,6 +147,20 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
     return {"scores": scores, "states": states.assign(seed=seed), "weights": weights}
+
+
+def task_set(study: Emergence, seed: int) -> lc.Prompts:
+    """The tasks of one seed."""
+    return lc.tasks.sif(
+        n_tasks=study.n_tasks,
+        n_inputs=study.n_inputs,
+        mappings_per_task=study.mappings_per_task,
+        n_outputs=study.n_outputs,
+        regexes_per_task=study.regexes_per_task,
+        held_out_regexes=study.held_out_regexes,
+        rows_per_mapping=study.rows_per_mapping,
+        seed=seed,
+    )
 
 
 def clustered_prompts(prompts: lc.Prompts, per_mapping: int) -> lc.Prompts:
@@ -196,7 +209,7 @@ def cluster_scores(acts: Any, study: Emergence, *, is_last: bool) -> pd.DataFram
         with_heads = split == UNSEEN or (is_last and split == CHOOSING)
         kinds = ["resid", "head"] if with_heads else ["resid"]
         against = [] if study.n_outputs is None else ["output"]
-        inside = probes.cluster(part, kinds=kinds, score_against=against, **options)
+        inside = probes.cluster(part, k=study.k, kinds=kinds, score_against=against, **options)
         tables.append(inside.frame.assign(split=split))
         if split == UNSEEN:
             everything = probes.cluster(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 import probes
-from studies.study import Context, Findings, Study
+from studies.study import Context, Findings, Study, check_clusters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,7 @@ class Realistic(Study):
             (by default 10).
         control_inputs: how many of them the random-weights model reads too.
         heads: cluster every head as well as every layer.
+        k: clusters; default as many as there are tasks.
         permutations: permuted labellings behind each score.
     """
 
@@ -56,6 +57,7 @@ class Realistic(Study):
     inputs: int | None = None
     control_inputs: int = 8
     heads: bool = True
+    k: int | None = None
     permutations: int = 100
 
     def check(self) -> None:
@@ -77,6 +79,8 @@ class Realistic(Study):
         model = lc.load(self.model, progress=context.progress)
         prompts = self.prompts(model.tokenizer)
         given = "input" if self.data is None else "fold"
+        if self.k is not None:
+            check_clusters(self.k, prompts.rows, [given])
         sites = ["resid", "head"] if self.heads else ["resid"]
         own = self.read(model, prompts, sites, context, "activations")
         weights = {"model": own.attrs["weights"]}
@@ -142,7 +146,7 @@ class Realistic(Study):
             "jobs": context.jobs,
             "progress": context.progress,
         }
-        inside = probes.cluster(acts, given=given, score_against=["template"], **options)
+        inside = probes.cluster(acts, given=given, k=self.k, score_against=["template"], **options)
         across = probes.cluster(
             acts, given=None, score_against=["input", "template"], kinds="resid", **options
         )

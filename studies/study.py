@@ -149,6 +149,19 @@ class Study:
         return cls.__module__.rpartition(".")[2]
 
 
+def check_clusters(k: int, rows: pd.DataFrame, groups: list[str]) -> None:
+    """Refuse more clusters than the smallest group of prompts has rows.
+
+    Raises:
+        InputError: names ``k`` and the number of rows.
+    """
+    smallest = int(rows.groupby(groups).size().min())
+    if not 2 <= k <= smallest:
+        raise lc.InputError(
+            f"k={k}: expected 2 to {smallest} clusters, the prompts of one {groups[-1]} to cluster"
+        )
+
+
 def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
     """The frames of one item, from disk if it was done before."""
     import pandas as pd

@@ -67,6 +67,7 @@ def test_options_of_a_study_explain_every_field():
         (["run", "emergence", "--preset", "huge"], "preset 'huge' is not known"),
         (["run", "emergence", "--seeds", "0"], "seeds: expected at least 1, given 0"),
         (["run", "emergence", "--n-tasks", "0"], "n_tasks"),
+        (["run", "emergence", "--preset", "smoke", "--k", "99"], "k=99: expected 2 to "),
         (["run", "realistic", "--data", "nowhere"], "no folder 'nowhere/annotations'"),
         (["run", "realistic", "--inputs", "1"], "inputs=1: an interval needs at least 2"),
         (["run", "realistic", "--model", "not/a-model"], "not/a-model"),
