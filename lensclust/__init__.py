@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lensclust import figures, report, tasks
+    from lensclust.activations import head_residual
     from lensclust.errors import InputError
-    from lensclust.extraction import extract, head_residual
+    from lensclust.extraction import extract
     from lensclust.models import load
     from lensclust.prompts import Prompts
     from lensclust.results import Claim
@@ -29,7 +30,7 @@ _HOMES = {
     "Site": "lensclust.sites",
     "extract": "lensclust.extraction",
     "fingerprint": "lensclust.weights",
-    "head_residual": "lensclust.extraction",
+    "head_residual": "lensclust.activations",
     "load": "lensclust.models",
     "train": "lensclust.training",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,19 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lensclust.errors import InputError
+from lensclust.tokenization import (
+    TokenSpan,
+    added_bos,
+    continuation,
+    place_of,
+    render_chat,
+    token_span,
+    tokenizer_fingerprint,
+    without_eos,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TokenSpan = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,18 +128,18 @@ class Prompts:
             raise InputError(
                 f"Prompts: chat=True, but tokenizer {tokenizer.name_or_path!r} has no chat template"
             )
-        rendered = [_render_chat(tokenizer, text) for text in texts] if chat else list(texts)
+        rendered = [render_chat(tokenizer, text) for text in texts] if chat else list(texts)
         # So that `text()` gives these very ids again, a text never spells the BOS that its
         # tokenizer adds.
-        bos = _added_bos(tokenizer)
+        bos = added_bos(tokenizer)
         rendered = [text.removeprefix(bos) for text in rendered]
         encoded = [tokenizer(text, return_offsets_mapping=bool(spans)) for text in rendered]
-        ids = [_without_eos(tokenizer, row["input_ids"]) for row in encoded]
+        ids = [without_eos(tokenizer, row["input_ids"]) for row in encoded]
         token_spans = {}
         for name, ranges in (spans or {}).items():
-            shifts = map(_place_of, texts, rendered)
+            shifts = map(place_of, texts, rendered)
             token_spans[name] = [
-                _token_span(row["offset_mapping"], start + shift, stop + shift)
+                token_span(row["offset_mapping"], start + shift, stop + shift)
                 for row, (start, stop), shift in zip(encoded, ranges, shifts, strict=True)
             ]
         return cls.from_token_lists(
@@ -141,7 +148,7 @@ class Prompts:
             answers=None
             if answers is None
             else [
-                _continuation(tokenizer, text, prompt, answer)
+                continuation(tokenizer, text, prompt, answer)
                 for text, prompt, answer in zip(rendered, ids, answers, strict=True)
             ],
             spans=token_spans,
@@ -268,12 +275,6 @@ class Prompts:
         return self.take(np.flatnonzero(keep))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over a tokenizer's vocabulary and special tokens, first 16 hex digits."""
-    content = json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def _pad(
     ids: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[Int[Tensor, "prompt position"], Int[Tensor, " prompt"]]:
@@ -282,48 +283,3 @@ def _pad(
     for index, row in enumerate(ids):
         tokens[index, : len(row)] = torch.as_tensor(row)
     return tokens, lengths
-
-
-def _render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-
-
-def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS that the tokenizer puts before every text, or nothing."""
-    first = tokenizer("a")["input_ids"][:1]
-    adds = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    return str(tokenizer.bos_token) if adds else ""
-
-
-def _without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Some tokenizers close every text; a prompt stays open for its answer."""
-    eos = tokenizer.eos_token_id
-    return ids[:-1] if len(ids) > 1 and eos is not None and ids[-1] == eos else ids
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int], answer: str
-) -> list[int]:
-    """Ids of ``answer`` after ``text``: from the joint text, so that a leading space counts."""
-    joint = _without_eos(tokenizer, tokenizer(text + answer)["input_ids"])
-    if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
-        return joint[len(prompt) :]
-    return tokenizer(answer, add_special_tokens=False)["input_ids"]
-
-
-def _place_of(text: str, rendered: str) -> int:
-    """Characters by which a template moved a text (templates may trim it)."""
-    place = rendered.find(text.strip())
-    if place < 0:
-        raise InputError(f"Prompts: the chat template does not hold the text {text!r} as it is")
-    return place - (len(text) - len(text.lstrip()))
-
-
-def _token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> TokenSpan:
-    """Tokens that overlap a range of characters; an empty range gives an empty span."""
-    overlapping = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
-    if overlapping and start < stop:
-        return overlapping[0], overlapping[-1] + 1
-    before = sum(b <= start for _, b in offsets)
-    return before, before

@@ -20,14 +20,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from joblib import Parallel, delayed
-from scipy import sparse
 
 from lensclust import figures
+from lensclust.activations import dataset_sites, prompt_labels, select, site_values
 from lensclust.errors import InputError
-from lensclust.extraction import VARIABLES, dataset_sites, prompt_labels, select, site_values
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
+from probes.centroids import Centroids
 from probes.partitions import METRICS, SCALES, Group, score_groups
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def cluster(
     for reason in left_out:
         log.warning("cluster: %s", reason)
     sites = dataset_sites(acts, kinds)
-    centroids = _Centroids(labels[by], condition, by, given)
+    centroids = Centroids(labels[by], condition, by, given)
     work: Any = Parallel(n_jobs=jobs, return_as="generator")(
         delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed)
         for values in (site_values(acts, site, position=position) for site in sites)
@@ -272,45 +272,3 @@ def _against_null(scores: np.ndarray) -> dict[str, Any]:
         "p": float(permutation_p(value, null)),
         "n_groups": len(scores),
     }
-
-
-class _Centroids:
-    """Mean states by label (and condition), collected site by site."""
-
-    def __init__(
-        self, labels: np.ndarray, condition: np.ndarray | None, by: str, given: str | None
-    ) -> None:
-        names, code = np.unique(labels, return_inverse=True)
-        self.coords: dict[str, np.ndarray] = {by: names}
-        cell = code
-        if condition is not None and given is not None:
-            values, outer = np.unique(condition, return_inverse=True)
-            self.coords = {given: values, by: names}
-            cell = outer * len(names) + code
-        self.shape = tuple(map(len, self.coords.values()))
-        count = np.bincount(cell, minlength=int(np.prod(self.shape)))
-        self.empty = count == 0
-        self.average = sparse.csr_array(
-            (1 / count[cell], (cell, np.arange(len(cell)))), shape=(len(count), len(cell))
-        )
-        self.means: dict[Site, np.ndarray] = {}
-
-    def add(self, site: Site, values: np.ndarray) -> None:
-        mean = self.average @ values.astype(np.float64)
-        mean[self.empty] = np.nan
-        self.means[site] = mean.reshape(*self.shape, -1).astype(np.float32)
-
-    def dataset(self, acts: xr.Dataset, sites: Sequence[Site]) -> xr.Dataset:
-        variables = {}
-        for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
-            own = [site for site in sites if VARIABLES[site.kind][0] == variable]
-            axes = [axis, "head"] if own[0].head is not None else [axis]
-            sizes = [acts.sizes[name] for name in axes]
-            stacked = np.stack([self.means[site] for site in own])
-            coords = {name: acts[name].values for name in axes} | self.coords
-            variables[variable] = xr.DataArray(
-                stacked.reshape(*sizes, *stacked.shape[1:]),
-                dims=(*axes, *self.coords, acts[variable].dims[-1]),
-                coords=coords,
-            )
-        return xr.Dataset(variables)

@@ -10,8 +10,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
+from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.errors import InputError
-from lensclust.extraction import dataset_sites, prompt_labels, site_values
 from lensclust.stats import permutation_p
 
 BLOCK = 2048

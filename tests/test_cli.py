@@ -154,7 +154,7 @@ def test_run_ends_with_the_claims_and_the_page_and_is_not_overwritten(capsys, tm
     again = ["run", "emergence", *QUICK, "1", "--out", str(out)]
     assert "holds this run already; continue it with --resume" in one_line_error(capsys, again)
     other = ["run", "emergence", *QUICK, "1", "--lr", "0.1", "--out", str(out), "--resume"]
-    assert "holds another run (lr 0.003 instead of 0.1)" in one_line_error(capsys, other)
+    assert "holds another run (lr 0.004 instead of 0.1)" in one_line_error(capsys, other)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     full = ["run", "emergence", *QUICK, "1", "--out", str(tmp_path / "mine")]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.extraction import dataset_sites, select, site_values
+from lensclust.activations import dataset_sites, select, site_values
 from lensclust.sites import Site, additivity_error
 from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, hf_model
 
@@ -199,6 +199,15 @@ def test_single_places_and_labels():
     np.testing.assert_allclose(
         acts.z.sel(block=2, head=1).astype("f4"), whole.z.sel(block=2, head=1), atol=2e-3
     )
+
+
+def test_places_of_different_blocks_fill_their_rectangle():
+    bridge, prompts = lc.load(hf_model("gpt2")), some_prompts(5)
+    acts = lc.extract(bridge, prompts, ["head 0.3", "attn_out 2"])
+    whole = lc.extract(bridge, prompts, ["head", "attn_out"])
+    assert acts.block.values.tolist() == [0, 2]
+    np.testing.assert_array_equal(acts.attn_out, whole.attn_out.sel(block=[0, 2]))
+    np.testing.assert_array_equal(acts.z, whole.z.sel(block=[0, 2], head=[3]))
 
 
 def test_the_forward_stops_early_and_leaves_no_hook():

@@ -1,0 +1,54 @@
+"""Mean states of labels, collected site by site so that activations may stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from scipy import sparse
+
+from lensclust.activations import VARIABLES
+from lensclust.sites import Site
+
+
+class Centroids:
+    """Mean states by label (and condition), collected site by site."""
+
+    def __init__(
+        self, labels: np.ndarray, condition: np.ndarray | None, by: str, given: str | None
+    ) -> None:
+        names, code = np.unique(labels, return_inverse=True)
+        self.coords: dict[str, np.ndarray] = {by: names}
+        cell = code
+        if condition is not None and given is not None:
+            values, outer = np.unique(condition, return_inverse=True)
+            self.coords = {given: values, by: names}
+            cell = outer * len(names) + code
+        self.shape = tuple(map(len, self.coords.values()))
+        count = np.bincount(cell, minlength=int(np.prod(self.shape)))
+        self.empty = count == 0
+        self.average = sparse.csr_array(
+            (1 / count[cell], (cell, np.arange(len(cell)))), shape=(len(count), len(cell))
+        )
+        self.means: dict[Site, np.ndarray] = {}
+
+    def add(self, site: Site, values: np.ndarray) -> None:
+        mean = self.average @ values.astype(np.float64)
+        mean[self.empty] = np.nan
+        self.means[site] = mean.reshape(*self.shape, -1).astype(np.float32)
+
+    def dataset(self, acts: xr.Dataset, sites: Sequence[Site]) -> xr.Dataset:
+        variables = {}
+        for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
+            own = [site for site in sites if VARIABLES[site.kind][0] == variable]
+            axes = [axis, "head"] if own[0].head is not None else [axis]
+            sizes = [acts.sizes[name] for name in axes]
+            stacked = np.stack([self.means[site] for site in own])
+            coords = {name: acts[name].values for name in axes} | self.coords
+            variables[variable] = xr.DataArray(
+                stacked.reshape(*sizes, *stacked.shape[1:]),
+                dims=(*axes, *self.coords, acts[variable].dims[-1]),
+                coords=coords,
+            )
+        return xr.Dataset(variables)
