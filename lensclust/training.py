@@ -8,25 +8,17 @@ was killed, whenever that was, goes on from the last state it wrote and ends wit
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.native import NativeModel
@@ -34,19 +26,31 @@ from transformer_lens.utilities.devices import get_device
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.errors import InputError
+from lensclust.evaluation import score_answers
 from lensclust.native import config_to_json, native_bridge, native_bridge_with, native_config
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.training_data import (
+    SCORED,
+    LossOn,
+    Sequences,
+    check_fit,
+    content_digest,
+    required_sizes,
+    sequence_loss,
+    split_prompts,
+    training_sequences,
+)
+from lensclust.training_state import (
+    check_checkpoints,
+    checkpoint_path,
+    copy_weights,
+    open_folder,
+    save_state,
+)
 from lensclust.weights import load_checkpoint, named_weights, save_checkpoint
 
-# A safetensors file, named otherwise so that no one takes it for a checkpoint.
-_STATE = "training.state"
-_HEADER = "lensclust-training"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_TRAIN_ROWS_EVALUATED = 512
-_EVALUATION_BATCH = 512
-
-LossOn = Literal["all", "answer"]
+__all__ = ["TrainingRun", "checkpoint_steps", "required_sizes", "sequence_loss", "train"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +96,6 @@ class TrainingRun:
     def models(self) -> Iterator[tuple[int, TransformerBridge]]:
         """Step and model of each checkpoint, loaded one at a time."""
         return ((checkpoint.step, checkpoint.model()) for checkpoint in self.checkpoints)
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """Token sequences with the tokens that the loss counts."""
-
-    tokens: Int[Tensor, "prompt length"]
-    lengths: Int[Tensor, " prompt"]
-    scored: Bool[Tensor, "prompt length"]
 
 
 def train(
@@ -164,9 +159,9 @@ def train(
     if isinstance(config, str):
         config = native_config(config, **required_sizes(prompts))
     _check_knobs(steps, batch_size, lr, warmup, loss_on, n_checkpoints, save_every)
-    trained, evaluated = _split(prompts, evaluate)
-    _check_fit(config, prompts, evaluated)
-    training = _sequences(trained, loss_on)
+    trained, evaluated = split_prompts(prompts, evaluate)
+    check_fit(config, prompts, evaluated)
+    training = training_sequences(trained, loss_on)
     device = torch.device(device or get_device())
     bridge = native_bridge(config, seed=seed, device=device, reseed=True)
     model = _bare(bridge, device)
@@ -181,15 +176,15 @@ def train(
         "loss_on": loss_on,
         "n_checkpoints": n_checkpoints,
         "device": device.type,
-        "trained on": _digest(trained),
-        "evaluated on": _digest(evaluated),
+        "trained on": content_digest(trained),
+        "evaluated on": content_digest(evaluated),
         **json.loads(config_to_json(bridge.cfg)),
     }
     folder = None if out is None else Path(out)
-    start, scores = _open_folder(folder, resume, knobs, model, optimizer)
+    start, scores = open_folder(folder, resume, knobs, model, optimizer)
     at = checkpoint_steps(steps, n_checkpoints)
     if folder is not None:
-        _check_checkpoints(folder, [row["step"] for row in scores])
+        check_checkpoints(folder, [row["step"] for row in scores])
     in_memory: dict[int, dict[str, Tensor]] = {}
     with progress_bar("training", total=steps, enabled=progress) as advance:
         advance(start)
@@ -197,13 +192,13 @@ def train(
             # The state is that before `step`: what follows in this round is done again.
             is_checkpoint = step in at
             if is_checkpoint and all(row["step"] != step for row in scores):
-                scores = scores + _evaluate(model, evaluated, step)
+                scores = scores + score_answers(model, evaluated, step)
                 if folder is None:
-                    in_memory[step] = _copy(model)
+                    in_memory[step] = copy_weights(model)
                 else:
-                    save_checkpoint(model, _path(folder, step), step=step, seed=seed)
+                    save_checkpoint(model, checkpoint_path(folder, step), step=step, seed=seed)
             if folder is not None and (is_checkpoint or step % save_every == 0):
-                _save_state(folder, step, knobs, scores, model, optimizer)
+                save_state(folder, step, knobs, scores, model, optimizer)
             if step == steps:
                 break
             for group in optimizer.param_groups:
@@ -215,22 +210,10 @@ def train(
         checkpoints=tuple(
             Checkpoint(step, bridge.cfg, weights=in_memory[step])
             if folder is None
-            else Checkpoint(step, bridge.cfg, path=_path(folder, step))
+            else Checkpoint(step, bridge.cfg, path=checkpoint_path(folder, step))
             for step in at
         ),
     )
-
-
-def required_sizes(prompts: Prompts) -> dict[str, int]:
-    """Vocabulary and context that a model needs for these prompts and their answers.
-
-    >>> rows = pd.DataFrame({"task": ["copy", "add"]})
-    >>> prompts = Prompts.from_token_lists([[1, 5], [1, 6, 7]], rows, answers=[[5], [8]])
-    >>> required_sizes(prompts)
-    {'d_vocab': 9, 'n_ctx': 4}
-    """
-    tokens, lengths, _ = prompts.with_answers()
-    return {"d_vocab": int(tokens.max()) + 1, "n_ctx": int(lengths.max())}
 
 
 def checkpoint_steps(steps: int, n: int) -> list[int]:
@@ -244,29 +227,13 @@ def checkpoint_steps(steps: int, n: int) -> list[int]:
     return sorted({0, *(int(step) for step in np.geomspace(steps, first, n - 1).round())})
 
 
-def sequence_loss(
-    logits: Float[Tensor, "prompt next vocab"],
-    tokens: Int[Tensor, "prompt length"],
-    scored: Bool[Tensor, "prompt length"],
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of the scored tokens given those before them.
-
-    Args:
-        logits: of all positions but the last, so ``next`` is ``length - 1``.
-        tokens: the sequences.
-        scored: which tokens count; the first of a sequence never does.
-    """
-    kept = scored[:, 1:]
-    return F.cross_entropy(logits[kept], tokens[:, 1:][kept])
-
-
 # -- one step -----------------------------------------------------------------------------
 
 
 def _step(
     model: NativeModel,
     optimizer: torch.optim.Optimizer,
-    data: _Sequences,
+    data: Sequences,
     batch_size: int,
     seed: int,
     step: int,
@@ -293,80 +260,7 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     return min((step + 1) / rising, (1 + math.cos(math.pi * done)) / 2)
 
 
-def _scored_all(
-    lengths: Int[Tensor, " prompt"], answers: Bool[Tensor, "prompt length"]
-) -> Bool[Tensor, "prompt length"]:
-    index = torch.arange(answers.shape[1])
-    return (index >= 1) & (index < lengths[:, None])
-
-
-def _scored_answer(
-    lengths: Int[Tensor, " prompt"], answers: Bool[Tensor, "prompt length"]
-) -> Bool[Tensor, "prompt length"]:
-    return answers
-
-
-_SCORED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "all": _scored_all,
-    "answer": _scored_answer,
-}
-
-
-def _sequences(prompts: Prompts, loss_on: str) -> _Sequences:
-    tokens, lengths, answers = prompts.with_answers()
-    return _Sequences(tokens, lengths, _SCORED[loss_on](lengths, answers))
-
-
-def _evaluate(model: NativeModel, prompts: Prompts, step: int) -> list[dict[str, Any]]:
-    """Accuracy and loss of the answers, a row a split."""
-    tokens, _, answers = prompts.with_answers()
-    device = next(model.parameters()).device
-    right, loss = [], []
-    for rows in torch.arange(len(tokens)).split(_EVALUATION_BATCH):
-        batch, asked = tokens[rows].to(device), answers[rows, 1:].to(device)
-        with torch.inference_mode():
-            logits = model(batch[:, :-1])
-            each = F.cross_entropy(logits.mT, batch[:, 1:], reduction="none")
-        wrong = (logits.argmax(-1) != batch[:, 1:]) & asked
-        right += (~wrong.any(-1)).tolist()
-        loss += ((each * asked).sum(-1) / asked.sum(-1)).tolist()
-    frame = pd.DataFrame({"split": _splits(prompts), "accuracy": right, "loss": loss})
-    means = frame.groupby("split", sort=False)[["accuracy", "loss"]].mean()
-    return [
-        {"step": step, "split": split, "accuracy": float(accuracy), "loss": float(nats)}
-        for split, accuracy, nats in means.itertuples()
-    ]
-
-
 # -- prompts ------------------------------------------------------------------------------
-
-
-def _splits(prompts: Prompts) -> list[str]:
-    has_splits = "split" in prompts.rows
-    return prompts.rows["split"].astype(str).tolist() if has_splits else ["all"] * len(prompts)
-
-
-def _split(prompts: Prompts, evaluate: Prompts | None) -> tuple[Prompts, Prompts]:
-    """The prompts to train on and those to report on."""
-    if "split" not in prompts.rows:
-        return prompts, prompts if evaluate is None else evaluate
-    is_train = (prompts.rows["split"] == "train").to_numpy()
-    if not is_train.any():
-        raise InputError(f"train: no row of split 'train': rows have {set(_splits(prompts))}")
-    train_rows = np.flatnonzero(is_train)
-    if evaluate is not None:
-        return prompts.take(train_rows), evaluate
-    every = -(-len(train_rows) // _TRAIN_ROWS_EVALUATED)
-    reported = np.concatenate([train_rows[::every], np.flatnonzero(~is_train)])
-    return prompts.take(train_rows), prompts.take(reported)
-
-
-def _digest(prompts: Prompts) -> str:
-    tokens, lengths, answers = prompts.with_answers()
-    total = hashlib.sha256(json.dumps(_splits(prompts)).encode())
-    for tensor in (tokens, lengths, answers):
-        total.update(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def _check_knobs(
@@ -386,16 +280,8 @@ def _check_knobs(
         raise InputError(f"train: lr={lr}, expected a positive number")
     if not 0 <= warmup <= 1:
         raise InputError(f"train: warmup={warmup}, expected a share of the steps, 0..1")
-    if loss_on not in _SCORED:
-        raise InputError(f"train: loss_on={loss_on!r}, expected one of {sorted(_SCORED)}")
-
-
-def _check_fit(config: TransformerBridgeConfig, *prompts: Prompts) -> None:
-    for name in ("d_vocab", "n_ctx"):
-        needed = max(required_sizes(each)[name] for each in prompts)
-        given = getattr(config, name)
-        if given < needed:
-            raise InputError(f"train: {name}={given}, but the prompts need {needed}")
+    if loss_on not in SCORED:
+        raise InputError(f"train: loss_on={loss_on!r}, expected one of {sorted(SCORED)}")
 
 
 # -- weights and state --------------------------------------------------------------------
@@ -408,86 +294,3 @@ def _bare(bridge: TransformerBridge, device: torch.device) -> NativeModel:
     weights = {name: tensor.detach().clone() for name, tensor in named_weights(bridge).items()}
     model.load_state_dict(weights, assign=True)
     return model.to(device)
-
-
-def _copy(model: NativeModel) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:06d}.safetensors"
-
-
-def _open_folder(
-    folder: Path | None,
-    resume: bool,
-    knobs: dict[str, Any],
-    model: NativeModel,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, list[dict[str, Any]]]:
-    """Restore what was done in the folder: the step to do next and the scores so far."""
-    if folder is None:
-        if resume:
-            raise InputError("train: resume=True, expected the folder of the training as out=")
-        return 0, []
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"train: {str(folder)!r} is a file, expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume and ((folder / _STATE).exists() or any(folder.glob("step-*.safetensors"))):
-        raise InputError(
-            f"train: {str(folder)!r} holds a training: expected another folder or resume=True"
-        )
-    # What a kill in the middle of a write leaves behind.
-    for staging in folder.glob(".step-*"):
-        shutil.rmtree(staging, ignore_errors=True)
-    if not (folder / _STATE).exists():
-        return 0, []
-    try:
-        with safe_open(folder / _STATE, framework="pt") as file:
-            done = json.loads((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"train: cannot resume from {str(folder / _STATE)!r}: {error}") from error
-    changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
-    if changed:
-        name = changed[0]
-        raise InputError(
-            f"train: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
-            f"and cannot go on with {name}={knobs[name]!r}"
-        )
-    model.load_state_dict({name: tensors[f"weights/{name}"] for name in model.state_dict()})
-    for name, parameter in model.named_parameters():
-        held = [key for key in _MOMENTS if f"{key}/{name}" in tensors]
-        if held:
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(parameter.device) for key in held
-            }
-    return done["step"], done["scores"]
-
-
-def _save_state(
-    folder: Path,
-    step: int,
-    knobs: dict[str, Any],
-    scores: list[dict[str, Any]],
-    model: NativeModel,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    tensors = {f"weights/{name}": tensor for name, tensor in _copy(model).items()}
-    for name, parameter in model.named_parameters():
-        for key, moment in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = moment.detach().cpu().contiguous()
-    header = json.dumps({"step": step, "knobs": knobs, "scores": scores})
-    # Replaced in one move: a kill leaves the old state or the new one, never half of one.
-    half = folder / f"{_STATE}.half"
-    save_file(tensors, half, metadata={_HEADER: header})
-    os.replace(half, folder / _STATE)
-
-
-def _check_checkpoints(folder: Path, steps: list[int]) -> None:
-    missing = [step for step in steps if not _path(folder, step).exists()]
-    if missing:
-        raise InputError(
-            f"train: {str(_path(folder, missing[0]))!r} is missing, so this training cannot be "
-            "resumed: expected the folder as it was left"
-        )

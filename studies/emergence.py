@@ -20,6 +20,10 @@ SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 UNSEEN = "new_string"
 # Heads are chosen on one split and reported on another: the best of many is biased upwards.
 CHOOSING = "train"
+LAYER_0 = (
+    "At layer 0 the state that is read holds the input and its position, nothing else: where it "
+    "takes fewer distinct values than there are tasks, no clustering is possible and it scores 0."
+)
 SAME_OUTPUT = (
     "Tasks that share an input answer it differently here, so given the input a cluster of one "
     "task is also a cluster of one answer; --n-outputs 4 makes tasks share answers."
@@ -107,6 +111,7 @@ class Emergence(Study):
             notes=[
                 "The paper's sizes and hyper-parameters are not known to us: tasks, model and "
                 "training are a reconstruction, so directions are tested, not values.",
+                LAYER_0,
                 *([] if self.n_outputs else [SAME_OUTPUT]),
             ],
             provenance={"weights": dict(found["weights"].itertuples(index=False))},

@@ -9,26 +9,20 @@ give the answer away. This is our reconstruction of the task of Wu & Varshney, a
 
 from __future__ import annotations
 
-import math
 import random
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pandas as pd
-import rstr
 
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
+from lensclust.tasks.regular_languages import Language, draw_languages
 
 BOS, SEP, PAD = "<bos>", "<sep>", "<pad>"
 SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _ATTEMPTS = 200
-# Strings drawn at a time; an expression that yields fewer new ones than this is given up.
-_DRAWS = 96
-_WORTHWHILE = 4
 
 Table = dict[int, int]
 
@@ -92,6 +86,7 @@ def sif(
 
     Source: Wu & Varshney, arXiv 2402.12151; sizes, grammar and splits are our reconstruction.
 
+    >>> import re
     >>> prompts = sif(n_tasks=3, n_inputs=4, mappings_per_task=3, seed=1)
     >>> prompts
     Prompts(2592 prompts, 3 tasks, up to 11 tokens)
@@ -132,7 +127,7 @@ def sif(
     tables = _draw_tables(
         n_tasks, n_inputs, mappings_per_task, n_outputs, random.Random(f"sif-tables-{seed}")
     )
-    languages = _draw_languages(
+    languages = draw_languages(
         # Held-out expressions come last and have no training strings.
         [strings_per_regex] * (n_tasks * regexes_per_task) + [0] * (n_tasks * held_out_regexes),
         n_test=rows_per_mapping,
@@ -218,181 +213,13 @@ def _disagree(a: Table, b: Table) -> bool:
     return not shared or 2 * sum(a[i] != b[i] for i in shared) > len(shared)
 
 
-# -- regular expressions ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of an expression; ``size`` is at least the number of strings it matches."""
-
-    pattern: str
-    shortest: int
-    longest: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Language:
-    """A regular expression with strings that match it and no other expression."""
-
-    pattern: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-
-
-def _literal(letters: str, rng: random.Random) -> _Piece:
-    return _Piece(rng.choice(letters), 1, 1, 1)
-
-
-def _class(letters: str, rng: random.Random) -> _Piece:
-    members = rng.sample(letters, min(rng.randint(2, 4), len(letters)))
-    return _Piece(f"[{''.join(sorted(members))}]", 1, 1, len(members))
-
-
-def _optional(letters: str, rng: random.Random) -> _Piece:
-    inner = rng.choice((_literal, _class))(letters, rng)
-    return _Piece(f"{inner.pattern}?", 0, 1, 1 + inner.size)
-
-
-def _repetition(letters: str, rng: random.Random) -> _Piece:
-    inner = rng.choice((_literal, _class, _class))(letters, rng)
-    least = rng.randint(1, 2)
-    most = least + rng.randint(1, 2)
-    size = sum(inner.size**n for n in range(least, most + 1))
-    return _Piece(f"{inner.pattern}{{{least},{most}}}", least, most, size)
-
-
-def _alternation(letters: str, rng: random.Random) -> _Piece:
-    a, b = (
-        _sequence([rng.choice((_literal, _class))(letters, rng) for _ in range(rng.randint(1, 3))])
-        for _ in range(2)
-    )
-    return _Piece(
-        f"(?:{a.pattern}|{b.pattern})",
-        min(a.shortest, b.shortest),
-        max(a.longest, b.longest),
-        a.size + b.size,
-    )
-
-
-def _sequence(pieces: list[_Piece]) -> _Piece:
-    return _Piece(
-        "".join(piece.pattern for piece in pieces),
-        sum(piece.shortest for piece in pieces),
-        sum(piece.longest for piece in pieces),
-        math.prod(piece.size for piece in pieces),
-    )
-
-
-_GRAMMAR: tuple[Callable[[str, random.Random], _Piece], ...] = (
-    _literal,
-    _class,
-    _optional,
-    _repetition,
-    _alternation,
-)
-
-
-def _draw_expression(letters: str, longest: int, rng: random.Random) -> _Piece:
-    pieces: list[_Piece] = []
-    while sum(piece.longest for piece in pieces) < longest:
-        pieces.append(rng.choice(_GRAMMAR)(letters, rng))
-    return _sequence(pieces)
-
-
-def _draw_languages(
-    n_train: list[int], *, n_test: int, letters: str, lengths: range, rng: random.Random
-) -> list[_Language]:
-    languages: list[_Language] = []
-    for n in n_train:
-        candidates = (
-            _draw_language(n, n_test, letters, lengths, languages, rng) for _ in range(_ATTEMPTS)
-        )
-        language = next((found for found in candidates if found is not None), None)
-        if language is None:
-            raise InputError(
-                f"sif: only {len(languages)} of {len(n_train)} regular expressions found with "
-                f"{n + n_test} strings of lengths {lengths[0]}..{lengths[-1]} over "
-                f"{len(letters)} letters that match no other: expected fewer tasks, "
-                f"expressions or strings, or longer strings or more letters"
-            )
-        languages.append(language)
-    return languages
-
-
-def _draw_language(
-    n_train: int,
-    n_test: int,
-    letters: str,
-    lengths: range,
-    others: list[_Language],
-    rng: random.Random,
-) -> _Language | None:
-    """One random expression with its strings, or None if this one does not do."""
-    expression = _draw_expression(letters, lengths[-1], rng)
-    if expression.shortest > lengths[0] or expression.size < n_train + n_test:
-        return None
-    if _claims_strings_of(expression.pattern, others):
-        return None
-    train = {n: -(-(n_train - i) // len(lengths)) for i, n in enumerate(lengths)}
-    test = {n: -(-(n_test - i) // len(lengths)) for i, n in enumerate(lengths)}
-    pools = _sample_strings(
-        expression.pattern,
-        {n: train[n] + test[n] for n in lengths},
-        [re.compile(other.pattern) for other in others],
-        rng,
-    )
-    if pools is None:
-        return None
-    return _Language(
-        expression.pattern,
-        train=_interleave([pools[n][: train[n]] for n in lengths]),
-        test=_interleave([pools[n][train[n] :] for n in lengths]),
-    )
-
-
-def _claims_strings_of(pattern: str, others: list[_Language]) -> bool:
-    compiled = re.compile(pattern)
-    return any(compiled.fullmatch(s) for other in others for s in (*other.train, *other.test))
-
-
-def _sample_strings(
-    pattern: str, wanted: dict[int, int], taken: list[re.Pattern[str]], rng: random.Random
-) -> dict[int, list[str]] | None:
-    """Distinct strings of a pattern, so many of each length, none that a taken one matches."""
-    # rstr draws from the language as `re` parses it. It picks from a negated class in the
-    # order of a set, which changes from process to process: the grammar has none. Strings
-    # are drawn many at a time, because rstr parses the pattern anew at every call.
-    sampler = rstr.Rstr(rng)
-    pools: dict[int, set[str]] = {n: set() for n in wanted}
-    missing = sum(wanted.values())
-    while missing:
-        for string in sampler.xeger(f"(?:{pattern} ){{{_DRAWS},{_DRAWS}}}").split():
-            pool = pools.get(len(string))
-            if pool is None or len(pool) == wanted[len(string)] or string in pool:
-                continue
-            if not any(other.fullmatch(string) for other in taken):
-                pool.add(string)
-        before, missing = missing, sum(wanted.values()) - sum(map(len, pools.values()))
-        if before - missing < min(_WORTHWHILE, before):
-            return None
-    # Likely strings come up first: shuffled, so that training and test are drawn alike.
-    return {n: rng.sample(sorted(pool), len(pool)) for n, pool in pools.items()}
-
-
-def _interleave(pools: list[list[str]]) -> tuple[str, ...]:
-    """One string of each length in turn, so that any prefix is balanced over lengths."""
-    longest = max(map(len, pools))
-    return tuple(pool[i] for i in range(longest) for pool in pools if i < len(pool))
-
-
 # -- rows ---------------------------------------------------------------------------------
 
 
 def _task_rows(
     task: int,
     table: Table,
-    languages: list[_Language],
+    languages: list[Language],
     n_trained: int,
     held_out_inputs: int,
     rows_per_mapping: int,
@@ -440,9 +267,9 @@ def _task_rows(
 def _to_prompts(rows: pd.DataFrame, n_inputs: int, n_outputs: int, n_letters: int) -> Prompts:
     symbols = vocabulary(n_inputs=n_inputs, n_outputs=n_outputs, n_letters=n_letters)
     ids = {symbol: i for i, symbol in enumerate(symbols)}
+    asked = list(zip(rows["instruction"], rows["input"], strict=True))
     tokens = [
-        [ids[BOS], *(ids[letter] for letter in string), ids[SEP], ids[x]]
-        for string, x in zip(rows["instruction"], rows["input"], strict=True)
+        [ids[BOS], *(ids[letter] for letter in string), ids[SEP], ids[x]] for string, x in asked
     ]
     return Prompts.from_token_lists(
         tokens,
@@ -452,10 +279,7 @@ def _to_prompts(rows: pd.DataFrame, n_inputs: int, n_outputs: int, n_letters: in
             "instruction": [(1, len(row) - 2) for row in tokens],
             "input": [(len(row) - 1, len(row)) for row in tokens],
         },
-        texts=[
-            f"{BOS}{string}{SEP}{x}"
-            for string, x in zip(rows["instruction"], rows["input"], strict=True)
-        ],
+        texts=[f"{BOS}{string}{SEP}{x}" for string, x in asked],
         pad_id=ids[PAD],
     )
 
