@@ -33,7 +33,7 @@ lock: .venv/installed-test
 		--all-extras --no-annotate --no-header --constraint - pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv runs .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .ruff_cache .pytest_cache .hypothesis dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock is a constraint: it pins every package, and pip takes those that the platform needs.

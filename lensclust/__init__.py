@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lensclust.prompts import Prompts
     from lensclust.results import Claim
     from lensclust.sites import Site
+    from lensclust.store import open_activations
     from lensclust.training import train
     from lensclust.weights import fingerprint
 
@@ -32,6 +33,7 @@ _HOMES = {
     "fingerprint": "lensclust.weights",
     "head_residual": "lensclust.activations",
     "load": "lensclust.models",
+    "open_activations": "lensclust.store",
     "train": "lensclust.training",
 }
 _MODULES = ("figures", "report", "tasks")
@@ -46,6 +48,7 @@ __all__ = [
     "fingerprint",
     "head_residual",
     "load",
+    "open_activations",
     "report",
     "tasks",
     "train",
@@ -53,6 +56,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("lensclust")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     if name in _MODULES:

@@ -92,6 +92,8 @@ def dataset_sites(acts: xr.Dataset, kinds: str | Sequence[str] | None = None) ->
     """
     held = dataset_kinds(acts)
     wanted = held if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
+    if not wanted:
+        raise InputError(f"kinds: none given, these activations hold {held}")
     missing = [kind for kind in wanted if kind not in held]
     if missing:
         raise InputError(f"site {missing[0]!r} is not in these activations: they hold {held}")

@@ -102,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"lensclust: {error}", file=sys.stderr)
         return UNUSABLE
+    except OSError as error:
+        print(f"lensclust: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("lensclust: interrupted; continue with --resume", file=sys.stderr)
         return FAILED
@@ -177,7 +180,9 @@ def _report(given: list[str]) -> int:
 def _extract(given: list[str]) -> int:
     options = _parse(ExtractOptions, given, "extract")
     import lensclust as lc
+    from lensclust.run_directory import require_place
 
+    require_place(options.out)
     model = lc.load(options.model, progress=not options.quiet)
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
     acts = lc.extract(

@@ -9,7 +9,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.run_directory import machine
-from lensclust.sites import ADDITIVITY_TOLERANCE, KINDS, Site, additivity_error, hook_name
+from lensclust.sites import KINDS, additivity_error, first_site, heads_add_up, hook_name
 
 EDITS = {
     "residual stream": "blocks.0.hook_resid_post",
@@ -44,9 +44,9 @@ def examine(source: Any = None) -> dict[str, str]:
         f"{model.cfg.model_name}: {model.cfg.n_layers} blocks, {model.cfg.n_heads} heads"
     )
     for kind in KINDS:
-        present = hook_name(model, Site(kind, 0)) in model.hook_dict
+        present = hook_name(model, first_site(kind)) in model.hook_dict
         report[f"site {kind}"] = "yes" if present else "no"
-    if error > ADDITIVITY_TOLERANCE:
+    if not heads_add_up(error):
         report["site head"] = f"no: heads do not add up to the attention output (error {error:.2g})"
     return report | {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
 

@@ -26,6 +26,7 @@ from lensclust.errors import InputError
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, head_frames, hook_name, model_name, resolve
+from lensclust.tokenization import tokenizer_fingerprint
 from lensclust.weights import fingerprint
 
 BATCH_TOKENS = {"cpu": 2_048}
@@ -88,6 +89,11 @@ def extract(
     """
     chosen = _rectangle(resolve(model, sites))
     names = [at] if isinstance(at, str) else list(at)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"extract: positions must be given and differ, given {names}")
+    for name, number in {"batch_tokens": batch_tokens, "shard": shard}.items():
+        if number is not None and number < 1:
+            raise InputError(f"extract: {name}={number}, expected at least 1")
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
     _require_fits(model, prompts)
     if dtype not in DTYPES:
@@ -163,6 +169,9 @@ class _Reader:
             tokens = prompts.tokens[index[rows], : int(lengths[rows].max())]
             self._run(tokens.to(self.device), rows, positions[rows], buffers)
             advance(len(rows))
+        for name, buffer in buffers.items():
+            if buffer.dtype == torch.float16 and not bool(buffer.isfinite().all()):
+                raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
         return {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
 
     def _run(
@@ -287,6 +296,17 @@ def _forward_arguments(model: TransformerLensModel) -> dict[str, Any]:
 
 
 def _require_fits(model: TransformerLensModel, prompts: Prompts) -> None:
+    if getattr(model, "training", False):
+        raise InputError(f"extract: {model_name(model)} is in training mode; call model.eval()")
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None and prompts.tokenizer not in (
+        "none",
+        tokenizer_fingerprint(tokenizer),
+    ):
+        raise InputError(
+            f"extract: these prompts were made with another tokenizer than that of "
+            f"{model_name(model)}"
+        )
     context = model.cfg.n_ctx
     longest = int(prompts.lengths.max())
     if context and longest > context:

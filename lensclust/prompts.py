@@ -124,6 +124,8 @@ class Prompts:
         Raises:
             InputError: if ``chat`` is asked of a tokenizer without a chat template.
         """
+        if tokenizer is None:
+            raise InputError("Prompts: texts need a tokenizer, given None (a model without one?)")
         if chat and not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 f"Prompts: chat=True, but tokenizer {tokenizer.name_or_path!r} has no chat template"
@@ -220,11 +222,11 @@ class Prompts:
         return tokens, lengths, mask
 
     def label_arrays(self) -> dict[str, np.ndarray]:
-        """The columns of ``rows`` as arrays of numbers or strings."""
+        """The columns of ``rows`` as arrays of numbers or strings (missing ones empty)."""
         return {
             str(name): column.to_numpy()
             if column.dtype.kind in "iufb"
-            else column.astype(str).to_numpy(dtype=object)
+            else np.array(["" if pd.isna(v) else str(v) for v in column], dtype=object)
             for name, column in self.rows.items()
         }
 
@@ -241,8 +243,10 @@ class Prompts:
     def take(self, indices: Sequence[int] | np.ndarray) -> Prompts:
         """The prompts at ``indices``, in that order."""
         order = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        if len(order) == 0:
+            raise InputError("Prompts: none left after the selection, expected at least one")
         lengths = self.lengths[order]
-        longest = int(lengths.max()) if len(order) else 0
+        longest = int(lengths.max())
         return Prompts(
             tokens=self.tokens[order, :longest],
             lengths=lengths,

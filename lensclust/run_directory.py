@@ -1,7 +1,8 @@
 """The run directory: what a study leaves behind, and the contract everything else reads.
 
 ``config.json provenance.json scores.parquet claims.json notes.json figures/ report.html``,
-and ``parts/``, from which a killed run continues. ``claims.json`` is written when all else is.
+and ``parts/``, from which a killed run continues. ``claims.json`` is written when all that it
+rests on is there; the page is made from it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ def begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
     Raises:
         InputError: if it holds anything but, with ``resume``, a run of the same configuration.
     """
+    require_place(out)
     known = out / "config.json"
     wanted = json.loads(_encode(config))
-    if out.is_file():
-        raise InputError(f"output {out}: is a file, expected a folder")
     if known.exists():
         held = read_json(known)
         if held != wanted:
@@ -46,6 +46,19 @@ def begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(known, _encode(config))
+
+
+def require_place(out: Path) -> None:
+    """Refuse a folder that cannot be written to.
+
+    Raises:
+        InputError: if it or one of its parents is a file, or may not be written to.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"output {out}: {there} is a file, expected a folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"output {out}: no permission to write to {there}")
 
 
 def abandon(out: Path) -> None:
@@ -120,7 +133,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _encode(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=False, default=str, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            value, indent=2, sort_keys=False, default=str, ensure_ascii=False, allow_nan=False
+        )
+        + "\n"
+    )
 
 
 def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -22,6 +22,10 @@ BLOCK_HOOKS = {
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
 KINDS = ("resid", *BLOCK_HOOKS)
+EXPECTED = (
+    f"expected one of {', '.join(KINDS)}, alone (all of them) or with a place, such as 'resid 5', "
+    "'head 3.12' or 'mlp_out 3'"
+)
 
 # A head's `z @ W_O` must rebuild the attention output to this relative error (float32 rounding
 # stays near 1e-6; a norm between the heads and the residual stream gives errors near 1).
@@ -49,6 +53,10 @@ class Site:
     layer: int
     head: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or (self.head is not None) != _per_head(self.kind):
+            raise InputError(f"site {str(self)!r} is not known: {EXPECTED}")
+
     def __str__(self) -> str:
         return f"{self.kind} {self.layer}" + ("" if self.head is None else f".{self.head}")
 
@@ -60,11 +68,8 @@ class Site:
             InputError: if the text is not of that form.
         """
         match = re.fullmatch(r"(\w+) (\d+)(?:\.(\d+))?", text.strip())
-        if match is None or match[1] not in KINDS or (match[3] is not None) != _per_head(match[1]):
-            raise InputError(
-                f"site {text!r} is not known: expected one of {', '.join(KINDS)}, alone (all of "
-                "them) or with a place, such as 'resid 5', 'head 3.12' or 'mlp_out 3'"
-            )
+        if match is None:
+            raise InputError(f"site {text!r} is not known: {EXPECTED}")
         return cls(match[1], int(match[2]), None if match[3] is None else int(match[3]))
 
 
@@ -141,6 +146,16 @@ def head_frames(
     return torch.linalg.qr(w_o.transpose(-1, -2)).R.transpose(-1, -2)
 
 
+def first_site(kind: str) -> Site:
+    """The first place of a kind."""
+    return Site(kind, 0, 0 if _per_head(kind) else None)
+
+
+def heads_add_up(error: float) -> bool:
+    """Whether an `additivity_error` is that of rounding (a NaN is not)."""
+    return error <= ADDITIVITY_TOLERANCE
+
+
 def _per_head(kind: str) -> bool:
     return kind in ("head", "z")
 
@@ -162,20 +177,20 @@ def _expand(model: TransformerLensModel, item: str | Site) -> list[Site]:
 def _require_exists(model: TransformerLensModel, site: Site) -> None:
     cfg, name = model.cfg, model_name(model)
     last = cfg.n_layers if site.kind == "resid" else cfg.n_layers - 1
-    if not 0 <= site.layer <= last or (site.head is not None and site.head >= cfg.n_heads):
+    if not 0 <= site.layer <= last or not 0 <= (site.head or 0) < cfg.n_heads:
         raise InputError(
             f"site {str(site)!r} does not exist: {name} has residual layers 0..{cfg.n_layers}, "
             f"blocks 0..{cfg.n_layers - 1}, heads 0..{cfg.n_heads - 1}"
         )
     hooks: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
     if hook_name(model, site) not in hooks:
-        has = [kind for kind in KINDS if hook_name(model, Site(kind, site.layer)) in hooks]
+        has = [kind for kind in KINDS if hook_name(model, first_site(kind)) in hooks]
         raise InputError(f"site {str(site)!r} does not exist: {name} has only {', '.join(has)}")
 
 
 def _require_additive_heads(model: TransformerLensModel) -> None:
     error = additivity_error(model)
-    if not error <= ADDITIVITY_TOLERANCE:
+    if not heads_add_up(error):
         raise InputError(
             f"site 'head' does not exist in {model_name(model)}: its heads pass through a norm "
             f"before the residual stream and do not add up (relative error {error:.2g}); "

@@ -2,7 +2,8 @@
 
 Every prompt has a ``checksum`` of its activations, written after them; 0 means "not there yet".
 What is missing after a kill is therefore what has no checksum, and what rotted on disk is what
-no longer matches it. Shards follow the chunks of the arrays, so no two of them touch one file.
+no longer matches it. Shards follow the chunks of the arrays, so no two shards of one call touch
+the same file; a chunk that an earlier call left half full is replaced whole, in one rename.
 """
 
 from __future__ import annotations
@@ -92,16 +93,19 @@ def open_activations(path: str | Path) -> xr.Dataset:
     """
     path = Path(path)
     _require_store(path)
-    dataset = xr.open_dataset(
-        str(path), engine="zarr", chunks=None, backend_kwargs={"consolidated": False}
-    )
-    checksum = dataset["checksum"].values
-    if not checksum.all():
+    written, total = _written(_group(path, "r"))
+    if written < total:
         raise InputError(
-            f"store {path}: holds {(checksum != 0).sum()} of {len(checksum)} prompts, its writing "
-            "was interrupted; finish it with resume=True"
+            f"store {path}: holds {written} of {total} prompts, its writing was interrupted; "
+            "finish it with resume=True"
         )
-    dataset = dataset.drop_vars("checksum")
+    dataset = xr.open_dataset(
+        str(path),
+        engine="zarr",
+        chunks=None,
+        drop_variables="checksum",
+        backend_kwargs={"consolidated": False},
+    )
     labels = {name: _as_objects(label.load()) for name, label in dataset.coords.items()}
     dataset = dataset.assign_coords(labels)
     return dataset.drop_attrs(deep=False).assign_attrs(_public(dataset.attrs))
@@ -119,6 +123,9 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
     """
     _require_store(Path(path))
     store = _group(path, "r")
+    there, total = _written(store)
+    if there < total:
+        raise InputError(f"store {path}: holds {there} of {total} prompts; finish it first")
     written = np.asarray(store["checksum"][:])
     names = json.loads(store.attrs["measured"])
     bad = [
@@ -151,7 +158,8 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
         name: {"chunks": _chunks(frame[name], shard), "_FillValue": None}
         for name in measured
     }
-    encoding["checksum"] = {"chunks": (shard,)}
+    # The fill value is what "not there yet" reads as, in chunks that do not exist.
+    encoding["checksum"] = {"chunks": (shard,), "_FillValue": 0}
     for name, label in frame.coords.items():
         if label.dims == ("prompt",):
             encoding[str(name)] = {"chunks": (shard,)}
@@ -181,15 +189,15 @@ def _admit(path: Path, frame: xr.Dataset, resume: bool) -> int:
     _require_same(path, store, frame)
     batches = json.loads(str(store.attrs["batches"]))
     n, digest = frame.sizes["prompt"], frame.attrs["prompts"]
-    same = batches[-1] == [n, digest]
-    total = sum(size for size, _ in batches)
-    checksum = store["checksum"]
-    complete = checksum.shape[0] == total and bool(np.asarray(checksum[:]).all())
+    written, total = _written(store)
+    complete = written == total
     if not complete and not resume:
         raise InputError(f"store {path}: its writing was interrupted; finish it with resume=True")
-    if not complete and not same:
+    if not complete and batches[-1] != [n, digest]:
         raise InputError(f"store {path}: was interrupted while reading other prompts than these")
-    if not (same and resume):
+    if complete and resume and [n, digest] in batches:
+        return sum(size for size, _ in batches[: batches.index([n, digest])])
+    if complete:
         batches.append([n, digest])
         total += n
         store.attrs["batches"] = json.dumps(batches)
@@ -221,12 +229,28 @@ def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
     for name, label in frame.coords.items():
         if str(name) not in store:
             raise InputError(f"store {path}: has no {name!r}, these prompts have")
+        if str(name) in labels and _kind(store[str(name)].dtype) != _kind(label.dtype):
+            raise InputError(f"store {path}: holds {name} as {store[str(name)].dtype}, not these")
         if str(name) not in labels and list(store[str(name)][:]) != list(label.values):
             raise InputError(f"store {path}: holds {name} {list(store[str(name)][:])}, not these")
     known = {str(name) for name in store.array_keys()}
     extra = known - labels - set(map(str, frame.variables)) - {"checksum"}
     if extra:
         raise InputError(f"store {path}: holds {sorted(extra)}, these activations do not")
+
+
+def _written(store: Any) -> tuple[int, int]:
+    """Prompts that are there, and prompts that should be."""
+    total = sum(size for size, _ in json.loads(store.attrs["batches"]))
+    arrays = [*json.loads(store.attrs["measured"]), "checksum"]
+    grown = min(store[name].shape[0] for name in arrays)
+    written = np.count_nonzero(np.asarray(store["checksum"][:])[:grown])
+    return int(written), total
+
+
+def _kind(dtype: np.dtype) -> str:
+    """Numbers by their kind; all the ways to hold strings are one."""
+    return dtype.kind if dtype.kind in "iufb" else "string"
 
 
 def _chunks(variable: xr.DataArray, shard: int) -> tuple[int, ...]:

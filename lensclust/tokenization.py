@@ -16,8 +16,8 @@ TokenSpan = tuple[int, int]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over a tokenizer's vocabulary and special tokens, first 16 hex digits."""
-    content = json.dumps([tokenizer.get_vocab(), tokenizer.special_tokens_map], sort_keys=True)
+    """sha256 over a tokenizer's vocabulary, first 16 hex digits."""
+    content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

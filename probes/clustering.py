@@ -158,11 +158,14 @@ def cluster(
     """
     if scale not in SCALES:
         raise InputError(f"cluster: scale {scale!r} is not known: expected one of {list(SCALES)}")
+    if permutations < 1 or n_init < 1 or (k is not None and k < 2):
+        raise InputError(
+            "cluster: expected permutations and n_init of at least 1 and k of at least 2, given "
+            f"{permutations}, {n_init}, {k}"
+        )
     labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *score_against))}
     condition = None if given is None else prompt_labels(acts, given)
     groups, left_out = _groups(labels, by, given, condition, k, permutations, seed)
-    for reason in left_out:
-        log.warning("cluster: %s", reason)
     sites = dataset_sites(acts, kinds)
     centroids = Centroids(labels[by], condition, by, given)
     work: Any = Parallel(n_jobs=jobs, return_as="generator")(
@@ -189,6 +192,14 @@ def cluster(
                 for (name, metric), values in scores.items()
             ]
             advance()
+    failed = sum(int((assignments[:, group.rows[0]] < 0).sum()) for group in groups)
+    if failed:
+        left_out.append(
+            f"{failed} of {len(groups) * len(sites)} partitions scored 0: fewer distinct states "
+            "than clusters"
+        )
+    for reason in left_out:
+        log.warning("cluster: %s", reason)
     frame = pd.DataFrame(rows).astype({"head": "Int64"})
     frame["k"] = int(np.median([group.k for group in groups]))
     return Clustering(

@@ -49,6 +49,8 @@ def nearest_neighbour(
     >>> bool(scores.value[0] > 2 * scores.null_mean[0])  # the last token's embedding is the input's
     True
     """
+    if permutations < 2:
+        raise InputError(f"nearest_neighbour: permutations={permutations}, expected at least 2")
     labels = _codes(prompt_labels(acts, target))
     names = [apart] if isinstance(apart, str) else list(apart)
     groups = np.stack(

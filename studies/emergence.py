@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lensclust as lc
 import probes
 from studies.frames import plane
-from studies.study import Context, Findings, Study, check_clusters
+from studies.study import Context, Findings, Study, check_clusters, silenced
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,11 @@ class Emergence(Study):
     permutations: int = 100
 
     def check(self) -> None:
-        """Refuse more clusters than there are prompts to cluster."""
+        """Refuse what would leave a claim without a measurement."""
+        least = {"n_tasks": 2, "held_out_regexes": 1, "rows_per_mapping": 2, "n_checkpoints": 2}
+        for name, number in (least | {"permutations": 1}).items():
+            if getattr(self, name) < number:
+                raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
         if self.k is not None:
             rows = clustered_prompts(task_set(self, 0), self.rows_per_mapping).rows
             check_clusters(self.k, rows, ["split", "input"])
@@ -147,7 +151,8 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         for step, model in run.models():
             acts = lc.extract(model, held_out, ["resid", "head"], progress=False)
             is_last = step == study.steps
-            tables.append(cluster_scores(acts, study, is_last=is_last).assign(step=step))
+            with silenced("probes.clustering"):  # the notes say what layer 0 cannot hold
+                tables.append(cluster_scores(acts, study, is_last=is_last).assign(step=step))
             states = plane_by_layer(acts).assign(step=step)
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)

@@ -92,7 +92,7 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         decide(
             "saturates",
             "and saturates: the share of the rise that comes in the second half is small",
-            (final - seen.ari(UNSEEN, top, middle)) / rise,
+            (final - seen.ari(UNSEEN, top, middle)) / np.where(rise == 0, np.nan, rise),
             control={"share of a steady rise": 1 - middle / last},
             at_most=0.25,
             **PAPER,

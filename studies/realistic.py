@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 import probes
-from studies.study import Context, Findings, Study, check_clusters
+from studies.study import Context, Findings, Study, check_clusters, silenced
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,6 +62,8 @@ class Realistic(Study):
 
     def check(self) -> None:
         """Refuse what can be refused before a model is loaded."""
+        if self.permutations < 2:
+            raise lc.InputError(f"permutations={self.permutations}: expected at least 2")
         for name, value in {"inputs": self.inputs, "control_inputs": self.control_inputs}.items():
             if value is not None and value < 2:
                 raise lc.InputError(f"{name}={value}: an interval needs at least 2")
@@ -130,9 +132,14 @@ class Realistic(Study):
     ) -> xr.Dataset:
         """Activations in the run directory, so that a killed run does not read them again."""
         store = context.out / f"{name}.zarr"
-        return lc.extract(
+        acts = lc.extract(
             model, prompts, sites, store=store, resume=True, progress=context.progress
-        ).load()
+        )
+        if acts.sizes["prompt"] != len(prompts):
+            raise lc.InputError(
+                f"{store}: holds other prompts than {self.data or 'these'} gives now"
+            )
+        return acts.load()
 
     def measure(
         self, acts: xr.Dataset, source: str, given: str, context: Context, seed: int = 0
@@ -146,10 +153,13 @@ class Realistic(Study):
             "jobs": context.jobs,
             "progress": context.progress,
         }
-        inside = probes.cluster(acts, given=given, k=self.k, score_against=["template"], **options)
-        across = probes.cluster(
-            acts, given=None, score_against=["input", "template"], kinds="resid", **options
-        )
+        with silenced("probes.clustering"):  # where states coincide, as at layer 0, they score 0
+            inside = probes.cluster(
+                acts, given=given, k=self.k, score_against=["template"], **options
+            )
+            across = probes.cluster(
+                acts, given=None, score_against=["input", "template"], kinds="resid", **options
+            )
         # A folder's inputs belong to one task each, so they too must not be shared.
         apart = ["template"] if self.data is None else ["template", "input"]
         near = probes.nearest_neighbour(

@@ -34,10 +34,10 @@ def best_by_group(groups: pd.DataFrame, metric: str, *, kind: str = "resid") -> 
     """
     scores = where(groups, metric=metric, kind=kind)
     task = where(scores, by="task")
-    names = sorted(groups["group"].unique())
     chosen = []
-    for own, other in ((names[::2], names[1::2]), (names[1::2], names[::2])):
-        for (source, seed), rows in task.groupby(["source", "seed"]):
+    for (source, seed), rows in task.groupby(["source", "seed"]):
+        names = sorted(rows["group"].unique())
+        for own, other in ((names[::2], names[1::2]), (names[1::2], names[::2])):
             best = where(rows, group=other).groupby("site")["value"].mean().idxmax()
             chosen.append(where(scores, source=source, seed=seed, site=best, group=own))
     found = pd.concat(chosen)
@@ -144,6 +144,10 @@ def notes(scores: pd.DataFrame, groups: pd.DataFrame, given: str) -> list[str]:
                 "little."
             )
     together = where(scores, metric="ari", by="task", kind="resid", given="none")
+    said.append(
+        f"Intervals are over {given}s, which share the instructions: they say nothing of other "
+        "wordings. Random weights read fewer prompts, so their neighbours come from fewer."
+    )
     everything = where(together, source=MODEL).nlargest(1, "value").iloc[0]
     words = where(together, source=WORDS)["value"].max()
     said.append(

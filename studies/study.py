@@ -7,9 +7,11 @@ A study is a frozen dataclass: its fields are its knobs, `Study.run` turns a `Co
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -121,13 +123,15 @@ class Study:
         numbers = tuple(range(self.default_seeds if seeds is None else seeds))
         if not numbers:
             raise lc.InputError(f"seeds: expected at least 1, given {seeds}")
+        if jobs == 0:
+            raise lc.InputError("jobs: expected a number of processes, or -1 for all, given 0")
         config = {"study": type(self).name(), "preset": preset, "seeds": len(numbers)}
         config |= {"fields": asdict(self)}
         self.check()
         run_directory.begin(out, config, resume=resume)
         try:
             findings = self.run(Context(out, numbers, jobs, progress))
-        except lc.InputError:
+        except Exception:
             run_directory.abandon(out)
             raise
         run_directory.finish(
@@ -147,6 +151,17 @@ class Study:
     def name(cls) -> str:
         """The study's name on the command line: its module's."""
         return cls.__module__.rpartition(".")[2]
+
+
+@contextmanager
+def silenced(logger: str) -> Iterator[None]:
+    """Keep a logger quiet inside the block, where the study itself says what it would."""
+    named = logging.getLogger(logger)
+    before, named.disabled = named.disabled, True
+    try:
+        yield
+    finally:
+        named.disabled = before
 
 
 def check_clusters(k: int, rows: pd.DataFrame, groups: list[str]) -> None:

@@ -65,6 +65,12 @@ def test_options_of_a_study_explain_every_field():
         (["dance"], "command 'dance' is not known"),
         (["run", "nothing"], "study 'nothing' is not known: expected one of emergence, realistic"),
         (["run", "emergence", "--preset", "huge"], "preset 'huge' is not known"),
+        (["run", "emergence", "--jobs", "0"], "jobs: expected"),
+        (
+            ["run", "emergence", "--held-out-regexes", "0"],
+            "held_out_regexes=0: expected at least 1",
+        ),
+        (["run", "realistic", "--model", "native:sif-small"], "texts need a tokenizer"),
         (["run", "emergence", "--seeds", "0"], "seeds: expected at least 1, given 0"),
         (["run", "emergence", "--n-tasks", "0"], "n_tasks"),
         (["run", "emergence", "--preset", "smoke", "--k", "99"], "k=99: expected 2 to "),
@@ -80,6 +86,17 @@ def test_unusable_arguments(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in one_line_error(capsys, arguments)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_output_below_a_file(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    place = str(tmp_path / "file" / "run")
+    assert "is a file, expected a folder" in one_line_error(
+        capsys, ["run", "emergence", "--out", place]
+    )
+    extract = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--out", place]
+    assert "is a file, expected a folder" in one_line_error(capsys, extract)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_unusable_site_and_long_prompts_leave_no_store(capsys, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
-    "sif": lambda _, tokenizer: sif(),
+    "sif": lambda _, tokenizer: _synthetic(tokenizer),
     "natural": lambda _, tokenizer: natural(_required(tokenizer, "natural")),
     "instruction_induction": lambda folder, tokenizer: instruction_induction(
         folder, _required(tokenizer, "instruction_induction")
@@ -38,6 +38,12 @@ def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Pr
             f"tasks {name!r} are not known: expected sif, natural or instruction_induction:FOLDER"
         )
     return SOURCES[source](folder, tokenizer)
+
+
+def _synthetic(tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+    if tokenizer is not None:
+        raise InputError("tasks 'sif': its tokens mean nothing to a model that has a tokenizer")
+    return sif()
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:

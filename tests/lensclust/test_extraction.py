@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import lensclust as lc
 from lensclust.activations import dataset_sites, select, site_values
 from lensclust.sites import Site, additivity_error
-from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, hf_model
+from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, hf_model, tiny_tokenizer
 
 ADDITIVE = [name for name in ARCHITECTURES if name != "gemma2"]
 
@@ -178,9 +178,45 @@ def test_other_wrong_inputs():
         lc.extract(bridge, some_prompts(2), "resid", at="nowhere")
     with pytest.raises(lc.InputError, match="dtype 'int8' is not known"):
         lc.extract(bridge, some_prompts(2), "resid", dtype="int8")
+    for options, message in (
+        ({"at": []}, "positions must be given and differ"),
+        ({"at": ["answer", "answer"]}, "positions must be given and differ"),
+        ({"batch_tokens": 0}, "batch_tokens=0, expected at least 1"),
+        ({"shard": -1}, "shard=-1, expected at least 1"),
+    ):
+        with pytest.raises(lc.InputError, match=message):
+            lc.extract(bridge, some_prompts(2), "resid", **options)
+    for place in (("head", 3), ("bogus", 3), ("resid", 3, 1)):
+        with pytest.raises(lc.InputError, match="is not known"):
+            Site(*place)
+    with pytest.raises(lc.InputError, match="does not exist"):
+        lc.extract(bridge, some_prompts(2), Site("head", 0, -1))
+    with pytest.raises(lc.InputError, match="in training mode"):
+        lc.extract(lc.load(hf_model("gpt2")).train(), some_prompts(2), "resid")
     clash = lc.Prompts.from_token_lists([[5]], pd.DataFrame({"layer": [1]}))
     with pytest.raises(lc.InputError, match=r"label 'layer' .* name of an axis"):
         lc.extract(bridge, clash, "resid")
+
+
+def test_what_does_not_fit_half_precision_is_refused():
+    model = hf_model("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1e6)
+    bridge = lc.load(model)
+    assert np.isfinite(lc.extract(bridge, some_prompts(2), "resid 0").resid).all()
+    with pytest.raises(lc.InputError, match="'resid' does not fit float16"):
+        lc.extract(bridge, some_prompts(2), "resid 0", dtype="float16")
+
+
+def test_prompts_of_another_tokenizer_are_refused(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path)
+    bridge = lc.load(hf_model("llama"), tokenizer=tokenizer)
+    rows = pd.DataFrame({"task": ["a"]})
+    own = lc.Prompts.from_texts(["w1 w2"], rows, tokenizer)
+    assert lc.extract(bridge, own, "resid 0").sizes["prompt"] == 1
+    foreign = lc.Prompts.from_token_lists([[5]], rows, tokenizer="another")
+    with pytest.raises(lc.InputError, match="made with another tokenizer"):
+        lc.extract(bridge, foreign, "resid 0")
 
 
 def test_single_places_and_labels():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,44 @@ def test_refuses_what_does_not_belong(model, tmp_path):
         lc.extract(model, some_prompts(6), "resid", store=tmp_path / "notes")
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep me"
     assert store.open_activations(path).sizes["prompt"] == 6
+
+
+def test_labels_of_another_kind_are_refused_before_anything_is_written(model, tmp_path):
+    first = some_prompts(6)
+    lc.extract(model, first, "resid 2", store=tmp_path / "a")
+    for values in ([0.5] * 6, ["text"] * 6):
+        other = replace(some_prompts(6, seed=1), rows=first.rows.assign(n=values))
+        with pytest.raises(lc.InputError, match="holds n as int64"):
+            lc.extract(model, other, "resid 2", store=tmp_path / "a")
+    assert lc.open_activations(tmp_path / "a").sizes["prompt"] == 6
+
+
+def test_running_a_script_again_adds_nothing(model, tmp_path):
+    for _ in range(2):
+        for prompts in (some_prompts(7), some_prompts(5, seed=2)):
+            acts = lc.extract(model, prompts, "resid 2", store=tmp_path / "a", resume=True)
+    assert acts.sizes["prompt"] == 12
+
+
+def test_a_store_that_grew_only_in_part_is_unfinished(model, tmp_path):
+    lc.extract(model, some_prompts(6), "resid 2", store=tmp_path / "a")
+    group = zarr.open_group(str(tmp_path / "a"), mode="r+")
+    group.attrs["batches"] = json.dumps([*json.loads(str(group.attrs["batches"])), [4, "x"]])
+    for _ in range(2):
+        with pytest.raises(lc.InputError, match="holds 6 of 10 prompts"):
+            lc.open_activations(tmp_path / "a")
+        with pytest.raises(lc.InputError, match="holds 6 of 10 prompts"):
+            store.verify(tmp_path / "a")
+        values = group["resid"]
+        values.resize((10, *values.shape[1:]))  # a kill between two arrays
+
+
+def test_missing_labels_read_the_same_from_memory_and_disk(model, tmp_path):
+    prompts = some_prompts(2)
+    prompts = replace(prompts, rows=prompts.rows.assign(x=["u", None]))
+    memory = lc.extract(model, prompts, "resid 2")
+    disk = lc.extract(model, prompts, "resid 2", store=tmp_path / "a")
+    assert memory.x.values.tolist() == disk.x.values.tolist() == ["u", ""]
 
 
 def test_rot_on_disk_is_found(model, tmp_path):

@@ -156,9 +156,10 @@ def test_what_cannot_be_clustered_is_left_out_with_one_reason(caplog, recwarn):
     assert not recwarn.list
 
 
-def test_identical_states_score_zero_quietly(recwarn):
+def test_identical_states_score_zero_with_one_reason(recwarn):
     acts = planted(1.0)
     clusters = cluster(acts.assign(resid=acts.resid * 0), jobs=1)
+    assert clusters.left_out == ("6 of 6 partitions scored 0: fewer distinct states than clusters",)
     assert (clusters.frame["value"] == 0).all()
     assert not recwarn.list
 
@@ -169,6 +170,9 @@ def test_identical_states_score_zero_quietly(recwarn):
         ({"by": "mood"}, "label 'mood' is not in these activations: they have"),
         ({"given": "mood"}, "label 'mood'"),
         ({"k": 25}, "k=25 clusters asked for, but at most 24 rows"),
+        ({"k": 1}, "k of at least 2"),
+        ({"permutations": 0}, "expected permutations and n_init of at least 1"),
+        ({"kinds": []}, "kinds: none given"),
         ({"scale": "log"}, "scale 'log' is not known"),
         ({"kinds": "head"}, "site 'head' is not in these activations: they hold"),
         ({"position": "start"}, "position 'start' is not in these activations"),

@@ -78,6 +78,13 @@ def test_the_best_of_many_noisy_sites_is_not_better_than_one():
     assert abs(honest.mean()) < 3 * honest.std() / np.sqrt(len(honest))
 
 
+def test_a_control_that_read_few_inputs_is_still_cross_fitted():
+    noise = groups_of_noise(n_sites=3)
+    few = noise["group"].isin(["00", "02"]) | (noise["source"] != "random weights")
+    found = best_by_group(noise[few], "ari")["random weights"]
+    assert found.notna().sum() == 2
+
+
 def test_noise_supports_no_claim():
     groups = groups_of_noise()
     scores = groups.groupby(["source", "seed", "kind", "site", "layer", "by", "metric"])["value"]
