@@ -133,12 +133,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _encode(value: Any) -> str:
-    return (
-        json.dumps(
-            value, indent=2, sort_keys=False, default=str, ensure_ascii=False, allow_nan=False
-        )
-        + "\n"
-    )
+    text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n"
 
 
 def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -92,13 +92,7 @@ def open_activations(path: str | Path) -> xr.Dataset:
         InputError: if there is no store, or its writing was interrupted.
     """
     path = Path(path)
-    _require_store(path)
-    written, total = _written(_group(path, "r"))
-    if written < total:
-        raise InputError(
-            f"store {path}: holds {written} of {total} prompts, its writing was interrupted; "
-            "finish it with resume=True"
-        )
+    _finished(path)
     dataset = xr.open_dataset(
         str(path),
         engine="zarr",
@@ -121,11 +115,7 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
     >>> verify(folder).tolist()
     []
     """
-    _require_store(Path(path))
-    store = _group(path, "r")
-    there, total = _written(store)
-    if there < total:
-        raise InputError(f"store {path}: holds {there} of {total} prompts; finish it first")
+    store = _finished(Path(path))
     written = np.asarray(store["checksum"][:])
     names = json.loads(store.attrs["measured"])
     bad = [
@@ -246,6 +236,19 @@ def _written(store: Any) -> tuple[int, int]:
     grown = min(store[name].shape[0] for name in arrays)
     written = np.count_nonzero(np.asarray(store["checksum"][:])[:grown])
     return int(written), total
+
+
+def _finished(path: Path) -> Any:
+    """The group of a store that holds all its prompts."""
+    _require_store(path)
+    store = _group(path, "r")
+    written, total = _written(store)
+    if written < total:
+        raise InputError(
+            f"store {path}: holds {written} of {total} prompts, its writing was interrupted; "
+            "finish it with resume=True"
+        )
+    return store
 
 
 def _kind(dtype: np.dtype) -> str:

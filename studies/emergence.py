@@ -153,7 +153,8 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
             is_last = step == study.steps
             with silenced("probes.clustering"):  # the notes say what layer 0 cannot hold
                 tables.append(cluster_scores(acts, study, is_last=is_last).assign(step=step))
-            states = plane_by_layer(acts).assign(step=step)
+            if is_last:
+                states = plane_by_layer(acts).assign(step=step)
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
     return {"scores": scores, "states": states.assign(seed=seed), "weights": weights}

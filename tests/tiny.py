@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 D_MODEL, N_HEADS, N_LAYERS, D_MLP, D_VOCAB, N_CTX = 32, 4, 3, 64, 60, 64
@@ -90,3 +90,15 @@ def tiny_tokenizer(
         special["pad_token"] = "<pad>"
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: every text comes back as it went in. Has a chat template."""
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_only: Any = Tokenizer(models.BPE(letters, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        chat_template="{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<reply>",
+    )

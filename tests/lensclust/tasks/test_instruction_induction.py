@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust import InputError
+from tests.tiny import byte_tokenizer
 
 REAL = Path(
     os.environ.get("LENSCLUST_INSTRUCTION_INDUCTION")
@@ -24,15 +24,7 @@ real_data = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: every text comes back as it went in."""
-    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bytes_only = Tokenizer(models.BPE(letters, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        chat_template="{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<reply>",
-    )
+    return byte_tokenizer()
 
 
 def _write(folder: Path, task: str, annotations: object, examples: list[dict]) -> None:
