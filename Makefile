@@ -24,7 +24,8 @@ bench: .venv/installed-test
 
 # The README's tables and picture, from runs that are there.
 readme: .venv/installed-test
-	$(BIN)/python -m tests.benchmarks.readme runs/emergence runs/realistic
+	$(BIN)/python -m tests.benchmarks.readme runs/emergence runs/realistic \
+		runs/unseen runs/identity_pretraining
 
 # One universal lock for every supported Python; extras are pinned too.
 lock: .venv/installed-test

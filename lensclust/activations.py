@@ -55,9 +55,16 @@ def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) ->
     residual stream; all other sites come as they are.
 
     Raises:
-        InputError: if the dataset does not hold the site, or several positions and none named.
+        InputError: if the dataset does not hold the site, or several positions and none named,
+            or if a prompt's activations are not finite.
     """
     values = select(acts, site, position=position).values.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    if bad.size:
+        raise InputError(
+            f"site {str(site)!r}: {bad.size} of {len(values)} rows hold NaN or infinity, the first "
+            f"is row {bad[0]}; expected finite activations"
+        )
     if site.kind != "head":
         return values
     frame = acts["head_frame"].sel(block=site.layer, head=site.head).values

@@ -23,10 +23,10 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust import store as on_disk
 from lensclust.activations import VARIABLES
 from lensclust.errors import InputError
+from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, head_frames, hook_name, model_name, resolve
-from lensclust.tokenization import tokenizer_fingerprint
 from lensclust.weights import fingerprint
 
 BATCH_TOKENS = {"cpu": 2_048}
@@ -95,7 +95,7 @@ def extract(
         if number is not None and number < 1:
             raise InputError(f"extract: {name}={number}, expected at least 1")
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
-    _require_fits(model, prompts)
+    require_fits(model, prompts, caller="extract")
     if dtype not in DTYPES:
         raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
     frame = _template(model, prompts, chosen, names, np.dtype(dtype))
@@ -293,32 +293,3 @@ def _forward_arguments(model: TransformerLensModel) -> dict[str, Any]:
     """Hugging Face models build a key/value cache unless told not to; native ones have none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return {"use_cache": False} if hasattr(config, "use_cache") else {}
-
-
-def _require_fits(model: TransformerLensModel, prompts: Prompts) -> None:
-    if getattr(model, "training", False):
-        raise InputError(f"extract: {model_name(model)} is in training mode; call model.eval()")
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None and prompts.tokenizer not in (
-        "none",
-        tokenizer_fingerprint(tokenizer),
-    ):
-        raise InputError(
-            f"extract: these prompts were made with another tokenizer than that of "
-            f"{model_name(model)}"
-        )
-    context = model.cfg.n_ctx
-    longest = int(prompts.lengths.max())
-    if context and longest > context:
-        row = int(prompts.lengths.argmax())
-        raise InputError(
-            f"extract: prompt {row} has {longest} tokens, but {model_name(model)} has a context "
-            f"of {context}"
-        )
-    vocabulary = model.cfg.d_vocab
-    largest = int(prompts.tokens.max())
-    if vocabulary and largest >= vocabulary:
-        raise InputError(
-            f"extract: token id {largest} given, but {model_name(model)} has a vocabulary of "
-            f"{vocabulary}; were the prompts made with another tokenizer?"
-        )

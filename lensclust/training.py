@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -32,8 +33,11 @@ from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.training_data import (
     SCORED,
+    Auxiliary,
     LossOn,
     Sequences,
+    auxiliary_loss,
+    check_auxiliary,
     check_fit,
     content_digest,
     required_sizes,
@@ -48,9 +52,18 @@ from lensclust.training_state import (
     open_folder,
     save_state,
 )
-from lensclust.weights import load_checkpoint, named_weights, save_checkpoint
+from lensclust.weights import fingerprint, load_checkpoint, named_weights, save_checkpoint
 
-__all__ = ["TrainingRun", "checkpoint_steps", "required_sizes", "sequence_loss", "train"]
+__all__ = [
+    "Auxiliary",
+    "TrainingRun",
+    "checkpoint_steps",
+    "required_sizes",
+    "sequence_loss",
+    "train",
+]
+
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +93,9 @@ class TrainingRun:
     """A finished training.
 
     Attributes:
-        frame: ``step, split, accuracy, loss`` at every checkpoint; accuracy is the share of
-            prompts whose whole answer is the argmax, loss the mean cross-entropy of the answer
-            in nats.
+        frame: ``step, split, accuracy, loss`` at every checkpoint and wherever else it was
+            asked for (``evaluate_every``); accuracy is the share of prompts whose whole answer
+            is the argmax, loss the mean cross-entropy of the answer in nats.
         checkpoints: by step, the untrained model first.
     """
 
@@ -107,10 +120,14 @@ def train(
     lr: float = 4e-3,
     weight_decay: float = 0.1,
     warmup: float = 0.05,
+    schedule: str = "cosine",
     loss_on: LossOn = "all",
+    auxiliary: Auxiliary | None = None,
+    start_from: TransformerBridge | None = None,
     n_checkpoints: int = 8,
     out: str | Path | None = None,
     evaluate: Prompts | None = None,
+    evaluate_every: int | None = None,
     seed: int = 0,
     resume: bool = False,
     save_every: int = 100,
@@ -130,12 +147,20 @@ def train(
         prompts: training sequences. Where rows have a ``split``, those called "train" and no
             others are trained on.
         warmup: share of the steps in which the learning rate rises.
+        schedule: of the learning rate after that: ``"cosine"`` falls to zero at the last step;
+            with ``"constant"`` a longer run passes through what a shorter one ended with, as
+            long as they warm up over the same number of steps.
         loss_on: ``"all"`` tokens but the first, or the ``"answer"`` alone.
+        auxiliary: a second answer, to be read from a layer's residual stream; its cross-entropy
+            is added to the loss.
+        start_from: a native model of this configuration whose weights the training begins
+            with; it is left as it is. The optimizer starts afresh.
         n_checkpoints: at step 0 and log-spaced up to the last; fewer where steps coincide.
         out: folder for ``step-000800.safetensors`` (`lensclust.load` opens them) and the state
             to resume from; without it the checkpoints stay in memory.
         evaluate: prompts to report accuracy on, by ``split``; unless given, the splits that
             are not trained on and some of the training rows.
+        evaluate_every: report accuracy also every so many steps, without a checkpoint.
         seed: gives weights (over the configuration's own seed) and batches; the global random
             state is neither read nor changed.
         resume: go on with the training in ``out``, if there is one.
@@ -143,8 +168,9 @@ def train(
         device: where to train. Default: an accelerator if there is one.
 
     Raises:
-        InputError: if a knob makes no sense, the prompts do not fit the model, ``out`` holds a
-            training and ``resume`` is not asked for, or that training had other knobs.
+        InputError: if a knob makes no sense, the prompts or the weights to start from do not
+            fit the model, ``out`` holds a training and ``resume`` is not asked for, or that
+            training had other knobs.
         RuntimeError: if the loss is no longer finite.
 
     >>> from lensclust.tasks.sif import sif
@@ -159,12 +185,20 @@ def train(
     if isinstance(config, str):
         config = native_config(config, **required_sizes(prompts))
     _check_knobs(steps, batch_size, lr, warmup, loss_on, n_checkpoints, save_every)
+    if schedule not in _AFTER_WARMUP:
+        raise InputError(f"train: schedule={schedule!r}, expected one of {sorted(_AFTER_WARMUP)}")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise InputError(f"train: evaluate_every={evaluate_every}, expected at least 1")
     trained, evaluated = split_prompts(prompts, evaluate)
     check_fit(config, prompts, evaluated)
-    training = training_sequences(trained, loss_on)
+    if auxiliary is not None:
+        check_auxiliary(config, auxiliary, trained)
+    training = training_sequences(trained, loss_on, auxiliary)
     device = torch.device(device or get_device())
     bridge = native_bridge(config, seed=seed, device=device, reseed=True)
     model = _bare(bridge, device)
+    if start_from is not None:
+        _start(model, start_from)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     knobs = {
         "seed": seed,
@@ -173,8 +207,12 @@ def train(
         "lr": lr,
         "weight_decay": weight_decay,
         "warmup": warmup,
+        "schedule": schedule,
         "loss_on": loss_on,
+        "auxiliary": None if auxiliary is None else auxiliary.to_json(trained),
+        "start_from": None if start_from is None else fingerprint(start_from),
         "n_checkpoints": n_checkpoints,
+        "evaluate_every": evaluate_every,
         "device": device.type,
         "trained on": content_digest(trained),
         "evaluated on": content_digest(evaluated),
@@ -184,26 +222,27 @@ def train(
     start, scores = open_folder(folder, resume, knobs, model, optimizer)
     at = checkpoint_steps(steps, n_checkpoints)
     if folder is not None:
-        check_checkpoints(folder, [row["step"] for row in scores])
+        check_checkpoints(folder, [row["step"] for row in scores if row["step"] in at])
     in_memory: dict[int, dict[str, Tensor]] = {}
     with progress_bar("training", total=steps, enabled=progress) as advance:
         advance(start)
         for step in range(start, steps + 1):
             # The state is that before `step`: what follows in this round is done again.
             is_checkpoint = step in at
-            if is_checkpoint and all(row["step"] != step for row in scores):
+            is_reported = is_checkpoint or (evaluate_every and step % evaluate_every == 0)
+            if is_reported and all(row["step"] != step for row in scores):
                 scores = scores + score_answers(model, evaluated, step)
-                if folder is None:
+                if is_checkpoint and folder is None:
                     in_memory[step] = copy_weights(model)
-                else:
+                elif is_checkpoint and folder is not None:
                     save_checkpoint(model, checkpoint_path(folder, step), step=step, seed=seed)
             if folder is not None and (is_checkpoint or step % save_every == 0):
                 save_state(folder, step, knobs, scores, model, optimizer)
             if step == steps:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = lr * _schedule(step, steps, warmup)
-            loss = _step(model, optimizer, training, batch_size, seed, step)
+                group["lr"] = lr * _rate(step, steps, warmup, schedule)
+            loss = _step(model, optimizer, training, batch_size, seed, step, auxiliary)
             advance(1, note=f"loss {loss:.3f}")
     return TrainingRun(
         frame=pd.DataFrame(scores, columns=["step", "split", "accuracy", "loss"]),
@@ -237,6 +276,7 @@ def _step(
     batch_size: int,
     seed: int,
     step: int,
+    auxiliary: Auxiliary | None,
 ) -> float:
     generator = derive_generator(seed, "batch", step)
     rows = torch.randint(len(data.tokens), (batch_size,), generator=generator)
@@ -244,7 +284,10 @@ def _step(
     device = next(model.parameters()).device
     tokens = data.tokens[rows, :longest].to(device)
     scored = data.scored[rows, :longest].to(device)
-    loss = sequence_loss(model(tokens[:, :-1]), tokens, scored)
+    if auxiliary is None:
+        loss = sequence_loss(model(tokens[:, :-1]), tokens, scored)
+    else:
+        loss = auxiliary_loss(model, auxiliary, data, rows, tokens, scored)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -254,10 +297,16 @@ def _step(
     return value
 
 
-def _schedule(step: int, steps: int, warmup: float) -> float:
+def _rate(step: int, steps: int, warmup: float, schedule: str) -> float:
     rising = max(1, round(warmup * steps))
     done = max(0, step - rising) / max(1, steps - rising)
-    return min((step + 1) / rising, (1 + math.cos(math.pi * done)) / 2)
+    return min((step + 1) / rising, _AFTER_WARMUP[schedule](done))
+
+
+_AFTER_WARMUP: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
 
 
 # -- prompts ------------------------------------------------------------------------------
@@ -294,3 +343,16 @@ def _bare(bridge: TransformerBridge, device: torch.device) -> NativeModel:
     weights = {name: tensor.detach().clone() for name, tensor in named_weights(bridge).items()}
     model.load_state_dict(weights, assign=True)
     return model.to(device)
+
+
+def _start(model: NativeModel, given: TransformerBridge) -> None:
+    weights = named_weights(given)
+    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    odd = [n for n in {**sizes, **weights} if n not in weights or weights[n].shape != sizes.get(n)]
+    if odd:
+        there = tuple(weights[odd[0]].shape) if odd[0] in weights else "missing"
+        raise InputError(
+            f"train: start_from does not fit the configuration: {odd[0]!r} is {there}, "
+            f"expected {sizes.get(odd[0], 'no such weight')}"
+        )
+    model.load_state_dict({name: tensor.detach() for name, tensor in weights.items()})

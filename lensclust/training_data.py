@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.errors import InputError
 from lensclust.evaluation import split_names
@@ -25,12 +26,46 @@ LossOn = Literal["all", "answer"]
 
 
 @dataclass(frozen=True)
+class Auxiliary:
+    """A second answer of every prompt, one token, read from a layer's residual stream.
+
+    The state at the token that predicts the answer goes through the model's own final norm and
+    unembedding, and the second answers alone compete: a linear classifier whose weights are
+    those tokens' rows of the unembedding, so that the model needs no further parameter.
+
+    Attributes:
+        column: column of the prompts' rows that holds the token id.
+        layer: number of blocks behind the state, from 1.
+        weight: of the mean cross-entropy, in nats, beside the language model's loss.
+
+    >>> Auxiliary("identity", layer=2)
+    Auxiliary(column='identity', layer=2, weight=1.0)
+    """
+
+    column: str
+    layer: int
+    weight: float = 1.0
+
+    def to_json(self, prompts: Prompts) -> dict[str, Any]:
+        """What is asked of these prompts, in plain values."""
+        asked = prompts.rows[self.column].to_numpy(dtype=np.int64)
+        return {**asdict(self), "answers": hashlib.sha256(asked.tobytes()).hexdigest()[:16]}
+
+
+@dataclass(frozen=True)
 class Sequences:
-    """Token sequences with the tokens that the loss counts."""
+    """Token sequences with the tokens that the loss counts.
+
+    With a second answer, ``second`` is its place among ``choices``, the token ids that compete,
+    and ``asked_at`` the token whose state it is read from.
+    """
 
     tokens: Int[Tensor, "prompt length"]
     lengths: Int[Tensor, " prompt"]
     scored: Bool[Tensor, "prompt length"]
+    asked_at: Int[Tensor, " prompt"] | None = None
+    second: Int[Tensor, " prompt"] | None = None
+    choices: Int[Tensor, " choice"] | None = None
 
 
 def required_sizes(prompts: Prompts) -> dict[str, int]:
@@ -53,6 +88,24 @@ def check_fit(config: TransformerBridgeConfig, *prompts: Prompts) -> None:
         given = getattr(config, name)
         if given < needed:
             raise InputError(f"train: {name}={given}, but the prompts need {needed}")
+
+
+def check_auxiliary(
+    config: TransformerBridgeConfig, auxiliary: Auxiliary, prompts: Prompts
+) -> None:
+    """Raises InputError if the second answer cannot be asked of this model and these prompts."""
+    layer, column, weight = auxiliary.layer, auxiliary.column, auxiliary.weight
+    if not 1 <= layer <= config.n_layers:
+        raise InputError(f"train: auxiliary layer={layer}, expected 1..{config.n_layers}")
+    if not (weight >= 0 and np.isfinite(weight)):
+        raise InputError(f"train: auxiliary weight={weight}, expected a number from 0")
+    if column not in prompts.rows or prompts.rows[column].dtype.kind not in "iu":
+        raise InputError(f"train: auxiliary column={column!r}, expected a column of token ids")
+    outside = [i for i in prompts.rows[column].unique() if not 0 <= i < config.d_vocab]
+    if outside:
+        raise InputError(
+            f"train: auxiliary answer {outside[0]}, expected ids below d_vocab={config.d_vocab}"
+        )
 
 
 def split_prompts(prompts: Prompts, evaluate: Prompts | None) -> tuple[Prompts, Prompts]:
@@ -98,10 +151,20 @@ SCORED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def training_sequences(prompts: Prompts, loss_on: str) -> Sequences:
+def training_sequences(
+    prompts: Prompts, loss_on: str, auxiliary: Auxiliary | None = None
+) -> Sequences:
     """Prompts with their answers, and the tokens that count with this ``loss_on``."""
     tokens, lengths, answers = prompts.with_answers()
-    return Sequences(tokens, lengths, SCORED[loss_on](lengths, answers))
+    scored = SCORED[loss_on](lengths, answers)
+    if auxiliary is None:
+        return Sequences(tokens, lengths, scored)
+    ids = prompts.rows[auxiliary.column].to_numpy(dtype=np.int64)
+    choices, second = np.unique(ids, return_inverse=True)
+    asked_at = prompts.position("answer")
+    return Sequences(
+        tokens, lengths, scored, asked_at, torch.from_numpy(second), torch.from_numpy(choices)
+    )
 
 
 def sequence_loss(
@@ -118,3 +181,29 @@ def sequence_loss(
     """
     kept = scored[:, 1:]
     return F.cross_entropy(logits[kept], tokens[:, 1:][kept])
+
+
+def auxiliary_loss(
+    model: NativeModel,
+    auxiliary: Auxiliary,
+    data: Sequences,
+    rows: Int[Tensor, " prompt"],
+    tokens: Int[Tensor, "prompt length"],
+    scored: Bool[Tensor, "prompt length"],
+) -> Float[Tensor, ""]:
+    """`sequence_loss` of these rows plus the weighted cross-entropy of their second answers."""
+    assert data.asked_at is not None
+    assert data.second is not None
+    assert data.choices is not None
+    states: list[Tensor] = []
+    # A block gives a tuple whose first entry is the residual stream after it.
+    block = model.layers[auxiliary.layer - 1]
+    handle = block.register_forward_hook(lambda _block, _given, found: states.append(found[0]))
+    try:
+        loss = sequence_loss(model(tokens[:, :-1]), tokens, scored)
+    finally:
+        handle.remove()
+    device = tokens.device
+    at_answer = states[0][torch.arange(len(rows), device=device), data.asked_at[rows].to(device)]
+    logits = model.head(model.ln_out(at_answer))[:, data.choices.to(device)]
+    return loss + auxiliary.weight * F.cross_entropy(logits, data.second[rows].to(device))

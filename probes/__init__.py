@@ -6,23 +6,100 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
+    from probes.centroids import mean_states
     from probes.clustering import Clustering, cluster
-    from probes.similarity import nearest_neighbour
+    from probes.directions import add_direction, project
+    from probes.erasure import erase, erase_random
+    from probes.function_vectors import FunctionVector, function_vector
+    from probes.interchanges import Interchange, interchange
+    from probes.interventions import Intervention, dealt, replace, shift, transport
+    from probes.kernel_alignment import CKA, cka
+    from probes.linear import probe
+    from probes.linear_maps import linear_transport
+    from probes.nearest_clusters import membership
+    from probes.patching import Patching, patch
+    from probes.similarity import nearest_neighbour, silhouettes
+    from probes.steering import steer
+    from probes.sweeps import ProbeSweep
+    from probes.validation import Tuning, tune
 
+# Name -> module. No module shares its name with what it exports.
 _HOMES = {
-    "Clustering": "probes.clustering",
-    "bag_of_tokens": "probes.baselines",
-    "cluster": "probes.clustering",
-    "nearest_neighbour": "probes.similarity",
+    "AttributionCheck": "attribution",
+    "CKA": "kernel_alignment",
+    "Clustering": "clustering",
+    "FunctionVector": "function_vectors",
+    "Interchange": "interchanges",
+    "Intervention": "interventions",
+    "Patching": "patching",
+    "ProbeSweep": "sweeps",
+    "Tuning": "validation",
+    "add_direction": "directions",
+    "bag_of_tokens": "baselines",
+    "cka": "kernel_alignment",
+    "cluster": "clustering",
+    "dealt": "interventions",
+    "erase": "erasure",
+    "erase_random": "erasure",
+    "function_vector": "function_vectors",
+    "interchange": "interchanges",
+    "linear_transport": "linear_maps",
+    "mean_states": "centroids",
+    "membership": "nearest_clusters",
+    "nearest_neighbour": "similarity",
+    "patch": "patching",
+    "probe": "linear",
+    "project": "directions",
+    "rank": "attribution",
+    "replace": "interventions",
+    "shift": "interventions",
+    "silhouettes": "similarity",
+    "steer": "steering",
+    "transport": "interventions",
+    "tune": "validation",
 }
 
-__all__ = ["Clustering", "bag_of_tokens", "cluster", "nearest_neighbour"]
+__all__ = [
+    "CKA",
+    "AttributionCheck",
+    "Clustering",
+    "FunctionVector",
+    "Interchange",
+    "Intervention",
+    "Patching",
+    "ProbeSweep",
+    "Tuning",
+    "add_direction",
+    "bag_of_tokens",
+    "cka",
+    "cluster",
+    "dealt",
+    "erase",
+    "erase_random",
+    "function_vector",
+    "interchange",
+    "linear_transport",
+    "mean_states",
+    "membership",
+    "nearest_neighbour",
+    "patch",
+    "probe",
+    "project",
+    "rank",
+    "replace",
+    "shift",
+    "silhouettes",
+    "steer",
+    "transport",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(f"probes.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'probes' has no attribute {name!r}")
 
 

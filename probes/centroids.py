@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
-from lensclust.activations import VARIABLES
+from lensclust.activations import VARIABLES, dataset_sites, prompt_labels, select
 from lensclust.sites import Site
 
 
@@ -52,3 +52,33 @@ class Centroids:
                 coords=coords,
             )
         return xr.Dataset(variables)
+
+
+def mean_states(
+    acts: xr.Dataset,
+    *,
+    by: str = "task",
+    given: str | None = None,
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+) -> xr.Dataset:
+    """Mean state of each label, for each value of ``given``, at every site.
+
+    Returns:
+        By variable of the activations: ``resid (layer, [given,] label, d_model)``,
+        ``z (block, head, ...)``; NaN where no prompt has that label and value.
+
+    Raises:
+        InputError: if a label or position does not exist.
+
+    >>> import lensclust as lc
+    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> mean_states(acts, by="task", given="input").resid.dims
+    ('layer', 'input', 'task', 'd_model')
+    """
+    condition = None if given is None else prompt_labels(acts, given)
+    centroids = Centroids(prompt_labels(acts, by), condition, by, given)
+    sites = dataset_sites(acts, kinds)
+    for site in sites:
+        centroids.add(site, select(acts, site, position=position).values)
+    return centroids.dataset(acts, sites)

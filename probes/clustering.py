@@ -26,9 +26,10 @@ from lensclust.activations import dataset_sites, prompt_labels, select, site_val
 from lensclust.errors import InputError
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
-from lensclust.stats import permutation_p
 from probes.centroids import Centroids
-from probes.partitions import METRICS, SCALES, Group, score_groups
+from probes.groups import against_null, label_groups
+from probes.interventions import Intervention, shift, transport
+from probes.partitions import METRICS, SCALES, score_groups
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,19 @@ class Clustering:
             raise InputError(f"best: no site of kind {kind!r}, only {set(self.frame['kind'])}")
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
+    def transport(self, source: str, target: str) -> Intervention:
+        """The move from one label's clusters to another's (`probes.interventions`).
+
+        Between the clusters of one condition where the prompts were clustered given one, else
+        by the difference of the two labels' mean states.
+
+        Raises:
+            InputError: if a label is not there, or the two share no condition.
+        """
+        if self.given is None:
+            return shift(self.centroids, source, target, by=self.by)
+        return transport(self.centroids, source, target, by=self.by, given=self.given)
+
     def plot(self, metric: str = "ari") -> Any:
         """Score by layer over its permuted-label band; a heat map where there are heads."""
         rows = self._scores(metric)
@@ -90,21 +104,26 @@ class Clustering:
         return charts[0] if len(charts) == 1 else figures.stack(charts)
 
     def __repr__(self) -> str:
-        best = self._scores("ari").nlargest(1, "value").iloc[0]
+        metric = self._first()
+        best = self._scores(metric).nlargest(1, "value").iloc[0]
         return (
             f"Clustering(by={self.by!r}, given={self.given!r}, {self.frame['site'].nunique()} "
-            f"sites; best ARI {best['value']:.2f} at {best['site']}, "
+            f"sites; best {metric.upper()} {best['value']:.2f} at {best['site']}, "
             f"permuted labels {best['null_mean']:.2f})"
         )
 
     def _repr_html_(self) -> str:
-        rows = self._scores("ari").nlargest(10, "value")
+        metric = self._first()
+        rows = self._scores(metric).nlargest(10, "value")
         table = rows[["site", "metric", "value", "null_mean", "null_std", "p"]]
-        return f"<p>{self!r}</p>{table.to_html(index=False, border=0)}{self.plot().to_html()}"
+        html = table.to_html(index=False, border=0)
+        return f"<p>{self!r}</p>{html}{self.plot(metric).to_html()}"
+
+    def _first(self) -> str:
+        return str(self.frame["metric"].iloc[0])
 
     def _scores(self, metric: str) -> pd.DataFrame:
-        if metric not in METRICS:
-            raise InputError(f"metric {metric!r} is not known: expected one of {METRICS}")
+        _require_known([metric], tuple(self.frame["metric"].unique()))
         return self.frame[(self.frame["metric"] == metric) & (self.frame["by"] == self.by)]
 
 
@@ -118,6 +137,7 @@ def cluster(
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     scale: str = "none",
+    metrics: str | Sequence[str] = METRICS,
     permutations: int = 100,
     n_init: int = 4,
     seed: int = 0,
@@ -137,6 +157,8 @@ def cluster(
         kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
         position: which read position, if the activations hold several.
         scale: ``none``, ``unit`` (rows to unit norm) or ``standard`` (features to unit variance).
+        metrics: which scores to compute; ``silhouette`` alone costs more than k-means where many
+            rows are clustered together.
         permutations: labellings in the null; p is at least 1 / (permutations + 1).
         n_init: k-means restarts.
         seed: of k-means and of the permutations.
@@ -147,8 +169,8 @@ def cluster(
         ``silhouette`` of the labels, each with its permuted-label null.
 
     Raises:
-        InputError: if a label does not exist, ``k`` exceeds the rows of every group, or nothing
-            is left to cluster.
+        InputError: if a label does not exist or has one value, ``k`` exceeds the rows of every
+            group, nothing is left to cluster, or a state is not finite.
 
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
@@ -163,17 +185,29 @@ def cluster(
             "cluster: expected permutations and n_init of at least 1 and k of at least 2, given "
             f"{permutations}, {n_init}, {k}"
         )
+    chosen = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
+    _require_known(chosen, METRICS)
     labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *score_against))}
     condition = None if given is None else prompt_labels(acts, given)
-    groups, left_out = _groups(labels, by, given, condition, k, permutations, seed)
+    groups, left_out = label_groups(
+        "cluster",
+        labels,
+        by=by,
+        given=given,
+        condition=condition,
+        k=k,
+        permutations=permutations,
+        seed=seed,
+    )
     sites = dataset_sites(acts, kinds)
     centroids = Centroids(labels[by], condition, by, given)
     work: Any = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed)
+        delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed, metrics=chosen)
         for values in (site_values(acts, site, position=position) for site in sites)
     )
     rows: list[dict[str, Any]] = []
-    parts: list[pd.DataFrame] = []
+    parts: list[dict[str, Any]] = []
+    names = {name: [g.name for g in groups if name in g.codes] for name in labels}
     assignments = np.empty((len(sites), acts.sizes["prompt"]), dtype=np.int32)
     place = position or str(acts["position"].values[0])
     with progress_bar("cluster", len(sites), enabled=progress) as advance:
@@ -182,13 +216,13 @@ def cluster(
             centroids.add(site, select(acts, site, position=position).values)
             shared = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
             parts += [
-                pd.DataFrame({**shared, "by": b, "metric": m, "group": g, "value": v[:, 0]})
-                for (b, m), v in scores.items()
-                for g in [[group.name for group in groups if b in group.codes]]
+                {**shared, "by": name, "metric": metric, "group": group, "value": value}
+                for (name, metric), values in scores.items()
+                for group, value in zip(names[name], values[:, 0].tolist(), strict=True)
             ]
             shared |= {"position": place, "given": given or "none"}
             rows += [
-                shared | {"by": name, "metric": metric} | _against_null(values)
+                shared | {"by": name, "metric": metric} | against_null(values)
                 for (name, metric), values in scores.items()
             ]
             advance()
@@ -204,7 +238,7 @@ def cluster(
     frame["k"] = int(np.median([group.k for group in groups]))
     return Clustering(
         frame=frame,
-        groups=pd.concat(parts, ignore_index=True).astype({"head": "Int64"}),
+        groups=pd.DataFrame(parts).astype({"head": "Int64"}),
         centroids=centroids.dataset(acts, sites),
         assignments=xr.DataArray(
             assignments, dims=("site", "prompt"), coords={"site": [str(s) for s in sites]}
@@ -215,71 +249,9 @@ def cluster(
     )
 
 
-def _groups(
-    labels: dict[str, np.ndarray],
-    by: str,
-    given: str | None,
-    condition: np.ndarray | None,
-    k: int | None,
-    permutations: int,
-    seed: int,
-) -> tuple[list[Group], list[str]]:
-    """The rows to cluster together, without what cannot be clustered, and the reasons."""
-    rng = np.random.default_rng(seed)
-    everything = np.arange(len(labels[by]))
-    parts = (
-        {"all": everything}
-        if condition is None
-        else {value: np.flatnonzero(condition == value) for value in np.unique(condition)}
-    )
-    groups, single, lone, small, constant = [], [], 0, [], set()
-    for value, part in parts.items():
-        names, counts = np.unique(labels[by][part], return_counts=True)
-        lone += int((counts == 1).sum())
-        rows = part[np.isin(labels[by][part], names[counts > 1])]
-        present = int((counts > 1).sum())
-        if present < 2:
-            single.append(value)
-        elif (k or present) > len(rows):
-            small.append(value)
-        else:
-            codes = {}
-            for name, column in labels.items():
-                true = np.unique(column[rows], return_inverse=True)[1]
-                if true.max() == 0:
-                    constant.add(name)
-                    continue
-                codes[name] = np.stack(
-                    [true, *(rng.permutation(true) for _ in range(permutations))]
-                )
-            groups.append(Group(str(value), rows, k or present, codes))
-    if k is not None and len(small) == len(parts):
-        largest = max(len(part) for part in parts.values())
-        raise InputError(
-            f"cluster: k={k} clusters asked for, but at most {largest} rows to cluster"
-        )
-    if not groups:
-        raise InputError(
-            f"cluster: nothing to cluster by {by!r} given {given!r}: no group holds two labels "
-            "with two rows each"
-        )
-    reasons = {
-        f"{lone} rows left out: the only one of their {by} in their group": lone,
-        f"{len(single)} of {len(parts)} groups left out: fewer than two {by} labels": single,
-        f"{len(small)} of {len(parts)} groups left out: fewer rows than clusters": small,
-        f"not scored against {sorted(constant)}: constant given {given}": constant,
-    }
-    return groups, [reason for reason, happened in reasons.items() if happened]
-
-
-def _against_null(scores: np.ndarray) -> dict[str, Any]:
-    """Mean over groups of the true labels' score, beside the same mean under permuted labels."""
-    mean = scores.mean(0)
-    value, null = float(mean[0]), mean[1:]
-    return {
-        "value": value,
-        "null_mean": float(null.mean()) if null.size else float("nan"),
-        "null_std": float(null.std(ddof=1)) if null.size > 1 else float("nan"),
-        "p": float(permutation_p(value, null)),
-        "n_groups": len(scores),
-    }
+def _require_known(given: Sequence[str], known: Sequence[str]) -> None:
+    for metric in given:
+        if metric not in known:
+            raise InputError(f"metric {metric!r} is not known: expected one of {tuple(known)}")
+    if not given:
+        raise InputError(f"metrics: none given, expected some of {tuple(known)}")

@@ -1,4 +1,4 @@
-"""k-means partitions of one matrix and their agreement with a labelling, beside its null.
+"""Agreement of the partitions of one matrix with a labelling, beside its null.
 
 Agreement is computed from contingency tables, so that a whole null (the same partition against
 permuted labels) is one vectorised call. Nothing here imports torch: worker processes start fast.
@@ -6,20 +6,18 @@ permuted labels) is one vectorised call. Nothing here imports torch: worker proc
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 from scipy.special import xlogy
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics.cluster import expected_mutual_information
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
+
+from probes.groups import Group
+from probes.kmeans import partition
 
 Table = Int[np.ndarray, "labelling cluster label"]
 Scores = Float[np.ndarray, " labelling"]
@@ -81,23 +79,6 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows clustered together, and the labellings their partition is scored against.
-
-    Attributes:
-        name: what the rows share.
-        rows: indices into the matrix.
-        k: number of clusters.
-        codes: labelling -> one row of label codes for the true labels, then the permuted ones.
-    """
-
-    name: str
-    rows: Int[np.ndarray, " row"]
-    k: int
-    codes: Mapping[str, Int[np.ndarray, "labelling row"]]
-
-
 def silhouette(
     distance: Float[np.ndarray, "row row"], codes: Int[np.ndarray, "labelling row"]
 ) -> Scores:
@@ -107,43 +88,39 @@ def silhouette(
     scores the labels themselves, not a partition found by k-means.
     """
     labels = int(codes.max()) + 1
-    rows = np.arange(len(distance))
     scores = np.empty(len(codes))
-    for part in _pieces(len(codes), len(rows) * labels):
-        # One product gives every row's summed distance to every label of every labelling.
-        belongs = codes[part].T[:, :, None] == np.arange(labels)
-        size = belongs.sum(0)
-        summed = distance @ belongs.reshape(len(rows), -1).astype(distance.dtype)
-        summed = summed.reshape(belongs.shape)
-        inside = summed[belongs].reshape(len(rows), -1)
-        own_size = np.take_along_axis(size, codes[part], 1).T
-        inside = inside / np.maximum(own_size - 1, 1)
-        elsewhere = np.where(belongs | (size == 0), np.inf, summed / np.maximum(size, 1))
-        nearest = elsewhere.min(2)
+    for part in _pieces(len(codes), len(distance) * labels):
+        # (label, row, labelling): one product a label, and the smallest over labels is a fold
+        # of whole planes.
+        belongs = np.arange(labels)[:, None, None] == codes[part].T
+        size = belongs.sum(1, dtype=distance.dtype)
+        summed = distance @ belongs.astype(distance.dtype)
+        own = codes[part].T[None]
+        own_size = np.take_along_axis(size[:, None], own, 0)[0]
+        inside = np.take_along_axis(summed, own, 0)[0] / np.maximum(own_size - 1, 1)
+        summed /= np.maximum(size, 1)[:, None]
+        summed[belongs | (size == 0)[:, None]] = np.inf
+        nearest = summed.min(0)
         counts = (own_size > 1) & np.isfinite(nearest)
-        gain = np.where(counts, nearest, inside) - inside
-        spread = np.maximum(inside, np.where(counts, nearest, 0))
-        scores[part] = np.mean(gain / np.where(spread > 0, spread, 1), axis=0)
+        nearest = np.where(counts, nearest, 0)
+        gain = np.where(counts, nearest - inside, 0)
+        spread = np.maximum(inside, nearest)
+        scores[part] = np.mean(gain / np.where(spread > 0, spread, 1), axis=0, dtype=np.float64)
     return scores
 
 
 def distances(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, "row row"]:
-    """Euclidean distances between all pairs of rows."""
-    return cdist(x, x).astype(np.float32)
+    """Euclidean distances between all pairs of rows.
 
-
-def partition(
-    x: Float[np.ndarray, "row d"], k: int, *, n_init: int, seed: int
-) -> Int[np.ndarray, " row"] | None:
-    """k-means cluster of each row, or None where there are fewer distinct rows than clusters."""
-    if len(np.unique(x, axis=0)) < k:
-        return None
-    with warnings.catch_warnings():
-        # Distinct rows that coincide in single precision still end in fewer clusters.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        options: dict[str, Any] = {"n_init": n_init, "random_state": seed}
-        found = KMeans(k, **options).fit(x)
-    return np.asarray(found.labels_)
+    >>> distances(np.array([[0.0, 0], [3, 4]])).tolist()
+    [[0.0, 5.0], [5.0, 0.0]]
+    """
+    # Around one of the rows and in double precision, so that rows that coincide stay at 0.
+    around = x.astype(np.float64) - x[:1]
+    squared = np.einsum("ij,ij->i", around, around)
+    apart = squared[:, None] + squared - 2 * (around @ around.T)
+    np.fill_diagonal(apart, 0)
+    return np.sqrt(np.maximum(apart, 0)).astype(np.float32)
 
 
 def score_groups(
@@ -153,6 +130,7 @@ def score_groups(
     scale: str,
     n_init: int,
     seed: int,
+    metrics: Collection[str] = METRICS,
 ) -> tuple[dict[tuple[str, str], Float[np.ndarray, "group labelling"]], Int[np.ndarray, " row"]]:
     """Cluster each group of rows and score it against each labelling.
 
@@ -164,15 +142,26 @@ def score_groups(
     collected: dict[tuple[str, str], list[np.ndarray]] = {}
     clusters = np.full(len(x), -1)
     # Matrices are small: a second thread costs more than it saves.
-    with threadpool_limits(1):
+    with _threads().limit(limits=1):
         for group in groups:
             points = SCALES[scale](x[group.rows].astype(np.float32))
             found = partition(points, group.k, n_init=n_init, seed=seed)
             if found is not None:
                 clusters[group.rows] = found
-            for key, value in _score(points, found, group).items():
+            for key, value in _score(points, found, group, metrics).items():
                 collected.setdefault(key, []).append(value)
     return {key: np.stack(values) for key, values in collected.items()}, clusters
+
+
+def label_silhouettes(
+    points: Float[np.ndarray, "row d"], group: Group
+) -> dict[str, Float[np.ndarray, " labelling"]]:
+    """Silhouette of each labelling of a group, from an even subset of ``SILHOUETTE_ROWS``."""
+    subset = np.arange(len(points))
+    if len(points) > SILHOUETTE_ROWS:
+        subset = np.linspace(0, len(points) - 1, SILHOUETTE_ROWS).astype(int)
+    apart = distances(points[subset])
+    return {name: silhouette(apart, codes[:, subset]) for name, codes in group.codes.items()}
 
 
 def contingency(
@@ -190,22 +179,27 @@ def contingency(
 
 
 def _score(
-    points: np.ndarray, found: np.ndarray | None, group: Group
+    points: np.ndarray, found: np.ndarray | None, group: Group, metrics: Collection[str]
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Every metric of every labelling of a group: one row of scores each."""
-    n = len(next(iter(group.codes.values())))
+    """The chosen metrics of every labelling of a group: one row of scores each."""
     if found is None:
-        return {(name, metric): np.zeros(n) for name in group.codes for metric in METRICS}
-    subset = np.arange(len(points))
-    if len(points) > SILHOUETTE_ROWS:
-        subset = np.linspace(0, len(points) - 1, SILHOUETTE_ROWS).astype(int)
-    apart = distances(points[subset])
+        n = len(next(iter(group.codes.values())))
+        return {(name, metric): np.zeros(n) for name in group.codes for metric in metrics}
+    apart = label_silhouettes(points, group) if "silhouette" in metrics else {}
     scores = {}
     for name, codes in group.codes.items():
         table = contingency(found, codes, group.k)
-        scores |= {(name, metric): function(table) for metric, function in AGREEMENT.items()}
-        scores[name, "silhouette"] = silhouette(apart, codes[:, subset])
+        for metric in metrics:
+            scores[name, metric] = (
+                apart[name] if metric not in AGREEMENT else AGREEMENT[metric](table)
+            )
     return scores
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadpoolController:
+    """This process's threads: finding its libraries takes longer than clustering a small group."""
+    return ThreadpoolController()
 
 
 def _pieces(total: int, width: int) -> list[slice]:

@@ -1,7 +1,13 @@
-"""Similarity of states: are a prompt's nearest neighbours prompts of the same task?"""
+"""Similarity of states: are a prompt's neighbours, and the states near it, those of its task?
+
+Standard of evidence: each score stands beside the same score under permuted labels, and a
+neighbour counts only from another template (or whatever ``apart`` names), so that a shared
+wording cannot give the task away.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +19,10 @@ from jaxtyping import Float, Int
 from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.errors import InputError
 from lensclust.stats import permutation_p
+from probes.groups import against_null, label_groups, require_two_values
+from probes.partitions import SCALES, label_silhouettes
+
+log = logging.getLogger(__name__)
 
 BLOCK = 2048
 
@@ -21,6 +31,7 @@ def nearest_neighbour(
     acts: xr.Dataset,
     *,
     target: str = "task",
+    k: int = 1,
     apart: str | Sequence[str] = "template",
     per: str | None = None,
     kinds: str | Sequence[str] | None = None,
@@ -28,20 +39,26 @@ def nearest_neighbour(
     permutations: int = 100,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """1-nearest-neighbour accuracy for a label at every site, neighbours held apart.
+    """k-nearest-neighbour accuracy for a label at every site, neighbours held apart.
 
-    A prompt's nearest neighbour (cosine) is looked for only among prompts that differ from it
-    in every ``apart`` label, so that a shared wording (or input) cannot give the task away.
+    A prompt's nearest neighbours (cosine) are looked for only among prompts that differ from it
+    in every ``apart`` label, so that a shared wording (or input) cannot give the task away. It
+    counts as right if most of the ``k`` carry its own label; where labels are level, the one
+    with the nearest neighbour among them wins, and equally near prompts stand in the order of
+    the activations. With ``k=10`` and ``target="task"`` this is the task decodability of Han et
+    al. (arXiv 2412.12276), with wordings held apart.
 
     With ``per``, the accuracy of the prompts of each value of that label stands apart (the
     neighbours still come from all prompts).
 
     Returns:
         One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
-        null_mean, null_std, p``; the null permutes the target labels over the prompts.
+        null_mean, null_std, p``, the metric being ``1nn_accuracy``, ``10nn_accuracy``, ...; the
+        null permutes the target labels over the prompts.
 
     Raises:
-        InputError: if a label does not exist, or a prompt has no neighbour left.
+        InputError: if a label does not exist, the target has one value, a prompt has fewer than
+            ``k`` neighbours left, or a state is not finite.
 
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
@@ -49,9 +66,14 @@ def nearest_neighbour(
     >>> bool(scores.value[0] > 2 * scores.null_mean[0])  # the last token's embedding is the input's
     True
     """
-    if permutations < 2:
-        raise InputError(f"nearest_neighbour: permutations={permutations}, expected at least 2")
-    labels = _codes(prompt_labels(acts, target))
+    if permutations < 2 or k < 1:
+        raise InputError(
+            "nearest_neighbour: expected permutations of at least 2 and k of at least 1, given "
+            f"{permutations}, {k}"
+        )
+    values = prompt_labels(acts, target)
+    require_two_values("nearest_neighbour", target, values)
+    labels = _codes(values)
     names = [apart] if isinstance(apart, str) else list(apart)
     groups = np.stack(
         [np.arange(len(labels)), *(_codes(prompt_labels(acts, name)) for name in names)]
@@ -61,11 +83,11 @@ def nearest_neighbour(
         values = prompt_labels(acts, per)
         parts = {str(value): np.flatnonzero(values == value) for value in np.unique(values)}
     rng = np.random.default_rng(seed)
-    permuted = np.stack([rng.permutation(labels) for _ in range(permutations)])
+    labellings = np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])
     rows: list[dict[str, Any]] = []
     for site in dataset_sites(acts, kinds):
-        nearest = neighbours(site_values(acts, site, position=position), groups)
-        right = np.vstack([labels[nearest] == labels, permuted[:, nearest] == permuted])
+        nearest = neighbours(site_values(acts, site, position=position), groups, k)
+        right = np.stack([vote(codes[nearest]) == codes for codes in labellings])
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
         for name, members in parts.items():
             value, *null = right[:, members].mean(1)
@@ -73,7 +95,7 @@ def nearest_neighbour(
                 {
                     **place,
                     "by": target,
-                    "metric": "1nn_accuracy",
+                    "metric": f"{k}nn_accuracy",
                     "group": name,
                     "value": float(value),
                     "null_mean": float(np.mean(null)),
@@ -84,29 +106,114 @@ def nearest_neighbour(
     return pd.DataFrame(rows).astype({"head": "Int64"})
 
 
-def neighbours(
-    x: Float[np.ndarray, "row d"], groups: Int[np.ndarray, "grouping row"]
-) -> Int[np.ndarray, " row"]:
-    """Index of each row's nearest row (cosine) that shares no group with it.
+def silhouettes(
+    acts: xr.Dataset,
+    *,
+    by: str = "task",
+    given: str | None = "input",
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+    scale: str = "none",
+    permutations: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Silhouette of a label at every site, without any k-means: how apart its states lie.
+
+    The same rows that `cluster` gives for its metric ``silhouette``, where no partition is
+    wanted (Rousseeuw 1987; Euclidean, and over at most 1,000 evenly spaced rows of a group).
+
+    Args:
+        by: the label to score; a coordinate of ``prompt``.
+        given: score the prompts that share this label apart, and average; None scores all
+            prompts together.
+        scale: ``none``, ``unit`` (rows to unit norm: cosine geometry) or ``standard``.
+        permutations: labellings in the null; p is at least 1 / (permutations + 1).
+
+    Returns:
+        One row a site: ``site, kind, layer, head, by, given, metric, value, null_mean, null_std,
+        p, n_groups``.
 
     Raises:
-        InputError: if a row shares a group with every other.
+        InputError: if a label does not exist or has one value, no group holds two labels with
+            two rows each, or a state is not finite.
+
+    >>> import lensclust as lc
+    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> scores = silhouettes(acts, by="input", given=None)
+    >>> bool(scores.value[0] > 0.3 > scores.null_mean[0])  # the last token is the input's
+    True
+    """
+    if scale not in SCALES:
+        raise InputError(f"silhouettes: scale {scale!r} is not known: expected {list(SCALES)}")
+    if permutations < 1:
+        raise InputError(f"silhouettes: permutations={permutations}, expected at least 1")
+    condition = None if given is None else prompt_labels(acts, given)
+    groups, left_out = label_groups(
+        "silhouettes",
+        {by: prompt_labels(acts, by)},
+        by=by,
+        given=given,
+        condition=condition,
+        permutations=permutations,
+        seed=seed,
+    )
+    for reason in left_out:
+        log.warning("silhouettes: %s", reason)
+    rows: list[dict[str, Any]] = []
+    for site in dataset_sites(acts, kinds):
+        x = site_values(acts, site, position=position)
+        scores = [label_silhouettes(SCALES[scale](x[group.rows]), group)[by] for group in groups]
+        place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
+        shared = {"by": by, "given": given or "none", "metric": "silhouette"}
+        rows.append(place | shared | against_null(np.stack(scores)))
+    return pd.DataFrame(rows).astype({"head": "Int64"})
+
+
+def neighbours(
+    x: Float[np.ndarray, "row d"], groups: Int[np.ndarray, "grouping row"], k: int = 1
+) -> Int[np.ndarray, "row k"]:
+    """Indices of each row's nearest rows (cosine) that share no group with it, nearest first.
+
+    Raises:
+        InputError: if fewer than ``k`` rows share no group with a row.
 
     >>> neighbours(np.array([[1.0, 0], [1, 0.1], [0.5, 1]]), np.array([[0, 0, 1]])).tolist()
-    [2, 2, 1]
+    [[2], [2], [1]]
     """
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    nearest = np.empty(len(x), dtype=np.int64)
+    nearest = np.empty((len(x), k), dtype=np.int64)
     for start in range(0, len(x), BLOCK):
         part = slice(start, start + BLOCK)
         likeness = unit[part] @ unit.T
         for group in groups:
             likeness[group[part, None] == group[None]] = -np.inf
-        alone = np.isneginf(likeness).all(1)
-        if alone.any():
-            raise InputError(f"neighbours: none is left for row {start + int(alone.argmax())}")
-        nearest[part] = likeness.argmax(1)
+        left = np.isfinite(likeness).sum(1)
+        if left.min() < k:
+            row = int(left.argmin())
+            raise InputError(
+                f"neighbours: {left[row] or 'none'} {'is' if left[row] < 2 else 'are'} left for "
+                f"row {start + row}, expected at least k={k} rows that share no group with it"
+            )
+        here = np.arange(len(likeness))
+        # k passes, each the first of the highest: unlike a partial sort, ties keep their order.
+        for rank in range(k):
+            nearest[part, rank] = found = likeness.argmax(1)
+            likeness[here, found] = -np.inf
     return nearest
+
+
+def vote(labels: Int[np.ndarray, "row k"]) -> Int[np.ndarray, " row"]:
+    """Most frequent label of each row; where several are level, the one that stands first.
+
+    >>> vote(np.array([[2, 0, 0], [2, 0, 1]])).tolist()
+    [0, 2]
+    """
+    rows = np.arange(len(labels))
+    counts = np.zeros((len(labels), int(labels.max()) + 1), dtype=np.int64)
+    for column in labels.T:
+        counts[rows, column] += 1
+    first = counts[rows[:, None], labels].argmax(1)
+    return labels[rows, first]
 
 
 def _codes(labels: np.ndarray) -> Int[np.ndarray, " row"]:

@@ -27,6 +27,7 @@ def icl(
     draws: int = 1,
     pool: float = 0.5,
     instruction: bool = False,
+    shuffled: bool = False,
     seed: int = 0,
     chat: bool = False,
 ) -> Prompts:
@@ -47,14 +48,17 @@ def icl(
         pool: share of a task's inputs that are kept for demonstrations (at least ``shots``).
         instruction: put each of the task's instructions (source label ``wording``) above the
             demonstrations, one prompt each.
-        seed: of the division and of the draws.
+        shuffled: deal the demonstrations' outputs anew among themselves, so that as few as
+            possible show their own. Row by row the prompts ask and show the same inputs as
+            those that are not shuffled; what is right to answer stays the same.
+        seed: of the division, of the draws and of the shuffles.
         chat: wrap each prompt in the tokenizer's chat template.
 
     Returns:
         Prompts with rows ``task``, ``instruction`` and ``template`` (those of the source with
         ``instruction``, else ``TASK/few-shot`` and ``few-shot``), ``input`` (the query),
-        ``output``, ``split`` (``query``), ``shots``, ``draw``, ``demonstrations`` (the inputs
-        shown, a JSON list); spans ``demonstrations``, ``input`` and, if there is one,
+        ``output``, ``split`` (``query``), ``shots``, ``draw``, ``shuffled``, ``demonstrations``
+        (the inputs shown, a JSON list); spans ``demonstrations``, ``input`` and, if there is one,
         ``instruction``; and the outputs as answers.
 
     Raises:
@@ -77,6 +81,8 @@ def icl(
         raise InputError(
             f"icl: shots={shots}, draws={draws}, queries={queries}, expected 1 or more of each"
         )
+    if shuffled and shots < 2:
+        raise InputError(f"icl: shots={shots} with shuffled=True, expected 2 or more")
     if not 0 < pool < 1:
         raise InputError(f"icl: pool={pool}, expected a share between 0 and 1")
     needed = ["task", "input", "output"]
@@ -87,8 +93,8 @@ def icl(
 
     # Sorted, so that the division depends on the inputs and not on the order of the rows.
     inputs = sorted(source.rows["input"].unique())
-    shuffled = np.random.default_rng([seed, 0]).permutation(len(inputs))
-    rank = {inputs[index]: place for place, index in enumerate(shuffled.tolist())}
+    order = np.random.default_rng([seed, 0]).permutation(len(inputs))
+    rank = {inputs[index]: place for place, index in enumerate(order.tolist())}
     rows = pd.DataFrame(
         [
             row
@@ -102,6 +108,7 @@ def icl(
                 draws=draws,
                 pool=pool,
                 instruction=instruction,
+                shuffled=shuffled,
                 seed=seed,
             )
         ]
@@ -129,6 +136,7 @@ def _task_rows(
     draws: int,
     pool: float,
     instruction: bool,
+    shuffled: bool,
     seed: int,
 ) -> list[dict[str, object]]:
     pairs = of_task.drop_duplicates("input")
@@ -154,6 +162,11 @@ def _task_rows(
                 generator = np.random.default_rng([seed, 1, rank[query], draw])
                 places = generator.choice(len(showable), shots, replace=False)
                 shown = [showable[place] for place in places.tolist()]
+                outputs = [str(output_of[x]) for x in shown]
+                if shuffled:
+                    outputs = _deranged(
+                        outputs, np.random.default_rng([seed, 2, rank[query], draw])
+                    )
                 rows.append(
                     {
                         "task": task,
@@ -163,8 +176,26 @@ def _task_rows(
                         "split": "query",
                         "shots": shots,
                         "draw": draw,
+                        "shuffled": shuffled,
                         "demonstrations": json.dumps(shown, ensure_ascii=False, default=str),
-                        "shown": "\n".join(f"{x}{ARROW} {output_of[x]}" for x in shown),
+                        "shown": "\n".join(
+                            f"{x}{ARROW} {y}" for x, y in zip(shown, outputs, strict=True)
+                        ),
                     }
                 )
     return rows
+
+
+def _deranged(values: list[str], generator: np.random.Generator) -> list[str]:
+    """The same values in another order, in which as few places as possible keep their own."""
+    groups: dict[str, list[int]] = {}
+    for place in generator.permutation(len(values)).tolist():
+        groups.setdefault(values[place], []).append(place)
+    # With equal values side by side, a turn by the longest run takes each to another run; only
+    # a value that holds more than half of the places has nowhere else to go.
+    places = [place for group in groups.values() for place in group]
+    turn = max(map(len, groups.values()))
+    dealt = list(values)
+    for index, place in enumerate(places):
+        dealt[place] = values[places[(index + turn) % len(places)]]
+    return dealt

@@ -112,6 +112,15 @@ def natural(
     return Prompts.from_texts(texts, rows, tokenizer, answers=answers, spans=spans, chat=chat)
 
 
+def task_names() -> list[str]:
+    """The tasks of the set.
+
+    >>> len(task_names())
+    12
+    """
+    return list(_data()["instructions"])
+
+
 def lay_out(
     layout: str, fields: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], dict[str, list[CharSpan]]]:

@@ -4,7 +4,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,20 +14,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import log_loss
+from transformer_lens.model_bridge.sources.native import NativeModel
 
+from lensclust import training
 from lensclust.errors import InputError
 from lensclust.models import load
-from lensclust.native import native_config
+from lensclust.native import native_bridge_with, native_config
 from lensclust.prompts import Prompts
 from lensclust.tasks.sif import sif
 from lensclust.threads import one_thread
 from lensclust.training import (
+    Auxiliary,
     TrainingRun,
     checkpoint_steps,
     required_sizes,
     sequence_loss,
     train,
 )
+from lensclust.training_data import auxiliary_loss, training_sequences
 from lensclust.weights import fingerprint, read_metadata
 
 PROMPTS = sif(n_tasks=3, n_inputs=4, mappings_per_task=3, strings_per_regex=16, rows_per_mapping=4)
@@ -207,6 +214,139 @@ def test_checkpoint_steps_go_from_the_first_to_the_last(steps, n):
     assert len(at) <= n
 
 
+# -- going on, at a constant rate, with a second answer -----------------------------------
+
+NAMED = replace(PROMPTS, rows=PROMPTS.rows.assign(identity=PROMPTS.rows["task"] + 2))
+
+
+def with_a_second_answer(**knobs: Any) -> TrainingRun:
+    config = native_config("sif-small", **SIZES)
+    auxiliary = knobs.pop("auxiliary", Auxiliary("identity", layer=1))
+    with one_thread():
+        return train(config, NAMED, auxiliary=auxiliary, progress=False, **{**KNOBS, **knobs})
+
+
+def test_it_goes_on_from_given_weights_and_leaves_them_alone(plain):
+    given_model = plain.model()
+    before = fingerprint(given_model)
+    run = short(start_from=given_model, seed=3)
+    assert weights(run)[0] == before
+    assert fingerprint(given_model) == before
+    assert weights(run)[30] not in {before, *weights(short(seed=3)).values()}
+
+
+def test_at_a_constant_rate_a_longer_run_passes_through_a_shorter_one():
+    both = {"schedule": "constant", "n_checkpoints": 4}
+    long = short(steps=20, warmup=2 / 20, **both)
+    [at] = [c.step for c in long.checkpoints if 2 < c.step < 20]
+    cut = short(steps=at, warmup=2 / at, **both)
+    assert weights(cut)[at] == weights(long)[at]
+    # What falls does not.
+    falling = short(steps=20, warmup=2 / 20, n_checkpoints=4)
+    assert weights(short(steps=at, warmup=2 / at, n_checkpoints=4))[at] != weights(falling)[at]
+
+
+def test_reporting_oftener_changes_nothing_else(plain):
+    run = short(evaluate_every=7)
+    assert weights(run) == weights(plain)
+    assert set(run.frame["step"]) == {*range(0, 31, 7), *checkpoint_steps(30, 4)}
+    same = run.frame[run.frame["step"].isin(plain.frame["step"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(same, plain.frame)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_second_answer_is_read_from_the_layer(layer):
+    auxiliary = Auxiliary("identity", layer=layer, weight=0.5)
+    config = native_config("sif-small", **SIZES, seed=1)
+    with torch.random.fork_rng(devices=[]):
+        model = NativeModel(config)
+    prompts = NAMED.take(range(0, len(NAMED), 37))
+    data = training_sequences(prompts, "answer", auxiliary)
+    rows = torch.arange(len(prompts))
+    args = (data.tokens, data.scored)
+    found = auxiliary_loss(model, auxiliary, data, rows, *args)
+    plain_loss = sequence_loss(model(data.tokens[:, :-1]), *args)
+    # The oracle: hooks, one prompt at a time, and scikit-learn in float64.
+    bridge = native_bridge_with(config, model.state_dict(), name="oracle")
+    logits = []
+    for row, length in zip(prompts.tokens, prompts.lengths, strict=True):
+        _, cache = bridge.run_with_cache(row[None, :length])
+        state = cache[f"blocks.{layer - 1}.hook_resid_post"][0, -1]
+        read: Any = bridge.original_model
+        logits.append(read.head(read.ln_out(state))[[2, 3, 4]].detach().double().numpy())
+    from scipy.special import softmax
+
+    expected = log_loss(prompts.rows["task"], softmax(logits, axis=1), labels=[0, 1, 2])
+    assert (found - plain_loss).item() == pytest.approx(0.5 * expected, rel=1e-4)
+    # No hook is left behind.
+    assert not model.layers[layer - 1]._forward_hooks
+
+
+def test_a_second_answer_of_no_weight_changes_nothing(plain):
+    run = with_a_second_answer(auxiliary=Auxiliary("identity", layer=2, weight=0.0))
+    assert weights(run) == weights(plain)
+    assert weights(with_a_second_answer())[30] != weights(plain)[30]
+
+
+def test_a_stopped_training_with_all_of_it_goes_on_with_the_same_bits(plain, tmp_path, monkeypatch):
+    knobs: dict[str, Any] = {"start_from": plain.model(), "schedule": "constant"}
+    knobs |= {"evaluate_every": 3, "out": tmp_path / "run"}
+    whole = with_a_second_answer(**{**knobs, "out": None})
+    step = training._step
+
+    def stopping(*args: Any) -> float:
+        if args[5] == 17:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(training, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        with_a_second_answer(**knobs)
+    monkeypatch.setattr(training, "_step", step)
+    resumed = with_a_second_answer(**knobs, resume=True)
+    assert weights(resumed) == weights(whole)
+    pd.testing.assert_frame_equal(resumed.frame, whole.frame)
+    changed = {
+        "start_from": short(steps=1).model(),
+        "auxiliary": Auxiliary("identity", layer=2),
+        "schedule": "cosine",
+        "evaluate_every": 4,
+    }
+    for name, value in changed.items():
+        with pytest.raises(InputError, match=f"started with {name}="):
+            with_a_second_answer(**{**knobs, name: value}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("auxiliary", "said"),
+    [
+        (Auxiliary("identity", layer=0), r"auxiliary layer=0, expected 1\.\.2"),
+        (Auxiliary("identity", layer=3), "auxiliary layer=3"),
+        (Auxiliary("identity", layer=1, weight=float("nan")), "auxiliary weight=nan"),
+        (Auxiliary("name", layer=1), "column='name', expected a column of token ids"),
+        (Auxiliary("instruction", layer=1), "column='instruction'"),
+        (Auxiliary("far", layer=1), "auxiliary answer 1000, expected ids below d_vocab"),
+    ],
+)
+def test_a_second_answer_that_cannot_be_asked_is_an_error(auxiliary, said):
+    far = replace(NAMED, rows=NAMED.rows.assign(far=NAMED.rows["task"] + 1000))
+    with pytest.raises(InputError, match=said):
+        train(native_config("sif-small", **SIZES), far, auxiliary=auxiliary, **KNOBS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"d_model": 32}, r"'[\w.]+' is \(\d+, 16\), expected"),
+        ({"n_layers": 3}, "is missing, expected"),
+    ],
+)
+def test_weights_of_another_model_are_an_error(plain, changed, said):
+    config = native_config("sif-small", **{**SIZES, **changed})
+    with pytest.raises(InputError, match="start_from does not fit the configuration: .*" + said):
+        train(config, PROMPTS, start_from=plain.model(), **KNOBS)
+
+
 # -- kill and resume ----------------------------------------------------------------------
 
 # Forks one training a kill: each kills itself half-way through a given write.
@@ -308,6 +448,8 @@ def test_a_folder_that_cannot_be_used_is_an_error(tmp_path):
         ({"lr": 0.0}, "lr=0.0, expected a positive"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"warmup": 1.5}, "warmup=1.5"),
+        ({"schedule": "linear"}, "schedule='linear', expected one of"),
+        ({"evaluate_every": 0}, "evaluate_every=0, expected at least 1"),
         ({"resume": True}, "expected the folder"),
     ],
 )

@@ -14,7 +14,7 @@ from scipy.stats import ortho_group
 
 import lensclust as lc
 from lensclust.sites import Site
-from probes import cluster, nearest_neighbour
+from probes import cluster
 from tests.tiny import hf_model
 
 TASKS, INPUTS, COPIES, D = 4, 3, 6, 10
@@ -177,11 +177,15 @@ def test_identical_states_score_zero_with_one_reason(recwarn):
         ({"kinds": "head"}, "site 'head' is not in these activations: they hold"),
         ({"position": "start"}, "position 'start' is not in these activations"),
         ({"by": "input"}, "nothing to cluster by 'input' given 'input'"),
+        ({"metrics": []}, "metrics: none given"),
+        ({"metrics": ["ari", "vibes"]}, "metric 'vibes' is not known"),
+        ({"by": "model"}, "label 'model' is 'tiny' for all 72 prompts, expected at least two"),
     ],
 )
 def test_wrong_options_are_one_clear_line(options, message):
+    acts = planted(1.0).assign_coords(model=("prompt", ["tiny"] * (TASKS * INPUTS * COPIES)))
     with pytest.raises(lc.InputError, match=message):
-        cluster(planted(1.0), jobs=1, **options)
+        cluster(acts, jobs=1, **options)
 
 
 def test_results_show_themselves():
@@ -193,24 +197,22 @@ def test_results_show_themselves():
         clusters.plot("vibes")
 
 
-def test_neighbours_are_found_across_templates_only():
-    acts = planted(8.0)
-    scores = nearest_neighbour(acts).set_index("site")
-    assert scores.loc["resid 1", "value"] > 0.9
-    assert scores.loc["resid 0", "value"] < 0.5
-    # With wording that gives the task away, holding templates apart must hide it.
-    wording = np.eye(TASKS * COPIES)[
-        acts.task.values.astype(int) * COPIES + acts.template.values.astype(int)
-    ]
-    states = 5 * wording + 0.01 * np.random.default_rng(0).normal(size=wording.shape)
-    dims = ("prompt", "position", "layer", "d_model")
-    worded = acts.drop_vars(["resid", "layer"]).assign_coords(layer=[0])
-    worded["resid"] = (dims, states[:, None, None].astype(np.float32))
-    assert nearest_neighbour(worded, apart=[])["value"].item() == 1
-    assert nearest_neighbour(worded)["value"].item() < 0.5
-    per = nearest_neighbour(acts, per="input")
-    assert per.groupby("site")["value"].mean()["resid 1"] == pytest.approx(
-        scores.loc["resid 1", "value"]
-    )
-    with pytest.raises(lc.InputError, match="none is left for row 0"):
-        nearest_neighbour(acts.isel(prompt=acts.template.values == "0"))
+def test_chosen_metrics_are_those_of_the_whole_and_nothing_else():
+    acts = planted(3.0)
+    whole = cluster(acts, jobs=1).frame
+    for metrics in (["ari", "ami"], "silhouette"):
+        chosen = cluster(acts, metrics=metrics, jobs=1)
+        expected = whole[whole["metric"].isin([metrics] if metrics == "silhouette" else metrics)]
+        pd.testing.assert_frame_equal(chosen.frame, expected.reset_index(drop=True))
+    assert "best SILHOUETTE" in repr(chosen)
+    assert "<table" in chosen._repr_html_()
+    with pytest.raises(lc.InputError, match="metric 'ari' is not known: expected one of"):
+        chosen.best()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_states_that_are_not_finite_are_refused_with_their_site(jobs):
+    acts = planted(3.0)
+    acts.resid[[7, 30], 0, 1, 4] = [np.nan, np.inf]
+    with pytest.raises(lc.InputError, match=r"'resid 1': 2 of 72 rows hold NaN .* first is row 7"):
+        cluster(acts, jobs=jobs)

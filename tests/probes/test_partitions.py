@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from sklearn import metrics
+from sklearn.cluster import KMeans
 
+from probes.groups import Group
+from probes.kmeans import partition
 from probes.partitions import (
     AGREEMENT,
-    Group,
     contingency,
     distances,
-    partition,
     score_groups,
     silhouette,
 )
@@ -112,3 +114,25 @@ def test_fewer_distinct_rows_than_clusters_score_zero_without_a_warning(recwarn)
     assert (clusters == -1).all()
     assert partition(np.arange(6.0)[:, None] // 3, 3, n_init=1, seed=0) is None
     assert not recwarn.list
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 8), st.integers(1, 4), st.sampled_from(["f4", "f8"]))
+def test_partition_is_the_one_scikit_learn_finds(seed, k, n_init, dtype):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(60, 5)) + 2 * rng.normal(size=(k, 5))[rng.integers(0, k, 60)]).astype(
+        dtype
+    )
+    alone = KMeans(k, n_init=n_init, random_state=seed).fit(x).labels_
+    found = partition(x, k, n_init=n_init, seed=seed)
+    assert metrics.adjusted_rand_score(alone, found) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.floats(0, 1e4))
+def test_distances_survive_a_far_origin(seed, offset):
+    x = np.random.default_rng(seed).normal(size=(12, 4)) + offset
+    x[5] = x[2]
+    found = distances(x)
+    np.testing.assert_allclose(found, cdist(x, x), rtol=1e-5, atol=1e-6)
+    assert found[5, 2] < 1e-6

@@ -141,9 +141,61 @@ def test_same_seed_same_prompts_whatever_the_global_state_and_row_order(
     assert not once.rows["demonstrations"].equals(other.rows["demonstrations"])
 
 
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    outputs=st.lists(st.sampled_from("ABCD"), min_size=7, max_size=14),
+    shots=st.integers(2, 6),
+    seed=st.integers(0, 2**31),
+)
+def test_shuffled_outputs_are_dealt_anew_and_as_few_as_possible_keep_theirs(
+    tokenizer: PreTrainedTokenizerFast, outputs: list[str], shots: int, seed: int
+) -> None:
+    rows = pd.DataFrame({"task": "t", "input": [f"x{i}" for i in range(len(outputs))]})
+    source = lc.Prompts.from_token_lists([[1]] * len(rows), rows.assign(output=outputs))
+    plain, shuffled = (
+        lc.tasks.icl(source, tokenizer, shots=shots, seed=seed, shuffled=given)
+        for given in (False, True)
+    )
+    assert_frame_equal(plain.rows.assign(shuffled=True), shuffled.rows)
+    assert plain.answers == shuffled.answers
+    for index in range(len(plain)):
+        own, dealt = (
+            [line.split(" -> ") for line in prompts.text(index).split("\n")[:-1]]
+            for prompts in (plain, shuffled)
+        )
+        assert [x for x, _ in own] == [x for x, _ in dealt]
+        before, after = ([y for _, y in lines] for lines in (own, dealt))
+        assert sorted(before) == sorted(after)
+        # What more than half of the places hold has nowhere else to go.
+        most = max(before.count(y) for y in before)
+        assert sum(map(str.__eq__, before, after)) == max(0, 2 * most - shots)
+
+
+def test_shuffles_differ_from_query_to_query_and_follow_the_seed(
+    source: lc.Prompts, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    once, again, other = (
+        lc.tasks.icl(source.where(task="past"), tokenizer, shuffled=True, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert once.texts == again.texts != other.texts
+    plain = lc.tasks.icl(source.where(task="past"), tokenizer)
+    places = set()
+    for index in range(len(plain)):
+        before, after = (
+            [line.split(" -> ")[1] for line in prompts.text(index).split("\n")[:-1]]
+            for prompts in (plain, once)
+        )
+        places.add(tuple(before.index(y) for y in after))
+    assert len(places) > len(plain) / 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"shots": 1, "shuffled": True}, "shots=1 with shuffled=True, expected 2 or more"),
         ({"shots": 24}, "task 'plural' has 24 inputs, expected at least 25"),
         ({"shots": 0}, "shots=0"),
         ({"queries": 0}, "queries=0"),

@@ -1,0 +1,396 @@
+"""Fine-tuning of a loaded model for as long as a block of code lasts.
+
+The model is trained in place and given back as it was, to the bit, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.statistics import derive_generator
+
+from lensclust.errors import InputError
+from lensclust.fits import require_fits
+from lensclust.partial_forwards import FrozenBlocks, scored_logits
+from lensclust.prompts import Prompts
+from lensclust.sites import Site, hook_name, model_name, resolve
+
+_WRAPPED = "._original_component"
+
+Loss = Callable[[Float[Tensor, "row d"], Int[Tensor, " row"]], Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class StateLoss:
+    """A further loss, of the prompts' states at one layer of the residual stream.
+
+    Attributes:
+        layer: 0 is the embeddings, ``l`` the output of block ``l - 1``.
+        loss: from states ``(row, d)`` and the prompt behind each row to a number, such as
+            `pull` and `contrast` give.
+        weight: of this loss beside the cross-entropy of the answers.
+        at: read position of the states (`Prompts.position`).
+    """
+
+    layer: int
+    loss: Loss
+    weight: float | int = 1.0
+    at: str = "answer"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a fine-tuning did.
+
+    Attributes:
+        losses: at each step, before it: the cross-entropy of the batch's answers in nats, and
+            the further loss where there is one (else 0), not weighted.
+        parameters: how many numbers were free to move.
+        seconds: how long it took.
+    """
+
+    losses: tuple[tuple[float, float], ...]
+    parameters: int
+    seconds: float
+
+
+@contextmanager
+def finetuned(
+    model: TransformerBridge,
+    prompts: Prompts,
+    *,
+    steps: int = 30,
+    lr: float = 1e-3,
+    only: str | Sequence[str | Site] | None = None,
+    extra: StateLoss | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Iterator[Finetuned]:
+    """Train a model on the answers of prompts; its weights are as before when the block ends.
+
+    AdamW without decay, at one learning rate; dropout stays off. Batches go through the prompts
+    in an order drawn anew each time round. Blocks below everything that is trained run once.
+
+    Args:
+        model: a hooked model, in eval mode.
+        prompts: what to train on, with the answers wanted.
+        only: which parameters to train: a regular expression that is searched in their names
+            (`parameter_names`), or names, or heads (``"head 3.1"``, or sites); all unless given.
+            Of a head these are its slices of the query and output weights, and of the key and
+            value weights unless other heads share them; biases and norms stay.
+        extra: a further loss, of the prompts' states.
+        batch_size: prompts a step.
+        seed: of the order of the prompts; the global random state is left alone.
+
+    Yields:
+        Losses, the number of parameters, and seconds.
+
+    Raises:
+        InputError: if a knob makes no sense, no parameter is chosen, a head or layer does not
+            exist, the model cannot be trained head by head, prompts have no answers or do not
+            fit the model, or the model is in training mode.
+        RuntimeError: if the loss is no longer finite. The weights are restored then too.
+
+    >>> import lensclust as lc
+    >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="both", task=0)
+    >>> before = lc.fingerprint(model)
+    >>> with finetuned(model, prompts, steps=3, only=["head 5.0", "head 5.1"]) as done:
+    ...     print(done.parameters, lc.fingerprint(model) == before)
+    8192 False
+    >>> lc.fingerprint(model) == before
+    True
+    """
+    _check(model, prompts, steps, lr, batch_size, extra)
+    named = _parameters(model)
+    masks = _chosen(model, named, only)
+    saved = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in named.values()]
+    saved_buffers = [(b, b.detach().clone()) for b in model.original_model.buffers()]
+    try:
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in masks)
+            parameter.grad = None
+        yield _train(model, prompts, named, masks, steps, lr, extra, batch_size, seed)
+    finally:
+        with torch.no_grad():
+            for parameter, values, wanted_grad, grad in saved:
+                parameter.copy_(values)
+                parameter.requires_grad_(wanted_grad)
+                parameter.grad = grad
+            for buffer, values in saved_buffers:
+                buffer.copy_(values)
+        model.eval()
+
+
+def parameter_names(
+    model: TransformerBridge, blocks: Sequence[int] | range | None = None
+) -> list[str]:
+    """Names of a model's parameters, those of some blocks only if these are given.
+
+    >>> import lensclust as lc
+    >>> parameter_names(lc.load("native:sif-small"), [5])[:2]
+    ['layers.5.ln1.weight', 'layers.5.ln1.bias']
+    """
+    named = _parameters(model)
+    if blocks is None:
+        return list(named)
+    stacked: Any = model
+    inside = {id(p) for block in blocks for p in stacked.blocks[block].parameters()}
+    return [name for name, parameter in named.items() if id(parameter) in inside]
+
+
+def pull(wanted: Float[Tensor, "prompt d"], spread: float) -> Loss:
+    """A loss: mean squared distance of each prompt's state to the one wanted, over ``spread``.
+
+    Args:
+        wanted: a state for each prompt, NaN for prompts that are not pulled.
+        spread: the squared distance that counts as 1.
+
+    >>> loss = pull(torch.tensor([[1.0, 0.0], [float("nan")] * 2]), spread=4.0)
+    >>> float(loss(torch.tensor([[3.0, 0.0], [9.0, 9.0]]), torch.tensor([0, 1])))
+    1.0
+    """
+
+    def loss(states: Float[Tensor, "row d"], rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
+        goal = wanted.to(states)[rows.to(wanted.device)]
+        known = goal.isfinite().all(-1)
+        # Sum over no row is 0, a mean would be NaN.
+        return ((states - goal)[known] ** 2).sum() / (spread * max(1, int(known.sum())))
+
+    return loss
+
+
+def contrast(
+    wanted: Float[Tensor, "prompt d"], unwanted: Float[Tensor, "prompt d"], spread: float
+) -> Loss:
+    """A loss: cross-entropy of the wanted state against the unwanted one.
+
+    Logits are minus the squared distances over ``spread``, so the loss of a state half way
+    between the two is ``log 2``. Rows that are NaN do not count.
+
+    >>> points = torch.eye(2)
+    >>> loss = contrast(points[:1], points[1:], spread=1.0)
+    >>> round(float(loss(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))), 3)
+    0.693
+    """
+
+    def loss(states: Float[Tensor, "row d"], rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
+        goal, away = (each.to(states)[rows.to(each.device)] for each in (wanted, unwanted))
+        known = (goal + away).isfinite().all(-1)
+        near, far = (((states - each)[known] ** 2).sum(-1) / spread for each in (goal, away))
+        return F.softplus(near - far).sum() / max(1, int(known.sum()))
+
+    return loss
+
+
+# -- training -----------------------------------------------------------------------------
+
+
+def _train(
+    model: TransformerBridge,
+    prompts: Prompts,
+    named: dict[str, nn.Parameter],
+    masks: dict[str, Tensor | None],
+    steps: int,
+    lr: float,
+    extra: StateLoss | None,
+    batch_size: int,
+    seed: int,
+) -> Finetuned:
+    began = time.perf_counter()
+    device = torch.device(model.cfg.device or "cpu")
+    tokens, _, answers = prompts.with_answers()
+    tokens, answers = tokens.to(device), answers.to(device)
+    lowest = _lowest_block(model, {id(named[name]) for name in masks})
+    if extra is not None and extra.layer <= lowest:
+        raise InputError(
+            f"finetuned: the further loss reads layer {extra.layer}, but training begins at block "
+            f"{lowest}: expected layer {lowest + 1} or above"
+        )
+    frozen = FrozenBlocks.run(model, tokens[:, :-1], lowest) if lowest else None
+    optimizer = torch.optim.AdamW([named[name] for name in masks], lr=lr, weight_decay=0.0)
+    order = torch.empty(0, dtype=torch.int64)
+    losses = []
+    for step in range(steps):
+        while len(order) < min(batch_size, len(prompts)):
+            generator = derive_generator(seed, "finetuning", step)
+            order = torch.cat([order, torch.randperm(len(prompts), generator=generator)])
+        rows, order = order[:batch_size].unique(), order[batch_size:]
+        optimizer.zero_grad(set_to_none=True)
+        parts = _losses(model, prompts, tokens[rows], answers[rows], rows, extra, frozen)
+        total = parts[0] + (extra.weight if extra else 0) * parts[1]
+        total.backward()
+        for name, mask in masks.items():
+            gradient = named[name].grad
+            if mask is not None and gradient is not None:
+                gradient.mul_(mask)
+        losses.append((float(parts[0].detach()), float(parts[1].detach())))
+        if not all(map(math.isfinite, losses[-1])):
+            raise RuntimeError(f"finetuned: loss is {losses[-1]} at step {step}: lr={lr} too large")
+        optimizer.step()
+    # Joint projections hold the weights of their parts a second time and get no gradient.
+    moved = {name: named[name] for name in masks if named[name].grad is not None}
+    free = sum(
+        p.numel() if (mask := masks[name]) is None else int(mask.sum()) for name, p in moved.items()
+    )
+    for parameter in named.values():
+        parameter.grad = None
+    return Finetuned(tuple(losses), free, time.perf_counter() - began)
+
+
+def _losses(
+    model: TransformerBridge,
+    prompts: Prompts,
+    tokens: Tensor,
+    answers: Tensor,
+    rows: Tensor,
+    extra: StateLoss | None,
+    frozen: FrozenBlocks | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answers, and the further loss."""
+    states: list[Tensor] = []
+    hooks = []
+    if extra is not None:
+        place = prompts.position(extra.at)[rows].to(tokens.device)
+
+        def keep(value: Tensor, hook: Any) -> Tensor:
+            states.append(value[torch.arange(len(rows), device=value.device), place])
+            return value  # returned, so that it is part of the graph
+
+        hooks = [(hook_name(model, Site("resid", extra.layer)), keep)]
+    scored = answers[:, 1:]
+    with model.hooks(fwd_hooks=hooks):
+        if frozen is None:
+            logits = scored_logits(model, tokens[:, :-1], scored)
+        else:
+            with frozen.reused(rows):
+                logits = scored_logits(model, tokens[:, :-1], scored)
+    answered = F.cross_entropy(logits, tokens[:, 1:][scored])
+    return answered, extra.loss(states[0], rows) if extra else answered.new_zeros(())
+
+
+def _lowest_block(model: TransformerBridge, trained: set[int]) -> int:
+    """The first block that holds a trained parameter; 0 also if anything below is trained."""
+    stacked: Any = model
+    in_block = [{id(p) for p in block.parameters()} & trained for block in stacked.blocks]
+    above = {id(p) for part in ("ln_final", "unembed") for p in getattr(model, part).parameters()}
+    below = {id(p) for p in stacked.embed.parameters()}
+    if trained & below or trained - above - set().union(*in_block):
+        return 0
+    return next((index for index, found in enumerate(in_block) if found), len(in_block))
+
+
+# -- what is trained ----------------------------------------------------------------------
+
+
+def _parameters(model: TransformerBridge) -> dict[str, nn.Parameter]:
+    return {name.replace(_WRAPPED, ""): p for name, p in model.named_parameters()}
+
+
+def _chosen(
+    model: TransformerBridge,
+    named: dict[str, nn.Parameter],
+    only: str | Sequence[str | Site] | None,
+) -> dict[str, Tensor | None]:
+    """Names of what is trained, each with the mask of its gradient, or None for all of it."""
+    if only is None:
+        return dict.fromkeys(named)
+    if isinstance(only, str):
+        try:
+            found = [name for name in named if re.search(only, name)]
+        except re.error as error:
+            raise InputError(
+                f"finetuned: only={only!r} is no regular expression: {error}"
+            ) from None
+        if not found:
+            raise InputError(
+                f"finetuned: only={only!r} is in no name: expected one of {[*named][:8]}"
+            )
+        return dict.fromkeys(found)
+    heads = [item for item in only if str(item).startswith("head ")]
+    if heads and len(heads) == len(only):
+        return _head_masks(model, named, resolve(model, heads))
+    unknown = [item for item in only if item not in named]
+    if unknown or not only:
+        raise InputError(
+            f"finetuned: only={list(map(str, unknown))}, expected names of parameters, such as "
+            f"{next(iter(named))!r}, or heads, such as 'head 0.1'"
+        )
+    return {str(name): None for name in only}
+
+
+def _head_masks(
+    model: TransformerBridge, named: dict[str, nn.Parameter], heads: Sequence[Site]
+) -> dict[str, Tensor | None]:
+    stacked: Any = model
+    names = {id(parameter): name for name, parameter in named.items()}
+    masks: dict[str, Tensor | None] = {}
+    for block in sorted({site.layer for site in heads}):
+        attention = stacked.blocks[block].attn
+        chosen = [site.head for site in heads if site.layer == block]
+        for part in "qkvo":
+            weights = getattr(attention, f"W_{part.upper()}", None)
+            parameter = next(iter(getattr(attention, part, nn.Module()).parameters()), None)
+            # With grouped queries several heads share a key and a value.
+            if part in "kv" and weights is not None and len(weights) < model.cfg.n_heads:
+                continue
+            turn = None if weights is None or parameter is None else _layout(weights, parameter)
+            if weights is None or turn is None or id(parameter) not in names:
+                raise InputError(
+                    f"finetuned: {model_name(model)} cannot be trained head by head: its weights "
+                    f"W_{part.upper()} of block {block} are no parameter of their own"
+                )
+            mask = torch.zeros_like(weights)
+            mask[chosen] = 1
+            masks[names[id(parameter)]] = turn(mask).contiguous()
+    return masks
+
+
+def _layout(weights: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """How the weights of heads lie in the parameter that holds them, found by their values."""
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda w: w.flatten(0, 1),  # (head, d_head, d_model) as (in, out)
+        lambda w: w.flatten(0, 1).T,
+        lambda w: w.transpose(0, 1).flatten(1),  # (head, d_model, d_head) as (in, out)
+        lambda w: w.transpose(0, 1).flatten(1).T,
+    ]
+    with torch.no_grad():
+        for layout in layouts:
+            if torch.equal(layout(weights), parameter):
+                return layout
+    return None
+
+
+# -- at the door --------------------------------------------------------------------------
+
+
+def _check(
+    model: TransformerBridge,
+    prompts: Prompts,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    extra: StateLoss | None,
+) -> None:
+    for name, value in {"steps": steps, "batch_size": batch_size}.items():
+        if value < 1:
+            raise InputError(f"finetuned: {name}={value}, expected at least 1")
+    if not (lr > 0 and math.isfinite(lr)):
+        raise InputError(f"finetuned: lr={lr}, expected a positive number")
+    require_fits(model, prompts, caller="finetuned")
+    if prompts.answers is None or not all(prompts.answers):
+        raise InputError("finetuned: expected prompts with an answer each, given some without")
+    if extra is not None:
+        resolve(model, Site("resid", extra.layer))
+        if not math.isfinite(extra.weight):
+            raise InputError(f"finetuned: weight={extra.weight} of the further loss, not a number")

@@ -1,0 +1,44 @@
+"""Whether prompts fit a model: checked once, at the door of whatever runs them."""
+
+from __future__ import annotations
+
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.errors import InputError
+from lensclust.prompts import Prompts
+from lensclust.sites import model_name
+from lensclust.tokenization import tokenizer_fingerprint
+
+
+def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
+    """Refuse a model in training mode and prompts that it cannot read.
+
+    Raises:
+        InputError: in the name of ``caller``, if the model is in training mode, or the prompts
+            were made with another tokenizer, or are longer than its context.
+    """
+    name = model_name(model)
+    if getattr(model, "training", False):
+        raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None and prompts.tokenizer not in (
+        "none",
+        tokenizer_fingerprint(tokenizer),
+    ):
+        raise InputError(
+            f"{caller}: these prompts were made with another tokenizer than that of {name}"
+        )
+    context = model.cfg.n_ctx
+    longest = int(prompts.lengths.max())
+    if context and longest > context:
+        row = int(prompts.lengths.argmax())
+        raise InputError(
+            f"{caller}: prompt {row} has {longest} tokens, but {name} has a context of {context}"
+        )
+    vocabulary = model.cfg.d_vocab
+    largest = int(prompts.tokens.max())
+    if vocabulary and largest >= vocabulary:
+        raise InputError(
+            f"{caller}: token id {largest} given, but {name} has a vocabulary of {vocabulary}; "
+            "were the prompts made with another tokenizer?"
+        )

@@ -1,0 +1,120 @@
+"""Forwards that run only what they must: blocks that have changed, logits that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from lensclust.extraction import default_budget
+
+Output = Tensor | tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenBlocks:
+    """What the first blocks of a model made of some sequences, for as long as they stay frozen.
+
+    Attributes:
+        blocks: the first blocks of the model.
+        output: what the last of them gave, a row a sequence, as the block gives it.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    output: Output
+
+    @classmethod
+    def run(
+        cls, model: TransformerBridge, tokens: Int[Tensor, "prompt length"], n: int
+    ) -> FrozenBlocks:
+        """Run the first ``n`` blocks (1 at least) on right-padded sequences."""
+        stacked: Any = model
+        blocks = tuple(stacked.blocks[block] for block in range(n))
+        parts: list[Output] = []
+
+        def keep(_block: nn.Module, _given: Any, found: Output) -> None:
+            parts.append(found)
+            raise _Read
+
+        rows = max(1, default_budget(model) // tokens.shape[1])
+        handle = blocks[-1].register_forward_hook(keep)
+        try:
+            for some in tokens.split(rows):
+                try:
+                    with torch.no_grad():
+                        _forward(model, some)
+                except _Read:
+                    continue
+        finally:
+            handle.remove()
+        return cls(blocks, _joined(parts))
+
+    @contextmanager
+    def reused(self, rows: Int[Tensor, " row"] | None = None) -> Iterator[None]:
+        """Inside, the model runs these rows' sequences from the first block that is not frozen."""
+        output = self.output if rows is None else _rows(self.output, rows)
+        try:
+            for block in self.blocks:
+                # Only the last one's output is read; the others have to give something. Set past
+                # the bridge, which would hand the attribute on to the block it wraps.
+                block.__dict__["forward"] = lambda *_given, **_named: output
+            yield
+        finally:
+            for block in self.blocks:
+                block.__dict__.pop("forward", None)
+
+
+def scored_logits(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt length"],
+    scored: Bool[Tensor, "prompt length"],
+) -> Float[Tensor, "token vocab"]:
+    """Logits at the chosen places of right-padded sequences, row by row; no others are made.
+
+    >>> import lensclust as lc
+    >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3], [4, 5, 0]])
+    >>> scored = torch.tensor([[False, True, True], [False, True, False]])
+    >>> with torch.no_grad():
+    ...     found = scored_logits(model, tokens, scored)
+    >>> torch.allclose(found, model(tokens)[scored], atol=1e-6)
+    True
+    """
+    # One sequence of the chosen states: unembedding sees no order.
+    chosen = ("unembed.hook_in", lambda value, hook: value[scored.to(value.device)][None])
+    with model.hooks(fwd_hooks=[chosen]):
+        return _forward(model, tokens)[0]
+
+
+class _Read(Exception):
+    """Raised to leave a forward when what is wanted has been read."""
+
+
+def _forward(model: TransformerBridge, tokens: Tensor) -> Tensor:
+    network: Any = model.original_model
+    uses_cache = hasattr(getattr(network, "config", None), "use_cache")
+    out = network(tokens, **({"use_cache": False} if uses_cache else {}))
+    return getattr(out, "logits", out)
+
+
+def _joined(parts: Sequence[Output]) -> Output:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return tuple(
+        torch.cat([part[index] for part in parts]) if isinstance(item, Tensor) else item
+        for index, item in enumerate(first)
+    )
+
+
+def _rows(output: Output, rows: Tensor) -> Output:
+    if isinstance(output, Tensor):
+        return output[rows.to(output.device)]
+    return tuple(
+        item[rows.to(item.device)] if isinstance(item, Tensor) else item for item in output
+    )

@@ -1,0 +1,113 @@
+"""Erasing what a linear classifier could tell of a label, and the control of doing so.
+
+What an erasure breaks shows that something in the removed directions was used; that it was the
+label shows only against the erasure of as many random ones (`erase_random`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+import xarray as xr
+from concept_erasure import LeaceFitter
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from transformer_lens.utilities.statistics import derive_generator
+
+from lensclust.activations import prompt_labels, select
+from lensclust.sites import Site
+from probes.interventions import Edit, Intervention, States
+
+
+def erase(
+    acts: xr.Dataset,
+    *,
+    by: str = "task",
+    given: str | None = None,
+    position: str | None = None,
+    name: str = "erase",
+) -> Intervention:
+    """Remove what a linear classifier could tell of a label (LEACE, Belrose et al. 2023).
+
+    With ``given`` each condition has an eraser of its own, and a state gets that of the nearest
+    condition mean: what is removed is the label *given* the condition.
+
+    Source: arXiv 2306.03819, by the authors' package ``concept-erasure``.
+    """
+    labels = prompt_labels(acts, by)
+    conditions = None if given is None else prompt_labels(acts, given)
+
+    @lru_cache(maxsize=1)
+    def edit_at(site: Site) -> Edit:
+        x = torch.from_numpy(select(acts, site, position=position).values.astype(np.float64))
+
+        def fit(rows: np.ndarray) -> Edit:
+            if len(np.unique(labels[rows])) == 1:  # nothing to tell, nothing to erase
+                return lambda states: states
+            return LeaceFitter.fit(x[rows], _one_hot(labels[rows])).eraser
+
+        return _grouped(x, conditions, fit)
+
+    return Intervention(name, edit_at)
+
+
+def erase_random(
+    acts: xr.Dataset,
+    *,
+    by: str = "task",
+    given: str | None = None,
+    position: str | None = None,
+    seed: int = 0,
+    name: str = "erase, random subspace",
+) -> Intervention:
+    """The control of `erase`: project out as many random directions as it removes."""
+    labels = prompt_labels(acts, by)
+    conditions = None if given is None else prompt_labels(acts, given)
+
+    @lru_cache(maxsize=1)
+    def edit_at(site: Site) -> Edit:
+        x = torch.from_numpy(select(acts, site, position=position).values.astype(np.float64))
+        generator = derive_generator(seed, "subspace", str(site))
+
+        def fit(rows: np.ndarray) -> Edit:
+            rank = min(len(np.unique(labels[rows])) - 1, x.shape[1])
+            drawn = torch.randn(x.shape[1], rank, generator=generator, dtype=x.dtype)
+            basis, mean = torch.linalg.qr(drawn).Q, x[rows].mean(0)
+            return lambda states: states - (states - mean) @ basis @ basis.T
+
+        return _grouped(x, conditions, fit)
+
+    return Intervention(name, edit_at)
+
+
+def _grouped(
+    x: Float[Tensor, "row d"], conditions: np.ndarray | None, fit: Callable[[np.ndarray], Edit]
+) -> Edit:
+    """One edit fitted on all rows, or one by condition, applied by the nearest condition mean."""
+    if conditions is None:
+        edit = fit(np.arange(len(x)))
+        return lambda states: edit(states.double().cpu()).to(states)
+    rows_of = [np.flatnonzero(conditions == value) for value in np.unique(conditions)]
+    means = torch.stack([x[rows].mean(0) for rows in rows_of])
+    edits = [fit(rows) for rows in rows_of]
+
+    def by_condition(states: States) -> States:
+        given = states.double().cpu()
+        nearest = torch.cdist(given, means).argmin(1)
+        out = given.clone()
+        for index, edit in enumerate(edits):
+            chosen = nearest == index
+            if chosen.any():
+                out[chosen] = edit(given[chosen])
+        return out.to(states)
+
+    return by_condition
+
+
+def _one_hot(labels: np.ndarray) -> Tensor:
+    names, code = np.unique(labels, return_inverse=True)
+    return F.one_hot(torch.from_numpy(code), len(names)).double()

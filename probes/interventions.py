@@ -1,0 +1,234 @@
+"""Ways to move a state from one task's cluster to another's, and their controls.
+
+An `Intervention` is a function from states to states at any site. It knows nothing of a model:
+`probes.steering.steer` hangs it on one, `probes.interchanges.interchange` counts what it does.
+
+Standard of evidence: a move that changes the answer shows little unless a move as long in a
+random direction does not (`Intervention.random_twin`), nor one between two means that no task
+singles out (`dealt`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from transformer_lens.utilities.statistics import derive_generator
+
+from lensclust.activations import VARIABLES, prompt_labels
+from lensclust.errors import InputError
+from lensclust.sites import Site
+
+States = Float[Tensor, "row d"]
+Edit = Callable[[States], States]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of states that can be made at any site it was fitted on.
+
+    Attributes:
+        name: what to call it in a table.
+        edit_at: site -> the function that maps its states ``(row, d)`` to new ones. At heads
+            states are ``hook_z`` (``d_head``), elsewhere ``d_model``.
+    """
+
+    name: str
+    edit_at: Callable[[Site], Edit]
+
+    def size(self, states: States, site: Site) -> Float[Tensor, " row"]:
+        """How far each of a site's states is moved (2-norm, in the states' own units)."""
+        return (self.edit_at(site)(states) - states).norm(dim=-1)
+
+    def scaled(self, strength: float | int) -> Intervention:
+        """The same move, ``strength`` times as far.
+
+        Raises:
+            InputError: if ``strength`` is not finite.
+        """
+        if not np.isfinite(strength):
+            raise InputError(f"intervention {self.name!r}: strength={strength}, expected a number")
+
+        def edit_at(site: Site) -> Edit:
+            edit = self.edit_at(site)
+            return lambda states: states + strength * (edit(states) - states)
+
+        return Intervention(f"{self.name} x{strength:g}", edit_at)
+
+    def random_twin(self, seed: int = 0) -> Intervention:
+        """Each state moved as far as this intervention moves it, in a random direction."""
+
+        def edit_at(site: Site) -> Edit:
+            edit = self.edit_at(site)
+
+            def random_edit(states: States) -> States:
+                generator = derive_generator(seed, "direction", str(site))
+                drawn = torch.randn(states.shape, generator=generator).to(states)
+                distance = (edit(states) - states).norm(dim=-1, keepdim=True)
+                return states + F.normalize(drawn, dim=-1) * distance
+
+            return random_edit
+
+        return Intervention(f"random direction, norm of {self.name}", edit_at)
+
+    def norm_matched(self, other: Intervention) -> Intervention:
+        """This intervention's directions at the lengths of another's moves."""
+
+        def edit_at(site: Site) -> Edit:
+            own, reference = self.edit_at(site), other.edit_at(site)
+
+            def edit(states: States) -> States:
+                distance = (reference(states) - states).norm(dim=-1, keepdim=True)
+                # In float16 the guard of `normalize` against no move at all would underflow.
+                direction = F.normalize((own(states) - states).float(), dim=-1)
+                return states + direction.to(states) * distance
+
+            return edit
+
+        return Intervention(f"{self.name}, norm of {other.name}", edit_at)
+
+
+def shift(
+    centroids: xr.Dataset, source: str, target: str, *, by: str = "task", name: str = "shift"
+) -> Intervention:
+    """Add the difference of two labels' mean states.
+
+    Args:
+        centroids: mean states by label (`probes.centroids.mean_states`). With a condition
+            beside the label, the difference is averaged over the conditions that both have.
+
+    Raises:
+        InputError: if a label is not there, at the call; if the site is not, or the two labels
+            share no condition, when it is used.
+    """
+    require_labels(centroids, by, source, target)
+
+    def edit_at(site: Site) -> Edit:
+        values = states_at(centroids, site)
+        difference = values.sel({by: target}) - values.sel({by: source})
+        others = [d for d in difference.dims if d != values.dims[-1]]
+        if not difference.notnull().any():
+            raise InputError(f"shift: {source!r} and {target!r} share no {', '.join(others)}")
+        move = torch.from_numpy(np.asarray(difference.mean(others, skipna=True), dtype=np.float32))
+        return lambda states: states + move.to(states)
+
+    return Intervention(name, edit_at)
+
+
+def transport(
+    centroids: xr.Dataset,
+    source: str,
+    target: str,
+    *,
+    by: str = "task",
+    given: str = "input",
+    name: str = "transport",
+) -> Intervention:
+    """Move each state by the difference of the two labels' means under its own condition.
+
+    The condition (such as the input) is not asked for: it is that of the source label's nearest
+    mean, among the conditions that both labels have.
+
+    Args:
+        centroids: mean states by condition and label, `mean_states(acts, by=by, given=given)`.
+
+    Raises:
+        InputError: if a label is not there or the two share no condition.
+    """
+    require_labels(centroids, by, source, target)
+    require_labels(centroids, given)
+
+    def edit_at(site: Site) -> Edit:
+        values = states_at(centroids, site)
+        start, stop = (
+            values.sel({by: label}).transpose(given, ...).values for label in (source, target)
+        )
+        known = np.isfinite(start).all(-1) & np.isfinite(stop).all(-1)
+        if not known.any():
+            raise InputError(f"transport: {source!r} and {target!r} share no {given}")
+        begin = torch.from_numpy(start[known].astype(np.float32))
+        moves = torch.from_numpy((stop - start)[known].astype(np.float32))
+
+        def edit(states: States) -> States:
+            nearest = torch.cdist(states.float(), begin.to(states.device)).argmin(1)
+            return states + moves.to(states)[nearest]
+
+        return edit
+
+    return Intervention(name, edit_at)
+
+
+def dealt(
+    acts: xr.Dataset, *, by: str = "task", given: str | None = None, seed: int = 0
+) -> xr.Dataset:
+    """The same activations with their labels dealt anew, among the prompts of each condition.
+
+    `mean_states` of these gives the control of `shift` and `transport`: real means of real
+    states that no task singles out.
+
+    >>> acts = xr.Dataset(coords={"task": ("prompt", ["a", "b", "a"])})
+    >>> sorted(dealt(acts).task.values.tolist())
+    ['a', 'a', 'b']
+    """
+    labels = prompt_labels(acts, by)
+    groups = np.zeros(len(labels)) if given is None else prompt_labels(acts, given)
+    rng = np.random.default_rng(seed)
+    permuted = labels.copy()
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        permuted[rows] = labels[rng.permutation(rows)]
+    return acts.assign_coords({by: ("prompt", permuted)})
+
+
+def replace(
+    centroids: xr.Dataset, target: str, *, by: str = "task", name: str = "replace by mean"
+) -> Intervention:
+    """Overwrite each state by the target label's mean state (a task vector, Hendel et al. 2023)."""
+    require_labels(centroids, by, target)
+
+    def edit_at(site: Site) -> Edit:
+        values = states_at(centroids, site).sel({by: target})
+        others = [d for d in values.dims if d != values.dims[-1]]
+        mean = torch.from_numpy(values.mean(others, skipna=True).values)
+        return lambda states: mean.to(states).expand_as(states)
+
+    return Intervention(name, edit_at)
+
+
+def states_at(centroids: xr.Dataset, site: Site) -> xr.DataArray:
+    """The mean states of one site, the state's own dimension last.
+
+    Raises:
+        InputError: if the centroids do not hold the site.
+    """
+    variable, axis = VARIABLES[site.kind]
+    place = {axis: site.layer} | ({} if site.head is None else {"head": site.head})
+    if variable not in centroids or any(v not in centroids[k].values for k, v in place.items()):
+        raise InputError(
+            f"site {str(site)!r} is not in these centroids: they hold {list(centroids)}"
+        )
+    return centroids[variable].sel(place)
+
+
+def require_labels(centroids: xr.Dataset, by: str, *labels: str) -> None:
+    """Refuse labels that these centroids do not hold, or one label twice.
+
+    Raises:
+        InputError: says which labels there are.
+    """
+    if by not in centroids.coords:
+        raise InputError(
+            f"label {by!r} is not in these centroids: they have {list(centroids.dims)}"
+        )
+    known = centroids[by].values.tolist()
+    for label in labels:
+        if label not in known:
+            raise InputError(f"{by} {label!r} is not in these centroids: they have {known}")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{by} {labels[0]!r} given twice: expected two different ones")

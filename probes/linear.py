@@ -1,0 +1,232 @@
+"""Linear probes at every site at once: can a label be read off the activations, by a hyperplane?
+
+Standard of evidence: an accuracy means nothing alone. Groups of prompts (templates) are held out
+whole; every score stands beside the same probe under permuted labels, permuted over what is
+exchangeable (`probes.folds`); selectivity subtracts what the probe merely memorises; and since a
+sweep looks at many sites, ``p_corrected`` asks how often the *best* site of a permuted sweep
+does as well (Westfall & Young 1993), which is the p to report for a site found by looking.
+
+Penalties are fixed beforehand and all reported: choosing one by its own score would leak.
+
+Sources: Alain & Bengio 2016 (arXiv 1610.01644) for linear probes by layer; Hewitt & Liang 2019
+(arXiv 1909.03368) for selectivity; Marks & Tegmark 2023 (arXiv 2310.06824) for mass-mean probes;
+Nadeau & Bengio 2003 for intervals over folds that share training rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+from joblib import Parallel, delayed
+from threadpoolctl import threadpool_limits
+
+from lensclust.activations import VARIABLES, dataset_sites
+from lensclust.errors import InputError
+from lensclust.progress import progress_bar
+from lensclust.sites import Site
+from lensclust.stats import mean_interval, permutation_p
+from probes.folds import Design, design
+from probes.site_fits import KINDS, SiteFit, SiteRows, class_counts, fit_site
+from probes.sweeps import ProbeSweep
+
+log = logging.getLogger(__name__)
+
+# Relative to the mean eigenvalue; below this a rank-deficient scatter has no stable solution.
+LEAST_PENALTY = 1e-9
+
+
+def probe(
+    acts: xr.Dataset,
+    *,
+    target: str = "task",
+    groups: str | None = "template",
+    kind: str = "ridge",
+    penalties: Sequence[float | int] = (1e-2, 1e-4, 1.0),
+    control: str | None = "input",
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+    folds: int = 5,
+    permutations: int = 100,
+    exchange: str = "labels",
+    seed: int = 0,
+    jobs: int = -1,
+    progress: bool = False,
+) -> ProbeSweep:
+    """Fit a linear probe for a label at every site and score it on groups it has not seen.
+
+    Args:
+        acts: activations from `lensclust.extract`, in memory or opened from disk (then batches
+            of one site's rows are read, twice).
+        target: the label to read; a coordinate of ``prompt``.
+        groups: rows that share this label stay on one side of every split; None splits rows.
+        kind: ``ridge`` (least squares on -1 and 1), ``lda``, ``mass_mean`` (nearest class mean)
+            or ``logistic`` (multinomial; every fold, control and permutation is a fit of its
+            own, so ask for fewer).
+        penalties: each is reported; the first one's probes are kept, plotted and ranked. In
+            units of the mean eigenvalue of the training scatter. ``mass_mean`` has none.
+        control: the label whose values get random targets in control tasks; None leaves
+            selectivity out.
+        kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
+        position: which read position, if the activations hold several.
+        folds: number of splits.
+        permutations: labellings in the null; p is at least 1 / (permutations + 1). 0 for none.
+        exchange: where labels vary within groups, what the null exchanges: ``labels`` (all rows
+            of a label in a group move together: right whenever they share a wording) or ``rows``
+            (right only if labels were given out row by row).
+        seed: of folds, control tasks and permutations.
+        jobs: worker processes (joblib's ``n_jobs``).
+
+    Returns:
+        ``accuracy``, ``balanced_accuracy`` and ``selectivity`` (accuracy less the mean accuracy
+        on control tasks) by site and penalty, each with its permuted-label null.
+
+    Raises:
+        InputError: if a label does not exist or has one value, there are more folds than groups,
+            nothing can be exchanged, or activations are not finite.
+
+    >>> import lensclust as lc
+    >>> prompts = lc.tasks.sif().where(split="both")
+    >>> acts = lc.extract(lc.load("native:sif-small"), prompts, "resid")
+    >>> sweep = probe(acts, target="input", groups=None, control=None, jobs=1)
+    >>> bool((sweep.predict(acts, "resid 0") == acts.input.values).all())  # the last token's own
+    True
+    """
+    if kind not in KINDS:
+        raise InputError(f"probe: kind {kind!r} is not known: expected one of {KINDS}")
+    used = [float("nan")] if kind == "mass_mean" else [float(penalty) for penalty in penalties]
+    if not used or any(penalty < LEAST_PENALTY for penalty in used):
+        raise InputError(f"probe: penalties={penalties}, expected numbers from {LEAST_PENALTY} on")
+    if permutations < 0:
+        raise InputError(f"probe: permutations={permutations}, expected 0 or more")
+    plan = design(
+        acts,
+        target=target,
+        groups=groups,
+        control=control,
+        folds=folds,
+        permutations=permutations,
+        exchange=exchange,
+        seed=seed,
+    )
+    sites = dataset_sites(acts, kinds)
+    work: Any = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(fit_site)(SiteRows.of(acts, site, position), plan, kind, used) for site in sites
+    )
+    fits: list[SiteFit] = []
+    # Matrices are small: a second thread costs more than it saves. (joblib limits its workers.)
+    with threadpool_limits(1), progress_bar("probe", len(sites), enabled=progress) as advance:
+        for fit in work:
+            fits.append(fit)
+            advance()
+    notes = list(plan.notes)
+    if stopped := sum(fit.unconverged for fit in fits):
+        notes.append(f"{stopped} fits stopped before they converged")
+    for note in notes:
+        log.warning("probe: %s", note)
+    place = {"position": position or str(acts["position"].values[0]), "by": target, "probe": kind}
+    frame = pd.DataFrame(
+        [
+            {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
+            | place
+            | {"penalty": penalty}
+            | row
+            for index, penalty in enumerate(used)
+            for metric, scores in _scores([fit.hits[index] for fit in fits], plan).items()
+            for site, row in zip(sites, _against_null(metric, scores, plan), strict=True)
+        ]
+    ).astype({"head": "Int64"})
+    return ProbeSweep(
+        frame=frame,
+        directions=_by_variable(acts, sites, fits, target, plan.names),
+        fold=plan.fold,
+        notes=tuple(notes),
+        target=target,
+        probe=kind,
+        penalty=used[0],
+    )
+
+
+def _scores(
+    hits: Sequence[Int[np.ndarray, "fold class labelling"]], plan: Design
+) -> dict[str, Float[np.ndarray, "site fold scored"]]:
+    """Each metric of each site, fold and labelling (true first, then permuted)."""
+    total = np.stack(
+        [
+            class_counts(plan.codes[plan.fold == fold], len(plan.names))
+            for fold in range(plan.n_folds)
+        ]
+    )
+    right = np.stack(hits)
+    accuracy = right.sum(2) / total.sum(1)
+    balanced = (right / np.maximum(total, 1)).sum(2) / (total > 0).sum(1)
+    controls = slice(1, 1 + plan.n_controls)
+    scores = {"accuracy": accuracy, "balanced_accuracy": balanced}
+    if plan.n_controls:
+        scores["selectivity"] = accuracy - accuracy[..., controls].mean(-1, keepdims=True)
+    return {name: np.delete(values, controls, axis=-1) for name, values in scores.items()}
+
+
+def _against_null(
+    metric: str, scores: Float[np.ndarray, "site fold scored"], plan: Design
+) -> list[dict[str, Any]]:
+    """Mean over folds and its interval, beside the same mean under permuted labels."""
+    means = scores.mean(1)
+    value, null = means[:, 0], means[:, 1:]
+    # Folds share training rows: the variance of their mean is that of k scores plus k / (k - 1).
+    widened = np.sqrt(1 + plan.n_folds / (plan.n_folds - 1))
+    unknown = np.full(len(value), np.nan)
+    p, corrected = (
+        (permutation_p(value, reference) for reference in (null, null.max(0, keepdims=True)))
+        if null.size
+        else (unknown, unknown)
+    )
+    rows = []
+    for index, over_folds in enumerate(scores[:, :, 0]):
+        mean, low, high = mean_interval(over_folds)
+        rows.append(
+            {
+                "metric": metric,
+                "value": float(value[index]),
+                "ci_low": mean - widened * (mean - low),
+                "ci_high": mean + widened * (high - mean),
+                "null_mean": float(null[index].mean()) if null.size else float("nan"),
+                "null_std": float(null[index].std(ddof=1)) if null.shape[1] > 1 else float("nan"),
+                "p": float(p[index]),
+                "p_corrected": float(corrected[index]),
+                "n_folds": plan.n_folds,
+                "exchanged": plan.exchanged,
+            }
+        )
+    return rows
+
+
+def _by_variable(
+    acts: xr.Dataset, sites: Sequence[Site], fits: Sequence[SiteFit], target: str, names: np.ndarray
+) -> xr.Dataset:
+    """Weights and intercepts of all sites, laid out like the activations they apply to."""
+    variables: dict[str, xr.DataArray] = {}
+    for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
+        pairs = zip(sites, fits, strict=True)
+        own = [fit for site, fit in pairs if VARIABLES[site.kind][0] == variable]
+        axes = [axis, "head"] if "head" in acts[variable].dims else [axis]
+        sizes = [acts.sizes[name] for name in axes]
+        coords = {name: acts[name].values for name in axes} | {target: names}
+        weights = np.stack([fit.weights for fit in own])
+        intercepts = np.stack([fit.intercepts for fit in own])
+        variables[variable] = xr.DataArray(
+            weights.reshape(*sizes, *weights.shape[1:]),
+            dims=(*axes, target, acts[variable].dims[-1]),
+            coords=coords,
+        )
+        variables[f"{variable}_intercept"] = xr.DataArray(
+            intercepts.reshape(*sizes, -1), dims=(*axes, target), coords=coords
+        )
+    if any(site.kind == "head" for site in sites):
+        variables["head_frame"] = acts["head_frame"]
+    return xr.Dataset(variables)

@@ -1,0 +1,212 @@
+"""Runs the same prompts over and over with one state changed each time, sharing what it can.
+
+Each edit replaces one site's state at one position of every prompt; the logits of the last
+token say what that did. Edits of any sites and layers share forwards, and what comes before the
+edited position is run once (`probes.prefixes` says how, for which model, and at what cost).
+Whether a model shares prefixes exactly is not taken on trust: the shortest and the longest
+prompt are first run both ways, and a model that disagrees is run in full instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.errors import InputError
+from lensclust.extraction import default_budget
+from lensclust.fits import require_fits
+from lensclust.progress import progress_bar
+from lensclust.prompts import Prompts
+from lensclust.sites import model_name, resolve
+from probes.prefixes import Batch, Edit, Way, batch_width, packed, stacked, ways
+
+__all__ = ["Edit", "answers", "replay"]
+
+log = logging.getLogger(__name__)
+
+Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Tensor]
+
+# How far logits of two exact ways may lie apart, in rounding errors of the largest.
+ROUNDING = 500
+
+
+def replay(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    edits: Sequence[Edit],
+    readout: Readout,
+    *,
+    at: str = "answer",
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Run every prompt once for each edit and read the logits of its last token.
+
+    Args:
+        model: a hooked model, in eval mode.
+        prompts: what to run.
+        edits: ``(site, values)``: at position ``at`` the state of the site becomes ``values
+            (prompt, d)``, and nothing else is touched. ``d`` is ``d_head`` for ``head`` and
+            ``z`` (of ``hook_z``, before ``W_O``), else ``d_model``. A site may come many times.
+        readout: from logits ``(row, vocab)`` and the prompt behind each row to one value, or
+            tensor, a row. Rows come in any order.
+        at: the edited position (`Prompts.position`).
+        batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
+        progress: show a bar.
+
+    Returns:
+        ``(edit, prompt, ...)``: what ``readout`` gave, on the CPU.
+
+    Raises:
+        InputError: if a site or position does not exist, values have the wrong shape, the model
+            is in training mode, or the prompts do not fit it.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")
+    >>> prompts = lc.tasks.sif().where(split="new_string")
+    >>> silence = torch.zeros(len(prompts), model.cfg.d_head)
+    >>> edits = [(site, silence) for site in resolve(model, "head")]
+    >>> replay(model, prompts, edits, lambda logits, rows: logits.argmax(-1)).shape[0]
+    24
+    """
+    _check(model, prompts, edits, batch_tokens)
+    positions, budget = prompts.position(at), batch_tokens or default_budget(model)
+    with torch.no_grad():
+        way = _exact_way(model, prompts, positions, len(edits), budget)
+        columns = batch_width(model, len(edits)) if way is packed else lambda width, suffix: width
+        out: Tensor | None = None
+        with progress_bar("replay", len(edits) * len(prompts), enabled=progress) as advance:
+            for rows in _batches(prompts.lengths, positions, budget, columns):
+                batch = Batch.of(prompts, rows, positions, _device(model))
+                prepared = way(model, batch, budget)
+                for start in range(0, len(edits), prepared.at_once):
+                    some = edits[start : start + prepared.at_once]
+                    logits = prepared.run(some).flatten(0, 1).float()
+                    read = readout(logits, rows.repeat(len(some)))
+                    if out is None:
+                        out = read.new_empty(
+                            (len(edits), len(prompts), *read.shape[1:]), device="cpu"
+                        )
+                    out[start : start + len(some), rows] = read.unflatten(0, (len(some), -1)).cpu()
+                    advance(len(some) * len(rows))
+    assert out is not None  # there are edits and prompts
+    return out
+
+
+def answers(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    readout: Readout,
+    *,
+    batch_tokens: int | None = None,
+) -> Tensor:
+    """What ``readout`` makes of the unedited model's logits at the last token ``(prompt, ...)``.
+
+    >>> import lensclust as lc
+    >>> prompts = lc.tasks.sif().where(split="new_string")
+    >>> guesses = answers(lc.load("native:sif-small"), prompts, lambda logits, _: logits.argmax(-1))
+    >>> len(guesses) == len(prompts)
+    True
+    """
+    require_fits(model, prompts, caller="answers")
+    positions, budget = torch.zeros_like(prompts.lengths), batch_tokens or default_budget(model)
+    parts, order = [], []
+    with torch.no_grad():
+        for rows in _batches(prompts.lengths, positions, budget, lambda width, suffix: width):
+            batch = Batch.of(prompts, rows, positions, _device(model))
+            logits = stacked(model, batch, budget).run([None])[0]
+            parts.append(readout(logits.float(), rows).cpu())
+            order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _check(
+    model: TransformerLensModel, prompts: Prompts, edits: Sequence[Edit], batch_tokens: int | None
+) -> None:
+    require_fits(model, prompts, caller="replay")
+    if not edits:
+        raise InputError("replay: no edit given; `answers` reads the unedited model")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
+    resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    for number, (site, values) in enumerate(edits):
+        size = model.cfg.d_model if site.head is None else model.cfg.d_head
+        if tuple(values.shape) != (len(prompts), size):
+            raise InputError(
+                f"replay: edit {number} ({site}) has values of shape {tuple(values.shape)}, "
+                f"expected {(len(prompts), size)}: one state for each prompt"
+            )
+
+
+def _exact_way(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    positions: Int[Tensor, " prompt"],
+    edits: int,
+    budget: int,
+) -> Way:
+    """The cheapest way whose logits agree with plain forwards on the two extreme prompts."""
+    candidates = ways(model, int((2 * prompts.lengths - positions).max()))
+    if len(candidates) == 1 or int(positions.max()) == 0:
+        return stacked
+    rows = torch.stack([prompts.lengths.argmin(), prompts.lengths.argmax()]).unique()
+    plain = torch.cat(
+        [stacked(model, _one(model, prompts, row, positions), budget).run([None]) for row in rows],
+        dim=1,
+    )
+    tolerance = min(ROUNDING * torch.finfo(plain.dtype).eps, 0.1) * float(plain.abs().max())
+    for way in candidates[:-1]:
+        try:
+            batch = Batch.of(prompts, rows, positions, _device(model))
+            # As many copies as will ever stand side by side: none may see another.
+            prepared = way(model, batch, len(rows) * budget)
+            found = prepared.run([None] * min(edits, prepared.at_once))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            difference = float((found - plain).abs().nan_to_num(torch.inf).max())
+            if difference <= tolerance:
+                return way
+            reason = f"logits differ by {difference:.2g}"
+        log.warning(
+            "replay: %s cannot share what comes before an edit (%s); every edit runs its prompt "
+            "in full",
+            model_name(model),
+            reason,
+        )
+    return stacked
+
+
+def _one(model: TransformerLensModel, prompts: Prompts, row: Tensor, positions: Tensor) -> Batch:
+    return Batch.of(prompts, row[None], positions, _device(model))
+
+
+def _batches(
+    lengths: Int[Tensor, " prompt"],
+    positions: Int[Tensor, " prompt"],
+    budget: int,
+    columns: Callable[[int, int], int],
+) -> Iterator[Int[Tensor, " row"]]:
+    """Prompts with suffixes of like length together, the longest first, within the budget."""
+    suffixes = lengths - positions
+    order = sorted(
+        range(len(lengths)), key=lambda row: (int(suffixes[row]), int(lengths[row])), reverse=True
+    )
+    rows: list[int] = []
+    for row in order:
+        wider = [*rows, row]
+        width = int(lengths[wider].max())
+        if rows and len(wider) * columns(width, int(suffixes[wider].max())) > budget:
+            yield torch.tensor(rows)
+            wider = [row]
+        rows = wider
+    yield torch.tensor(rows)
+
+
+def _device(model: TransformerLensModel) -> torch.device:
+    return torch.device(model.cfg.device or "cpu")

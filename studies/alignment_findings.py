@@ -1,0 +1,295 @@
+"""What the scores of the alignment study say: its table, its claims and its figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lensclust as lc
+from lensclust import figures
+from lensclust.figures.trade_offs import trade_off
+from lensclust.results import decide
+from lensclust.stats import mean_interval
+from studies.alignment_methods import HEADS, NOTHING, PLAIN, PULL, SHIFT, TRAININGS, TRANSPORT
+from studies.frames import where
+
+RECONSTRUCTION: dict[str, Any] = {
+    "source": "Wu & Varshney, arXiv 2402.12151",
+    "origin": "reconstruction",
+}
+OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
+WANTED, LOSS, KL = "wanted, unseen", "untouched loss", "KL"
+NEAR = "transport, near"
+TABLE = "table"
+ENOUGH = 0.9
+# A pair that no number of examples suffices for counts as if so many times the most did.
+BEYOND = 4
+
+
+class Part:
+    """The scores of one part as one number an ordered pair of tasks (of a seed)."""
+
+    def __init__(self, scores: pd.DataFrame, part: str) -> None:
+        rows = where(scores, part=part)
+        self.rows = rows[rows["metric"] != "generated"]
+        self.numbers = sorted(int(n) for n in self.rows["examples"].unique())
+        self.most = self.numbers[-1]
+
+    def values(self, method: str, metric: str, n: int | None = None) -> np.ndarray:
+        """A score of a method with so many examples, by default the most."""
+        rows = where(self.rows, method=method, metric=metric, examples=n or self.most)
+        return rows.sort_values(["seed", "source", "target"])["value"].dropna().to_numpy()
+
+    def mean(self, method: str, metric: str, n: int | None = None) -> float:
+        """Its mean over pairs."""
+        found = self.values(method, metric, n)
+        return float(found.mean()) if found.size else float("nan")
+
+    def needed(self, method: str) -> pd.Series:
+        """How many examples reach `ENOUGH`, by pair, between two numbers on their log scale."""
+        rows = where(self.rows, method=method, metric=WANTED)
+        curves = rows.pivot_table("value", ["seed", "source", "target"], "examples")
+        return curves.apply(_reaches, axis=1)
+
+
+def _reaches(curve: pd.Series) -> float:
+    numbers, values = curve.index.to_numpy(dtype=float), curve.to_numpy(dtype=float)
+    above = np.flatnonzero(values >= ENOUGH)
+    if len(above) == 0:
+        return BEYOND * float(numbers[-1])
+    last = int(above[0])
+    if last == 0:
+        return float(numbers[0])
+    part = (ENOUGH - values[last - 1]) / (values[last] - values[last - 1])
+    return float(numbers[last - 1] * (numbers[last] / numbers[last - 1]) ** part)
+
+
+def table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Method x examples: mean over pairs of tasks of each metric, with a 95 % interval."""
+    measured = scores[scores["metric"] != "generated"].dropna(subset="value")
+    keys = ["part", "method", "examples", "metric"]
+    rows = []
+    for key, found in measured.groupby(keys, sort=False)["value"]:
+        mean, low, high = mean_interval(found.to_numpy(dtype=float))
+        labels = dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True))
+        labels["part"] = f"{TABLE}, {labels['part']}"
+        rows.append(labels | {"value": mean, "ci_low": low, "ci_high": high, "n": len(found)})
+    return pd.DataFrame(rows)
+
+
+def claims(scores: pd.DataFrame) -> list[lc.Claim]:
+    """Decide the claims: values are ordered pairs of tasks'."""
+    found = _synthetic(Part(scores, "synthetic"), scores["seed"][scores["seed"] >= 0].nunique())
+    if "pretrained" in set(scores["part"]):
+        found += _pretrained(Part(scores, "pretrained"))
+    return found
+
+
+def _synthetic(seen: Part, n_seeds: int) -> list[lc.Claim]:
+    over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": n_seeds}
+    pulled, plain = seen.needed(PULL), seen.needed(PLAIN)
+    return [
+        decide(
+            "moved",
+            "With the most examples, states moved from one task's cluster to the other's are "
+            "answered as wanted (share of prompts with unseen instructions)",
+            seen.values(TRANSPORT, WANTED),
+            control=_others(seen, WANTED, (TRANSPORT, SHIFT, PLAIN)),
+            at_least=0.95,
+            **over,
+            **RECONSTRUCTION,
+        ),
+        decide(
+            "moved-damage",
+            "and a gate that asks which cluster a state is in leaves other tasks as they were "
+            "(accuracy lost)",
+            seen.values(TRANSPORT, LOSS),
+            control=_others(seen, LOSS, ("transport", NEAR, PLAIN)),
+            at_most=0.02,
+            **over,
+            **OURS,
+        ),
+        decide(
+            "gate-of-examples",
+            "A gate made of the labelled examples alone does so too (accuracy lost)",
+            seen.values(NEAR, LOSS),
+            control={"wanted": seen.mean(NEAR, WANTED), "no gate": seen.mean("transport", LOSS)},
+            at_most=0.02,
+            **over,
+            **OURS,
+        ),
+        decide(
+            "needs-a-gate",
+            "Without a gate the same move damages other tasks (accuracy lost)",
+            seen.values("transport", LOSS),
+            control={"with a gate": seen.mean(TRANSPORT, LOSS)},
+            at_least=0.05,
+            **over,
+            **OURS,
+        ),
+        decide(
+            "pull-examples",
+            "Fine-tuning with the cluster term needs at most half the examples of plain "
+            f"fine-tuning for {ENOUGH} wanted answers (log2 of the ratio, between numbers on their "
+            f"log scale; never enough counts as {BEYOND} times the most)",
+            np.log2(np.asarray(pulled / plain, dtype=float)),
+            control={
+                **{f"plain, {n}": seen.mean(PLAIN, WANTED, n) for n in seen.numbers},
+                **{f"cluster term, {n}": seen.mean(PULL, WANTED, n) for n in seen.numbers},
+            },
+            at_most=-1,
+            **over,
+            **RECONSTRUCTION,
+        ),
+        *(
+            decide(
+                name,
+                f"{words} damages other tasks less than plain fine-tuning (accuracy lost by plain "
+                "minus by it, mean over numbers of examples)",
+                np.mean(
+                    [
+                        seen.values(PLAIN, LOSS, n) - seen.values(method, LOSS, n)
+                        for n in seen.numbers
+                    ],
+                    axis=0,
+                ),
+                control={
+                    "wanted, plain": seen.mean(PLAIN, WANTED),
+                    f"wanted, {method}": seen.mean(method, WANTED),
+                    "KL, plain": seen.mean(PLAIN, KL),
+                    f"KL, {method}": seen.mean(method, KL),
+                },
+                at_least=0,
+                **over,
+                **OURS,
+            )
+            for name, method, words in (
+                ("pull-damage", PULL, "Fine-tuning with the cluster term"),
+                ("heads-damage", HEADS, "Fine-tuning only the heads that carry the clusters"),
+            )
+        ),
+        decide(
+            "fewer-than-training",
+            "Moving states needs no more examples than plain fine-tuning (log2 of the ratio)",
+            np.log2(np.asarray(seen.needed(TRANSPORT) / plain, dtype=float)),
+            control={
+                **{f"transport, {n}": seen.mean(TRANSPORT, WANTED, n) for n in seen.numbers},
+                **{f"plain, {n}": seen.mean(PLAIN, WANTED, n) for n in seen.numbers},
+            },
+            at_most=0,
+            **over,
+            **OURS,
+        ),
+    ]
+
+
+def _pretrained(seen: Part) -> list[lc.Claim]:
+    over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": 1, **OURS}
+    twin = f"random direction, norm of {SHIFT}"
+    return [
+        decide(
+            "pretrained-moved",
+            "In a pretrained model, states moved by the difference of the examples' means are "
+            "answered as wanted (share of prompts with an unseen instruction and unseen query)",
+            seen.values(SHIFT, WANTED),
+            control=_others(seen, WANTED, (SHIFT, TRANSPORT, PLAIN)),
+            at_least=0.6,
+            **over,
+        ),
+        decide(
+            "pretrained-random",
+            "which a move as long in a random direction does not do",
+            seen.values(twin, WANTED),
+            control={"shift": seen.mean(SHIFT, WANTED)},
+            at_most=0.05,
+            **over,
+        ),
+        decide(
+            "pretrained-damage",
+            "and the gate leaves other tasks as they were (accuracy lost)",
+            seen.values(SHIFT, LOSS),
+            control=_others(seen, LOSS, ("shift", NEAR, PLAIN)),
+            at_most=0.02,
+            **over,
+        ),
+        decide(
+            "pretrained-against-training",
+            "It does so more often than fine-tuning the last blocks on as many examples",
+            seen.values(SHIFT, WANTED) - seen.values(PLAIN, WANTED),
+            control={
+                "shift": seen.mean(SHIFT, WANTED),
+                **{f"{m}": seen.mean(m, WANTED) for m in TRAININGS},
+                **{f"{m}, accuracy lost": seen.mean(m, LOSS) for m in TRAININGS},
+            },
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "pretrained-pull",
+            "The cluster term makes fine-tuning reach more wanted answers from as many examples",
+            seen.values(PULL, WANTED) - seen.values(PLAIN, WANTED),
+            control={"plain": seen.mean(PLAIN, WANTED), "cluster term": seen.mean(PULL, WANTED)},
+            at_least=0,
+            **over,
+        ),
+    ]
+
+
+def _others(seen: Part, metric: str, methods: tuple[str, ...]) -> dict[str, float]:
+    twins = tuple(f"random direction, norm of {method}" for method in (SHIFT, TRANSPORT))
+    return {
+        name: seen.mean(name, metric)
+        for name in dict.fromkeys((*methods, *twins, NOTHING))
+        if seen.values(name, metric).size
+    }
+
+
+def said(scores: pd.DataFrame) -> list[str]:
+    """What the pretrained model generated before and while it was steered, a sentence each."""
+    found = where(scores, metric="generated")
+    return [
+        f"{row.source} answered as {row.target}, prompt ending {_ending(row.prompt)}: "
+        f"{row.before!r} before, {row.after!r} while steered ({row.method}, layer {row.layer:g})."
+        for row in found.itertuples()
+    ]
+
+
+def _ending(prompt: object) -> str:
+    return repr(str(prompt).rpartition("\n")[2])
+
+
+def pictures(scores: pd.DataFrame) -> dict[str, Any]:
+    """The study's figures, by file name."""
+    found: dict[str, Any] = {}
+    for part in ("synthetic", "pretrained"):
+        rows = where(scores, part=part)
+        if rows.empty:
+            continue
+        name = "synthetic task" if part == "synthetic" else "pretrained model"
+        keys = ["seed", "method", "examples", "metric"]
+        means = rows.groupby(keys, sort=False)["value"].mean().reset_index()
+        wide = means.groupby(keys[1:], sort=False)["value"].mean().unstack("metric").reset_index()
+        ordered = means.sort_values("examples", kind="stable")
+        if ordered["examples"].nunique() > 1:
+            found[f"{part}_examples"] = figures.curves(
+                where(ordered, metric=WANTED).assign(examples=lambda f: f["examples"].astype(str)),
+                x="examples",
+                color="method",
+                band=None,
+                title=f"Wanted answers from few examples, {name}",
+                caption="Share of prompts with unseen instructions answered as the wanted task.",
+                y_title="wanted answers",
+            )
+        found[f"{part}_trade_off"] = trade_off(
+            wide,
+            cost=LOSS,
+            gain=WANTED,
+            label="examples",
+            title=f"Success against damage, {name}",
+            caption="Means over pairs of tasks; numbers are labelled examples.",
+            cost_title="accuracy lost on untouched tasks",
+            gain_title="wanted answers",
+        )
+    return found

@@ -1,0 +1,161 @@
+"""One seed of the synthetic part: pairs of tasks, one answered as the other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
+
+import lensclust as lc
+from lensclust.finetuning import finetuned
+from lensclust.native import native_config
+from lensclust.sites import Site
+from lensclust.threads import one_thread
+from lensclust.training import required_sizes
+from probes.centroids import mean_states
+from probes.replay import answers
+from studies.alignment import Alignment
+from studies.alignment_methods import (
+    HEADS,
+    TRAININGS,
+    Asked,
+    Examples,
+    cluster_heads,
+    cluster_term,
+    draw_examples,
+    log_probabilities,
+)
+from studies.alignment_scores import (
+    Rows,
+    candidates,
+    frame,
+    measure_moves,
+    measure_nothing,
+    measure_training,
+    read_now,
+)
+
+# Training prompts of each task and input: to draw examples from, and to ask again.
+POOL, ASKED_AGAIN = 24, 4
+
+
+def measure_seed(study: Alignment, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+    """Train a model, then have some of its tasks answered as others, in every way."""
+    prompts = lc.tasks.sif(**study.sizes(), held_out_regexes=0, seed=seed)
+    config = native_config(study.model, **required_sizes(prompts))
+    with one_thread():
+        run = lc.train(
+            config,
+            prompts,
+            steps=study.steps,
+            batch_size=study.batch_size,
+            lr=study.lr,
+            n_checkpoints=2,
+            out=folder / "checkpoints",
+            seed=seed,
+            resume=True,
+            progress=False,
+        )
+        model = run.model()
+        rows = align(study, model, prompts, seed)
+    scores = frame(rows, part="synthetic", seed=seed)
+    weights = pd.DataFrame({"name": [f"seed {seed}"], "fingerprint": [lc.fingerprint(model)]})
+    return {"scores": scores, "weights": weights}
+
+
+def align(study: Alignment, model: TransformerBridge, prompts: lc.Prompts, seed: int) -> Rows:
+    """Scores of every method on some pairs of tasks, from every number of examples."""
+    pool, validation, reported = _parts(prompts, study.rows_per_mapping)
+    examples = [drawn.first(n) for drawn in _pairs(study, pool, seed) for n in study.examples]
+    sites = [Site("resid", layer) for layer in range(1, model.cfg.n_layers + 1)]
+    began = time.perf_counter()
+    acts = lc.extract(model, pool, ["resid", "head"], progress=False)
+    reading = (time.perf_counter() - began) / len(pool)
+    members = mean_states(acts, given="input", kinds="resid")
+    made = [
+        move
+        for some in examples
+        for move in candidates(
+            some.states(acts[["resid"]]),
+            some,
+            members,
+            len(pool),
+            sites,
+            study.strengths,
+            given="input",
+            seconds=reading * 2 * len(some.asked),
+        )
+    ]
+    asked = [Asked(p, answers(model, p, log_probabilities)) for p in (validation, reported)]
+    states = [lc.extract(model, part.prompts, "resid", progress=False) for part in asked]
+    rows, _ = measure_moves(model, (asked[0], states[0]), (asked[1], states[1]), made)
+    rows += measure_nothing(asked[1], examples)
+    heads = cluster_heads(acts, study.head_share)
+    layer = max(1, round(study.pull_depth * model.cfg.n_layers))
+    for some in examples:
+        for method in TRAININGS:
+            options: dict[str, Any] = {
+                "steps": study.finetuning_steps,
+                "batch_size": study.batch_examples,
+                "only": heads if method == HEADS else None,
+                "extra": cluster_term(method, some.states(acts), some, layer, study.pull_weight),
+                "seed": seed,
+            }
+            rows += measure_training(
+                method,
+                some,
+                study.rates,
+                lambda lr, some=some, options=options: finetuned(
+                    model, some.asked, lr=lr, **options
+                ),
+                lambda asked: read_now(model, asked),
+                asked[0],
+                asked[1],
+                len(pool) if method == HEADS else 0,
+            )
+    return rows
+
+
+def _parts(prompts: lc.Prompts, per_mapping: int) -> tuple[lc.Prompts, lc.Prompts, lc.Prompts]:
+    """Training prompts to draw from; prompts to choose by; prompts to report, of other strings."""
+    rows = prompts.rows
+    train = (rows["split"] == "train").to_numpy()
+    # The pool and what is asked again hold different prompts, of the same expressions.
+    nth = rows[train].sample(frac=1, random_state=0).groupby(["task", "input"]).cumcount()
+    nth = nth.reindex(rows.index).to_numpy()
+    pool = prompts.take(np.flatnonzero(train & (nth < POOL)))
+    again = train & (nth >= POOL) & (nth < POOL + ASKED_AGAIN)
+    unseen = (rows["split"] == "new_string").to_numpy()
+    strings = rows["instruction"].where(unseen).rank(method="dense")
+    half = (strings % 2).to_numpy()
+    group = pd.Series(np.where(train, "seen", "unseen"), index=rows.index)
+    labelled = replace(prompts, rows=rows.assign(group=group))
+    some = rows.groupby(["split", "task", "input"]).cumcount().to_numpy() < per_mapping
+    validation = labelled.take(np.flatnonzero(unseen & (half == 0) & some))
+    reported = labelled.take(np.flatnonzero(again | (unseen & (half == 1) & some)))
+    return pool, validation, reported
+
+
+def _pairs(study: Alignment, pool: lc.Prompts, seed: int) -> list[Examples]:
+    """Ordered pairs of tasks drawn at random among those that share inputs."""
+    names = sorted(pool.rows["task"].astype(str).unique())
+    pairs = [(a, b) for a in names for b in names if a != b]
+    drawn = np.random.default_rng([seed, 7]).permutation(len(pairs))
+    found: list[Examples] = []
+    most = study.examples[-1]
+    for index in drawn.tolist():
+        source, target = pairs[index]
+        try:
+            found.append(draw_examples(pool, source, target, most, [seed, 8]).first(most))
+        except lc.InputError:  # these two share too few inputs
+            continue
+        if len(found) == study.pairs:
+            return found
+    raise lc.InputError(
+        f"alignment: {len(found)} pairs of tasks have {most} examples, expected pairs={study.pairs}"
+    )

@@ -1,0 +1,184 @@
+"""One seed of the synthetic part: clusters predict the answers of unseen prompts, and move them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+
+import lensclust as lc
+import probes
+from lensclust.activations import select
+from lensclust.native import native_config
+from lensclust.sites import Site, resolve
+from lensclust.threads import one_thread
+from lensclust.training import required_sizes
+from probes.centroids import mean_states
+from probes.erasure import erase, erase_random
+from probes.interchanges import first_token, interchange
+from probes.interventions import Intervention, dealt, shift, transport
+from probes.nearest_clusters import membership
+from probes.pairing import first_answers
+from probes.replay import answers, replay
+from studies.emergence import SPLITS, UNSEEN, clustered_prompts, input_only_accuracy
+from studies.study import silenced
+from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
+
+
+def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+    """Train a model and measure every checkpoint, then move and erase its clusters."""
+    prompts = lc.tasks.sif(**study.sizes(), seed=seed)
+    config = native_config(study.model, **required_sizes(prompts))
+    with one_thread():
+        run = lc.train(
+            config,
+            prompts,
+            steps=study.steps,
+            batch_size=study.batch_size,
+            lr=study.lr,
+            n_checkpoints=study.n_checkpoints,
+            out=folder / "checkpoints",
+            seed=seed,
+            resume=True,
+            progress=False,
+        )
+        # Centroids come from training prompts, the first of each task and input.
+        known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
+        asked = clustered_prompts(prompts, study.rows_per_mapping)
+        tables = [
+            _checkpoint(model, known, asked, study.permutations).assign(step=step)
+            for step, model in run.models()
+        ]
+        model = run.model()
+        unseen = prompts.where(split=UNSEEN)
+        moving = [
+            table
+            for at in (ANSWER, INSTRUCTION)
+            for table in _moves(model, known, unseen, study, at, seed)
+        ]
+        tables.append(pd.concat(moving).assign(step=study.steps))
+    scores = pd.concat(tables, ignore_index=True).assign(seed=seed, part="synthetic")
+    weights = pd.DataFrame({"name": [f"seed {seed}"], "fingerprint": [lc.fingerprint(model)]})
+    return {"scores": scores, "weights": weights}
+
+
+def _first(prompts: lc.Prompts, n: int) -> lc.Prompts:
+    """The first ``n`` prompts of each task and input."""
+    nth = prompts.rows.groupby(["task", "input"]).cumcount()
+    return prompts.take(np.flatnonzero((nth < n).to_numpy()))
+
+
+def _checkpoint(
+    model: Any, known: lc.Prompts, asked: lc.Prompts, permutations: int
+) -> pd.DataFrame:
+    """Accuracy, clustering and nearest centroid on each split at one checkpoint."""
+    right = answers(model, asked, first_token).numpy() == first_answers(asked)
+    chance = input_only_accuracy(asked.rows)
+    states = lc.extract(model, asked, "resid", progress=False)
+    means = lc.extract(model, known, "resid", progress=False)
+    near = membership(states, means)
+    tables = []
+    for split in [name for name in SPLITS if name in set(asked.rows["split"])]:
+        rows = np.flatnonzero(asked.rows["split"] == split)
+        with silenced("probes.clustering"):  # layer 0 cannot hold clusters: that is a score of 0
+            found = probes.cluster(
+                states.isel(prompt=rows), permutations=permutations, jobs=1
+            ).frame
+        found = found[found["metric"] == "ari"][["layer", "metric", "value", "null_mean"]]
+        accuracy = {"metric": "accuracy", "value": right[rows].mean(), "null_mean": chance[split]}
+        of_split = near[near["prompt"].isin(rows)]
+        tables += [
+            table.assign(split=split, n=len(rows))
+            for table in (found, pd.DataFrame([accuracy]), _prediction(of_split, right))
+        ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _prediction(near: pd.DataFrame, right: np.ndarray) -> pd.DataFrame:
+    """Does the nearest centroid tell whether the answer will be right? A row a layer and metric."""
+    found = []
+    for layer, rows in near.groupby("layer"):
+        correct = right[rows["prompt"]]
+        inside = rows["right"].to_numpy()
+        both = 0 < correct.sum() < len(correct)
+        found += [
+            {"layer": layer, "metric": metric, "value": float(value)}
+            for metric, value in {
+                "membership": inside.mean(),
+                "accuracy, right cluster": correct[inside].mean() if inside.any() else np.nan,
+                "accuracy, wrong cluster": correct[~inside].mean() if (~inside).any() else np.nan,
+                "in wrong cluster": float((~inside).sum()),
+                "margin AUC": roc_auc_score(correct, rows["margin"]) if both else np.nan,
+            }.items()
+        ]
+    return pd.DataFrame(found)
+
+
+class _Fit:
+    """States of known prompts at one position, and the moves between their tasks."""
+
+    def __init__(self, model: Any, known: lc.Prompts, at: str) -> None:
+        self.at = at
+        # At the end of the instruction the input has not been read yet.
+        self.given = "input" if at == ANSWER else None
+        self.states = lc.extract(model, known, "resid", at=at, progress=False)
+        self.everywhere = mean_states(self.states)
+        self.conditional = mean_states(self.states, given=self.given)
+        self.dealt = mean_states(dealt(self.states, given=self.given), given=self.given)
+
+    def moves(self, source: str, target: str) -> Sequence[Intervention]:
+        """The move between two tasks and its controls."""
+        plain = shift(self.everywhere, source, target)
+        if self.given is None:
+            real, control = plain, shift(self.dealt, source, target, name=MEANS)
+        else:
+            real = transport(self.conditional, source, target)
+            control = transport(self.dealt, source, target, name=MEANS)
+        return [
+            *dict.fromkeys([real, plain]),
+            real.random_twin(),
+            control.norm_matched(real),
+        ]
+
+
+def _moves(
+    model: Any, known: lc.Prompts, unseen: lc.Prompts, study: Unseen, at: str, seed: int
+) -> list[pd.DataFrame]:
+    """Move and erase at every layer, on one half of the prompts and then on the other."""
+    fit = _Fit(model, known, at)
+    half = unseen.rows.groupby(["task", "input"]).cumcount() % 2
+    tables = []
+    for number, fold in enumerate(("choose", "report")):
+        part = unseen.take(np.flatnonzero(half == number))
+        moved = interchange(
+            model, part, fit.moves, "resid", at=at, rounds=study.rounds, donors=known, seed=seed
+        )
+        rates = moved.frame.groupby(["layer", "method", "metric"], sort=False)["value"].mean()
+        tables.append(rates.reset_index().assign(fold=fold, position=at, split=UNSEEN))
+        tables.append(_erasures(model, part, fit).assign(fold=fold, position=at, split=UNSEEN))
+    return tables
+
+
+def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit) -> pd.DataFrame:
+    """Accuracy left after task identity is erased at a layer, and after as much else is."""
+    ways = {"erase": None} | ({} if fit.given is None else {"erase given input": fit.given})
+    states = lc.extract(model, prompts, "resid", at=fit.at, progress=False)
+    edits: list[tuple[Site, torch.Tensor]] = []
+    places = []
+    for site in resolve(model, "resid"):
+        values = torch.from_numpy(select(states, site).values)
+        for name, given in ways.items():
+            for made in (
+                erase(fit.states, given=given, name=name),
+                erase_random(fit.states, given=given, name=f"{name}, random subspace"),
+            ):
+                edits.append((site, made.edit_at(site)(values)))
+                places.append({"layer": site.layer, "method": made.name, "metric": "accuracy left"})
+    own = first_answers(prompts)
+    found = replay(model, prompts, edits, first_token, at=fit.at).numpy()
+    return pd.DataFrame(places).assign(value=(found == own).mean(1))
