@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -62,8 +61,6 @@ __all__ = [
     "sequence_loss",
     "train",
 ]
-
-
 
 
 @dataclass(frozen=True, eq=False)

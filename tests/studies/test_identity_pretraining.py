@@ -19,14 +19,8 @@ from lensclust.native import native_config
 from lensclust.threads import one_thread
 from lensclust.training import required_sizes
 from studies.emergence import SPLITS, UNSEEN
-from studies.identity_pretraining import (
-    ARMS,
-    COMPARED,
-    SEARCHED,
-    IdentityPretraining,
-    parts,
-    plan,
-)
+from studies.identity_pretraining import ARMS, COMPARED, SEARCHED, IdentityPretraining, parts
+from studies.identity_pretraining_arms import plan
 from studies.identity_pretraining_figures import condition_map, pictures
 from studies.identity_pretraining_findings import (
     OF_TASK,
