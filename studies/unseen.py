@@ -46,7 +46,8 @@ class Unseen(Study):
         steps: training steps.
         batch_size: prompts a step.
         lr: peak learning rate.
-        n_checkpoints: log-spaced checkpoints, the untrained model included.
+        n_checkpoints: log-spaced checkpoints, the untrained model included; at least 4, or a
+            rank correlation over them says nothing.
         permutations: permuted labellings behind each clustering score.
         rounds: other tasks that each prompt is moved to.
         pretrained: model for the few-shot part, anything `lensclust.load` takes; "none" for no
@@ -112,8 +113,8 @@ class Unseen(Study):
         """Refuse what would leave a claim without a measurement."""
         from lensclust.tasks.natural import task_names
 
-        least = {"n_tasks": 3, "held_out_regexes": 1, "rows_per_mapping": 2, "n_checkpoints": 2}
-        least |= {"permutations": 1, "rounds": 1, "shots": 1, "draws": 2, "layer_stride": 1}
+        least = {"n_tasks": 3, "held_out_regexes": 1, "rows_per_mapping": 2, "permutations": 1}
+        least |= {"n_checkpoints": 4, "rounds": 1, "shots": 1, "draws": 2, "layer_stride": 1}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")

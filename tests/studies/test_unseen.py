@@ -216,7 +216,7 @@ def test_every_figure_draws():
 
 TINY: dict[str, Any] = {
     "n_tasks": 3, "n_inputs": 4, "mappings_per_task": 3, "regexes_per_task": 2,
-    "held_out_regexes": 1, "rows_per_mapping": 4, "steps": 6, "n_checkpoints": 2,
+    "held_out_regexes": 1, "rows_per_mapping": 4, "steps": 6, "n_checkpoints": 4,
     "permutations": 1, "pretrained": "none",
 }  # fmt: skip
 
@@ -246,7 +246,7 @@ def test_a_tiny_run_leaves_claims_and_a_page_and_resumes_to_the_same(tmp_path):
         ("--n-tasks=2", "n_tasks=2: expected at least 3"),
         ("--held-out-regexes=0", "held_out_regexes=0: expected at least 1"),
         ("--rows-per-mapping=1", "rows_per_mapping=1: expected at least 2"),
-        ("--n-checkpoints=1", "n_checkpoints=1: expected at least 2"),
+        ("--n-checkpoints=3", "n_checkpoints=3: expected at least 4"),
         ("--permutations=0", "permutations=0: expected at least 1"),
         ("--rounds=0", "rounds=0: expected at least 1"),
         ("--shots=0", "shots=0: expected at least 1"),
