@@ -9,7 +9,7 @@ study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow tests
