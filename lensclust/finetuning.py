@@ -76,6 +76,7 @@ def finetuned(
     extra: StateLoss | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    frozen: FrozenBlocks | None = None,
 ) -> Iterator[Finetuned]:
     """Train a model on the answers of prompts; its weights are as before when the block ends.
 
@@ -92,6 +93,8 @@ def finetuned(
         extra: a further loss, of the prompts' states.
         batch_size: prompts a step.
         seed: of the order of the prompts; the global random state is left alone.
+        frozen: what blocks below all that is trained make of these prompts (`FrozenBlocks.run`),
+            where several trainings have it in common; run here unless given.
 
     Yields:
         Losses, the number of parameters, and seconds.
@@ -114,21 +117,21 @@ def finetuned(
     _check(model, prompts, steps, lr, batch_size, extra)
     named = _parameters(model)
     masks = _chosen(model, named, only)
-    saved = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in named.values()]
-    saved_buffers = [(b, b.detach().clone()) for b in model.original_model.buffers()]
+    saved = [(named[name], named[name].detach().clone()) for name in masks]
+    saved += [(buffer, buffer.detach().clone()) for buffer in model.original_model.buffers()]
+    gradients = [(p, p.requires_grad, p.grad) for p in named.values()]
     try:
         for name, parameter in named.items():
             parameter.requires_grad_(name in masks)
             parameter.grad = None
-        yield _train(model, prompts, named, masks, steps, lr, extra, batch_size, seed)
+        yield _train(model, prompts, named, masks, steps, lr, extra, batch_size, seed, frozen)
     finally:
         with torch.no_grad():
-            for parameter, values, wanted_grad, grad in saved:
-                parameter.copy_(values)
-                parameter.requires_grad_(wanted_grad)
-                parameter.grad = grad
-            for buffer, values in saved_buffers:
-                buffer.copy_(values)
+            for tensor, values in saved:
+                tensor.copy_(values)
+        for parameter, free, gradient in gradients:
+            parameter.requires_grad_(free)
+            parameter.grad = gradient
         model.eval()
 
 
@@ -206,6 +209,7 @@ def _train(
     extra: StateLoss | None,
     batch_size: int,
     seed: int,
+    frozen: FrozenBlocks | None,
 ) -> Finetuned:
     began = time.perf_counter()
     device = torch.device(model.cfg.device or "cpu")
@@ -217,7 +221,13 @@ def _train(
             f"finetuned: the further loss reads layer {extra.layer}, but training begins at block "
             f"{lowest}: expected layer {lowest + 1} or above"
         )
-    frozen = FrozenBlocks.run(model, tokens[:, :-1], lowest) if lowest else None
+    if frozen is None and lowest:
+        frozen = FrozenBlocks.run(model, tokens[:, :-1], lowest)
+    elif frozen is not None and len(frozen.blocks) > lowest:
+        raise InputError(
+            f"finetuned: {len(frozen.blocks)} blocks given as frozen, but training begins at "
+            f"block {lowest}"
+        )
     optimizer = torch.optim.AdamW([named[name] for name in masks], lr=lr, weight_decay=0.0)
     order = torch.empty(0, dtype=torch.int64)
     losses = []

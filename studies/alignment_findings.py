@@ -12,7 +12,18 @@ from lensclust import figures
 from lensclust.figures.trade_offs import trade_off
 from lensclust.results import decide
 from lensclust.stats import mean_interval
-from studies.alignment_methods import HEADS, NOTHING, PLAIN, PULL, SHIFT, TRAININGS, TRANSPORT
+from studies.alignment_methods import (
+    HEADS,
+    MERIT,
+    NOTHING,
+    PLAIN,
+    PULL,
+    SHIFT,
+    SUCCESS,
+    TRAININGS,
+    TRANSPORT,
+    TWIN,
+)
 from studies.frames import where
 
 RECONSTRUCTION: dict[str, Any] = {
@@ -29,10 +40,14 @@ BEYOND = 4
 
 
 class Part:
-    """The scores of one part as one number an ordered pair of tasks (of a seed)."""
+    """The scores of one part as one number an ordered pair of tasks (of a seed).
 
-    def __init__(self, scores: pd.DataFrame, part: str) -> None:
-        rows = where(scores, part=part)
+    Args:
+        chosen_by: what layers, strengths and learning rates were chosen by.
+    """
+
+    def __init__(self, scores: pd.DataFrame, part: str, chosen_by: str = MERIT) -> None:
+        rows = where(scores, part=part, chosen_by=chosen_by)
         self.rows = rows[rows["metric"] != "generated"]
         self.numbers = sorted(int(n) for n in self.rows["examples"].unique())
         self.most = self.numbers[-1]
@@ -69,7 +84,7 @@ def _reaches(curve: pd.Series) -> float:
 def table(scores: pd.DataFrame) -> pd.DataFrame:
     """Method x examples: mean over pairs of tasks of each metric, with a 95 % interval."""
     measured = scores[scores["metric"] != "generated"].dropna(subset="value")
-    keys = ["part", "method", "examples", "metric"]
+    keys = ["part", "method", "examples", "chosen_by", "metric"]
     rows = []
     for key, found in measured.groupby(keys, sort=False)["value"]:
         mean, low, high = mean_interval(found.to_numpy(dtype=float))
@@ -81,15 +96,17 @@ def table(scores: pd.DataFrame) -> pd.DataFrame:
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
     """Decide the claims: values are ordered pairs of tasks'."""
-    found = _synthetic(Part(scores, "synthetic"), scores["seed"][scores["seed"] >= 0].nunique())
+    careful, eager = (Part(scores, "synthetic", chosen_by) for chosen_by in (MERIT, SUCCESS))
+    found = _synthetic(careful, eager, scores["seed"][scores["seed"] >= 0].nunique())
     if "pretrained" in set(scores["part"]):
         found += _pretrained(Part(scores, "pretrained"))
     return found
 
 
-def _synthetic(seen: Part, n_seeds: int) -> list[lc.Claim]:
+def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
+    """Claims of damage by what was chosen by merit, of success with trainings chosen by it."""
     over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": n_seeds}
-    pulled, plain = seen.needed(PULL), seen.needed(PLAIN)
+    pulled, plain = eager.needed(PULL), eager.needed(PLAIN)
     return [
         decide(
             "moved",
@@ -136,8 +153,8 @@ def _synthetic(seen: Part, n_seeds: int) -> list[lc.Claim]:
             f"log scale; never enough counts as {BEYOND} times the most)",
             np.log2(np.asarray(pulled / plain, dtype=float)),
             control={
-                **{f"plain, {n}": seen.mean(PLAIN, WANTED, n) for n in seen.numbers},
-                **{f"cluster term, {n}": seen.mean(PULL, WANTED, n) for n in seen.numbers},
+                **{f"plain, {n}": eager.mean(PLAIN, WANTED, n) for n in seen.numbers},
+                **{f"cluster term, {n}": eager.mean(PULL, WANTED, n) for n in seen.numbers},
             },
             at_most=-1,
             **over,
@@ -176,7 +193,7 @@ def _synthetic(seen: Part, n_seeds: int) -> list[lc.Claim]:
             np.log2(np.asarray(seen.needed(TRANSPORT) / plain, dtype=float)),
             control={
                 **{f"transport, {n}": seen.mean(TRANSPORT, WANTED, n) for n in seen.numbers},
-                **{f"plain, {n}": seen.mean(PLAIN, WANTED, n) for n in seen.numbers},
+                **{f"plain, {n}": eager.mean(PLAIN, WANTED, n) for n in seen.numbers},
             },
             at_most=0,
             **over,
@@ -187,7 +204,6 @@ def _synthetic(seen: Part, n_seeds: int) -> list[lc.Claim]:
 
 def _pretrained(seen: Part) -> list[lc.Claim]:
     over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": 1, **OURS}
-    twin = f"random direction, norm of {SHIFT}"
     return [
         decide(
             "pretrained-moved",
@@ -201,7 +217,7 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
         decide(
             "pretrained-random",
             "which a move as long in a random direction does not do",
-            seen.values(twin, WANTED),
+            seen.values(TWIN + SHIFT, WANTED),
             control={"shift": seen.mean(SHIFT, WANTED)},
             at_most=0.05,
             **over,
@@ -238,7 +254,7 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
 
 
 def _others(seen: Part, metric: str, methods: tuple[str, ...]) -> dict[str, float]:
-    twins = tuple(f"random direction, norm of {method}" for method in (SHIFT, TRANSPORT))
+    twins = (TWIN + SHIFT, TWIN + TRANSPORT)
     return {
         name: seen.mean(name, metric)
         for name in dict.fromkeys((*methods, *twins, NOTHING))
@@ -256,6 +272,12 @@ def said(scores: pd.DataFrame) -> list[str]:
     ]
 
 
+def _means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over pairs of tasks, of each seed."""
+    keys = ["seed", "method", "examples", "metric"]
+    return rows.groupby(keys, sort=False)["value"].mean().reset_index()
+
+
 def _ending(prompt: object) -> str:
     return repr(str(prompt).rpartition("\n")[2])
 
@@ -268,20 +290,22 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
         if rows.empty:
             continue
         name = "synthetic task" if part == "synthetic" else "pretrained model"
-        keys = ["seed", "method", "examples", "metric"]
-        means = rows.groupby(keys, sort=False)["value"].mean().reset_index()
-        wide = means.groupby(keys[1:], sort=False)["value"].mean().unstack("metric").reset_index()
-        ordered = means.sort_values("examples", kind="stable")
-        if ordered["examples"].nunique() > 1:
+        careful, eager = (_means(where(rows, chosen_by=by)) for by in (MERIT, SUCCESS))
+        most = careful[~careful["method"].isin(eager["method"])]
+        curves = where(pd.concat([most, eager]), metric=WANTED).sort_values("examples")
+        if curves["examples"].nunique() > 1:
             found[f"{part}_examples"] = figures.curves(
-                where(ordered, metric=WANTED).assign(examples=lambda f: f["examples"].astype(str)),
+                curves.assign(examples=curves["examples"].astype(str)),
                 x="examples",
                 color="method",
                 band=None,
                 title=f"Wanted answers from few examples, {name}",
-                caption="Share of prompts with unseen instructions answered as the wanted task.",
+                caption="Share of prompts with unseen instructions answered as the wanted task"
+                + ("; learning rates chosen by that share alone." if len(eager) else "."),
                 y_title="wanted answers",
             )
+        keys = ["method", "examples", "metric"]
+        wide = careful.groupby(keys, sort=False)["value"].mean().unstack("metric").reset_index()
         found[f"{part}_trade_off"] = trade_off(
             wide,
             cost=LOSS,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
@@ -26,8 +27,13 @@ from studies.study import silenced
 
 NOTHING = "nothing"
 SHIFT, TRANSPORT = "shift, members", "transport, members"
+TWIN = "random direction, norm of "
 PLAIN, PULL, CONTRAST, HEADS = "training", "training + pull", "training + contrast", "heads only"
 TRAININGS = (PLAIN, PULL, CONTRAST, HEADS)
+# What layers, strengths and learning rates are chosen by: success and damage, or success alone.
+MERIT, SUCCESS = "merit", "success"
+# Heads alone need larger steps: their learning rates are so many times those of all weights.
+HEADS_FASTER = 10
 # How much nearer the wanted than the unwanted mean counts as sure, in their squared distance.
 SURE = 0.25
 
@@ -165,6 +171,11 @@ def cluster_term(
     return StateLoss(layer, contrast(wanted, unwanted, SURE * spread), weight)
 
 
+def learning_rates(method: str, rates: Sequence[float]) -> list[float]:
+    """The learning rates that a way of training chooses from."""
+    return [rate * HEADS_FASTER if method == HEADS else rate for rate in rates]
+
+
 def _means(states: Float[Tensor, "row d"], given: np.ndarray) -> Float[Tensor, "row d"]:
     same = torch.from_numpy((given[:, None] == given).astype(np.float32))
     return same @ states / same.sum(1, keepdim=True)
@@ -208,14 +219,14 @@ class Asked:
     Args:
         prompts: with rows ``task, input, group``. The group ``seen`` or ``unseen`` says which
             instructions they have; tasks that are not changed are scored on ``unseen`` ones.
-        doable: ``(task, input)`` that count: for others it would be a question of ability.
+        base: log probabilities of the next token.
+        able: label of the rows. Success counts where the original model answers right both the
+            prompt and the wanted task's prompt with the same input and this label: elsewhere it
+            would be a question of ability. Unless given, it counts everywhere.
     """
 
     def __init__(
-        self,
-        prompts: lc.Prompts,
-        base: Float[Tensor, "prompt vocab"],
-        doable: set[tuple[str, str]] | None = None,
+        self, prompts: lc.Prompts, base: Float[Tensor, "prompt vocab"], able: str | None = None
     ) -> None:
         self.prompts = prompts
         self.readout = against(base)
@@ -224,7 +235,7 @@ class Asked:
         self.own = first_answers(prompts)
         self.right = base.argmax(-1).numpy() == self.own
         self.known = answer_table(prompts, None, "task", "input")
-        self.doable = set(self.known) if doable is None else doable
+        self.way = None if able is None else prompt_strings(prompts, able)
         self.unmoved = torch.stack([base.argmax(-1).float(), torch.zeros(len(base))], -1)
 
     def wanted(self, target: str) -> np.ndarray:
@@ -232,10 +243,13 @@ class Asked:
         return np.array([self.known.get((target, x), -1) for x in self.given])
 
     def counted(self, source: str, target: str) -> np.ndarray:
-        """Prompts of the source that the target would answer differently, both of them right."""
-        able = [{(source, x), (target, x)} <= self.doable for x in self.given]
-        differ = (self.wanted(target) >= 0) & (self.wanted(target) != self.own)
-        return (self.task == source) & np.array(able) & differ
+        """Prompts of the source that the target would answer differently."""
+        wanted = self.wanted(target)
+        counted = (self.task == source) & (wanted >= 0) & (wanted != self.own)
+        if self.way is None:
+            return counted
+        places = pd.MultiIndex.from_arrays([self.given, self.way])
+        return counted & self.right & places.isin(places[self.right & (self.task == target)])
 
     def rates(
         self, read: Float[Tensor, "prompt 2"], source: str, target: str, shown: set[str]

@@ -30,18 +30,20 @@ from studies.alignment_methods import (
     cluster_heads,
     cluster_term,
     draw_examples,
+    learning_rates,
     log_probabilities,
 )
 from studies.alignment_scores import (
     Move,
     Rows,
-    best_rate,
+    Trial,
     candidates,
+    chosen_moves,
     frame,
     measure_moves,
     measure_nothing,
-    measure_training,
     read_now,
+    try_training,
 )
 
 SEEN, UNSEEN = ("imperative", "question"), ("request",)
@@ -59,7 +61,7 @@ def measure_pretrained(study: Alignment) -> dict[str, pd.DataFrame]:
     pool, *parts = _parts(study, model)
     pairs = permutations(study.tasks, 2)
     drawn = [draw_examples(pool, *pair, study.pretrained_examples[-1], [0, 8]) for pair in pairs]
-    asked = [_asked(model, part) for part in parts]
+    asked = [Asked(part, answers(model, part, log_probabilities), "template") for part in parts]
     drawn = [some for some in drawn if all(_counts(part, some) for part in asked)]
     if not drawn:
         raise lc.InputError(
@@ -97,15 +99,6 @@ def _parts(study: Alignment, model: TransformerBridge) -> list[lc.Prompts]:
     ]
 
 
-def _asked(model: TransformerBridge, prompts: lc.Prompts) -> Asked:
-    """Counts what the model can do: inputs that it answers right however it is asked."""
-    base = answers(model, prompts, log_probabilities)
-    everything = Asked(prompts, base)
-    pairs = list(zip(everything.task, everything.given, strict=True))
-    failed = {pair for pair, right in zip(pairs, everything.right, strict=True) if not right}
-    return Asked(prompts, base, set(pairs) - failed)
-
-
 def _counts(asked: Asked, some: Examples) -> bool:
     """Whether every group of prompts holds some by which success on this pair is measured."""
     counted = asked.counted(some.source, some.target)
@@ -131,13 +124,14 @@ def _sites(study: Alignment, model: TransformerBridge) -> list[Site]:
 
 
 def _blocks(study: Alignment, model: TransformerBridge) -> range:
-    """The blocks that are fine-tuned."""
-    return range(max(0, model.cfg.n_layers - study.trained_blocks), model.cfg.n_layers)
+    """The blocks that are fine-tuned; the first never is."""
+    return range(max(1, model.cfg.n_layers - study.trained_blocks), model.cfg.n_layers)
 
 
 def _pull_layer(study: Alignment, model: TransformerBridge) -> int:
     """Half way up the blocks that are fine-tuned."""
-    return _blocks(study, model)[0] + len(_blocks(study, model)) // 2
+    blocks = _blocks(study, model)
+    return blocks[0] + (len(blocks) + 1) // 2
 
 
 def _steered(
@@ -163,20 +157,21 @@ def _steered(
             sites,
             study.strengths,
             given=None,
-            seconds=reading * 2 * len(some.asked),
+            reading=reading,
         )
     ]
     states = [lc.extract(model, part.prompts, sites, progress=False) for part in asked]
-    validation, reported = zip(asked, states, strict=True)
-    rows, chosen = measure_moves(model, validation, reported, made)
-    rows += measure_nothing(asked[1], examples)
-    shown = [
-        m for m in chosen if m.method == SHIFT and len(m.examples.asked) == len(drawn[0].asked)
-    ]
-    return (
-        rows
-        + [_generated(model, asked[1], move, i) for i, move in enumerate(shown[::2])][:GENERATED]
-    )
+    chosen = chosen_moves(model, asked[0], states[0], made, _key)
+    rows = measure_moves(model, asked[1], states[1], chosen) + measure_nothing(asked[1], examples)
+    most = study.pretrained_examples[-1]
+    shown = [m for m in chosen if m.method == SHIFT and len(m.examples.asked) == most]
+    said = [_generated(model, asked[1], move, turn) for turn, move in enumerate(shown[::2])]
+    return rows + said[:GENERATED]
+
+
+def _key(move: Move) -> tuple[Any, ...]:
+    """All pairs of tasks have one site and strength, for a method and number of examples."""
+    return move.method, len(move.examples.asked)
 
 
 def _trained(
@@ -189,43 +184,40 @@ def _trained(
     """Scores of the ways of fine-tuning; each learning rate is chosen on a few pairs for all."""
     blocks = _blocks(study, model)
     heads = cluster_heads(acts, study.head_share)
-    frozen = (
-        {id(part): FrozenBlocks.run(model, part.prompts.tokens, blocks[0]) for part in asked}
-        if blocks[0]
-        else {}
-    )
+    frozen = {part: FrozenBlocks.run(model, part.prompts.tokens, blocks[0]) for part in asked}
+    below = [
+        FrozenBlocks.run(model, some.asked.with_answers()[0][:, :-1], blocks[0]) for some in drawn
+    ]
 
     def read(part: Asked) -> Tensor:
-        return read_now(model, part, frozen.get(id(part)))
+        return read_now(model, part, frozen[part])
+
+    def trial(pair: int, method: str, lr: float) -> Trial:
+        some = drawn[pair]
+        term = cluster_term(
+            method, some.states(acts), some, _pull_layer(study, model), study.pull_weight
+        )
+        train = partial(
+            finetuned,
+            model,
+            some.asked,
+            steps=study.pretrained_steps,
+            only=heads if method == HEADS else parameter_names(model, blocks),
+            extra=term,
+            batch_size=BATCH,
+            frozen=below[pair],
+        )
+        known = acts.sizes["prompt"] if method == HEADS else 0
+        return try_training(method, some, lr, train, read, asked, task_states=known)
 
     rows: Rows = []
+    tried = range(len(drawn))[:: max(1, len(drawn) // TRIED_ON)][:TRIED_ON]
     for method in TRAININGS:
-
-        def train(some: Examples, lr: float, method: str = method) -> Any:
-            layer = _pull_layer(study, model)
-            return finetuned(
-                model,
-                some.asked,
-                steps=study.pretrained_steps,
-                lr=lr,
-                only=heads if method == HEADS else parameter_names(model, blocks),
-                extra=cluster_term(method, some.states(acts), some, layer, study.pull_weight),
-                batch_size=BATCH,
-            )
-
-        tried = drawn[:: max(1, len(drawn) // TRIED_ON)][:TRIED_ON]
-        trials = {lr: [train(some, lr) for some in tried] for lr in study.pretrained_rates}
-        lr = best_rate(trials, tried, read, asked[0])
-        for some in drawn:
-            rows += measure_training(
-                method,
-                some,
-                [lr],
-                partial(train, some),
-                read,
-                *asked,
-                task_states=acts.sizes["prompt"] if method == HEADS else 0,
-            )
+        rates = learning_rates(method, study.pretrained_rates)
+        trials = {lr: {pair: trial(pair, method, lr) for pair in tried} for lr in rates}
+        best = max(rates, key=lambda lr: sum(found.merit for found in trials[lr].values()))
+        for pair in range(len(drawn)):
+            rows += (trials[best].get(pair) or trial(pair, method, best)).rows
     return rows
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -21,9 +23,11 @@ from lensclust.sites import Site
 from probes.interventions import Intervention
 from probes.replay import replay
 from studies.alignment_methods import (
+    MERIT,
     NOTHING,
     SHIFT,
     TRANSPORT,
+    TWIN,
     Asked,
     Examples,
     merit,
@@ -32,6 +36,7 @@ from studies.alignment_methods import (
 )
 
 Rows = list[dict[str, Any]]
+Key = Callable[["Move"], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Move:
         method: its name without its strength.
         parameters: numbers it consists of.
         task_states: states with a known task that it uses beside the examples.
-        seconds: to fit it.
+        seconds: to read the states it uses and to fit it.
     """
 
     examples: Examples
@@ -64,22 +69,23 @@ def candidates(
     strengths: Sequence[float],
     *,
     given: str | None,
-    seconds: float,
+    reading: float,
 ) -> Iterator[Move]:
     """Every method at every site and strength.
 
     Args:
         acts: states of the examples.
         members: mean states of all tasks, made of ``task_states`` states.
-        seconds: that it took to read the examples' states.
+        reading: seconds that it took to read a state.
     """
-    began = time.perf_counter()
-    made = moves(acts, members, examples.source, examples.target, given=given)
-    fitting = seconds + (time.perf_counter() - began) / len(made)
     gate = sum(int(members[name].sel(layer=sites[0].layer).size) for name in members)
-    for intervention in made:
+    for intervention in moves(acts, members, examples.source, examples.target, given=given):
         name = intervention.name
+        known = task_states if name.endswith("members") else 0
         for site in sites:
+            began = time.perf_counter()
+            intervention.edit_at(site)
+            fitting = time.perf_counter() - began
             for strength in strengths:
                 yield Move(
                     examples,
@@ -88,108 +94,145 @@ def candidates(
                     site,
                     strength,
                     parameters(name, acts, site, gate),
-                    task_states if name.endswith("members") else 0,
-                    fitting,
+                    known,
+                    fitting + reading * (2 * len(examples.asked) + known),
                 )
 
 
 def steered(
     model: TransformerBridge, asked: Asked, acts: xr.Dataset, made: Sequence[Move]
-) -> Tensor:
-    """First token and divergence ``(move, prompt, 2)`` with each move made in every prompt.
+) -> Float[Tensor, "move prompt 2"]:
+    """First token and divergence of each prompt with each move made.
+
+    What a gate leaves alone is not run again: moves of a site that change different prompts
+    share one edit of them all.
 
     Args:
         acts: the prompts' own states.
     """
-    edits = [
-        (move.site, move.intervention.edit_at(move.site)(_states(acts, move.site))) for move in made
-    ]
-    return replay(model, asked.prompts, edits, asked.readout)
+    edits: list[tuple[Site, Tensor]] = []
+    owners: list[Tensor] = []
+    every = torch.arange(len(asked.prompts))
+    in_order = sorted(range(len(made)), key=lambda index: str(made[index].site))
+    for site, group in groupby(in_order, key=lambda index: made[index].site):
+        before = torch.from_numpy(select(acts, site).values)
+        places = list(group)
+        after = torch.stack([made[index].intervention.edit_at(site)(before) for index in places])
+        changed = (after != before).any(-1)
+        # Which of the moves that change a prompt this one is.
+        turn = torch.where(changed, changed.cumsum(0), 0)
+        for number in range(1, int(turn.max()) + 1):
+            found, which = (turn == number).max(0)
+            edits.append((site, torch.where(found[:, None], after[which, every], before)))
+            owners.append(torch.where(found, torch.tensor(places)[which], -1))
+    read = asked.unmoved.repeat(len(made), 1, 1)
+    if edits:
+        for owner, values in zip(
+            owners, replay(model, asked.prompts, edits, asked.readout), strict=True
+        ):
+            rows = owner >= 0
+            read[owner[rows], every[rows]] = values[rows]
+    return read
+
+
+def chosen_moves(
+    model: TransformerBridge, asked: Asked, acts: xr.Dataset, made: Sequence[Move], key: Key
+) -> list[Move]:
+    """Of the moves of each key those at the site and strength that serve them best together.
+
+    Args:
+        asked: prompts to choose by; ``acts`` are their own states.
+        key: what has one site and one strength, such as a method and its number of examples.
+    """
+    values: dict[tuple[Any, ...], dict[tuple[Site, float], float]] = {}
+    for move, read in zip(made, steered(model, asked, acts, made), strict=True):
+        found, place = values.setdefault(key(move), {}), (move.site, move.strength)
+        found[place] = found.get(place, 0.0) + merit(_rates(asked, read, move.examples))
+    best = {name: max(found, key=found.__getitem__) for name, found in values.items()}
+    return [move for move in made if (move.site, move.strength) == best[key(move)]]
 
 
 def measure_moves(
-    model: TransformerBridge,
-    validation: tuple[Asked, xr.Dataset],
-    reported: tuple[Asked, xr.Dataset],
-    made: Sequence[Move],
-) -> tuple[Rows, list[Move]]:
-    """Choose site and strength of each method on some prompts and report others.
-
-    Returns:
-        Rows of scores, and the moves that were chosen.
-    """
-    best: dict[tuple[Any, ...], tuple[float, Move]] = {}
-    for move, read in zip(made, steered(model, *validation, made), strict=True):
-        value = merit(_rates(validation[0], read, move.examples))
-        key = _key(move.examples, move.method)
-        if key not in best or value > best[key][0]:
-            best[key] = (value, move)
-    chosen = [move for _, move in best.values()]
-    twins = [_twin(move) for move in chosen if move.method in (SHIFT, TRANSPORT)]
+    model: TransformerBridge, asked: Asked, acts: xr.Dataset, chosen: Sequence[Move]
+) -> Rows:
+    """Scores of moves and of random twins of some."""
+    twins = [
+        replace(move, method=TWIN + move.method, intervention=move.intervention.random_twin())
+        for move in chosen
+        if move.method in (SHIFT, TRANSPORT)
+    ]
     everything = [*chosen, *twins]
     rows: Rows = []
-    for move, read in zip(everything, steered(model, *reported, everything), strict=True):
+    for move, read in zip(everything, steered(model, asked, acts, everything), strict=True):
         place = {"layer": move.site.layer, "strength": float(move.strength)}
-        cost = {"parameters": move.parameters, "task states": move.task_states}
-        rates = _rates(reported[0], read, move.examples)
-        rows += _tidy(move.examples, move.method, rates | cost | {"seconds": move.seconds}, place)
-    return rows, chosen
+        scores: dict[str, float] = {"parameters": move.parameters, "task states": move.task_states}
+        scores |= {"seconds": move.seconds} | _rates(asked, read, move.examples)
+        rows += _tidy(move.examples, move.method, scores, place)
+    return rows
 
 
-def measure_nothing(reported: Asked, examples: Sequence[Examples]) -> Rows:
+def measure_nothing(asked: Asked, examples: Sequence[Examples]) -> Rows:
     """The original model's scores, beside each number of examples."""
     cost = {"parameters": 0, "task states": 0, "seconds": 0.0}
     return [
         row
         for some in examples
-        for row in _tidy(some, NOTHING, _rates(reported, reported.unmoved, some) | cost, {})
+        for row in _tidy(some, NOTHING, _rates(asked, asked.unmoved, some) | cost, {})
     ]
 
 
-def measure_training(
+@dataclass(frozen=True)
+class Trial:
+    """A training at one learning rate.
+
+    Attributes:
+        merit, success: on the prompts that choose the rate.
+        rows: scores on those that are reported.
+    """
+
+    lr: float
+    merit: float
+    success: float
+    rows: Rows
+
+    def chosen_by(self, name: str) -> Rows:
+        """The scores, said to be chosen by something else."""
+        return [row | {"chosen_by": name} for row in self.rows]
+
+
+def try_training(
     method: str,
     examples: Examples,
-    rates: Sequence[float],
-    train: Callable[[float], AbstractContextManager[Finetuned]],
+    lr: float,
+    train: Callable[..., AbstractContextManager[Finetuned]],
     read: Callable[[Asked], Tensor],
-    validation: Asked,
-    reported: Asked,
+    asked: Sequence[Asked],
+    *,
     task_states: int,
-) -> Rows:
-    """Train at each learning rate, choose one on some prompts and report others."""
-    found: list[tuple[float, Rows]] = []
-    for lr in rates:
-        with train(lr) as done:
-            value = merit(_rates(validation, read(validation), examples))
-            scores = _rates(reported, read(reported), examples)
-        cost = {"parameters": done.parameters, "task states": task_states, "seconds": done.seconds}
-        found.append((value, _tidy(examples, method, scores | cost, {"lr": lr})))
-    return max(found, key=lambda item: item[0])[1]
+) -> Trial:
+    """Train, and score the prompts to choose by and those to report with the trained model.
+
+    Args:
+        train: takes ``lr``; the model is as trained inside the block.
+        read: first token and divergence of each prompt.
+        asked: prompts to choose by, and prompts to report.
+    """
+    with train(lr=lr) as done:
+        found, scores = (_rates(part, read(part), examples) for part in asked)
+    scores |= {"parameters": done.parameters, "task states": task_states, "seconds": done.seconds}
+    rows = _tidy(examples, method, scores, {"lr": lr})
+    return Trial(lr, merit(found), found["wanted, unseen"], rows)
 
 
-def best_rate(
-    trials: Mapping[float, Sequence[AbstractContextManager[Finetuned]]],
-    examples: Sequence[Examples],
-    read: Callable[[Asked], Tensor],
-    validation: Asked,
-) -> float:
-    """The learning rate that serves some pairs of tasks best, one training of each at each."""
-    values: dict[float, float] = {}
-    for lr, trainings in trials.items():
-        values[lr] = 0.0
-        for training, some in zip(trainings, examples, strict=True):
-            with training:
-                values[lr] += merit(_rates(validation, read(validation), some))
-    return max(values, key=values.__getitem__)
-
-
-def read_now(model: TransformerBridge, asked: Asked, frozen: FrozenBlocks | None = None) -> Tensor:
-    """First token and divergence of each prompt ``(prompt, 2)``, with the weights as they are."""
+def read_now(
+    model: TransformerBridge, asked: Asked, frozen: FrozenBlocks | None = None
+) -> Float[Tensor, "prompt 2"]:
+    """First token and divergence of each prompt, with the weights as they are."""
     prompts = asked.prompts
     last = torch.arange(prompts.tokens.shape[1]) == (prompts.lengths - 1)[:, None]
     with torch.no_grad(), nullcontext() if frozen is None else frozen.reused():
         logits = scored_logits(model, prompts.tokens, last).float()
-    return asked.readout(logits, torch.arange(len(prompts)))
+    return asked.readout(logits, torch.arange(len(prompts))).cpu()
 
 
 def frame(rows: Rows, **labels: Any) -> pd.DataFrame:
@@ -198,29 +241,12 @@ def frame(rows: Rows, **labels: Any) -> pd.DataFrame:
 
 
 def _tidy(
-    examples: Examples, method: str, metrics: Mapping[str, float], place: Mapping[str, Any]
+    examples: Examples, method: str, metrics: Mapping[str, float | int], place: Mapping[str, Any]
 ) -> Rows:
     shared = {"source": examples.source, "target": examples.target, "method": method}
-    shared |= {"examples": len(examples.asked), **place}
+    shared |= {"examples": len(examples.asked), "chosen_by": MERIT, **place}
     return [{**shared, "metric": name, "value": float(value)} for name, value in metrics.items()]
 
 
 def _rates(asked: Asked, read: Tensor, examples: Examples) -> dict[str, float]:
     return asked.rates(read, examples.source, examples.target, examples.inputs)
-
-
-def _key(examples: Examples, method: str) -> tuple[Any, ...]:
-    return examples.source, examples.target, len(examples.asked), method
-
-
-def _twin(move: Move) -> Move:
-    twin = move.intervention.random_twin()
-    method = f"random direction, norm of {move.method}"
-    return Move(
-        move.examples, method, twin, move.site, move.strength,
-        move.parameters, move.task_states, move.seconds,
-    )  # fmt: skip
-
-
-def _states(acts: xr.Dataset, site: Site) -> Tensor:
-    return torch.from_numpy(select(acts, site).values)

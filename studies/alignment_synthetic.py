@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,26 @@ from probes.replay import answers
 from studies.alignment import Alignment
 from studies.alignment_methods import (
     HEADS,
+    SUCCESS,
     TRAININGS,
     Asked,
     Examples,
     cluster_heads,
     cluster_term,
     draw_examples,
+    learning_rates,
     log_probabilities,
 )
 from studies.alignment_scores import (
+    Move,
     Rows,
     candidates,
+    chosen_moves,
     frame,
     measure_moves,
     measure_nothing,
-    measure_training,
     read_now,
+    try_training,
 )
 
 # Training prompts of each task and input: to draw examples from, and to ask again.
@@ -88,37 +93,42 @@ def align(study: Alignment, model: TransformerBridge, prompts: lc.Prompts, seed:
             sites,
             study.strengths,
             given="input",
-            seconds=reading * 2 * len(some.asked),
+            reading=reading,
         )
     ]
     asked = [Asked(p, answers(model, p, log_probabilities)) for p in (validation, reported)]
     states = [lc.extract(model, part.prompts, "resid", progress=False) for part in asked]
-    rows, _ = measure_moves(model, (asked[0], states[0]), (asked[1], states[1]), made)
-    rows += measure_nothing(asked[1], examples)
+    chosen = chosen_moves(model, asked[0], states[0], made, _key)
+    rows = measure_moves(model, asked[1], states[1], chosen) + measure_nothing(asked[1], examples)
     heads = cluster_heads(acts, study.head_share)
     layer = max(1, round(study.pull_depth * model.cfg.n_layers))
     for some in examples:
         for method in TRAININGS:
-            options: dict[str, Any] = {
-                "steps": study.finetuning_steps,
-                "batch_size": study.batch_examples,
-                "only": heads if method == HEADS else None,
-                "extra": cluster_term(method, some.states(acts), some, layer, study.pull_weight),
-                "seed": seed,
-            }
-            rows += measure_training(
-                method,
-                some,
-                study.rates,
-                lambda lr, some=some, options=options: finetuned(
-                    model, some.asked, lr=lr, **options
-                ),
-                lambda asked: read_now(model, asked),
-                asked[0],
-                asked[1],
-                len(pool) if method == HEADS else 0,
+            term = cluster_term(method, some.states(acts), some, layer, study.pull_weight)
+            trained = partial(
+                finetuned,
+                model,
+                some.asked,
+                steps=study.finetuning_steps,
+                batch_size=study.batch_examples,
+                only=heads if method == HEADS else None,
+                extra=term,
+                seed=seed,
             )
+            read = partial(read_now, model)
+            known = len(pool) if method == HEADS else 0
+            trials = [
+                try_training(method, some, lr, trained, read, asked, task_states=known)
+                for lr in learning_rates(method, study.rates)
+            ]
+            rows += max(trials, key=lambda trial: trial.merit).rows
+            rows += max(trials, key=lambda trial: trial.success).chosen_by(SUCCESS)
     return rows
+
+
+def _key(move: Move) -> tuple[Any, ...]:
+    """Each pair of tasks has its own site and strength, for a method and number of examples."""
+    return move.examples.source, move.examples.target, len(move.examples.asked), move.method
 
 
 def _parts(prompts: lc.Prompts, per_mapping: int) -> tuple[lc.Prompts, lc.Prompts, lc.Prompts]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,24 @@ from studies.alignment import Alignment
 from studies.alignment_findings import LOSS, WANTED, Part, claims, pictures, said, table
 from studies.alignment_methods import (
     HEADS,
+    MERIT,
     NOTHING,
     PLAIN,
     PULL,
     SHIFT,
+    SUCCESS,
     TRAININGS,
     TRANSPORT,
+    TWIN,
     Asked,
     draw_examples,
 )
 from studies.alignment_pretrained import SEEN, UNSEEN, measure_pretrained
-from studies.alignment_scores import measure_training, read_now
+from studies.alignment_scores import read_now, try_training
 from studies.alignment_synthetic import align
 
 NUMBERS = (1, 4, 16, 64)
 TASKS = ("plural", "past", "upper_case")
-TWIN = "random direction, norm of "
 METHODS = (
     NOTHING, "shift", "transport", "transport, near", SHIFT, TRANSPORT,
     TWIN + SHIFT, TWIN + TRANSPORT, *TRAININGS,
@@ -78,7 +81,11 @@ def world(success: Rule = good_success, damage: Rule = good_damage) -> pd.DataFr
                 noise = 0.004 * rng.uniform(0, 1)
                 rates = {WANTED: success(method, n) - noise, LOSS: damage(method, n) + noise}
                 rates |= {"KL": 2 * damage(method, n), "parameters": 64, "seconds": 0.1}
-                rows += [{**label, "metric": name, "value": v} for name, v in rates.items()]
+                rows += [
+                    {**label, "chosen_by": by, "metric": name, "value": v}
+                    for name, v in rates.items()
+                    for by in ((MERIT, SUCCESS) if method in TRAININGS else (MERIT,))
+                ]
     return pd.DataFrame(rows)
 
 
@@ -129,6 +136,7 @@ def test_examples_needed_lie_between_the_numbers_that_were_tried():
     rise = {1: 0.0, 4: 0.4, 16: 0.8, 64: 1.0}
     rows = [
         {"part": "synthetic", "seed": 0, "source": source, "target": "b", "method": PLAIN}
+        | {"chosen_by": MERIT}
         | {"examples": n, "metric": WANTED, "value": value}
         for source, curve in (("a", rise), ("c", dict.fromkeys(rise, 0.1)), ("d", {1: 0.95}))
         for n, value in (dict.fromkeys(rise, 0.95) | curve).items()
@@ -139,10 +147,11 @@ def test_examples_needed_lie_between_the_numbers_that_were_tried():
 
 def test_the_table_holds_means_and_intervals_over_pairs():
     scores = world()
-    found = table(scores).set_index(["part", "method", "examples", "metric"])
+    found = table(scores).set_index(["part", "method", "examples", "chosen_by", "metric"])
     for part, n in (("synthetic", 6), ("pretrained", 6)):
-        row = found.loc[(f"table, {part}", PULL, 16, WANTED)]
+        row = found.loc[(f"table, {part}", PULL, 16, MERIT, WANTED)]
         values = scores.query("part == @part and method == @PULL and examples == 16")
+        values = values[values["chosen_by"] == MERIT]
         values = values[values["metric"] == WANTED]["value"]
         assert row["n"] == n
         assert row["value"] == pytest.approx(values.mean())
@@ -232,7 +241,7 @@ def test_examples_that_cannot_be_had_are_one_clear_line(pair, message):
 
 
 def test_rates_count_wanted_answers_and_damage():
-    asked = prompts_of(ABC, copies=1, group="unseen")
+    asked = prompts_of(ABC, copies=1, group="unseen", template="t")
     vocabulary = 40
     own = torch.nn.functional.one_hot(torch.tensor(first_answers(asked)), vocabulary)
     base = (8.0 * own).log_softmax(-1)
@@ -254,8 +263,12 @@ def test_rates_count_wanted_answers_and_damage():
     )[3:]
     assert after["KL"] == pytest.approx(float(others.mean()), rel=1e-5)
     # What the model cannot do anyway is no question of alignment.
-    able = Asked(asked, base, {("a", "y"), ("b", "y"), ("a", "x")})
-    assert able.rates(read, "a", "b", set())[WANTED] == 0
+    forgotten = torch.tensor(
+        [(t, x) == ("b", "x") for t, x in asked.rows[["task", "input"]].itertuples(index=False)]
+    )
+    base = torch.where(forgotten[:, None], base.roll(1, -1), base)
+    able = Asked(asked, base, able="template")
+    assert able.rates(read, "a", "b", set())[WANTED] == 0  # only y counts, and 20 is wrong for y
 
 
 # -- end to end -------------------------------------------------------------------------------
@@ -301,7 +314,9 @@ def test_a_learnt_model_is_moved_as_wanted_and_left_as_it_was(learnt):
     rows = pd.DataFrame(align(Alignment(**SIZES), model, prompts, seed=0))
     assert lc.fingerprint(model) == before
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
-    found = rows[rows["examples"] == 4].set_index(["method", "metric"])["value"]
+    found = rows.query("examples == 4 and chosen_by == @MERIT").set_index(["method", "metric"])[
+        "value"
+    ]
     assert found[TRANSPORT, WANTED] > 0.9
     assert found[TRANSPORT, LOSS] < 0.05
     assert found["transport", LOSS] > found[TRANSPORT, LOSS] + 0.1
@@ -329,9 +344,9 @@ def test_whatever_stops_a_measurement_the_model_is_left_as_it_was(learnt, error,
         raise error
 
     with pytest.raises(error):
-        measure_training(
-            PLAIN, some, [1e-3], lambda lr: finetuned(model, some.asked, steps=2, lr=lr), read,
-            scored, scored, 0,
+        try_training(
+            PLAIN, some, 1e-3, partial(finetuned, model, some.asked, steps=2), read,
+            [scored, scored], task_states=0,
         )  # fmt: skip
     assert lc.fingerprint(model) == before
 
