@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lensclust.models import load
     from lensclust.prompts import Prompts
     from lensclust.results import Claim
+    from lensclust.sharing import plan_prefixes
     from lensclust.sites import Site
     from lensclust.store import open_activations
     from lensclust.training import train
@@ -34,6 +35,7 @@ _HOMES = {
     "head_residual": "lensclust.activations",
     "load": "lensclust.models",
     "open_activations": "lensclust.store",
+    "plan_prefixes": "lensclust.sharing",
     "train": "lensclust.training",
 }
 _MODULES = ("figures", "report", "tasks")
@@ -49,6 +51,7 @@ __all__ = [
     "head_residual",
     "load",
     "open_activations",
+    "plan_prefixes",
     "report",
     "tasks",
     "train",

@@ -67,6 +67,7 @@ class ExtractOptions:
         sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
         at: read positions: answer, instruction_end, ...
         batch_tokens: upper bound of a batch's size, padding included; default by device.
+        share_prefixes: compute what prompts have in common at their beginning once.
         dtype: numpy type of what is kept.
         resume: continue a store that was interrupted.
         quiet: no progress bars.
@@ -78,6 +79,7 @@ class ExtractOptions:
     sites: tuple[str, ...] = ("resid", "head")
     at: tuple[str, ...] = ("answer",)
     batch_tokens: int | None = None
+    share_prefixes: bool = True
     dtype: Literal["float16", "float32", "float64"] = "float32"
     resume: bool = False
     quiet: bool = False
@@ -191,6 +193,7 @@ def _extract(given: list[str]) -> int:
         options.sites,
         at=options.at,
         batch_tokens=options.batch_tokens,
+        share_prefixes=options.share_prefixes,
         dtype=options.dtype,
         store=options.out,
         resume=options.resume,

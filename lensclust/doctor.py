@@ -9,6 +9,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.run_directory import machine
+from lensclust.sharing import trial
 from lensclust.sites import KINDS, additivity_error, first_site, heads_add_up, hook_name
 
 EDITS = {
@@ -21,7 +22,7 @@ EDITS = {
 
 
 def examine(source: Any = None) -> dict[str, str]:
-    """Versions and devices; with a model, which sites it has and which edits take effect.
+    """Versions and devices; with a model, its sites, which edits take effect, and prefixes.
 
     Args:
         source: anything `lensclust.load` takes, or None for the machine alone.
@@ -48,6 +49,8 @@ def examine(source: Any = None) -> dict[str, str]:
         report[f"site {kind}"] = "yes" if present else "no"
     if not heads_add_up(error):
         report["site head"] = f"no: heads do not add up to the attention output (error {error:.2g})"
+    why_not = trial(model)
+    report["shared prefixes"] = "yes" if why_not is None else f"no: {why_not}"
     return report | {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
 
 

@@ -2,13 +2,14 @@
 
 The forward ends as soon as the last wanted site has fired; only the wanted positions are
 copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
-the model's own activations and the rows that are kept.
+the model's own activations and the rows that are kept. Of prompts that begin alike each distinct
+token is run once (`lensclust.sharing`), where the model allows it and where it pays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,33 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
 from lensclust.activations import VARIABLES
+from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.prefix import Packing
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.sharing import Forward, PrefixSharing
 from lensclust.sites import Site, SiteSelector, head_frames, hook_name, model_name, resolve
 from lensclust.weights import fingerprint
 
-BATCH_TOKENS = {"cpu": 2_048}
-ACCELERATOR_TOKENS = 16_384
 DTYPES = ("float16", "float32", "float64")
 
 
 class _AllSitesRead(Exception):
     """Raised inside a hook to end a forward that has nothing left to give."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Right-padded prompts, and the tokens of each that are wanted."""
+
+    tokens: Int[Tensor, "row token"]
+    lengths: Int[Tensor, " row"]
+    positions: Int[Tensor, "row position"]
+
+    def take(self, rows: Int[Tensor, " some"]) -> _Asked:
+        return _Asked(self.tokens[rows], self.lengths[rows], self.positions[rows])
 
 
 def extract(
@@ -46,6 +60,7 @@ def extract(
     at: str | Sequence[str] = "answer",
     batch_tokens: int | None = None,
     shard: int = 512,
+    share_prefixes: bool = True,
     dtype: str = "float32",
     store: str | Path | None = None,
     resume: bool = False,
@@ -62,7 +77,11 @@ def extract(
         at: read positions (`Prompts.position`), one or several.
         batch_tokens: upper bound of a batch's size, padding included; default 2,048 on a CPU
             (larger batches leave its caches) and 16,384 elsewhere.
-        shard: prompts read between two writes; inside a shard prompts are sorted by length.
+        shard: prompts read between two writes; inside a shard they are sorted as it suits, so
+            prompts that begin alike should not be farther apart than this.
+        share_prefixes: compute what prompts of a shard have in common at their beginning once,
+            where the model has a key/value cache and an estimate says that it pays (print
+            `lensclust.plan_prefixes`). Equal to running all in full up to rounding.
         dtype: numpy type of what is kept.
         store: folder of a zarr store to write to instead of memory. A finished store with the
             same model, tokenizer and sites is appended to.
@@ -103,7 +122,7 @@ def extract(
     def shards(pending: Sequence[range]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         total = sum(len(rows) for rows in pending)
         with torch.no_grad(), progress_bar("extract", total, enabled=progress) as advance:
-            reader = _Reader(model, chosen, frame, batch_tokens or default_budget(model))
+            reader = _Reader(model, chosen, frame, batch_tokens, share_prefixes)
             for rows in pending:
                 index = torch.arange(rows.start, rows.stop)
                 yield rows, reader.read(prompts, index, positions[index], advance)
@@ -133,12 +152,13 @@ class _Reader:
         model: TransformerLensModel,
         sites: Sequence[Site],
         frame: xr.Dataset,
-        batch_tokens: int,
+        batch_tokens: int | None,
+        share_prefixes: bool,
     ) -> None:
         self.model = model
         self.frame = frame
-        self.batch_tokens = batch_tokens
-        self.device = torch.device(model.cfg.device or "cpu")
+        self.batch_tokens = batch_tokens or default_budget(model)
+        self.device = model_device(model)
         # hook -> (variable, index on its layer axis, heads kept)
         self.targets: dict[str, tuple[str, int, Tensor | None]] = {}
         for site in sites:
@@ -146,7 +166,13 @@ class _Reader:
             index = frame[axis].values.tolist().index(site.layer)
             heads = torch.tensor(frame["head"].values) if variable == "z" else None
             self.targets[hook_name(model, site)] = (variable, index, heads)
-        self.arguments = _forward_arguments(model)
+        self.sharing = None
+        if share_prefixes:
+            dtype = getattr(torch, str(frame[_measured(frame)[0]].dtype))
+            self.sharing = PrefixSharing(
+                model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
+            )
+        self.arguments = without_cache(model)
 
     def read(
         self,
@@ -156,35 +182,85 @@ class _Reader:
         advance: Callable[..., None],
     ) -> dict[str, np.ndarray]:
         """Activations of one shard: variable -> array over the shard's rows."""
-        buffers = {
-            name: torch.empty(
-                (len(index), *self.frame[name].shape[1:]),
-                dtype=getattr(torch, str(self.frame[name].dtype)),
-                device=self.device,
-            )
-            for name in _measured(self.frame)
-        }
-        lengths = prompts.lengths[index]
-        for rows in batches(lengths, self.batch_tokens):
-            tokens = prompts.tokens[index[rows], : int(lengths[rows].max())]
-            self._run(tokens.to(self.device), rows, positions[rows], buffers)
-            advance(len(rows))
+        buffers = self._buffers(len(index))
+        asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
+        packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
+        if packing is None or not self._read_shared(packing, asked, buffers, advance):
+            self._read_in_full(asked, buffers, advance)
         for name, buffer in buffers.items():
             if buffer.dtype == torch.float16 and not bool(buffer.isfinite().all()):
                 raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
         return {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
 
-    def _run(
-        self,
-        tokens: Int[Tensor, "row token"],
-        rows: Int[Tensor, " row"],
-        positions: Int[Tensor, "row position"],
-        buffers: Mapping[str, Tensor],
+    def _buffers(self, rows: int) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(
+                (rows, *self.frame[name].shape[1:]),
+                dtype=getattr(torch, str(self.frame[name].dtype)),
+                device=self.device,
+            )
+            for name in _measured(self.frame)
+        }
+
+    def _read_in_full(
+        self, asked: _Asked, buffers: Mapping[str, Tensor], advance: Callable[..., None]
     ) -> None:
+        for rows in batches(asked.lengths, self.batch_tokens):
+            tokens = asked.tokens[rows, : int(asked.lengths[rows].max())].to(self.device)
+            places = asked.positions[rows]
+            row, slot = torch.meshgrid(
+                torch.arange(len(rows)), torch.arange(places.shape[1]), indexing="ij"
+            )
+            wanted = torch.stack([row, places, rows[row], slot], dim=-1).flatten(0, 1)
+            self._gather(
+                wanted,
+                lambda hooks, tokens=tokens: self.model.run_with_hooks(
+                    tokens, fwd_hooks=list(hooks), return_type=None, **self.arguments
+                ),
+                buffers,
+            )
+            advance(len(rows))
+
+    def _read_shared(
+        self,
+        packing: Packing,
+        asked: _Asked,
+        buffers: Mapping[str, Tensor],
+        advance: Callable[..., None],
+    ) -> bool:
+        assert self.sharing is not None
+        done = 0
+
+        def read(wanted: Tensor, forward: Forward) -> None:
+            nonlocal done
+            self._gather(wanted, forward, buffers)
+            finished = int((wanted[:, 3] == 0).sum())
+            done += finished
+            advance(finished)
+
+        def error() -> float:
+            """The largest relative difference of a layer's states at a position."""
+            row = packing.witness
+            alone = self._buffers(1)
+            self._read_in_full(asked.take(torch.tensor([row])), alone, lambda _: None)
+            differences = [
+                (buffers[name][row] - expected[0]).float().flatten(2).norm(dim=2)
+                / expected[0].float().flatten(2).norm(dim=2).clamp_min(1e-30)
+                for name, expected in alone.items()
+            ]
+            return max(float(each.nan_to_num(torch.inf).max()) for each in differences)
+
+        if self.sharing.run(packing, read, error):
+            return True
+        advance(-done)
+        return False
+
+    def _gather(
+        self, wanted: Int[Tensor, "read 4"], forward: Forward, buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Copy what is wanted of a forward (row, place, prompt, slot) into the buffers."""
         awaited = set(self.targets)
-        row_axis = torch.arange(len(rows), device=self.device)[:, None]
-        where = positions.to(self.device)
-        into = rows.to(self.device)
+        row, place, into, slot = wanted.to(self.device).unbind(1)
 
         def keep(name: str) -> Callable[[Tensor, Any], None]:
             variable, layer, heads = self.targets[name]
@@ -193,46 +269,23 @@ class _Reader:
                 if name not in awaited:
                     raise RuntimeError(f"extract: hook {name!r} fired twice in one forward")
                 awaited.discard(name)
-                gathered = value[row_axis, where.to(value.device)]
+                gathered = value[row.to(value.device), place.to(value.device)]
                 if heads is not None:
-                    gathered = gathered[:, :, heads.to(value.device)]
-                buffers[variable][into, :, layer] = gathered.to(buffers[variable])
+                    gathered = gathered[:, heads.to(value.device)]
+                buffers[variable][into, slot, layer] = gathered.to(buffers[variable])
                 if not awaited:
                     raise _AllSitesRead
 
             return hook
 
         try:
-            self.model.run_with_hooks(
-                tokens,
-                fwd_hooks=[(name, keep(name)) for name in self.targets],
-                return_type=None,
-                **self.arguments,
-            )
+            forward([(name, keep(name)) for name in self.targets])
         except _AllSitesRead:
             return
         raise RuntimeError(
             f"extract: {sorted(awaited)} never fired in {model_name(self.model)}; "
             "load the model with eager attention"
         )
-
-
-def default_budget(model: TransformerLensModel) -> int:
-    return BATCH_TOKENS.get(torch.device(model.cfg.device or "cpu").type, ACCELERATOR_TOKENS)
-
-
-def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, " row"]]:
-    """Row indices by falling length, cut so that rows x longest stays within the budget.
-
-    Longest first: what does not fit in memory fails at once, not after an hour.
-    """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        stop = start + max(1, budget // longest)
-        yield order[start:stop]
-        start = stop
 
 
 def _measured(frame: xr.Dataset) -> list[str]:
@@ -287,9 +340,3 @@ def _provenance(
         "dtype": str(dtype),
         **{f"version_{name}": version(name) for name in libraries},
     }
-
-
-def _forward_arguments(model: TransformerLensModel) -> dict[str, Any]:
-    """Hugging Face models build a key/value cache unless told not to; native ones have none."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    return {"use_cache": False} if hasattr(config, "use_cache") else {}

@@ -33,6 +33,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Every block holds a causal mask of its own, a byte for each pair of positions.
+_MAX_MASK_BYTES = 2**32
+
 # What the native model reads. TransformerBridgeConfig has sixty more fields, written for other
 # architectures, that it would accept and silently ignore.
 _FIELDS = frozenset(
@@ -142,15 +145,37 @@ def native_bridge_with(
     Raises:
         InputError: if names or shapes are not those of ``config``.
     """
+    _require_fit(config, weights, name)
     # Building a module draws random numbers that are thrown away here.
     with torch.random.fork_rng(devices=[]):
         model = NativeModel(copy.deepcopy(config))
-    try:
-        model.load_state_dict(dict(weights), assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"load: {name}: weights do not fit their config: {reason}") from error
+    model.load_state_dict(dict(weights), assign=True)
     return wrap_native(model, name=name)
+
+
+def _require_fit(
+    config: TransformerBridgeConfig, weights: Mapping[str, torch.Tensor], name: str
+) -> None:
+    """Refuse a configuration that asks for other weights, before it asks for memory."""
+    said = f"load: {name}: weights do not fit their config:"
+    try:
+        masks = config.n_layers * config.n_ctx**2
+        if config.n_layers > len(weights) or masks > _MAX_MASK_BYTES:
+            raise InputError(
+                f"{said} n_layers={config.n_layers}, n_ctx={config.n_ctx}, {len(weights)} weights"
+            )
+        with torch.device("meta"):
+            expected = NativeModel(copy.deepcopy(config)).state_dict()
+    except InputError:
+        raise
+    except Exception as error:  # the fields come from a file and may be anything
+        raise InputError(f"load: {name}: no model of this config: {error}") from error
+    sizes = {key: tuple(weight.shape) for key, weight in expected.items()}
+    given = {key: tuple(weight.shape) for key, weight in weights.items()}
+    for key in sorted(sizes | given):
+        if sizes.get(key) != given.get(key):
+            wanted = sizes.get(key, "no such weight")
+            raise InputError(f"{said} {key!r} is {given.get(key, 'missing')}, expected {wanted}")
 
 
 def wrap_native(model: NativeModel, *, name: str = "native") -> TransformerBridge:
@@ -166,15 +191,24 @@ def config_to_json(config: TransformerBridgeConfig) -> str:
     return json.dumps(fields, default=lambda value: value.item())
 
 
-def config_from_json(text: str) -> TransformerBridgeConfig:
+def config_from_json(text: str, *, where: str = "native_config") -> TransformerBridgeConfig:
     """Inverse of :func:`config_to_json`.
+
+    Raises:
+        InputError: if the text is not the configuration of a native model; ``where`` it stands
+            is said.
 
     >>> config = native_config("sif-small", seed=3)
     >>> config_from_json(config_to_json(config)).to_dict() == config.to_dict()
     True
     """
     fields = json.loads(text)
-    return _config({**fields, "dtype": getattr(torch, fields["dtype"])})
+    if not isinstance(fields, dict) or not set(fields) <= _FIELDS:
+        raise InputError(f"{where}: holds no configuration of a native model")
+    dtype = getattr(torch, str(fields.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"{where}: dtype {fields.get('dtype')!r} is not known to torch")
+    return _config({**fields, "dtype": dtype})
 
 
 def _config(fields: dict[str, Any]) -> TransformerBridgeConfig:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from lensclust.extraction import default_budget
+from lensclust.batching import default_budget, without_cache
 
 Output = Tensor | tuple[Any, ...]
 
@@ -33,7 +33,11 @@ class FrozenBlocks:
     def run(
         cls, model: TransformerBridge, tokens: Int[Tensor, "prompt length"], n: int
     ) -> FrozenBlocks:
-        """Run the first ``n`` blocks (1 at least) on right-padded sequences."""
+        """Run the first ``n`` blocks (1 at least) on right-padded sequences.
+
+        For `lensclust.finetuning.finetuned` these are prompts followed by their answers but for
+        the last token: ``prompts.with_answers()[0][:, :-1]``.
+        """
         stacked: Any = model
         blocks = tuple(stacked.blocks[block] for block in range(n))
         parts: list[Output] = []
@@ -97,8 +101,7 @@ class _Read(Exception):
 
 def _forward(model: TransformerBridge, tokens: Tensor) -> Tensor:
     network: Any = model.original_model
-    uses_cache = hasattr(getattr(network, "config", None), "use_cache")
-    out = network(tokens, **({"use_cache": False} if uses_cache else {}))
+    out = network(tokens, **without_cache(model))
     return getattr(out, "logits", out)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from lensclust.errors import InputError
 
@@ -14,11 +15,18 @@ if TYPE_CHECKING:
 
 TokenSpan = tuple[int, int]
 
+# Spelling out a vocabulary takes a third of a second, and tokenizers only ever grow.
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
+
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over a tokenizer's vocabulary, first 16 hex digits."""
-    content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    size, fingerprint = _FINGERPRINTS.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):
+        content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        _FINGERPRINTS[tokenizer] = len(tokenizer), fingerprint
+    return fingerprint
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -30,8 +30,9 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lensclust.activations import select
+from lensclust.batching import batches, default_budget
 from lensclust.errors import InputError
-from lensclust.extraction import batches, default_budget, extract
+from lensclust.extraction import extract
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, hook_name
 from probes.metrics import DIFFERENCE, metric_of

@@ -3,11 +3,10 @@
 A causal model's states before a position do not depend on what is put there. So the columns
 before the cut are the same for every edit of a prompt:
 
-- `packed`: one sequence holds the prefix and then, side by side, a copy of the suffix for each
-  edit; a mask lets a copy see the prefix and itself, and position ids tell it where it stands.
-  Hugging Face models take the prefix from a key/value cache that is filled once. TransformerLens'
-  native models have none: every sequence runs the prefix again, so an edit costs its suffix and
-  ``1 / copies`` of the prefix.
+- `packed`: one sequence holds a copy of the suffix for each edit, side by side, and they all
+  continue one prefix (`lensclust.packed_forwards`). Hugging Face models take the prefix from a
+  key/value cache that is filled once. TransformerLens' native models have none: every sequence
+  runs the prefix again, so an edit costs its suffix and ``1 / copies`` of the prefix.
 - `stacked`: any other model. Every edit runs its whole prompt; nothing is shared.
 """
 
@@ -23,8 +22,10 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lensclust.batching import model_device, without_cache
+from lensclust.packed_batches import PackedBatch
+from lensclust.packed_forwards import PackedForwards, visible
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, hook_name, model_name
 
@@ -37,36 +38,33 @@ PACKED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts padded on the left, so that all end in one column, and cut in one column.
+    """Right-padded prompts, each cut in two: what is the same for every edit, and the rest.
 
     Attributes:
         rows: which prompts.
-        tokens, real, position_ids: token ids, which of them are no padding, their positions.
-        cut: columns before it are the same for every edit.
-        columns: the edited column of each prompt.
+        tokens, lengths: token ids, and how many of them are no padding.
+        positions: the edited token of each prompt.
+        cuts: tokens before it are the same for every edit.
     """
 
     rows: Int[Tensor, " prompt"]
-    tokens: Int[Tensor, "prompt column"]
-    real: Bool[Tensor, "prompt column"]
-    position_ids: Int[Tensor, "prompt column"]
-    cut: int
-    columns: Int[Tensor, " prompt"]
+    tokens: Int[Tensor, "prompt token"]
+    lengths: Int[Tensor, " prompt"]
+    positions: Int[Tensor, " prompt"]
+    cuts: Int[Tensor, " prompt"]
 
     @classmethod
-    def of(cls, prompts: Prompts, rows: Tensor, positions: Tensor, device: torch.device) -> Batch:
+    def of(cls, prompts: Prompts, rows: Tensor, positions: Tensor) -> Batch:
         """Lay out the prompts ``rows``, edited at ``positions`` (one for every prompt)."""
-        lengths = prompts.lengths[rows]
-        padding = lengths.max() - lengths
-        index = torch.arange(int(lengths.max())) - padding[:, None]
-        columns = positions[rows] + padding
+        lengths, edited = prompts.lengths[rows], positions[rows]
+        # What follows the cut is as long as the longest rest: no prompt needs less padding so.
+        rest = int((lengths - edited).max())
         return cls(
             rows=rows,
-            tokens=prompts.tokens[rows].gather(1, index.clamp(min=0)).to(device),
-            real=(index >= 0).to(device),
-            position_ids=index.clamp(min=0).to(device),
-            cut=int(columns.min()),
-            columns=columns.to(device),
+            tokens=prompts.tokens[rows, : int(lengths.max())],
+            lengths=lengths,
+            positions=edited,
+            cuts=(lengths - rest).clamp(min=0),
         )
 
     @property
@@ -74,8 +72,12 @@ class Batch:
         return self.tokens.shape[1]
 
     @property
+    def prefix(self) -> int:
+        return int(self.cuts.max())
+
+    @property
     def suffix(self) -> int:
-        return self.width - self.cut
+        return int((self.lengths - self.cuts).max())
 
 
 @dataclass(frozen=True)
@@ -117,78 +119,42 @@ def batch_width(model: Any, edits: int) -> Callable[[int, int], int]:
 
 
 def packed(model: Any, batch: Batch, budget: int) -> Prepared:
-    """The prefix of each prompt, then a copy of its suffix for each edit, in one sequence."""
-    network, n, cut, suffix = model.original_model, len(batch.rows), batch.cut, batch.suffix
-    device = batch.tokens.device
-    native = isinstance(network, NativeModel)
-    cached = cut > 0 and not native
-
-    def forward(layout: _Layout, hooks: Sequence[Any], keep: Tensor, **cache: Any) -> Tensor:
-        last = ("unembed.hook_in", lambda value, hook: value[:, keep])
-        with model.hooks(fwd_hooks=[*hooks, last]):
-            out = network(
-                batch.tokens[:, layout.run],
-                attention_mask=_native_mask(layout) if native else _mask(network, layout),
-                position_ids=batch.position_ids[:, layout.run],
-                **cache,
-            )
-        return out if native else out.logits
-
-    prefix = DynamicCache()
-    if cached:
-        alone = _Layout.of(batch, copies=0, begin=0)
-        forward(alone, [], torch.tensor([cut - 1]), past_key_values=prefix, use_cache=True)
-    begin = cut if cached else 0
+    """A copy of each prompt's suffix for each edit, in one sequence that continues its prefix."""
+    native = isinstance(model.original_model, NativeModel)
+    n, suffix, prefix = len(batch.rows), batch.suffix, batch.prefix if native else 0
+    forward = _native_forward(model) if native else _cached_forward(model, batch)
 
     def run(edits: Sequence[Edit | None]) -> Tensor:
-        steps = suffix * torch.arange(len(edits), device=device)[:, None]
-        row = torch.arange(n, device=device).expand(len(edits), n)
-        hooks = EditHooks(model, edits, batch.rows, row, batch.columns + steps - begin)
-        cache: dict[str, Any] = {}
-        if not native:
-            layers: list[Any] = [_SharedPrefix(layer) for layer in prefix.layers]
-            cache = {"past_key_values": Cache(layers=layers) if cached else None}
-            cache["use_cache"] = cached
-        layout = _Layout.of(batch, copies=len(edits), begin=begin)
-        ends = batch.width - 1 - begin + steps[:, 0]
-        logits = forward(layout, hooks.pairs, ends, **cache)
+        begins = prefix + suffix * torch.arange(len(edits))[:, None] - batch.cuts
+        row = torch.arange(n).expand(len(edits), n)
+        hooks = EditHooks(model, edits, batch.rows, row, begins + batch.positions)
+        last = _only(row.T, (begins + batch.lengths - 1).T)
+        logits = forward(_copies(batch, len(edits), cached=not native), [*hooks.pairs, last])
         hooks.require_fired()
         return logits.transpose(0, 1)
 
-    if cached:
-        room = min(budget // n, PACKED_TOKENS)
-    else:
-        most = min(model.cfg.n_ctx, PACKED_TOKENS) if native else PACKED_TOKENS
-        room = min(budget // n, most) - cut
+    most = min(model.cfg.n_ctx, PACKED_TOKENS) if native else PACKED_TOKENS
+    room = min(budget // n, most) - prefix
     return Prepared(_at_once(model, room // suffix, n), run)
 
 
 def stacked(model: Any, batch: Batch, budget: int) -> Prepared:
     """Every edit with its whole prompt, padded on the right, which needs no mask."""
-    n, width = len(batch.rows), batch.width
-    padding = width - batch.real.sum(1)
-    index = torch.arange(width, device=padding.device) + padding[:, None]
-    tokens = batch.tokens.gather(1, index.clamp(max=width - 1))
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    arguments = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    n, device = len(batch.rows), model_device(model)
 
     def run(edits: Sequence[Edit | None]) -> Tensor:
-        steps = torch.arange(len(edits), device=padding.device)[:, None]
-        place = torch.arange(n, device=padding.device) + n * steps
-        column = (batch.columns - padding).expand_as(place)
-        hooks = EditHooks(model, edits, batch.rows, place, column)
+        place = torch.arange(n * len(edits)).unflatten(0, (len(edits), n))
+        hooks = EditHooks(model, edits, batch.rows, place, batch.positions.expand_as(place))
         logits = model.run_with_hooks(
-            tokens.repeat(len(edits), 1),
+            batch.tokens.repeat(len(edits), 1).to(device),
             fwd_hooks=hooks.pairs,
             return_type="logits",
-            **arguments,
+            **without_cache(model),
         )
         hooks.require_fired()
-        last = (width - 1 - padding).repeat(len(edits))
-        rows = torch.arange(len(last), device=last.device)
-        return logits[rows, last].unflatten(0, (len(edits), n))
+        return logits[place, (batch.lengths - 1).expand_as(place)]
 
-    return Prepared(_at_once(model, budget // (n * width), n), run)
+    return Prepared(_at_once(model, budget // (n * batch.width), n), run)
 
 
 class EditHooks:
@@ -243,84 +209,92 @@ class EditHooks:
             )
 
 
+def _only(
+    row: Int[Tensor, "prompt edit"], place: Int[Tensor, "prompt edit"]
+) -> tuple[str, Callable[[Tensor, Any], Tensor]]:
+    """Unembed these places only."""
+    return "unembed.hook_in", lambda states, hook: states[
+        row.to(states.device), place.to(states.device)
+    ]
+
+
+def _cached_forward(model: Any, batch: Batch) -> Callable[[PackedBatch, Sequence[Any]], Tensor]:
+    """Runs the prefixes once, and from then on what continues them."""
+    forwards = PackedForwards(model)
+    if batch.prefix:
+        nothing = torch.empty((len(batch.rows), 0), dtype=torch.int64)
+        forwards.run(_prefixes(batch), [_only(nothing, nothing)])
+    return lambda copies, hooks: forwards.run(copies, hooks).logits
+
+
+def _native_forward(model: Any) -> Callable[[PackedBatch, Sequence[Any]], Tensor]:
+    device = model_device(model)
+
+    def forward(copies: PackedBatch, hooks: Sequence[Any]) -> Tensor:
+        with model.hooks(fwd_hooks=list(hooks)):
+            return model.original_model(
+                copies.tokens.to(device),
+                attention_mask=~visible(copies, None).to(device),
+                position_ids=copies.positions.to(device),
+            )
+
+    return forward
+
+
+def _prefixes(batch: Batch) -> PackedBatch:
+    """The tokens before the cut, all of which later forwards continue."""
+    tokens = _Tokens.of(batch.cuts * 0, batch.cuts)
+    return _laid_out(batch, [tokens], [batch.prefix], cached=tokens.real.nonzero(), fresh=True)
+
+
+def _copies(batch: Batch, copies: int, *, cached: bool) -> PackedBatch:
+    """The suffix so many times, behind the prefix where that is not cached."""
+    prefix, suffix = _Tokens.of(batch.cuts * 0, batch.cuts), _Tokens.of(batch.cuts, batch.lengths)
+    if cached:
+        numbers = (prefix.real.flatten().cumsum(0) - 1).view_as(prefix.real)
+        ends = [batch.suffix * (copy + 1) for copy in range(copies)]
+        return _laid_out(
+            batch, [suffix] * copies, ends, past=numbers * prefix.real, past_lengths=batch.cuts
+        )
+    ends = [batch.prefix + batch.suffix * copy for copy in range(copies + 1)]
+    # All copies see the prefix.
+    return _laid_out(batch, [prefix, *[suffix] * copies], [ends[-1], *ends[1:]])
+
+
 @dataclass(frozen=True)
-class _Layout:
-    """Which column of the batch stands where in a packed sequence, and who sees whom.
+class _Tokens:
+    """Some tokens of every prompt, padded on the right: their index, and which are real."""
 
-    Attributes:
-        batch: the prompts.
-        take: the batch's column at each place, prefix first.
-        copy: which copy of the suffix a place belongs to; -1 in the prefix.
-        begin: places before it are not run, their keys and values come from a cache.
-    """
-
-    batch: Batch
-    take: Int[Tensor, " place"]
-    copy: Int[Tensor, " place"]
-    begin: int
+    index: Int[Tensor, "prompt token"]
+    real: Bool[Tensor, "prompt token"]
 
     @classmethod
-    def of(cls, batch: Batch, *, copies: int, begin: int) -> _Layout:
-        device, cut = batch.tokens.device, batch.cut
-        prefix = torch.arange(cut, device=device)
-        suffix = torch.arange(cut, batch.width, device=device)
-        numbers = torch.arange(copies, device=device).repeat_interleave(batch.suffix)
-        copy = torch.cat([torch.full_like(prefix, -1), numbers])
-        return cls(batch, torch.cat([prefix, suffix.repeat(copies)]), copy, begin)
-
-    @property
-    def run(self) -> Int[Tensor, " place"]:
-        return self.take[self.begin :]
-
-    def visible(self, window: int | None = None) -> Bool[Tensor, "prompt 1 query key"]:
-        """Causal inside a copy and into the prefix; padding sees itself, so no row is empty."""
-        place = torch.arange(len(self.take), device=self.take.device)
-        query = place[self.begin :, None]
-        own = (self.copy < 0) | (self.copy == self.copy[self.begin :, None])
-        seen = ((place <= query) & own) & self.batch.real[:, None, self.take]
-        if window is not None:
-            ids = self.batch.position_ids
-            seen &= ids[:, None, self.take] > ids[:, self.run, None] - window
-        return (seen | (place == query))[:, None]
+    def of(cls, begin: Int[Tensor, " prompt"], end: Int[Tensor, " prompt"]) -> _Tokens:
+        index = begin[:, None] + torch.arange(int((end - begin).max()))
+        return cls(index, index < end[:, None])
 
 
-def _native_mask(layout: _Layout) -> Bool[Tensor, "prompt 1 query key"]:
-    return ~layout.visible()
-
-
-def _mask(network: PreTrainedModel, layout: _Layout) -> Tensor | dict[str, Tensor]:
-    """What is added to the scores; for each type of layer where some see a window only."""
-    config: Any = network.config
-
-    def added(visible: Tensor) -> Tensor:
-        lowest = torch.finfo(network.dtype).min
-        return torch.zeros(visible.shape, dtype=network.dtype, device=visible.device).masked_fill(
-            ~visible, lowest
-        )
-
-    full = added(layout.visible())
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= layout.batch.width:
-        return full
-    types = getattr(config, "layer_types", None)
-    sliding = added(layout.visible(window))
-    return {"full_attention": full, "sliding_attention": sliding} if types else sliding
-
-
-class _SharedPrefix(DynamicLayer):
-    """Keys and values of a prefix that no forward adds to."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        return keys, torch.cat([self.values, value_states], dim=-2)
+def _laid_out(
+    batch: Batch, pieces: Sequence[_Tokens], ends: Sequence[int], **given: Any
+) -> PackedBatch:
+    """Pieces side by side; each is seen up to its end."""
+    index = torch.cat([piece.index for piece in pieces], dim=1)
+    real = torch.cat([piece.real for piece in pieces], dim=1)
+    seen = torch.cat([piece.real * end for piece, end in zip(pieces, ends, strict=True)], dim=1)
+    n = len(batch.rows)
+    unless_given = {
+        "past": torch.empty((n, 0), dtype=torch.int64),
+        "past_lengths": torch.zeros(n, dtype=torch.int64),
+        "cached": torch.empty((0, 2), dtype=torch.int64),
+        "wanted": torch.empty((0, 4), dtype=torch.int64),
+        "fresh": False,
+    }
+    return PackedBatch(
+        tokens=batch.tokens.gather(1, index.clamp(max=batch.width - 1)) * real,
+        positions=index * real,
+        ends=torch.maximum(seen, torch.arange(index.shape[1]) + 1),
+        **{**unless_given, **given},
+    )
 
 
 def _at_once(model: Any, edits: int, prompts: int) -> int:

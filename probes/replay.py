@@ -13,26 +13,23 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.batching import default_budget
 from lensclust.errors import InputError
-from lensclust.extraction import default_budget
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.readouts import Readout, answers
+from lensclust.sharing import rounding_tolerance
 from lensclust.sites import model_name, resolve
 from probes.prefixes import Batch, Edit, Way, batch_width, packed, stacked, ways
 
-__all__ = ["Edit", "answers", "replay"]
+__all__ = ["Edit", "Readout", "answers", "replay"]
 
 log = logging.getLogger(__name__)
-
-Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Tensor]
-
-# How far logits of two exact ways may lie apart, in rounding errors of the largest.
-ROUNDING = 500
 
 
 def replay(
@@ -82,7 +79,7 @@ def replay(
         out: Tensor | None = None
         with progress_bar("replay", len(edits) * len(prompts), enabled=progress) as advance:
             for rows in _batches(prompts.lengths, positions, budget, columns):
-                batch = Batch.of(prompts, rows, positions, _device(model))
+                batch = Batch.of(prompts, rows, positions)
                 prepared = way(model, batch, budget)
                 for start in range(0, len(edits), prepared.at_once):
                     some = edits[start : start + prepared.at_once]
@@ -96,33 +93,6 @@ def replay(
                     advance(len(some) * len(rows))
     assert out is not None  # there are edits and prompts
     return out
-
-
-def answers(
-    model: TransformerLensModel,
-    prompts: Prompts,
-    readout: Readout,
-    *,
-    batch_tokens: int | None = None,
-) -> Tensor:
-    """What ``readout`` makes of the unedited model's logits at the last token ``(prompt, ...)``.
-
-    >>> import lensclust as lc
-    >>> prompts = lc.tasks.sif().where(split="new_string")
-    >>> guesses = answers(lc.load("native:sif-small"), prompts, lambda logits, _: logits.argmax(-1))
-    >>> len(guesses) == len(prompts)
-    True
-    """
-    require_fits(model, prompts, caller="answers")
-    positions, budget = torch.zeros_like(prompts.lengths), batch_tokens or default_budget(model)
-    parts, order = [], []
-    with torch.no_grad():
-        for rows in _batches(prompts.lengths, positions, budget, lambda width, suffix: width):
-            batch = Batch.of(prompts, rows, positions, _device(model))
-            logits = stacked(model, batch, budget).run([None])[0]
-            parts.append(readout(logits.float(), rows).cpu())
-            order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def _check(
@@ -156,13 +126,16 @@ def _exact_way(
         return stacked
     rows = torch.stack([prompts.lengths.argmin(), prompts.lengths.argmax()]).unique()
     plain = torch.cat(
-        [stacked(model, _one(model, prompts, row, positions), budget).run([None]) for row in rows],
+        [
+            stacked(model, Batch.of(prompts, row[None], positions), budget).run([None])
+            for row in rows
+        ],
         dim=1,
     )
-    tolerance = min(ROUNDING * torch.finfo(plain.dtype).eps, 0.1) * float(plain.abs().max())
+    tolerance = rounding_tolerance(plain.dtype) * float(plain.abs().max())
     for way in candidates[:-1]:
         try:
-            batch = Batch.of(prompts, rows, positions, _device(model))
+            batch = Batch.of(prompts, rows, positions)
             # As many copies as will ever stand side by side: none may see another.
             prepared = way(model, batch, len(rows) * budget)
             found = prepared.run([None] * min(edits, prepared.at_once))
@@ -180,10 +153,6 @@ def _exact_way(
             reason,
         )
     return stacked
-
-
-def _one(model: TransformerLensModel, prompts: Prompts, row: Tensor, positions: Tensor) -> Batch:
-    return Batch.of(prompts, row[None], positions, _device(model))
 
 
 def _batches(
@@ -206,7 +175,3 @@ def _batches(
             wider = [row]
         rows = wider
     yield torch.tensor(rows)
-
-
-def _device(model: TransformerLensModel) -> torch.device:
-    return torch.device(model.cfg.device or "cpu")

@@ -112,7 +112,7 @@ def _compare(name: str, model, bare: PreTrainedModel, prompts: lc.Prompts) -> li
         return torch.stack([layer[range(len(last)), last] for layer in states], dim=1)
 
     def ours() -> np.ndarray:
-        acts = lc.extract(model, prompts, "resid", progress=False)
+        acts = lc.extract(model, prompts, "resid", share_prefixes=False, progress=False)
         return acts.resid.values[:, 0]
 
     ways: dict[str, Read] = {
