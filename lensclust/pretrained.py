@@ -7,11 +7,11 @@ import copy
 import io
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -33,13 +33,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lensclust.errors import InputError
+from lensclust.weight_files import gguf_contents, require_affordable, safetensors_contents
 
 _log = logging.getLogger(__name__)
 
 # A directory without any of these has no tokenizer. transformers would not say so: for GPT-2 it
 # makes up a tokenizer of one token.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+# Not pytorch_model.bin: it is a pickle, and reading one can run code.
+_WEIGHT_FILES = ("*.safetensors",)
 
 
 def read_pretrained(
@@ -67,6 +69,8 @@ def read_pretrained(
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         where["gguf_file"] = gguf
+    folder = Path(name)
+    held = None if gguf is None else gguf_contents(folder / gguf)
     with _reported(name), _quiet(bars):
         config = AutoConfig.from_pretrained(name, **where)
         options: dict[str, Any] = {
@@ -76,6 +80,11 @@ def read_pretrained(
             "attn_implementation": "eager",
             **where,
         }
+        if gguf is None and folder.is_dir() and random_seed is None:
+            held = safetensors_contents(folder)
+        if held is not None:
+            build = partial(random_twin, seed=0, trust_remote_code=trust_remote_code)
+            require_affordable(config, held, build, name=name)
         # What TransformerLens knows must be patched before this architecture is read.
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(
             build_bridge_config_from_hf(config, _architecture(config), name, options["dtype"])
@@ -90,7 +99,10 @@ def read_pretrained(
             )
         # Annotated as a model, but a pair when the loading report is asked for.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, **options, output_loading_info=True
+            name,
+            **options,
+            use_safetensors=None if gguf is not None else True,
+            output_loading_info=True,
         )
         model, info = loaded
     if info["missing_keys"]:
@@ -152,7 +164,8 @@ def require_model_folder(folder: Path, *, weights: bool) -> None:
         raise InputError(f"load: {str(folder)!r} is no model directory: no config.json in it")
     if weights and not _has(folder, _WEIGHT_FILES):
         raise InputError(
-            f"load: {str(folder)!r} holds no weights: expected *.safetensors or pytorch_model.bin"
+            f"load: {str(folder)!r} holds no weights: expected *.safetensors (pickled weights, "
+            "*.bin, are not read)"
         )
 
 
@@ -232,7 +245,7 @@ def _reported(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a malformed file makes them raise anything
         raise InputError(f"load: {name}: {_first_sentence(error)}") from error
 
 

@@ -73,7 +73,8 @@ class Prompts:
         """Build from token ids: one list and one row of labels a prompt.
 
         Raises:
-            InputError: if there is no prompt, a prompt is empty, or lengths disagree.
+            InputError: if there is no prompt, a prompt is empty, lengths disagree, an id or a
+                span cannot be one, or a label or text is not Unicode.
 
         >>> rows = pd.DataFrame({"task": ["copy", "add"]})
         >>> prompts = Prompts.from_token_lists([[1, 5], [1, 6, 7]], rows, answers=[[5], [8]])
@@ -88,6 +89,16 @@ class Prompts:
         empty = [i for i, row in enumerate(ids) if len(row) == 0]
         if empty:
             raise InputError(f"Prompts: prompt {empty[0]} has no token")
+        _require_ids("prompt", ids)
+        _require_ids("answer of prompt", answers or [])
+        _require_unicode(rows, texts or [])
+        for name, span in (spans or {}).items():
+            for i, ((start, stop), row) in enumerate(zip(span, ids, strict=True)):
+                if not 0 <= start <= stop <= len(row):
+                    raise InputError(
+                        f"Prompts: span {name!r} of prompt {i} is {start} to {stop}, expected "
+                        f"places within its {len(row)} tokens"
+                    )
         tokens, lengths = _pad(ids, pad_id)
         return cls(
             tokens=tokens,
@@ -122,7 +133,8 @@ class Prompts:
             chat: wrap each text in the tokenizer's chat template, ready for the reply.
 
         Raises:
-            InputError: if ``chat`` is asked of a tokenizer without a chat template.
+            InputError: if ``chat`` is asked of a tokenizer without a chat template, or as
+                `from_token_lists`.
         """
         if tokenizer is None:
             raise InputError("Prompts: texts need a tokenizer, given None (a model without one?)")
@@ -130,6 +142,8 @@ class Prompts:
             raise InputError(
                 f"Prompts: chat=True, but tokenizer {tokenizer.name_or_path!r} has no chat template"
             )
+        _require_unicode(rows, texts)
+        _require_unicode(rows, answers or [])
         rendered = [render_chat(tokenizer, text) for text in texts] if chat else list(texts)
         # So that `text()` gives these very ids again, a text never spells the BOS that its
         # tokenizer adds.
@@ -277,6 +291,24 @@ class Prompts:
         if not keep.any():
             raise InputError(f"Prompts: no prompt has {labels}")
         return self.take(np.flatnonzero(keep))
+
+
+def _require_ids(what: str, lists: Sequence[Sequence[int]]) -> None:
+    for i, row in enumerate(lists):
+        if len(row) and not (min(row) >= 0 and max(row) < 2**31):
+            raise InputError(f"Prompts: {what} {i} holds an id outside 0..2**31-1")
+
+
+def _require_unicode(rows: pd.DataFrame, texts: Sequence[str]) -> None:
+    """Half of a surrogate pair is a character to Python, and to no file or tokenizer."""
+    labels = {str(name): column for name, column in rows.items() if column.dtype == object}
+    for name, column in {"texts": texts, **labels}.items():
+        for i, text in enumerate(column):
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise InputError(f"Prompts: {name!r} of prompt {i} is not Unicode") from None
 
 
 def _pad(

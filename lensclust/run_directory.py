@@ -11,11 +11,13 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lensclust.disk import locked, read_json, remove_partial, replacing, write_atomically, writing
 from lensclust.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,29 +25,56 @@ if TYPE_CHECKING:
 
     from lensclust.results import Claim
 
+_LOCK = ".lock"
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-learn", "numpy")
 
 
-def begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
-    """Claim a folder for a run.
+@contextmanager
+def claimed(out: Path, config: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+    """Hold a folder for a run, against every other process, for as long as the block lasts.
+
+    A block that raises before anything but the configuration was written gives the folder back.
 
     Raises:
-        InputError: if it holds anything but, with ``resume``, a run of the same configuration.
+        InputError: if it holds anything but, with ``resume``, a run of the same configuration;
+            if another process works on it, or nothing can be written there.
     """
     require_place(out)
+    if out.exists() and not (out / "config.json").exists() and _contents(out):
+        raise InputError(f"output {out}: is not empty and holds no run")
+    with writing(f"output {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out / _LOCK, f"output {out}"):
+        _begin(out, config, resume=resume)
+        try:
+            yield
+        except Exception:
+            if _contents(out) == [Path("config.json")]:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
     known = out / "config.json"
-    wanted = json.loads(_encode(config))
     if known.exists():
-        held = read_json(known)
+        held, wanted = read_json(known), json.loads(_encode(config))
+        if not isinstance(held, dict) or not isinstance(held.get("fields", {}), dict):
+            raise InputError(f"output {out}: {known} is not the configuration of a run")
         if held != wanted:
             raise InputError(f"output {out}: holds another run ({_difference(held, wanted)})")
         if not resume:
             raise InputError(f"output {out}: holds this run already; continue it with --resume")
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"output {out}: is not empty and holds no run")
+        remove_partial(out, out / "figures")
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, _encode(config))
+        with writing(f"output {out}"):
+            write_atomically(known, _encode(config))
+
+
+def _contents(out: Path) -> list[Path]:
+    """Files below a folder, without the lock and what a killed write left."""
+    files = (path.relative_to(out) for path in out.rglob("*") if not path.is_dir())
+    written = (path for path in files if not any(p.endswith(".partial") for p in path.parts))
+    return [path for path in written if path.name != _LOCK]
 
 
 def require_place(out: Path) -> None:
@@ -61,12 +90,6 @@ def require_place(out: Path) -> None:
         raise InputError(f"output {out}: no permission to write to {there}")
 
 
-def abandon(out: Path) -> None:
-    """Take a claimed folder back, if nothing but its configuration was written yet."""
-    if [path for path in out.rglob("*") if path.is_file()] == [out / "config.json"]:
-        shutil.rmtree(out)
-
-
 def finish(
     out: Path,
     *,
@@ -76,21 +99,27 @@ def finish(
     notes: Sequence[str],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write everything a finished run consists of, the page included."""
+    """Write everything a finished run consists of, the page included.
+
+    Raises:
+        InputError: if the disk is full or may not be written to.
+    """
     from lensclust import figures as drawing
     from lensclust.report import write_page
 
     ids = [claim.id for claim in claims]
     if len(set(ids)) != len(ids):
         raise ValueError(f"claims: ids must differ, given {ids}")
-    scores.to_parquet(out / "scores.parquet", index=False)
-    for number, (name, chart) in enumerate(figures.items(), start=1):
-        # The page shows figures by file name; the number keeps the order the study gave them.
-        drawing.save(chart, out / "figures", f"{number}_{name}")
-    write_atomically(out / "notes.json", _encode(list(notes)))
-    write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
-    write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))
-    write_page([out])
+    with writing(f"output {out}"):
+        with replacing(out / "scores.parquet") as partial:
+            scores.to_parquet(partial, index=False)
+        for number, (name, chart) in enumerate(figures.items(), start=1):
+            # The page shows figures by file name; the number keeps the order the study gave.
+            drawing.save(chart, out / "figures", f"{number}_{name}")
+        write_atomically(out / "notes.json", _encode(list(notes)))
+        write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
+        write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))
+        write_page([out])
 
 
 def machine() -> dict[str, Any]:
@@ -105,31 +134,6 @@ def machine() -> dict[str, Any]:
         "versions": versions | {"python": platform.python_version()},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        InputError: if it is missing or malformed; names the file and the place.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a kill leaves the old one or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _encode(value: Any) -> str:

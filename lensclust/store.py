@@ -1,28 +1,54 @@
 """Activations on disk: a zarr group written shard by shard, resumable, appendable, verifiable.
 
-Every prompt has a ``checksum`` of its activations, written after them; 0 means "not there yet".
-What is missing after a kill is therefore what has no checksum, and what rotted on disk is what
-no longer matches it. Shards follow the chunks of the arrays, so no two shards of one call touch
-the same file; a chunk that an earlier call left half full is replaced whole, in one rename.
+Beside each variable lie its checksums: one of each vector that was read from the model, written
+after the shard they belong to; 0 means "not there yet". What is missing after a kill is what has
+no checksum, and what rotted on disk is what no longer matches its own: that is looked at whenever
+activations are read, and a damaged vector is an error, never data. Labels and provenance are held
+against digests in the store's attributes when it is opened.
+
+Shards follow the chunks of the arrays, so no two shards of one call touch the same file; a chunk
+that an earlier call left half full is replaced whole, in one rename. One process writes at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numcodecs
 import numpy as np
 import xarray as xr
-import zarr
 from jaxtyping import Int
 
+from lensclust.checked_arrays import (
+    CHECKED_AXES,
+    PACKED,
+    SUMS,
+    CheckedArray,
+    checksums,
+    damage_named,
+    open_group,
+)
+from lensclust.disk import locked, remove_partial, writing
 from lensclust.errors import InputError
+from lensclust.store_notes import (
+    batch_entry,
+    batches_written,
+    kind,
+    label_digest,
+    layout_digest,
+    measured_names,
+    note,
+    provenance,
+    rows_done,
+    rows_expected,
+    seal,
+    stored_kind,
+)
 
 # Format 2 is read by zarr 2 and 3 alike, and has variable-length strings in its specification.
 ZARR_FORMAT = 2
@@ -62,51 +88,83 @@ def write(
 
     Raises:
         InputError: if the folder holds something else, another model's or other sites'
-            activations, or an unfinished store that is not to be resumed.
+            activations, or an unfinished store that is not to be resumed; if another process
+            writes to it; if it is damaged, or nothing can be written there.
     """
-    if not path.exists() or not any(path.iterdir() if path.is_dir() else [path]):
-        _create(path, frame, shard)
-        start = 0
-    else:
-        start = _admit(path, frame, resume)
-    store = _group(path, "r+")
-    shard = int(store.attrs["shard"])
-    done = np.asarray(store["checksum"][start : start + frame.sizes["prompt"]]) != 0
-    missing = [
-        range(rows.start - start, rows.stop - start)
-        for rows in shard_ranges(start, start + frame.sizes["prompt"], shard)
-        if not done[rows.start - start : rows.stop - start].all()
-    ]
-    for rows, values in produce(missing) if missing else ():
-        region = slice(start + rows.start, start + rows.stop)
-        for name, value in values.items():
-            store[name][region] = value
-        store["checksum"][region] = _checksums(values)
-    return open_activations(path)
+    what = f"store {path}"
+    with writing(what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the store: it is made whole, in one rename, and holds nothing but itself.
+    with locked(path.with_name(f".{path.name}.lock"), what):
+        if not path.exists() or not any(path.iterdir() if path.is_dir() else [path]):
+            with writing(what):
+                _create(path, frame, shard)
+            start = 0
+        else:
+            start = _admit(path, frame, resume)
+        with damage_named(path):
+            store = open_group(path, "r+")
+            shard, measured = int(store.attrs["shard"]), measured_names(store)
+            stop = start + frame.sizes["prompt"]
+            done = rows_done(store, slice(start, stop))
+        missing = [
+            range(rows.start - start, rows.stop - start)
+            for rows in shard_ranges(start, stop, shard)
+            if not done[rows.start - start : rows.stop - start].all()
+        ]
+        for rows, values in produce(missing) if missing else ():
+            region = slice(start + rows.start, start + rows.stop)
+            with damage_named(path), writing(what):
+                for name in measured:
+                    store[name][region] = values[name]
+                for name in measured:
+                    sums = store[f"{name}{SUMS}"]
+                    sums[region] = checksums(values[name], sums.ndim)
+        with damage_named(path), writing(what):
+            if stop == rows_expected(store) != int(store.attrs["written"]):
+                note(store, written=stop)
+        return _read(path, open_group(path, "r"))
 
 
 def open_activations(path: str | Path) -> xr.Dataset:
     """Open a finished store; labels are loaded, activations are read when they are used.
 
+    Whatever is read is held against its checksum, then or when it is used.
+
     Raises:
-        InputError: if there is no store, or its writing was interrupted.
+        InputError: if there is no store, its writing was interrupted, or it is damaged.
     """
     path = Path(path)
-    _finished(path)
-    dataset = xr.open_dataset(
-        str(path),
-        engine="zarr",
-        chunks=None,
-        drop_variables="checksum",
-        backend_kwargs={"consolidated": False},
-    )
-    labels = {name: _as_objects(label.load()) for name, label in dataset.coords.items()}
-    dataset = dataset.assign_coords(labels)
-    return dataset.drop_attrs(deep=False).assign_attrs(_public(dataset.attrs))
+    return _read(path, _finished(path))
+
+
+def _read(path: Path, store: Any) -> xr.Dataset:
+    """The rows that were finished; those of a call that was interrupted are left out."""
+    with damage_named(path):
+        measured = measured_names(store)
+        unread = [*measured, *(f"{name}{SUMS}" for name in measured)]
+        dataset = xr.open_dataset(
+            str(path),
+            engine="zarr",
+            chunks=None,
+            drop_variables=unread,
+            backend_kwargs={"consolidated": False, "zarr_format": ZARR_FORMAT},
+        )
+        read = {name: _as_objects(variable.load()) for name, variable in dataset.variables.items()}
+        # Which of them are labels stands in the variables that were left out.
+        labels = [name for name, variable in read.items() if variable.dims == ("prompt",)]
+        dataset = dataset.assign(read).set_coords(labels)
+        _check(path, store, dataset)
+        lazy = {name: CheckedArray(path, store, name).variable() for name in measured}
+        dataset = dataset.assign(lazy).isel(prompt=slice(0, int(store.attrs["written"])))
+    return dataset.drop_attrs(deep=False).assign_attrs(provenance(dataset.attrs))
 
 
 def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
-    """Rows whose activations no longer match their checksum, read shard by shard.
+    """Rows whose activations no longer match their checksums, read shard by shard.
+
+    Raises:
+        InputError: if there is no finished store, or its labels or attributes are damaged.
 
     >>> import lensclust as lc, tempfile
     >>> folder = tempfile.mkdtemp()
@@ -115,46 +173,39 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
     >>> verify(folder).tolist()
     []
     """
-    store = _finished(Path(path))
-    written = np.asarray(store["checksum"][:])
-    names = json.loads(store.attrs["measured"])
-    bad = [
-        rows.start + np.flatnonzero(_checksums({n: store[n][_slice(rows)] for n in names}) != kept)
-        for rows in shard_ranges(0, len(written), int(store.attrs["shard"]))
-        for kept in [written[_slice(rows)]]
-    ]
-    return np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
-
-
-def _group(path: str | Path, mode: Literal["r", "r+"]) -> Any:
-    """The zarr group, untyped: zarr cannot know which of its members are arrays."""
-    return zarr.open_group(str(path), mode=mode)
+    sizes = open_activations(path).sizes
+    store = open_group(Path(path), "r")
+    arrays = [CheckedArray(Path(path), store, name) for name in measured_names(store)]
+    shards = shard_ranges(0, sizes["prompt"], int(store.attrs["shard"]))
+    bad = [rows.start + np.flatnonzero(sum(a.damaged(rows) for a in arrays)) for rows in shards]
+    return np.concatenate(bad)
 
 
 def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
     """Lay out the store beside its place and move it there whole."""
     measured = [str(name) for name in frame if "prompt" in frame[name].dims]
     shard = min(shard, frame.sizes["prompt"])
-    attributes = {
-        **frame.attrs,
-        "batches": json.dumps([[frame.sizes["prompt"], frame.attrs["prompts"]]]),
-        "measured": json.dumps(measured),
-        "shard": shard,
+    checked = {name: [str(d) for d in frame[name].dims if d in CHECKED_AXES] for name in measured}
+    sums = {
+        f"{name}{SUMS}": (dims, np.broadcast_to(np.uint32(0), [frame.sizes[d] for d in dims]))
+        for name, dims in checked.items()
     }
-    checksum = ("prompt", np.broadcast_to(np.int64(0), frame.sizes["prompt"]))
-    layout = frame.assign(checksum=checksum).assign_attrs(attributes)
-    encoding: dict[str, Any] = {
+    layout = frame.assign(sums).drop_attrs(deep=False)
+    # What is always read whole carries a checksum of its own: no decoder is given damaged bytes.
+    guarded = numcodecs.Zstd(level=1, checksum=True)
+    encoding: dict[str, Any] = {str(name): {PACKED: guarded} for name in layout.variables}
+    for name in measured:
         # One file a shard, position and layer: a sweep over sites reads only what it needs.
-        name: {"chunks": _chunks(frame[name], shard), "_FillValue": None}
-        for name in measured
-    }
-    # The fill value is what "not there yet" reads as, in chunks that do not exist.
-    encoding["checksum"] = {"chunks": (shard,), "_FillValue": 0}
+        encoding[name] = {"chunks": _chunks(frame[name], shard), "_FillValue": None}
+    for name in sums:
+        # The fill value is what "not there yet" reads as, in chunks that do not exist.
+        shape = (shard, *layout[name].shape[1:])
+        encoding[name] |= {"chunks": shape, "_FillValue": 0}
     for name, label in frame.coords.items():
         if label.dims == ("prompt",):
-            encoding[str(name)] = {"chunks": (shard,)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            encoding[str(name)] |= {"chunks": (shard,)}
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         # Chunks of nothing but the fill value are not written, so the layout takes no space.
         layout.to_zarr(
@@ -165,6 +216,16 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
             consolidated=False,
             write_empty_chunks=False,
         )
+        store = open_group(temporary, "r+")
+        note(
+            store,
+            **frame.attrs,
+            batches=json.dumps([batch_entry(frame)]),
+            measured=json.dumps(measured),
+            shard=shard,
+            written=0,
+            layout=layout_digest(store, frame),
+        )
         if path.exists():
             path.rmdir()
         temporary.rename(path)
@@ -174,39 +235,95 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
 
 def _admit(path: Path, frame: xr.Dataset, resume: bool) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
-    _require_store(path)
-    store = _group(path, "r+")
-    _require_same(path, store, frame)
-    batches = json.loads(str(store.attrs["batches"]))
-    n, digest = frame.sizes["prompt"], frame.attrs["prompts"]
-    written, total = _written(store)
-    complete = written == total
-    if not complete and not resume:
-        raise InputError(f"store {path}: its writing was interrupted; finish it with resume=True")
-    if not complete and batches[-1] != [n, digest]:
-        raise InputError(f"store {path}: was interrupted while reading other prompts than these")
-    if complete and resume and [n, digest] in batches:
-        return sum(size for size, _ in batches[: batches.index([n, digest])])
-    if complete:
-        batches.append([n, digest])
-        total += n
-        store.attrs["batches"] = json.dumps(batches)
-    # Growing is repeated on resume: a kill may have come between two arrays.
-    start = total - n
-    for name in [*json.loads(str(store.attrs["measured"])), "checksum"]:
-        store[name].resize((total, *store[name].shape[1:]))
-    for name, label in frame.coords.items():
-        if label.dims == ("prompt",):
-            store[str(name)].resize((total,))
-            store[str(name)][start:total] = label.values
+    store = _opened(path, "r+")
+    remove_partial(path, *path.iterdir())
+    with damage_named(path):
+        _require_same(path, store, frame)
+        batches, batch = batches_written(store), batch_entry(frame)
+        known = [given[:2] for given in batches]
+        n, total = frame.sizes["prompt"], rows_expected(store)
+        complete = int(store.attrs["written"]) == total
+        if not complete and not resume:
+            raise InputError(
+                f"store {path}: its writing was interrupted; finish it with resume=True"
+            )
+        if not complete and batch[:2] not in known:
+            raise InputError(
+                f"store {path}: was interrupted while reading other prompts than these"
+            )
+        is_new = complete and not (resume and batch[:2] in known)
+        number = len(known) if is_new else known.index(batch[:2])
+    with damage_named(path), writing(f"store {path}"):
+        if is_new:
+            total += n
+            note(store, batches=json.dumps([*batches, batch]))
+        start = sum(size for size, _ in known[:number])
+        if not complete or is_new:
+            # Growing is repeated on resume: a kill may have come between two arrays.
+            _grow(store, frame, slice(start, start + n), total)
     return start
 
 
-def _require_store(path: Path) -> None:
-    group = path / ".zgroup"
+def _grow(store: Any, frame: xr.Dataset, rows: slice, total: int) -> None:
+    for name in measured_names(store):
+        for array in (store[name], store[f"{name}{SUMS}"]):
+            array.resize((total, *array.shape[1:]))
+    for name, label in frame.coords.items():
+        if label.dims == ("prompt",):
+            store[str(name)].resize((total,))
+            store[str(name)][rows] = label.values
+
+
+def _opened(path: Path, mode: str) -> Any:
+    """The group of a store whose attributes are those that were written."""
     attributes = path / ".zattrs"
-    if not (group.exists() and attributes.exists() and '"measured"' in attributes.read_text()):
+    if not ((path / ".zgroup").exists() and attributes.exists()):
         raise InputError(f"store {path}: not a folder of activations made by extract(store=...)")
+    with damage_named(path):
+        store = open_group(path, mode)
+        if "measured" not in store.attrs:
+            raise InputError(
+                f"store {path}: not a folder of activations made by extract(store=...)"
+            )
+        if store.attrs.get("seal") != seal(dict(store.attrs)):
+            raise InputError(f"store {path}: is damaged: its attributes changed since written")
+    return store
+
+
+def _finished(path: Path) -> Any:
+    """The group of a store that holds all its prompts."""
+    store = _opened(path, "r")
+    with damage_named(path):
+        total = rows_expected(store)
+        if int(store.attrs["written"]) != total:
+            grown = min(store[f"{name}{SUMS}"].shape[0] for name in measured_names(store))
+            there = int(np.count_nonzero(rows_done(store, slice(0, grown))))
+            raise InputError(
+                f"store {path}: holds {there} of {total} prompts, its writing was interrupted; "
+                "finish it with resume=True"
+            )
+    return store
+
+
+def _check(path: Path, store: Any, dataset: xr.Dataset) -> None:
+    """Hold everything but activations against the digests that were noted."""
+    total, written = rows_expected(store), int(store.attrs["written"])
+    if dataset.sizes.get("prompt", total) != total:
+        raise InputError(f"store {path}: is damaged: not as many labels as prompts")
+    if layout_digest(store, dataset) != store.attrs["layout"]:
+        raise InputError(f"store {path}: is damaged: its layout changed since it was written")
+    stop = 0
+    for size, prompts, digest in batches_written(store):
+        rows = {"prompt": slice(stop, stop + size)}
+        if (
+            stop + size <= written
+            and label_digest(dataset.isel(rows, missing_dims="ignore")) != digest
+        ):
+            raise InputError(
+                f"store {path}: is damaged: the labels of rows {stop} to {stop + size - 1} "
+                f"(prompts {prompts}) changed since they were written"
+            )
+        stop += size
 
 
 def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
@@ -219,41 +336,14 @@ def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
     for name, label in frame.coords.items():
         if str(name) not in store:
             raise InputError(f"store {path}: has no {name!r}, these prompts have")
-        if str(name) in labels and _kind(store[str(name)].dtype) != _kind(label.dtype):
+        if str(name) in labels and stored_kind(store[str(name)]) != kind(label.dtype):
             raise InputError(f"store {path}: holds {name} as {store[str(name)].dtype}, not these")
         if str(name) not in labels and list(store[str(name)][:]) != list(label.values):
             raise InputError(f"store {path}: holds {name} {list(store[str(name)][:])}, not these")
-    known = {str(name) for name in store.array_keys()}
-    extra = known - labels - set(map(str, frame.variables)) - {"checksum"}
+    sums = {f"{name}{SUMS}" for name in measured_names(store)}
+    extra = set(store.array_keys()) - labels - set(map(str, frame.variables)) - sums
     if extra:
         raise InputError(f"store {path}: holds {sorted(extra)}, these activations do not")
-
-
-def _written(store: Any) -> tuple[int, int]:
-    """Prompts that are there, and prompts that should be."""
-    total = sum(size for size, _ in json.loads(store.attrs["batches"]))
-    arrays = [*json.loads(store.attrs["measured"]), "checksum"]
-    grown = min(store[name].shape[0] for name in arrays)
-    written = np.count_nonzero(np.asarray(store["checksum"][:])[:grown])
-    return int(written), total
-
-
-def _finished(path: Path) -> Any:
-    """The group of a store that holds all its prompts."""
-    _require_store(path)
-    store = _group(path, "r")
-    written, total = _written(store)
-    if written < total:
-        raise InputError(
-            f"store {path}: holds {written} of {total} prompts, its writing was interrupted; "
-            "finish it with resume=True"
-        )
-    return store
-
-
-def _kind(dtype: np.dtype) -> str:
-    """Numbers by their kind; all the ways to hold strings are one."""
-    return dtype.kind if dtype.kind in "iufb" else "string"
 
 
 def _chunks(variable: xr.DataArray, shard: int) -> tuple[int, ...]:
@@ -261,26 +351,6 @@ def _chunks(variable: xr.DataArray, shard: int) -> tuple[int, ...]:
     return tuple(whole.get(str(dim), size) for dim, size in variable.sizes.items())
 
 
-def _checksums(values: Mapping[str, np.ndarray]) -> Int[np.ndarray, " row"]:
-    """One non-zero 64-bit digest a row, over the bytes of all variables in name order."""
-    ordered = [np.ascontiguousarray(values[name]) for name in sorted(values)]
-    digests = np.empty(len(ordered[0]), dtype=np.int64)
-    for row in range(len(digests)):
-        digest = hashlib.blake2b(digest_size=8)
-        for value in ordered:
-            digest.update(value[row].tobytes())
-        digests[row] = int.from_bytes(digest.digest(), "little", signed=True) or 1
-    return digests
-
-
-def _as_objects(label: xr.DataArray) -> xr.DataArray:
+def _as_objects(label: xr.Variable) -> xr.Variable:
     """Strings as `extract` gives them in memory (newer numpy reads them in a type of its own)."""
     return label.astype(object) if label.dtype.kind == "T" else label
-
-
-def _slice(rows: range) -> slice:
-    return slice(rows.start, rows.stop)
-
-
-def _public(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {k: v for k, v in attributes.items() if k not in ("batches", "measured", "shard")}

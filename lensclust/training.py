@@ -25,11 +25,13 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.utilities.devices import get_device
 from transformer_lens.utilities.statistics import derive_generator
 
+from lensclust.disk import writing
 from lensclust.errors import InputError
 from lensclust.evaluation import score_answers
 from lensclust.native import config_to_json, native_bridge, native_bridge_with, native_config
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.sealed import tensors_digest
 from lensclust.training_data import (
     SCORED,
     Auxiliary,
@@ -47,11 +49,19 @@ from lensclust.training_data import (
 from lensclust.training_state import (
     check_checkpoints,
     checkpoint_path,
+    claimed,
     copy_weights,
     open_folder,
     save_state,
 )
-from lensclust.weights import fingerprint, load_checkpoint, named_weights, save_checkpoint
+from lensclust.weights import (
+    checkpoint_fingerprint,
+    fingerprint,
+    load_checkpoint,
+    named_weights,
+    report_repeats,
+    save_checkpoint,
+)
 
 __all__ = [
     "Auxiliary",
@@ -83,6 +93,16 @@ class Checkpoint:
         # Copied, so that no edit of the model reaches the checkpoint.
         weights = {name: tensor.clone() for name, tensor in (self.weights or {}).items()}
         return native_bridge_with(self.config, weights, name=f"step {self.step}")
+
+    def fingerprint(self) -> str:
+        """What `lensclust.fingerprint` says of the model, without building it.
+
+        Raises:
+            InputError: if the file is gone or damaged.
+        """
+        if self.path is not None:
+            return checkpoint_fingerprint(self.path)
+        return tensors_digest((self.weights or {}).items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +156,8 @@ def train(
     AdamW; the learning rate rises linearly, then follows a cosine to zero. Batches are drawn
     with replacement, a function of seed and step. The bare module is trained, without hooks.
 
+    Checkpoints that hold the same weights are reported in one warning.
+
     The defaults suit `tasks.sif` and the preset "sif-small": half a minute on one core.
 
     Args:
@@ -167,7 +189,8 @@ def train(
     Raises:
         InputError: if a knob makes no sense, the prompts or the weights to start from do not
             fit the model, ``out`` holds a training and ``resume`` is not asked for, or that
-            training had other knobs.
+            training had other knobs; if what it holds is damaged, another process trains there,
+            or it cannot be written to.
         RuntimeError: if the loss is no longer finite.
 
     >>> from lensclust.tasks.sif import sif
@@ -216,12 +239,17 @@ def train(
         **json.loads(config_to_json(bridge.cfg)),
     }
     folder = None if out is None else Path(out)
-    start, scores = open_folder(folder, resume, knobs, model, optimizer)
     at = checkpoint_steps(steps, n_checkpoints)
-    if folder is not None:
-        check_checkpoints(folder, [row["step"] for row in scores if row["step"] in at])
     in_memory: dict[int, dict[str, Tensor]] = {}
-    with progress_bar("training", total=steps, enabled=progress) as advance:
+    with (
+        claimed(folder),
+        progress_bar("training", total=steps, enabled=progress) as advance,
+    ):
+        start, scores = open_folder(folder, resume, knobs, model, optimizer)
+        if folder is not None:
+            check_checkpoints(folder, [row["step"] for row in scores if row["step"] in at])
+        # The state of this step lies in the folder already, unless nothing does.
+        kept = start if scores else None
         advance(start)
         for step in range(start, steps + 1):
             # The state is that before `step`: what follows in this round is done again.
@@ -232,8 +260,10 @@ def train(
                 if is_checkpoint and folder is None:
                     in_memory[step] = copy_weights(model)
                 elif is_checkpoint and folder is not None:
-                    save_checkpoint(model, checkpoint_path(folder, step), step=step, seed=seed)
-            if folder is not None and (is_checkpoint or step % save_every == 0):
+                    with writing(f"train: {str(folder)!r}"):
+                        save_checkpoint(model, checkpoint_path(folder, step), step=step, seed=seed)
+            is_saved = is_checkpoint or step % save_every == 0
+            if folder is not None and is_saved and step != kept:
                 save_state(folder, step, knobs, scores, model, optimizer)
             if step == steps:
                 break
@@ -241,14 +271,16 @@ def train(
                 group["lr"] = lr * _rate(step, steps, warmup, schedule)
             loss = _step(model, optimizer, training, batch_size, seed, step, auxiliary)
             advance(1, note=f"loss {loss:.3f}")
-    return TrainingRun(
-        frame=pd.DataFrame(scores, columns=["step", "split", "accuracy", "loss"]),
-        checkpoints=tuple(
+        checkpoints = tuple(
             Checkpoint(step, bridge.cfg, weights=in_memory[step])
             if folder is None
             else Checkpoint(step, bridge.cfg, path=checkpoint_path(folder, step))
             for step in at
-        ),
+        )
+        report_repeats(at, [c.fingerprint() for c in checkpoints], where=str(folder or "memory"))
+    return TrainingRun(
+        frame=pd.DataFrame(scores, columns=["step", "split", "accuracy", "loss"]),
+        checkpoints=checkpoints,
     )
 
 

@@ -6,24 +6,42 @@ the knobs of the training, which goes on with those and no others.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge.sources.native import NativeModel
 
+from lensclust.disk import locked, remove_partial, writing
 from lensclust.errors import InputError
+from lensclust.sealed import read_sealed, save_sealed
 
 # A safetensors file, named otherwise so that no one takes it for a checkpoint.
 _STATE = "training.state"
 _HEADER = "lensclust-training"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def claimed(folder: Path | None) -> Iterator[None]:
+    """Hold the folder of a training, if it has one, against every other process.
+
+    Raises:
+        InputError: if it is a file, cannot be written to, or another process trains there.
+    """
+    if folder is None:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"train: {str(folder)!r} is a file, expected a folder")
+    what = f"train: {str(folder)!r}"
+    with writing(what):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock", what):
+        yield
 
 
 def open_folder(
@@ -38,24 +56,17 @@ def open_folder(
         if resume:
             raise InputError("train: resume=True, expected the folder of the training as out=")
         return 0, []
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"train: {str(folder)!r} is a file, expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     if not resume and ((folder / _STATE).exists() or any(folder.glob("step-*.safetensors"))):
         raise InputError(
             f"train: {str(folder)!r} holds a training: expected another folder or resume=True"
         )
-    # What a kill in the middle of a write leaves behind.
-    for staging in folder.glob(".step-*"):
-        shutil.rmtree(staging, ignore_errors=True)
+    remove_partial(folder)
     if not (folder / _STATE).exists():
         return 0, []
     try:
-        with safe_open(folder / _STATE, framework="pt") as file:
-            done = json.loads((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"train: cannot resume from {str(folder / _STATE)!r}: {error}") from error
+        done, tensors = read_sealed(folder / _STATE, _HEADER)
+    except InputError as error:
+        raise InputError(f"train: cannot resume from {error}") from error
     changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
     if changed:
         name = changed[0]
@@ -86,11 +97,10 @@ def save_state(
     for name, parameter in model.named_parameters():
         for key, moment in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = moment.detach().cpu().contiguous()
-    header = json.dumps({"step": step, "knobs": knobs, "scores": scores})
+    content = {"step": step, "knobs": knobs, "scores": scores}
     # Replaced in one move: a kill leaves the old state or the new one, never half of one.
-    half = folder / f"{_STATE}.half"
-    save_file(tensors, half, metadata={_HEADER: header})
-    os.replace(half, folder / _STATE)
+    with writing(f"train: {str(folder)!r}"):
+        save_sealed(folder / _STATE, _HEADER, content, tensors)
 
 
 def check_checkpoints(folder: Path, steps: list[int]) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -23,6 +17,7 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.errors import InputError
 from lensclust.native import config_from_json, config_to_json, native_bridge_with
+from lensclust.sealed import read_content, read_sealed, save_sealed, tensors_digest
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +37,7 @@ def fingerprint(model: nn.Module) -> str:
     >>> fingerprint(one) == fingerprint(one), fingerprint(one) == fingerprint(other)
     (True, False)
     """
-    return _digest(named_weights(model).items())
+    return tensors_digest(named_weights(model).items())
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -74,6 +69,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path
             JSON.
         OSError: if the file cannot be written.
 
+    >>> import tempfile
     >>> from lensclust import load
     >>> path = Path(tempfile.mkdtemp()) / "step-3.safetensors"
     >>> model = load("native:sif-small", seed=1)
@@ -96,14 +92,10 @@ def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path
         raise InputError(f"save_checkpoint: folded or edited weights cannot be saved: {odd}")
     config = {**json.loads(config_to_json(bare.cfg)), "dtype": _dtype_name(weights)}
     try:
-        header = json.dumps({"config": config, "metadata": metadata}, default=_plain_number)
+        content = json.dumps({"config": config, "metadata": metadata}, default=_plain_number)
     except (TypeError, AttributeError) as error:
         raise InputError(f"save_checkpoint: metadata must be JSON: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as staging:
-        half = Path(staging) / path.name
-        save_file(weights, half, metadata={_HEADER: header})
-        os.replace(half, path)
+    save_sealed(path, _HEADER, json.loads(content), weights)
     return path
 
 
@@ -113,7 +105,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: if the file is missing, damaged or not one of our checkpoints.
     """
-    return _header(Path(path))["metadata"]
+    return _content(path)[0]["metadata"]
 
 
 def load_checkpoint(path: str | Path) -> TransformerBridge:
@@ -123,8 +115,9 @@ def load_checkpoint(path: str | Path) -> TransformerBridge:
         InputError: as :func:`read_metadata`, or if weights and configuration disagree.
     """
     path = Path(path)
-    config = config_from_json(json.dumps(_header(path)["config"]))
-    return native_bridge_with(config, load_file(path), name=str(path))
+    content, weights = read_sealed(path, _HEADER)
+    config = config_from_json(json.dumps(content.get("config")), where=str(path))
+    return native_bridge_with(config, weights, name=str(path))
 
 
 def checkpoint_config(path: str | Path) -> TransformerBridgeConfig:
@@ -133,7 +126,16 @@ def checkpoint_config(path: str | Path) -> TransformerBridgeConfig:
     Raises:
         InputError: as :func:`read_metadata`.
     """
-    return config_from_json(json.dumps(_header(Path(path))["config"]))
+    return config_from_json(json.dumps(_content(path)[0]["config"]), where=str(path))
+
+
+def checkpoint_fingerprint(path: str | Path) -> str:
+    """The fingerprint of the model in a checkpoint, as noted in it; its weights are not read.
+
+    Raises:
+        InputError: as :func:`read_metadata`.
+    """
+    return _content(path)[1]
 
 
 def checkpoint_series(folder: str | Path) -> pd.DataFrame:
@@ -156,34 +158,38 @@ def checkpoint_series(folder: str | Path) -> pd.DataFrame:
         raise InputError(f"checkpoint_series: {without[0]!r} was saved without a step")
     frame = pd.DataFrame(
         [
-            {"step": steps[path], "path": path, "fingerprint": _digest(load_file(path).items())}
+            {"step": steps[path], "path": path, "fingerprint": tensors_digest(weights.items())}
             for path in paths
+            for _, weights in [read_sealed(path, _HEADER)]
         ]
     ).sort_values("step", ignore_index=True)
-    first = frame.groupby("fingerprint")["step"].transform("min")
-    repeated = frame["fingerprint"].duplicated()
-    frame["duplicate_of"] = first.where(repeated).astype("Int64")
-    if repeated.any():
-        pairs = [f"{row.step} = {row.duplicate_of}" for row in frame[repeated].itertuples()]
-        _log.warning("checkpoints in %s: same weights at steps %s", folder, ", ".join(pairs))
-    return frame
+    duplicates = report_repeats(
+        frame["step"].tolist(), frame["fingerprint"].tolist(), where=str(folder)
+    )
+    return frame.assign(duplicate_of=pd.array(duplicates, dtype="Int64"))
 
 
-def _digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    named = sorted(weights, key=lambda item: item[0])
-    total = hashlib.sha256()
-    # hashlib lets go of the interpreter lock, so tensors are hashed side by side.
-    with ThreadPoolExecutor() as pool:
-        contents = pool.map(_content, (tensor for _, tensor in named))
-        for (name, tensor), content in zip(named, contents, strict=True):
-            entry = [name, list(tensor.shape), str(tensor.dtype), content]
-            total.update(json.dumps(entry).encode())
-    return total.hexdigest()
+def report_repeats(
+    steps: Sequence[int], fingerprints: Sequence[str], *, where: str
+) -> list[int | None]:
+    """For each step, in rising order, the earliest with the same weights; logs one warning.
 
+    A warning, not an error: the other steps of such a series are as good as ever. But a curve
+    over training must not be read as if nothing was learned between two steps that were never
+    different models.
 
-def _content(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
+    >>> report_repeats([0, 10, 20], ["a", "b", "a"], where="a folder")
+    [None, None, 0]
+    """
+    first: dict[str, int] = {}
+    earliest = [
+        first.setdefault(digest, step) for step, digest in zip(steps, fingerprints, strict=True)
+    ]
+    found = [None if e == step else e for e, step in zip(earliest, steps, strict=True)]
+    pairs = [f"{step} = {e}" for step, e in zip(steps, found, strict=True) if e is not None]
+    if pairs:
+        _log.warning("checkpoints in %s: same weights at steps %s", where, ", ".join(pairs))
+    return found
 
 
 def _prefixes(name: str) -> list[str]:
@@ -213,12 +219,9 @@ def _plain_number(value: Any) -> Any:
     return value.item()
 
 
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"load: cannot read checkpoint {str(path)!r}: {error}") from error
-    if header is None:
-        raise InputError(f"load: {str(path)!r} is not a lensclust checkpoint: no config in it")
-    return json.loads(header)
+def _content(path: str | Path) -> tuple[dict[str, Any], str]:
+    """What a checkpoint says in its header, and the digest of its weights."""
+    content, digest = read_content(Path(path), _HEADER)
+    if not all(isinstance(content.get(name), dict) for name in ("config", "metadata")):
+        raise InputError(f"{path}: is not a lensclust checkpoint: no config or no metadata in it")
+    return content, digest

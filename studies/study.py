@@ -8,7 +8,6 @@ A study is a frozen dataclass: its fields are its knobs, `Study.run` turns a `Co
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 from lensclust import run_directory
+from lensclust.disk import check_files, locked, seal_files, writing
 from lensclust.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Study:
             seeds: number of repetitions; default the study's own.
 
         Raises:
-            InputError: if ``out`` holds something else; nothing is written then.
+            InputError: if ``out`` holds something else, or another process works on it;
+                nothing is written then.
         """
         numbers = tuple(range(self.default_seeds if seeds is None else seeds))
         if not numbers:
@@ -128,20 +129,16 @@ class Study:
         config = {"study": type(self).name(), "preset": preset, "seeds": len(numbers)}
         config |= {"fields": asdict(self)}
         self.check()
-        run_directory.begin(out, config, resume=resume)
-        try:
+        with run_directory.claimed(out, config, resume=resume):
             findings = self.run(Context(out, numbers, jobs, progress))
-        except Exception:
-            run_directory.abandon(out)
-            raise
-        run_directory.finish(
-            out,
-            scores=findings.scores,
-            claims=findings.claims,
-            figures=findings.figures,
-            notes=findings.notes,
-            provenance=findings.provenance,
-        )
+            run_directory.finish(
+                out,
+                scores=findings.scores,
+                claims=findings.claims,
+                figures=findings.figures,
+                notes=findings.notes,
+                provenance=findings.provenance,
+            )
         return findings
 
     def check(self) -> None:
@@ -181,14 +178,21 @@ def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
     """The frames of one item, from disk if it was done before."""
     import pandas as pd
 
-    done = folder / "frames"
-    if not done.exists():
+    done, what = folder / "frames", f"part {folder}"
+    with writing(what):
         folder.mkdir(parents=True, exist_ok=True)
-        frames = function(item, folder)
-        unfinished = folder / f".frames.{os.getpid()}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        for name, frame in frames.items():
-            frame.to_parquet(unfinished / f"{name}.parquet", index=False)
-        unfinished.rename(done)
-    return {path.stem: pd.read_parquet(path) for path in sorted(done.glob("*.parquet"))}
+    # Waits: a worker outlives a killed run, and finishes what a resumed one would do again.
+    with locked(folder / ".lock", what, wait=True):
+        if not done.exists():
+            frames = function(item, folder)
+            with writing(what):
+                unfinished = folder / ".frames"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                for name, frame in frames.items():
+                    frame.to_parquet(unfinished / f"{name}.parquet", index=False)
+                seal_files(unfinished)
+                unfinished.rename(done)
+    files = sorted(done.glob("*.parquet"))
+    check_files(done, [path.name for path in files], f"{what}: delete it to have it done again")
+    return {path.stem: pd.read_parquet(path) for path in files}

@@ -11,8 +11,8 @@ from xml.sax.saxutils import quoteattr
 import altair as alt
 import vl_convert
 
+from lensclust.disk import write_atomically
 from lensclust.figures.style import Picture
-from lensclust.run_directory import write_atomically
 
 
 def save(chart: Picture, folder: str | Path, name: str) -> Path:

@@ -19,10 +19,10 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+from lensclust.disk import write_atomically
 from lensclust.errors import InputError
 from lensclust.report.run_content import read_run
 from lensclust.report.wording import number
-from lensclust.run_directory import write_atomically
 
 _HERE = Path(__file__).parent
 _SYMBOLS = {"supported": "✓", "contradicted": "✗", "inconclusive": "?"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +10,7 @@ import pandas as pd
 from markupsafe import Markup
 from pandas.api.types import is_numeric_dtype
 
+from lensclust.disk import read_json
 from lensclust.errors import InputError
 from lensclust.figures import render_svg
 from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped, number
@@ -94,10 +94,7 @@ def read_run(folder: Path, anchor: str) -> Run:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"report: {path} is not readable JSON: {error}") from error
+    content = read_json(path, what="report: ")
     if not isinstance(content, kind):
         wanted = {dict: "an object", list: "a list"}[kind]
         raise InputError(f"report: {path} holds {type(content).__name__}, expected {wanted}")
@@ -152,6 +149,9 @@ def _read_figure(name: str, spec_file: Path | None, svg_file: Path | None, ancho
     if "<svg" not in svg[:1000]:
         raise InputError(f"report: {svg_file} is not an SVG file")
     meta = spec.get("usermeta", {})
+    meta = {k: meta[k] for k in ("title", "caption") if k in meta} if isinstance(meta, dict) else {}
+    # Other metadata could set options of the drawing library, styles of the whole page included.
+    spec = {**spec, "usermeta": meta} if spec else {}
     title = str(meta.get("title", name.replace("_", " ")))
     return Figure(
         anchor=anchor,

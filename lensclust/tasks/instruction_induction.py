@@ -8,7 +8,6 @@ this set with a bag-of-words clustering of it. `natural` is the set without that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lensclust.disk import read_json
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.natural import lay_out
@@ -220,15 +220,7 @@ def _sample(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"instruction_induction: {path} is not JSON: line {error.lineno}, "
-            f"column {error.colno}: {error.msg}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"instruction_induction: {path} is not UTF-8: {error.reason}") from error
+    content = read_json(path, what="instruction_induction: ")
     if not isinstance(content, dict):
         raise _unexpected(path, "an object")
     return content

@@ -263,7 +263,7 @@ def test_unreachable_package_is_one_line(pin: Pin) -> None:
     ("said", "reason"),
     [
         ("/venv/bin/python: No module named pip", "needs pip"),
-        (f"ERROR: Could not install: [Errno 28] {os.strerror(errno.ENOSPC)}", "disk full"),
+        (f"ERROR: Could not install: [Errno 28] {os.strerror(errno.ENOSPC)}", "No space left"),
     ],
 )
 def test_what_pip_says(
@@ -290,7 +290,7 @@ def test_full_disk_while_converting(pin: Pin, error: Exception) -> None:
         copy_member(source, folder)
         raise error
 
-    with pytest.raises(InputError, match="disk full"):
+    with pytest.raises(InputError, match="cannot be written: No space left on device; free 1"):
         fetch("tiny", pin, convert, progress=False)
     assert cached() == []
 

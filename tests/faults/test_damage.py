@@ -1,0 +1,222 @@
+"""Bits that flip, files that end early or are gone: named in one line, or of no effect at all."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import zarr
+
+import lensclust as lc
+from lensclust.native import config_to_json
+from lensclust.sealed import read_sealed
+from lensclust.store import verify
+from lensclust.weights import checkpoint_series, load_checkpoint, read_metadata
+from studies.study import _once
+from tests.faults.work import SHARD, extract, training
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something on disk: its files, how it is read, and what it said when it was whole."""
+
+    files: list[Path]
+    read: Callable[[], Any]
+    said: Any
+
+    def still_says(self) -> bool:
+        """Whether it reads as it did; False where it is refused in one line."""
+        try:
+            found, refused = self.read(), None
+        except lc.InputError as error:
+            found, refused = None, str(error)
+        if refused is None:
+            assert as_bytes(found) == as_bytes(self.said), "damage was read as data"
+            return True
+        assert "\n" not in refused
+        assert any(str(file.parent.parent) in refused for file in self.files), refused
+        return False
+
+
+def as_bytes(value: Any) -> Any:
+    """What was read, down to the last bit, in a form that can be compared."""
+    if isinstance(value, dict):
+        return {name: as_bytes(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_bytes(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        value = value.numpy()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iufb":
+        return (str(value.dtype), value.shape, value.tobytes())
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def read_store(path: Path) -> Any:
+    acts = lc.open_activations(path)
+    arrays = {str(n): (list(v.dims), v.values) for n, v in acts.variables.items()}
+    return {**arrays, "attributes": dict(acts.attrs)}
+
+
+def read_checkpoint(path: Path) -> Any:
+    model = load_checkpoint(path)
+    weights = dict(model.original_model.state_dict())
+    return [weights, config_to_json(model.cfg), read_metadata(path)]
+
+
+def read_frames(folder: Path) -> Any:
+    def never(item: Any, folder: Path) -> Any:
+        raise AssertionError("done before")
+
+    return {name: frame.to_dict("list") for name, frame in _once(never, 0, folder).items()}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
+    top = tmp_path_factory.mktemp("kept")
+    extract(top)
+    training(top)
+    frames = {
+        "scores": pd.DataFrame({"a": [0.1, 0.2], "b": ["x", "y"]}),
+        "t": pd.DataFrame({"c": [1]}),
+    }
+    _once(lambda item, folder: frames, 0, top / "part")
+    last = top / "t" / "step-000030.safetensors"
+    state = top / "t" / "training.state"
+    readers: dict[str, tuple[list[Path], Callable[[], Any]]] = {
+        "store": (
+            [p for p in (top / "a").rglob("*") if p.is_file()],
+            lambda: read_store(top / "a"),
+        ),
+        "checkpoint": ([last], lambda: read_checkpoint(last)),
+        "state": ([state], lambda: read_sealed(state, "lensclust-training")),
+        "part": (list((top / "part" / "frames").iterdir()), lambda: read_frames(top / "part")),
+    }
+    return {name: Kept(sorted(files), read, read()) for name, (files, read) in readers.items()}
+
+
+@contextmanager
+def changed(path: Path, content: bytes | None) -> Iterator[None]:
+    """A file with other content, or without the file, for as long as the block lasts."""
+    before = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    damaged = bytearray(content)
+    # Heads of files say how the rest is read: half of the flips fall there.
+    first = len(content) if rng.random() < 0.5 else min(400, len(content))
+    damaged[rng.randrange(first)] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(("seed", "flips"), [(0, 50), pytest.param(1, 500, marks=pytest.mark.slow)])
+def test_no_flipped_bit_is_read_as_data(kept: dict[str, Kept], seed: int, flips: int) -> None:
+    rng, seen = random.Random(seed), dict.fromkeys(kept, 0)
+    for _ in range(flips):
+        name = rng.choices(list(kept), [5, 2, 2, 1])[0]
+        file = rng.choice(kept[name].files)
+        with changed(file, flipped(file.read_bytes(), rng)):
+            seen[name] += not kept[name].still_says()
+    print(f"of {flips} flips {sum(seen.values())} detected, the others without effect: {seen}")
+    # Blanks in JSON and the like may flip without effect; nearly all bits are not of that kind.
+    assert sum(seen.values()) > 0.8 * flips
+    assert all(kept[name].still_says() for name in kept)
+
+
+@pytest.mark.parametrize("name", ["store", "checkpoint", "state", "part"])
+def test_files_that_end_early_or_are_gone(kept: dict[str, Kept], name: str) -> None:
+    rng = random.Random(1)
+    for file in rng.sample(kept[name].files, min(12, len(kept[name].files))):
+        content = file.read_bytes()
+        shorter = [content[: rng.randrange(len(content))], b"", content + b"\0", None]
+        for other in shorter:
+            with changed(file, other):
+                # Only what no one reads can be done without.
+                read_anyway = kept[name].still_says()
+            assert not read_anyway or name == "store", file
+
+
+def test_a_damaged_row_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    extract(tmp_path)
+    acts = lc.open_activations(tmp_path / "a").load()
+    values = zarr.open_group(str(tmp_path / "a"), mode="r+")["resid"]
+    values[13, 0, 2, 5] = np.nextafter(values[13, 0, 2, 5], np.float32(9))
+    assert verify(tmp_path / "a").tolist() == [13]
+    damaged = lc.open_activations(tmp_path / "a")
+    with pytest.raises(lc.InputError, match=r"1 of 41 vectors of 'resid' .* the first in row 13"):
+        _ = damaged.resid.sel(layer=2).values
+    with pytest.raises(lc.InputError, match="the first in row 13"):
+        _ = damaged.resid.isel(layer=2, d_model=0, prompt=[20, 13]).values
+    assert np.array_equal(damaged.resid.isel(layer=1).values, acts.resid.isel(layer=1).values)
+    others = [i for i in range(41) if i != 13]
+    assert np.array_equal(damaged.resid[others].values, acts.resid[others].values)
+    # A file that cannot be read at all takes the rows of its shard.
+    (tmp_path / "a" / "z" / "1.0.0.0.0").write_bytes(b"\x02\x01\x21\x04")
+    assert verify(tmp_path / "a").tolist() == sorted({*range(SHARD, 2 * SHARD), 13})
+
+
+@pytest.mark.parametrize(
+    "key", [(3, 0, 1), (slice(None), 0, -1), ([4, 1, 40], 0, 2, [3, 0]), (-1,)]
+)
+def test_any_selection_reads_what_memory_holds(kept: dict[str, Kept], key: Any) -> None:
+    acts = lc.open_activations(kept["store"].files[0].parent)
+    whole = acts.resid.copy().load()
+    places = dict(zip(whole.dims, key, strict=False))
+    assert np.array_equal(acts.resid.isel(places).values, whole.isel(places).values)
+    heads = acts.z.copy().load()
+    some = {"head": 1, "block": [1, 0], "prompt": slice(30, 3, -4)}
+    assert np.array_equal(acts.z.isel(some).values, heads.isel(some).values)
+
+
+def test_a_damaged_store_is_not_added_to(tmp_path: Path) -> None:
+    extract(tmp_path)
+    attributes = tmp_path / "a" / ".zattrs"
+    text = attributes.read_text()
+    attributes.write_text(text.replace('"model": "', '"model": "X'))
+    with pytest.raises(lc.InputError, match="is damaged: its attributes changed"):
+        extract(tmp_path)
+    attributes.write_text(text)
+    extract(tmp_path)
+
+
+def test_a_training_does_not_go_on_from_damage(tmp_path: Path) -> None:
+    training(tmp_path)
+    state = tmp_path / "t" / "training.state"
+    with (
+        changed(state, flipped(state.read_bytes(), random.Random(3))),
+        pytest.raises(lc.InputError, match=r"cannot resume from .*training.state: is"),
+    ):
+        training(tmp_path)
+    step = tmp_path / "t" / "step-000030.safetensors"
+    content = step.read_bytes()
+    at = content.index(b"step") + 8
+    with (
+        changed(step, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]),
+        pytest.raises(lc.InputError, match="is damaged: its header does not match"),
+    ):
+        checkpoint_series(tmp_path / "t")
+
+
+def test_a_damaged_part_of_a_study_says_what_to_do(tmp_path: Path) -> None:
+    _once(lambda item, folder: {"a": pd.DataFrame({"b": [1.5]})}, 0, tmp_path / "part")
+    file = tmp_path / "part" / "frames" / "a.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(lc.InputError, match=r"delete it to have it done again.*a\.parquet is dam"):
+        read_frames(tmp_path / "part")
+    digests = tmp_path / "part" / "frames" / "sha256.json"
+    digests.write_text(json.dumps([]))
+    with pytest.raises(lc.InputError, match="is damaged"):
+        read_frames(tmp_path / "part")
