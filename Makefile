@@ -25,7 +25,7 @@ bench: .venv/installed-test
 # The README's tables and picture, from runs that are there.
 readme: .venv/installed-test
 	$(BIN)/python -m tests.benchmarks.readme runs/emergence runs/realistic \
-		runs/unseen runs/identity_pretraining
+		runs/unseen runs/identity_pretraining runs/alignment
 
 # One universal lock for every supported Python; extras are pinned too.
 lock: .venv/installed-test
