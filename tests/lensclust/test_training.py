@@ -414,6 +414,22 @@ def test_a_finished_training_resumes_to_itself(plain, tmp_path):
     pd.testing.assert_frame_equal(again.frame, plain.frame)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_checkpoints_that_are_the_same_model_are_reported(in_memory, tmp_path, caplog):
+    """Each time, before anyone reads them: a rate too small for float32 moves nothing."""
+    out = None if in_memory else tmp_path
+    for resume in (False,) if in_memory else (False, True):
+        caplog.clear()
+        run = short(out, lr=1e-60, resume=resume)
+        assert len(set(weights(run).values())) == 1
+        (record,) = caplog.records
+        others = [f"{c.step} = 0" for c in run.checkpoints[1:]]
+        assert record.getMessage().endswith(f"same weights at steps {', '.join(others)}")
+    caplog.clear()
+    short(None if in_memory else tmp_path / "other")
+    assert caplog.records == []
+
+
 # -- unusable input -----------------------------------------------------------------------
 
 
