@@ -28,11 +28,13 @@ from lensclust.errors import InputError
 SUMS = "_crc"
 # The axes that come before a vector's own.
 CHECKED_AXES = ("prompt", "position", "layer", "block")
+# Format 2 is read by zarr 2 and 3 alike, and has variable-length strings in its specification.
+ZARR_FORMAT = 2
 # What xarray calls the way an array is packed, and how a group is opened: what else may lie there,
 # a store of format 3 or a second copy of the metadata, is not read.
 _ZARR_2 = zarr.__version__.startswith("2.")
 PACKED = "compressor" if _ZARR_2 else "compressors"
-_ONLY: dict[str, Any] = {} if _ZARR_2 else {"zarr_format": 2, "use_consolidated": False}
+_ONLY: dict[str, Any] = {} if _ZARR_2 else {"zarr_format": ZARR_FORMAT, "use_consolidated": False}
 # zarr would run the code in a chunk that says it is pickled.
 _CODECS = {"blosc", "zstd", "vlen-utf8"}
 
@@ -42,7 +44,7 @@ def damage_named(path: Path) -> Iterator[None]:
     """One line for whatever zarr raises about a damaged store: it has no error type for that."""
     try:
         yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__

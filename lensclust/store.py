@@ -28,6 +28,7 @@ from lensclust.checked_arrays import (
     CHECKED_AXES,
     PACKED,
     SUMS,
+    ZARR_FORMAT,
     CheckedArray,
     checksums,
     damage_named,
@@ -39,19 +40,15 @@ from lensclust.store_notes import (
     batch_entry,
     batches_written,
     kind,
-    label_digest,
     layout_digest,
     measured_names,
     note,
-    provenance,
     rows_done,
     rows_expected,
-    seal,
     stored_kind,
 )
+from lensclust.store_reading import open_activations, opened, read_finished
 
-# Format 2 is read by zarr 2 and 3 alike, and has variable-length strings in its specification.
-ZARR_FORMAT = 2
 # What must agree before rows may be added to a store.
 IDENTITY = ("weights", "tokenizer", "sites", "dtype")
 
@@ -123,41 +120,7 @@ def write(
         with damage_named(path), writing(what):
             if stop == rows_expected(store) != int(store.attrs["written"]):
                 note(store, written=stop)
-        return _read(path, open_group(path, "r"))
-
-
-def open_activations(path: str | Path) -> xr.Dataset:
-    """Open a finished store; labels are loaded, activations are read when they are used.
-
-    Whatever is read is held against its checksum, then or when it is used.
-
-    Raises:
-        InputError: if there is no store, its writing was interrupted, or it is damaged.
-    """
-    path = Path(path)
-    return _read(path, _finished(path))
-
-
-def _read(path: Path, store: Any) -> xr.Dataset:
-    """The rows that were finished; those of a call that was interrupted are left out."""
-    with damage_named(path):
-        measured = measured_names(store)
-        unread = [*measured, *(f"{name}{SUMS}" for name in measured)]
-        dataset = xr.open_dataset(
-            str(path),
-            engine="zarr",
-            chunks=None,
-            drop_variables=unread,
-            backend_kwargs={"consolidated": False, "zarr_format": ZARR_FORMAT},
-        )
-        read = {name: _as_objects(variable.load()) for name, variable in dataset.variables.items()}
-        # Which of them are labels stands in the variables that were left out.
-        labels = [name for name, variable in read.items() if variable.dims == ("prompt",)]
-        dataset = dataset.assign(read).set_coords(labels)
-        _check(path, store, dataset)
-        lazy = {name: CheckedArray(path, store, name).variable() for name in measured}
-        dataset = dataset.assign(lazy).isel(prompt=slice(0, int(store.attrs["written"])))
-    return dataset.drop_attrs(deep=False).assign_attrs(provenance(dataset.attrs))
+        return read_finished(path, open_group(path, "r"))
 
 
 def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
@@ -235,7 +198,7 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
 
 def _admit(path: Path, frame: xr.Dataset, resume: bool) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
-    store = _opened(path, "r+")
+    store = opened(path, "r+")
     remove_partial(path, *path.iterdir())
     with damage_named(path):
         _require_same(path, store, frame)
@@ -274,58 +237,6 @@ def _grow(store: Any, frame: xr.Dataset, rows: slice, total: int) -> None:
             store[str(name)][rows] = label.values
 
 
-def _opened(path: Path, mode: str) -> Any:
-    """The group of a store whose attributes are those that were written."""
-    attributes = path / ".zattrs"
-    if not ((path / ".zgroup").exists() and attributes.exists()):
-        raise InputError(f"store {path}: not a folder of activations made by extract(store=...)")
-    with damage_named(path):
-        store = open_group(path, mode)
-        if "measured" not in store.attrs:
-            raise InputError(
-                f"store {path}: not a folder of activations made by extract(store=...)"
-            )
-        if store.attrs.get("seal") != seal(dict(store.attrs)):
-            raise InputError(f"store {path}: is damaged: its attributes changed since written")
-    return store
-
-
-def _finished(path: Path) -> Any:
-    """The group of a store that holds all its prompts."""
-    store = _opened(path, "r")
-    with damage_named(path):
-        total = rows_expected(store)
-        if int(store.attrs["written"]) != total:
-            grown = min(store[f"{name}{SUMS}"].shape[0] for name in measured_names(store))
-            there = int(np.count_nonzero(rows_done(store, slice(0, grown))))
-            raise InputError(
-                f"store {path}: holds {there} of {total} prompts, its writing was interrupted; "
-                "finish it with resume=True"
-            )
-    return store
-
-
-def _check(path: Path, store: Any, dataset: xr.Dataset) -> None:
-    """Hold everything but activations against the digests that were noted."""
-    total, written = rows_expected(store), int(store.attrs["written"])
-    if dataset.sizes.get("prompt", total) != total:
-        raise InputError(f"store {path}: is damaged: not as many labels as prompts")
-    if layout_digest(store, dataset) != store.attrs["layout"]:
-        raise InputError(f"store {path}: is damaged: its layout changed since it was written")
-    stop = 0
-    for size, prompts, digest in batches_written(store):
-        rows = {"prompt": slice(stop, stop + size)}
-        if (
-            stop + size <= written
-            and label_digest(dataset.isel(rows, missing_dims="ignore")) != digest
-        ):
-            raise InputError(
-                f"store {path}: is damaged: the labels of rows {stop} to {stop + size - 1} "
-                f"(prompts {prompts}) changed since they were written"
-            )
-        stop += size
-
-
 def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
     for key in IDENTITY:
         if store.attrs[key] != frame.attrs[key]:
@@ -349,8 +260,3 @@ def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
 def _chunks(variable: xr.DataArray, shard: int) -> tuple[int, ...]:
     whole = {"prompt": shard, "position": 1, "layer": 1, "block": 1}
     return tuple(whole.get(str(dim), size) for dim, size in variable.sizes.items())
-
-
-def _as_objects(label: xr.Variable) -> xr.Variable:
-    """Strings as `extract` gives them in memory (newer numpy reads them in a type of its own)."""
-    return label.astype(object) if label.dtype.kind == "T" else label

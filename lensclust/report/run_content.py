@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pandas as pd
 from markupsafe import Markup
 from pandas.api.types import is_numeric_dtype
+from pyarrow import parquet
 
 from lensclust.disk import read_json
 from lensclust.errors import InputError
@@ -18,6 +19,8 @@ from lensclust.results import Claim, Verdict
 
 _FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
 _MAX_ROWS = 500
+# A hundred times what the largest run writes.
+_MAX_CELLS = 100_000_000
 _MAX_CSV_BYTES = 2_000_000
 _CLAIM_KEYS = tuple(field.name for field in fields(Claim))
 _VERDICTS = get_args(Verdict)
@@ -124,10 +127,17 @@ def _read_claims(path: Path) -> tuple[dict[str, Any], ...]:
 
 def _read_scores(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        held = parquet.read_metadata(path)
+        # A few bytes may stand for millions of rows.
+        if held.num_rows * held.num_columns <= _MAX_CELLS:
+            return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are both
         reason = str(error).splitlines()[0]
         raise InputError(f"report: {path} is not a readable parquet file: {reason}") from error
+    raise InputError(
+        f"report: {path} says {held.num_rows:,} rows and {held.num_columns:,} columns, expected at "
+        f"most {_MAX_CELLS:,} cells"
+    )
 
 
 def _read_figures(folder: Path, anchor: str) -> list[Figure]:

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust import run_directory, store
+from lensclust import run_directory, store, store_notes
 from lensclust.cli import main
 from lensclust.prompts import Prompts
 from lensclust.report import write_page
 from lensclust.sealed import read_sealed, save_sealed
 from lensclust.weight_files import gguf_contents, safetensors_contents
 from lensclust.weights import load_checkpoint, read_metadata, save_checkpoint
-from tests.faults.work import tiny_model
+from tests.faults.work import extract, tiny_model
 from tests.lensclust.test_models import write_gguf
 from tests.lensclust.test_report import make_run
 from tests.tiny import byte_tokenizer, hf_model
@@ -223,6 +223,36 @@ def test_labels_of_any_kind_come_back_from_a_store(
         st.lists(st.integers(-(2**63), 2**63 - 1), min_size=4, max_size=4),
     )
     fuzz(count, st.dictionaries(TEXT, column, max_size=3), read, both=False)
+
+
+@cases(quick=30, slow=400)
+def test_descriptions_of_stores(count: int, tmp_path: Path) -> None:
+    """Sealed anew each time, as someone would who knows how."""
+    extract(tmp_path)
+    path = tmp_path / "a"
+    names = [".zattrs", ".zgroup"]
+    names += [f"{n}/{f}" for n in ("resid", "z_crc", "n", "task") for f in (".zarray", ".zattrs")]
+    wholes = {name: json.loads((path / name).read_text()) for name in names}
+    batches = json.loads(wholes[".zattrs"].pop("batches"))
+
+    def read(given: tuple[str, Any]) -> None:
+        name, value = given
+        if name == "batches":
+            text = value.decode("latin-1") if isinstance(value, bytes) else json.dumps(value)
+            name, value = ".zattrs", {**wholes[".zattrs"], "batches": text}
+        if name == ".zattrs" and isinstance(value, dict):
+            value = {"batches": json.dumps(batches), **value}
+            value["seal"] = store_notes.seal(value)
+        before = (path / name).read_bytes()
+        put(path / name, value)
+        try:
+            lc.open_activations(path).load()
+        finally:
+            (path / name).write_bytes(before)
+
+    either = [st.tuples(st.just(name), spoiled(whole)) for name, whole in wholes.items()]
+    whole = st.sampled_from([*wholes.items(), ("batches", batches)])
+    fuzz(count, st.one_of(whole, *either, st.tuples(st.just("batches"), spoiled(batches))), read)
 
 
 # -- files of tasks ------------------------------------------------------------------------------

@@ -12,17 +12,21 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 import zarr
+from pyarrow import parquet
 
 import lensclust as lc
 from lensclust import store_notes
 from lensclust.downloads import Pin, _extract
 from lensclust.native import native_config
+from lensclust.report import write_page
 from lensclust.sealed import read_sealed, save_sealed
 from lensclust.weights import load_checkpoint, save_checkpoint
 from tests.faults.work import extract, tiny_model
+from tests.lensclust.test_report import make_run
 from tests.tiny import hf_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +216,27 @@ def test_a_folder_that_asks_for_more_than_it_holds(fields: dict[str, int], tmp_p
     with pytest.raises(lc.InputError) as caught:
         lc.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["n", "resid", "resid_crc", "layer", "position"])
+def test_a_store_that_says_more_than_it_holds(name: str, tmp_path: Path) -> None:
+    extract(tmp_path)
+    array = tmp_path / "a" / name / ".zarray"
+    described = json.loads(array.read_text())
+    described["shape"][0] = 10**8
+    array.write_text(json.dumps(described))
+    with pytest.raises(lc.InputError, match=r"is 100000000 long along '(prompt|layer|position)'"):
+        lc.open_activations(tmp_path / "a")
+
+
+def test_a_table_of_few_bytes_and_many_cells(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    column = pyarrow.array([0.0]).dictionary_encode().take(pyarrow.array([0] * 100_001))
+    table = pyarrow.table({f"c{i}": column for i in range(1000)})
+    parquet.write_table(table, run / "scores.parquet")
+    assert (run / "scores.parquet").stat().st_size < 1_000_000
+    with pytest.raises(lc.InputError, match="says 100,001 rows and 1,000 columns"):
+        write_page([run])
 
 
 def test_one_config_is_as_good_as_another() -> None:

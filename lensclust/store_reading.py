@@ -1,0 +1,130 @@
+"""Reading a store: only what is finished, and nothing that does not match its checksum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lensclust.checked_arrays import (
+    SUMS,
+    ZARR_FORMAT,
+    CheckedArray,
+    damage_named,
+    open_group,
+)
+from lensclust.errors import InputError
+from lensclust.store_notes import (
+    batches_written,
+    label_digest,
+    layout_digest,
+    measured_names,
+    provenance,
+    rows_done,
+    rows_expected,
+    seal,
+)
+
+
+def open_activations(path: str | Path) -> xr.Dataset:
+    """Open a finished store; labels are loaded, activations are read when they are used.
+
+    Whatever is read is held against its checksum, then or when it is used.
+
+    Raises:
+        InputError: if there is no store, its writing was interrupted, or it is damaged.
+    """
+    path = Path(path)
+    return read_finished(path, _finished(path))
+
+
+def read_finished(path: Path, store: Any) -> xr.Dataset:
+    """The rows that were finished; those of a call that was interrupted are left out."""
+    with damage_named(path):
+        _require_even(path, store)
+        measured = measured_names(store)
+        unread = [*measured, *(f"{name}{SUMS}" for name in measured)]
+        dataset = xr.open_dataset(
+            str(path),
+            engine="zarr",
+            chunks=None,
+            drop_variables=unread,
+            backend_kwargs={"consolidated": False, "zarr_format": ZARR_FORMAT},
+        )
+        read = {name: _as_objects(variable.load()) for name, variable in dataset.variables.items()}
+        # Which of them are labels stands in the variables that were left out.
+        labels = [name for name, variable in read.items() if variable.dims == ("prompt",)]
+        dataset = dataset.assign(read).set_coords(labels)
+        _check(path, store, dataset)
+        lazy = {name: CheckedArray(path, store, name).variable() for name in measured}
+        dataset = dataset.assign(lazy).isel(prompt=slice(0, int(store.attrs["written"])))
+    return dataset.drop_attrs(deep=False).assign_attrs(provenance(dataset.attrs))
+
+
+def opened(path: Path, mode: str) -> Any:
+    """The group of a store whose attributes are those that were written."""
+    attributes = path / ".zattrs"
+    if not ((path / ".zgroup").exists() and attributes.exists()):
+        raise InputError(f"store {path}: not a folder of activations made by extract(store=...)")
+    with damage_named(path):
+        store = open_group(path, mode)
+        if "measured" not in store.attrs:
+            raise InputError(
+                f"store {path}: not a folder of activations made by extract(store=...)"
+            )
+        if store.attrs.get("seal") != seal(dict(store.attrs)):
+            raise InputError(f"store {path}: is damaged: its attributes changed since written")
+    return store
+
+
+def _finished(path: Path) -> Any:
+    """The group of a store that holds all its prompts."""
+    store = opened(path, "r")
+    with damage_named(path):
+        total = rows_expected(store)
+        if int(store.attrs["written"]) != total:
+            grown = min(store[f"{name}{SUMS}"].shape[0] for name in measured_names(store))
+            there = int(np.count_nonzero(rows_done(store, slice(0, grown))))
+            raise InputError(
+                f"store {path}: holds {there} of {total} prompts, its writing was interrupted; "
+                "finish it with resume=True"
+            )
+    return store
+
+
+def _require_even(path: Path, store: Any) -> None:
+    """Arrays that share an axis are equally long there, before one is read that says it is huge."""
+    sizes = {"prompt": rows_expected(store)}
+    for name, array in store.arrays():
+        for axis, size in zip(array.attrs["_ARRAY_DIMENSIONS"], array.shape, strict=True):
+            if size != sizes.setdefault(axis, size):
+                raise InputError(
+                    f"store {path}: is damaged: {name!r} is {size} long along {axis!r}, "
+                    f"expected {sizes[axis]}"
+                )
+
+
+def _check(path: Path, store: Any, dataset: xr.Dataset) -> None:
+    """Hold everything but activations against the digests that were noted."""
+    written = int(store.attrs["written"])
+    if layout_digest(store, dataset) != store.attrs["layout"]:
+        raise InputError(f"store {path}: is damaged: its layout changed since it was written")
+    stop = 0
+    for size, prompts, digest in batches_written(store):
+        rows = {"prompt": slice(stop, stop + size)}
+        if (
+            stop + size <= written
+            and label_digest(dataset.isel(rows, missing_dims="ignore")) != digest
+        ):
+            raise InputError(
+                f"store {path}: is damaged: the labels of rows {stop} to {stop + size - 1} "
+                f"(prompts {prompts}) changed since they were written"
+            )
+        stop += size
+
+
+def _as_objects(label: xr.Variable) -> xr.Variable:
+    """Strings as `extract` gives them in memory (newer numpy reads them in a type of its own)."""
+    return label.astype(object) if label.dtype.kind == "T" else label
