@@ -9,8 +9,7 @@ token is run once (`lensclust.sharing`), where the model allows it and where it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from lensclust.prefix import Packing
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing
-from lensclust.sites import Site, SiteSelector, head_frames, hook_name, model_name, resolve
-from lensclust.weights import fingerprint
+from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.templates import measured, rectangle, template
 
 DTYPES = ("float16", "float32", "float64")
 
@@ -106,7 +105,7 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
-    chosen = _rectangle(resolve(model, sites))
+    chosen = rectangle(resolve(model, sites))
     names = [at] if isinstance(at, str) else list(at)
     if not names or len(set(names)) < len(names):
         raise InputError(f"extract: positions must be given and differ, given {names}")
@@ -117,7 +116,7 @@ def extract(
     require_fits(model, prompts, caller="extract")
     if dtype not in DTYPES:
         raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
-    frame = _template(model, prompts, chosen, names, np.dtype(dtype))
+    frame = template(model, prompts, chosen, names, np.dtype(dtype))
 
     def shards(pending: Sequence[range]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         total = sum(len(rows) for rows in pending)
@@ -129,19 +128,11 @@ def extract(
 
     if store is not None:
         return on_disk.write(Path(store), frame, shards, shard=shard, resume=resume)
-    out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in _measured(frame)}
+    out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
     for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
         for name, value in values.items():
             out[name][rows.start : rows.stop] = value
     return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})
-
-
-def _rectangle(sites: Sequence[Site]) -> list[Site]:
-    """The sites, and what else lies in the block x kind rectangle that an array has to be."""
-    per_block = {site.kind: site for site in sites if site.kind != "resid"}
-    blocks = {site.layer for site in sites if site.kind != "resid"}
-    others = [replace(site, layer=block) for site in per_block.values() for block in blocks]
-    return list(dict.fromkeys([*sites, *others]))
 
 
 class _Reader:
@@ -168,7 +159,7 @@ class _Reader:
             self.targets[hook_name(model, site)] = (variable, index, heads)
         self.sharing = None
         if share_prefixes:
-            dtype = getattr(torch, str(frame[_measured(frame)[0]].dtype))
+            dtype = getattr(torch, str(frame[measured(frame)[0]].dtype))
             self.sharing = PrefixSharing(
                 model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
             )
@@ -199,7 +190,7 @@ class _Reader:
                 dtype=getattr(torch, str(self.frame[name].dtype)),
                 device=self.device,
             )
-            for name in _measured(self.frame)
+            for name in measured(self.frame)
         }
 
     def _read_in_full(
@@ -286,57 +277,3 @@ class _Reader:
             f"extract: {sorted(awaited)} never fired in {model_name(self.model)}; "
             "load the model with eager attention"
         )
-
-
-def _measured(frame: xr.Dataset) -> list[str]:
-    return [str(name) for name in frame if "prompt" in frame[name].dims]
-
-
-def _template(
-    model: TransformerLensModel,
-    prompts: Prompts,
-    sites: Sequence[Site],
-    positions: Sequence[str],
-    dtype: np.dtype,
-) -> xr.Dataset:
-    """The dataset to be filled: dimensions, labels and provenance over memory-less zeros."""
-    cfg = model.cfg
-    places: dict[str, set[int]] = {"layer": set(), "block": set(), "head": set()}
-    for site in sites:
-        places[VARIABLES[site.kind][1]].add(site.layer)
-        if site.head is not None:
-            places["head"].add(site.head)
-    coords: dict[str, Any] = {k: (k, sorted(v)) for k, v in places.items() if v}
-    coords["position"] = ("position", list(positions))
-    for label, values in prompts.label_arrays().items():
-        if label in ("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank"):
-            raise InputError(f"extract: label {label!r} of the rows is the name of an axis")
-        coords[label] = ("prompt", values)
-    sizes = {axis: len(values[1]) for axis, values in coords.items() if axis in places}
-    sizes |= {"prompt": len(prompts), "position": len(positions)}
-    sizes |= {"d_model": cfg.d_model, "d_head": cfg.d_head}
-    variables: dict[str, Any] = {}
-    for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
-        tail = ("block", "head", "d_head") if variable == "z" else (axis, "d_model")
-        dims = ("prompt", "position", *tail)
-        variables[variable] = (dims, np.broadcast_to(dtype.type(0), [sizes[d] for d in dims]))
-    if any(site.kind == "head" for site in sites):
-        blocks = sorted(places["block"])
-        frames = head_frames(model, blocks)[:, sorted(places["head"])].cpu().numpy()
-        variables["head_frame"] = (("block", "head", "d_head", "rank"), frames)
-    return xr.Dataset(variables, coords, _provenance(model, prompts, sites, dtype))
-
-
-def _provenance(
-    model: Any, prompts: Prompts, sites: Sequence[Site], dtype: np.dtype
-) -> dict[str, Any]:
-    libraries = ("lensclust", "transformer-lens", "transformers", "torch")
-    return {
-        "model": model_name(model),
-        "weights": fingerprint(model),
-        "tokenizer": prompts.tokenizer,
-        "prompts": prompts.digest(),
-        "sites": ", ".join(sorted({site.kind for site in sites})),
-        "dtype": str(dtype),
-        **{f"version_{name}": version(name) for name in libraries},
-    }

@@ -25,7 +25,8 @@ from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, answers
 from lensclust.sharing import rounding_tolerance
 from lensclust.sites import model_name, resolve
-from probes.prefixes import Batch, Edit, Way, batch_width, packed, stacked, ways
+from probes.edits import Edit
+from probes.prefixes import Batch, Way, batch_width, packed, stacked, ways
 
 __all__ = ["Edit", "Readout", "answers", "replay"]
 

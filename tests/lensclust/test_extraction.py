@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust.activations import dataset_sites, select, site_values
+from lensclust.fingerprints import fingerprint_again
 from lensclust.sites import Site, additivity_error
 from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, hf_model, tiny_tokenizer
 
@@ -264,6 +265,30 @@ def test_provenance_names_the_weights():
     assert attrs[0] == attrs[1]
     assert attrs[0]["weights"] != attrs[2]["weights"]
     assert attrs[0]["prompts"] == prompts.digest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["embed_tokens", "q_proj", "input_layernorm"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda weight: weight.view(-1)[3].mul_(-1),
+        lambda weight: weight.copy_(weight.roll(1, 0)),
+        lambda weight: weight.copy_(weight.roll(1, -1)),
+        lambda weight: weight.normal_(),
+    ],
+    ids=["one number", "rows permuted", "columns permuted", "all"],
+)
+def test_no_edit_goes_by_the_remembered_fingerprint(edit, name, dtype):
+    bridge = lc.load(hf_model("llama")).to(dtype)
+    with torch.no_grad():
+        for weight in bridge.parameters():
+            weight.normal_()  # norms begin as ones, which every permutation leaves alone
+    before = fingerprint_again(bridge)
+    assert before == fingerprint_again(bridge) == lc.fingerprint(bridge)
+    # Edits of `.data` are no business of autograd's, which counts all others.
+    edit(next(weight for full, weight in bridge.named_parameters() if name in full).data)
+    assert before != fingerprint_again(bridge) == lc.fingerprint(bridge)
 
 
 def _final_norm(model: torch.nn.Module, name: str) -> torch.nn.Module:
