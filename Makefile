@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := lensclust probes studies tests
 
-.PHONY: study test test-slow check bench readme lock clean
+.PHONY: study test test-slow check bench bench-full readme lock clean
 
 study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
@@ -21,6 +21,10 @@ check: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/python -m tests.benchmarks
+
+# Every prompt of instruction_induction, and larger sizes: an hour.
+bench-full: .venv/installed-test
+	$(BIN)/python -m tests.benchmarks --full
 
 # The README's tables and picture, from runs that are there.
 readme: .venv/installed-test

@@ -174,7 +174,7 @@ def write_atomically(path: Path, text: str) -> None:
 def seal_files(folder: Path) -> None:
     """Note the digests of a folder's files beside them."""
     names = sorted(path.name for path in folder.iterdir())
-    text = json.dumps({name: _file_digest(folder / name) for name in names}, indent=1)
+    text = json.dumps({name: file_digest(folder / name) for name in names}, indent=1)
     write_atomically(folder / _DIGESTS, text)
 
 
@@ -190,11 +190,12 @@ def check_files(folder: Path, names: Iterable[str], what: str) -> None:
         odd = sorted(there ^ set(noted)) if isinstance(noted, dict) else [_DIGESTS]
         raise InputError(f"{what}: {folder / odd[0]} is damaged or does not belong there")
     for name, digest in noted.items():
-        if _file_digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise InputError(f"{what}: {folder / name} is damaged: it changed since it was written")
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file of any size, as hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from lensclust.disk import writing
+from lensclust.disk import file_digest, writing
 from lensclust.errors import InputError
 from lensclust.progress import progress_bar
 
@@ -169,12 +168,9 @@ def _extract(pin: Pin, wheel: Path, staging: Path) -> Path:
 
 
 def _check(path: Path, expected: str, what: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
-        raise InputError(f"{what}: sha256 is {digest.hexdigest()}, expected {expected}")
+    digest = file_digest(path)
+    if digest != expected:
+        raise InputError(f"{what}: sha256 is {digest}, expected {expected}")
 
 
 def _publish(made: Path, target: Path) -> None:

@@ -20,7 +20,8 @@ NOTES = (
     "Methods, sizes and measures are our reconstruction and extensions.",
     "A labelled example is a prompt of the task to change with the answer wanted, and a prompt of "
     "the wanted task with the same input. Layers, strengths and learning rates are chosen on "
-    "validation prompts, which are not counted as examples, alike for every method.",
+    "validation prompts, which are not counted as examples; layers and strengths of a method for "
+    "all pairs of tasks of a model together.",
     "'members' asks the means of all tasks whether a state is of the task to change, 'near' the "
     "labelled examples alone; without a gate every prompt is moved. 'task states' counts the "
     "states with a known task, and no wanted answer, that a method uses beside the examples.",
@@ -107,8 +108,8 @@ class Alignment(Study):
     n_inputs: int = 10
     mappings_per_task: int = 8
     regexes_per_task: int = 3
-    rows_per_mapping: int = 8
-    steps: int = 800
+    rows_per_mapping: int = 12
+    steps: int = 1200
     batch_size: int = 64
     lr: float = 4e-3
     pairs: int = 2

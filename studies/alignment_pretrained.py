@@ -161,17 +161,12 @@ def _steered(
         )
     ]
     states = [lc.extract(model, part.prompts, sites, progress=False) for part in asked]
-    chosen = chosen_moves(model, asked[0], states[0], made, _key)
+    chosen = chosen_moves(model, asked[0], states[0], made)
     rows = measure_moves(model, asked[1], states[1], chosen) + measure_nothing(asked[1], examples)
     most = study.pretrained_examples[-1]
     shown = [m for m in chosen if m.method == SHIFT and len(m.examples.asked) == most]
     said = [_generated(model, asked[1], move, turn) for turn, move in enumerate(shown[::2])]
     return rows + said[:GENERATED]
-
-
-def _key(move: Move) -> tuple[Any, ...]:
-    """All pairs of tasks have one site and strength, for a method and number of examples."""
-    return move.method, len(move.examples.asked)
 
 
 def _trained(

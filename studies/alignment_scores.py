@@ -36,7 +36,6 @@ from studies.alignment_methods import (
 )
 
 Rows = list[dict[str, Any]]
-Key = Callable[["Move"], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -136,20 +135,25 @@ def steered(
 
 
 def chosen_moves(
-    model: TransformerBridge, asked: Asked, acts: xr.Dataset, made: Sequence[Move], key: Key
+    model: TransformerBridge, asked: Asked, acts: xr.Dataset, made: Sequence[Move]
 ) -> list[Move]:
-    """Of the moves of each key those at the site and strength that serve them best together.
+    """The moves at the site and strength that serve all pairs of tasks best together.
+
+    Each method has its own for each number of examples.
 
     Args:
         asked: prompts to choose by; ``acts`` are their own states.
-        key: what has one site and one strength, such as a method and its number of examples.
     """
-    values: dict[tuple[Any, ...], dict[tuple[Site, float], float]] = {}
+    values: dict[tuple[str, int], dict[tuple[Site, float], float]] = {}
     for move, read in zip(made, steered(model, asked, acts, made), strict=True):
-        found, place = values.setdefault(key(move), {}), (move.site, move.strength)
+        found, place = values.setdefault(_key(move), {}), (move.site, move.strength)
         found[place] = found.get(place, 0.0) + merit(_rates(asked, read, move.examples))
     best = {name: max(found, key=found.__getitem__) for name, found in values.items()}
-    return [move for move in made if (move.site, move.strength) == best[key(move)]]
+    return [move for move in made if (move.site, move.strength) == best[_key(move)]]
+
+
+def _key(move: Move) -> tuple[str, int]:
+    return move.method, len(move.examples.asked)
 
 
 def measure_moves(

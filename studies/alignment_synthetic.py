@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,6 @@ from studies.alignment_methods import (
     log_probabilities,
 )
 from studies.alignment_scores import (
-    Move,
     Rows,
     candidates,
     chosen_moves,
@@ -98,7 +96,7 @@ def align(study: Alignment, model: TransformerBridge, prompts: lc.Prompts, seed:
     ]
     asked = [Asked(p, answers(model, p, log_probabilities)) for p in (validation, reported)]
     states = [lc.extract(model, part.prompts, "resid", progress=False) for part in asked]
-    chosen = chosen_moves(model, asked[0], states[0], made, _key)
+    chosen = chosen_moves(model, asked[0], states[0], made)
     rows = measure_moves(model, asked[1], states[1], chosen) + measure_nothing(asked[1], examples)
     heads = cluster_heads(acts, study.head_share)
     layer = max(1, round(study.pull_depth * model.cfg.n_layers))
@@ -124,11 +122,6 @@ def align(study: Alignment, model: TransformerBridge, prompts: lc.Prompts, seed:
             rows += max(trials, key=lambda trial: trial.merit).rows
             rows += max(trials, key=lambda trial: trial.success).chosen_by(SUCCESS)
     return rows
-
-
-def _key(move: Move) -> tuple[Any, ...]:
-    """Each pair of tasks has its own site and strength, for a method and number of examples."""
-    return move.examples.source, move.examples.target, len(move.examples.asked), move.method
 
 
 def _parts(prompts: lc.Prompts, per_mapping: int) -> tuple[lc.Prompts, lc.Prompts, lc.Prompts]:

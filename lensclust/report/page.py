@@ -19,7 +19,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from lensclust.disk import write_atomically
+from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
 from lensclust.report.run_content import read_run
 from lensclust.report.wording import number
@@ -41,7 +41,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     Raises:
         InputError: if there is no run, several runs but no ``out``, a directory is not a run,
-            or a file of it cannot be read.
+            or a file of it cannot be read; if the page cannot be written.
 
     >>> import tempfile
     >>> import pandas as pd
@@ -81,7 +81,8 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         symbols=_SYMBOLS,
         number=number,
     )
-    write_atomically(out, html)
+    with writing(f"report {out}", "put that right, then try again"):
+        write_atomically(out, html)
     return out
 
 

@@ -1,74 +1,90 @@
-"""``make bench``: run the comparisons, print the table, and put it into the README.
+"""``make bench``: run the comparisons, print the tables, and put them into the README.
 
 With names behind it (``python -m tests.benchmarks linear``) only those are run, and the others
-keep the numbers they have.
+keep the numbers they have. ``--full`` (``make bench-full``) takes the sizes that need an hour.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from lensclust.run_directory import machine, write_atomically
-from tests.benchmarks import clustering, extraction, linear, patching
+from tests.benchmarks import clustering, extraction, growth, linear, patching, prefixes
 from tests.benchmarks.readme import put
 
 RESULTS = Path(__file__).parent / "results"
-COMPARISONS: dict[str, Callable[[], list[dict[str, object]]]] = {
+COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "extraction": extraction.rows,
+    "prefixes": prefixes.rows,
+    "growth": growth.rows,
     "linear": linear.rows,
     "patching": patching.rows,
     "clustering": clustering.rows,
 }
+FULL = {"prefixes": lambda: prefixes.rows(full=True), "growth": lambda: growth.rows(full=True)}
 
 
-def main(names: list[str]) -> None:
-    """Measure, keep the numbers as JSON, and renew the README's table."""
-    for name in names or COMPARISONS:
+def main(arguments: list[str]) -> None:
+    """Measure, keep the numbers as JSON, and renew the README's tables."""
+    ways = COMPARISONS | (FULL if "--full" in arguments else {})
+    for name in [each for each in arguments if each != "--full"] or ways:
         result = {
             **machine(),
             "threads": torch.get_num_threads(),
-            "comparisons": COMPARISONS[name](),
+            "comparisons": list(ways[name]()),
         }
         if name == "extraction":
             result["peak memory while storing, MB by prompts"] = {
                 str(n): extraction.memory(n) for n in (1000, 8000)
             }
-        write_atomically(_result(name), json.dumps(result, indent=2) + "\n")
-    text = table({name: _read(name) for name in COMPARISONS if _result(name).exists()})
+        write_atomically(RESULTS / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    text = tables(measured())
     print(text)
     put("make bench", text)
 
 
-def table(results: dict[str, dict]) -> str:
-    """The comparisons as Markdown."""
-    lines = ["| what | peer | ours / peer | largest difference |", "|---|---|---|---|"]
-    for result in results.values():
-        for row in result["comparisons"]:
-            ratio, difference = row["ours / peer"], f"{row['largest difference']:.0e}"
-            lines.append(f"| {row['what']} | {row['peer']} | {ratio:.2g} | {difference} |")
+def measured() -> dict[str, dict]:
+    """The results that are kept, by comparison."""
+    files = {name: RESULTS / f"{name}.json" for name in COMPARISONS}
+    return {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, file in files.items()
+        if file.exists()
+    }
+
+
+def tables(results: dict[str, dict]) -> str:
+    """What was compared, then how time and memory grow, as Markdown."""
+    compared = ["| what | peer | ours / peer | share of the limit | largest difference |"]
+    compared.append("|---|---|---|---|---|")
+    grown = ["| time of `extract` | sizes | exponent | steepest step | at most |"]
+    grown.append("|---|---|---|---|---|")
+    for row in (row for result in results.values() for row in result["comparisons"]):
+        if "skipped" in row:
+            compared.append(f"| {row['what']} | not run: {row['skipped']} | | | |")
+        elif "exponent" in row:
+            most = row["at most"] or ""
+            steps = f"{row['exponent']:.2f} | {row['steepest step']:.2f}"
+            grown.append(f"| {row['what']} | {row['sizes']} | {steps} | {most} |")
+        else:
+            limit = f"{row['share of limit']:.2f} of {row['limit']:.3g}" if "limit" in row else ""
+            compared.append(
+                f"| {row['what']} | {row['peer']} | {row['ours / peer']:.2g} | {limit} "
+                f"| {row['largest difference']:.0e} |"
+            )
     peaks = results["extraction"]["peak memory while storing, MB by prompts"]
     few, many = peaks
-    measured = results["extraction"]
-    lines += [
-        "",
+    where = {f"{result['machine']}, {result['threads']} threads" for result in results.values()}
+    memory = (
         f"Peak memory while storing: {peaks[few]:.0f} MB for {few} prompts, {peaks[many]:.0f} MB "
-        f"for {many} (ratio {peaks[many] / peaks[few]:.2f}). {measured['machine']}, "
-        f"{measured['threads']} threads.",
-    ]
-    return "\n".join(lines)
-
-
-def _result(name: str) -> Path:
-    return RESULTS / f"{name}.json"
-
-
-def _read(name: str) -> dict:
-    return json.loads(_result(name).read_text(encoding="utf-8"))
+        f"for {many} (ratio {peaks[many] / peaks[few]:.2f}). {'; '.join(sorted(where))}."
+    )
+    return "\n".join([*compared, "", *grown, "", memory])
 
 
 if __name__ == "__main__":

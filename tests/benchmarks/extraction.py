@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import lensclust as lc
+from lensclust.batching import batches, default_budget
 from lensclust.downloads import PINS, fetch
-from lensclust.extraction import batches, default_budget
 from lensclust.pretrained import save_converted
 
 # The small model takes a second a round, and its ratios scatter more.

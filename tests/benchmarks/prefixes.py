@@ -23,15 +23,12 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 import lensclust as lc
 from lensclust.batching import batches, default_budget
 from lensclust.downloads import PINS, fetch
-from lensclust.native import native_config
 from lensclust.pretrained import save_converted
 from tests.lensclust.tasks.test_instruction_induction import REAL
 
@@ -44,13 +41,14 @@ BARE, FULL = "bare HF forward, output_hidden_states", "extract, share_prefixes=F
 Read = Callable[[lc.Prompts], np.ndarray]
 
 
-def rows(full: bool = False) -> list[dict[str, object]]:
-    """One row for each kind of prompts and peer, then one for each thing that grows.
+def rows(full: bool = False) -> Iterator[dict[str, object]]:
+    """One row for each kind of prompts and peer.
 
     Args:
-        full: every prompt of instruction_induction, and larger sizes; takes most of an hour.
+        full: every prompt of instruction_induction in one round; takes half an hour.
     """
-    return [*_pretrained(full), *_unrelated_in_a_small_model(), *_growth(full)]
+    yield from _pretrained(full)
+    yield from _unrelated_in_a_small_model()
 
 
 def _pretrained(full: bool) -> Iterator[dict[str, object]]:
@@ -65,8 +63,9 @@ def _pretrained(full: bool) -> Iterator[dict[str, object]]:
     title = f"{MODEL}: instruction_induction in the chat template, 20 inputs an instruction"
     if (REAL / "execute").is_dir():
         prompts = lc.tasks.instruction_induction(REAL, model.tokenizer, inputs=20, chat=True)
-        parts = _parts(prompts, 512 if full else PART, None if full else ROUNDS)
-        yield from _compare(title, model, parts, peers)
+        number = f"{len(prompts):,} prompts" if full else f"{ROUNDS} x {PART} of {len(prompts):,}"
+        rounds = [prompts] if full else _parts(prompts)
+        yield from _compare(f"{title} ({number})", model, rounds, peers)
     else:
         yield {"what": title, "skipped": f"no folder {REAL}"}
     title = f"{MODEL}: 100 queries behind 10 fixed demonstrations"
@@ -92,12 +91,10 @@ def _unrelated_in_a_small_model() -> Iterator[dict[str, object]]:
     )
 
 
-def _parts(prompts: lc.Prompts, size: int, n: int | None) -> list[lc.Prompts]:
-    """Stretches of neighbouring prompts: all of them, or so many from everywhere."""
-    starts = np.arange(0, len(prompts), size)
-    if n is not None:
-        starts = starts[np.linspace(0, len(starts) - 2, n).astype(int)]
-    return [prompts.take(range(start, min(start + size, len(prompts)))) for start in starts]
+def _parts(prompts: lc.Prompts) -> list[lc.Prompts]:
+    """Stretches of neighbouring prompts, from the first to the last."""
+    starts = np.linspace(0, (len(prompts) - PART) // PART, ROUNDS).astype(int) * PART
+    return [prompts.take(range(start, start + PART)) for start in starts]
 
 
 def _few_shot(model: Any) -> lc.Prompts:
@@ -187,72 +184,6 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
     return float((np.linalg.norm(found - expected, axis=-1) / norms).max())
 
 
-# -- cost against size --------------------------------------------------------------------
-
-
-def _growth(full: bool) -> Iterator[dict[str, object]]:
-    """Exponents ``b`` of ``time = a * size ** b``, fitted over sizes that double."""
-    longest = 5 if full else 3
-    native = lc.load("native:sif-small", device="cpu")
-    alike = _alike(1000 * 2**longest)
-    for name, model in (("native", native), ("Llama, shared prefixes", _llama(4))):
-        yield _exponent(
-            f"{name}: prompts",
-            1.05,
-            {
-                1000 * 2**power: (model, alike.take(range(1000 * 2**power)))
-                for power in range(longest + 1)
-            },
-        )
-    depths = [2 * 2**power for power in range(longest + 2)]
-    natives = {n: lc.load(native_config("sif-small", n_layers=n), device="cpu") for n in depths}
-    llamas = {n: _llama(n) for n in depths}
-    for name, models in (("native", natives), ("Llama, shared prefixes", llamas)):
-        some = alike.take(range(1000))
-        yield _exponent(f"{name}: layers", 1.1, {n: (models[n], some) for n in depths})
-
-
-def _llama(layers: int) -> Any:
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return lc.load(LlamaForCausalLM(config).eval())
-
-
-def _alike(n: int) -> lc.Prompts:
-    """A preamble, an instruction for every fifty prompts, and inputs."""
-    rng = np.random.default_rng(0)
-    preamble = rng.integers(0, 128, 12).tolist()
-    instructions = rng.integers(0, 128, (n // 50 + 1, 24)).tolist()
-    ids = [
-        [*preamble, *instructions[row // 50], *rng.integers(0, 128, rng.integers(4, 12)).tolist()]
-        for row in range(n)
-    ]
-    return lc.Prompts.from_token_lists(ids, pd.DataFrame({"n": range(n)}))
-
-
-def _exponent(
-    title: str, bound: float, sizes: Mapping[int, tuple[Any, lc.Prompts]]
-) -> dict[str, object]:
-    times: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(ROUNDS):
-        for size, (model, prompts) in sizes.items():
-            start = time.perf_counter()
-            lc.extract(model, prompts, "resid", progress=False)
-            times[size].append(time.perf_counter() - start)
-    # The least of a size's times is the one that others disturbed least.
-    least = [min(each) for each in times.values()]
-    exponent = float(np.polyfit(np.log(list(sizes)), np.log(least), 1)[0])
-    return {
-        "what": f"time exponent, {title} {min(sizes):,} to {max(sizes):,}",
-        "peer": f"at most {bound}",
-        "ours / peer": exponent / bound,
-        "exponent": exponent,
-        "seconds": least,
-    }
-
-
 if __name__ == "__main__":
     for row in rows(full="--full" in sys.argv):
-        print(*(f"{name}: {value}" for name, value in row.items()), sep="\n  ")
+        print(*(f"{name}: {value}" for name, value in row.items()), sep="\n  ", flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lensclust.cli import main
+from tests.lensclust.test_report import make_run
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -83,3 +84,6 @@ def test_the_command_says_it_too(capsys: pytest.CaptureFixture[str], tmp_path: P
     ):
         assert main(command) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    run = make_run(tmp_path / "run")
+    assert main(["report", str(run), "--out", f"{out}.html"]) == 2
+    assert capsys.readouterr().err.startswith(f"lensclust: report {out}.html: cannot be written: ")

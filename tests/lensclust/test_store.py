@@ -20,6 +20,7 @@ import zarr
 
 import lensclust as lc
 from lensclust import store, store_notes
+from tests.tiny import hf_model
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,24 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
     undisturbed = lc.extract(model, some_prompts(60), ["resid"], store=tmp_path / "b", shard=4)
     xr.testing.assert_identical(resumed.load(), undisturbed.load())
     assert store.verify(path).size == 0
+
+
+def test_shards_of_shared_prefixes_come_back_with_the_same_bits(tmp_path):
+    """A resumed process shares what a shard's own prompts have in common, and nothing else."""
+    shots = [[3 + (7 * i + k) % 50 for k in range(40)] for i in range(2)]
+    ids = [[*shots[i % 2], 3 + i % 50, 5] for i in range(40)]
+    prompts = lc.Prompts.from_token_lists(ids, pd.DataFrame({"n": range(40)}))
+    model, options = lc.load(hf_model("llama")), {"store": tmp_path / "a", "shard": 16}
+    plan = lc.plan_prefixes(model, prompts, shard=16)
+    assert plan.sharing == 40
+    whole = lc.extract(model, prompts, ["resid", "head"], **options).copy(deep=True).load()
+    for name in ("resid_crc", "z_crc"):
+        (tmp_path / "a" / name / f"1{'.0' * 2}").unlink()
+    store_notes.note(zarr.open_group(str(tmp_path / "a"), mode="r+"), written=0)
+    fresh = lc.load(hf_model("llama"))
+    resumed = lc.extract(fresh, prompts, ["resid", "head"], resume=True, **options)
+    assert resumed.resid.values.tobytes() == whole.resid.values.tobytes()
+    xr.testing.assert_identical(resumed.load(), whole)
 
 
 def test_finished_store_is_not_read_again(model, tmp_path, monkeypatch):
