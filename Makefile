@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := lensclust probes studies tests
+STUDIES := emergence realistic unseen identity_pretraining alignment
 
 .PHONY: study test test-slow check bench bench-full readme lock clean
 
@@ -19,17 +20,16 @@ check: .venv/installed-test
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/pyright
 
-bench: .venv/installed-test
+bench: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks
 
 # Every prompt of instruction_induction, and larger sizes: an hour.
-bench-full: .venv/installed-test
+bench-full: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks --full
 
-# The README's tables and picture, from runs that are there.
+# The README's claims and picture, from the runs that are there.
 readme: .venv/installed-test
-	$(BIN)/python -m tests.benchmarks.readme runs/emergence runs/realistic \
-		runs/unseen runs/identity_pretraining runs/alignment
+	$(BIN)/python -m tests.benchmarks.readme $(wildcard $(STUDIES:%=runs/%))
 
 # One universal lock for every supported Python; extras are pinned too.
 lock: .venv/installed-test
@@ -49,4 +49,8 @@ clean:
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test]"
+	touch $@
+
+.venv/installed-bench: .venv/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[bench]"
 	touch $@

@@ -25,6 +25,7 @@ NOTES = (
     "'members' asks the means of all tasks whether a state is of the task to change, 'near' the "
     "labelled examples alone; without a gate every prompt is moved. 'task states' counts the "
     "states with a known task, and no wanted answer, that a method uses beside the examples.",
+    "An answer counts by its first token. "
     "Seconds are those of fitting; choosing the layer or the learning rate is not counted.",
 )
 ONE_SEED = "One seed leaves two ordered pairs of the synthetic task: their intervals are wide."

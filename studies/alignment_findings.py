@@ -105,7 +105,7 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
 
 def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
     """Claims of damage by what was chosen by merit, of success with trainings chosen by it."""
-    over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": n_seeds}
+    over: dict[str, Any] = {"unit": "ordered task pair", "n_seeds": n_seeds}
     pulled, plain = eager.needed(PULL), eager.needed(PLAIN)
     return [
         decide(
@@ -203,7 +203,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
 
 
 def _pretrained(seen: Part) -> list[lc.Claim]:
-    over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": 1, **OURS}
+    over: dict[str, Any] = {"unit": "ordered task pair", "n_seeds": 1, **OURS}
     return [
         decide(
             "pretrained-moved",

@@ -280,7 +280,7 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
 
 
 def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
-    over: dict[str, Any] = {"unit": "ordered pair of tasks", "n_seeds": 1, **OURS}
+    over: dict[str, Any] = {"unit": "ordered task pair", "n_seeds": 1, **OURS}
     moved = seen.at_best("shift")
     nothing = _name(seen.moves, "random direction")
     return [

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
         }
         if name == "extraction":
             result["peak memory while storing, MB by prompts"] = {
-                str(n): extraction.memory(n) for n in (1000, 8000)
+                str(n): extraction.memory(n) for n in (5_000, 50_000)
             }
         write_atomically(RESULTS / f"{name}.json", json.dumps(result, indent=2) + "\n")
     text = tables(measured())
@@ -81,8 +81,9 @@ def tables(results: dict[str, dict]) -> str:
     few, many = peaks
     where = {f"{result['machine']}, {result['threads']} threads" for result in results.values()}
     memory = (
-        f"Peak memory while storing: {peaks[few]:.0f} MB for {few} prompts, {peaks[many]:.0f} MB "
-        f"for {many} (ratio {peaks[many] / peaks[few]:.2f}). {'; '.join(sorted(where))}."
+        f"Peak memory while storing: {peaks[few]:.0f} MB for {int(few):,} prompts, "
+        f"{peaks[many]:.0f} MB for {int(many):,} (ratio {peaks[many] / peaks[few]:.2f}). "
+        f"{'; '.join(sorted(where))}."
     )
     return "\n".join([*compared, "", *grown, "", memory])
 

@@ -1,4 +1,4 @@
-"""Reading every layer at the last token: ours against TransformerLens and Hugging Face.
+"""Reading every layer at the last token: ours against TransformerLens, nnsight and Hugging Face.
 
 Each peer runs the very batches that `extract` forms (sorted by length, same sizes), so a ratio
 shows the reading alone. Repetitions are interleaved, and the ratio is the median over them.
@@ -11,13 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+try:
+    import nnsight
+except ImportError:
+    nnsight = None
 
 import lensclust as lc
 from lensclust.batching import batches, default_budget
@@ -81,7 +86,9 @@ def _six_layers(n: int = 1000) -> tuple[object, PreTrainedModel, lc.Prompts]:
 
 
 @torch.no_grad()
-def _compare(name: str, model, bare: PreTrainedModel, prompts: lc.Prompts) -> list[dict]:
+def _compare(
+    name: str, model, bare: PreTrainedModel, prompts: lc.Prompts
+) -> Iterator[dict[str, object]]:
     n_layers = model.cfg.n_layers
     resid = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
     resid.append(f"blocks.{n_layers - 1}.hook_resid_post")
@@ -101,14 +108,21 @@ def _compare(name: str, model, bare: PreTrainedModel, prompts: lc.Prompts) -> li
 
         return lambda: batched(read)
 
+    def from_trace(tokens: Tensor, last: Tensor) -> Tensor:
+        places, mask = (range(len(last)), last), _mask(tokens, last)
+        with traced.trace(tokens, attention_mask=mask):
+            states = nnsight.save([blocks[0].input[places], *(b.output[places] for b in blocks)])
+        return torch.stack(states, dim=1)
+
     def once() -> np.ndarray:
         _, cache = model.run_with_cache(prompts.tokens)
         last = prompts.lengths - 1
         return torch.stack([cache[hook][range(len(last)), last] for hook in resid], dim=1).numpy()
 
     def hugging_face(tokens: Tensor, last: Tensor) -> Tensor:
-        mask = (torch.arange(tokens.shape[1]) <= last[:, None]).long()
-        states = bare(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        states = bare(
+            tokens, attention_mask=_mask(tokens, last), output_hidden_states=True
+        ).hidden_states
         return torch.stack([layer[range(len(last)), last] for layer in states], dim=1)
 
     def ours() -> np.ndarray:
@@ -121,6 +135,13 @@ def _compare(name: str, model, bare: PreTrainedModel, prompts: lc.Prompts) -> li
         "run_with_cache, filtered": from_cache(resid),
         "bare HF forward, output_hidden_states": lambda: batched(hugging_face),
     }
+    if nnsight is not None:
+        # A copy: what wraps a network may change it for the others.
+        traced = nnsight.NNsight(copy.deepcopy(bare))
+        blocks = traced.transformer.h if hasattr(bare, "transformer") else traced.model.layers
+        ways["nnsight, trace"] = lambda: batched(from_trace)
+    else:
+        yield {"what": f"{name}: nnsight, trace", "skipped": "nnsight is not installed"}
     if name in FITS_AT_ONCE:
         ways["run_with_cache, everything, all prompts in one call"] = once
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -131,18 +152,21 @@ def _compare(name: str, model, bare: PreTrainedModel, prompts: lc.Prompts) -> li
             found[way] = read()
             if repetition:  # the first round warms up
                 times[way].append(time.perf_counter() - start)
-    return [
-        {
-            "what": f"{name}: residual stream of all layers, last token of {len(prompts)} prompts",
-            "peer": way,
-            "ours / peer": float(np.median(np.divide(times["extract"], times[way]))),
-            "peer, seconds": float(np.median(times[way])),
-            # Hugging Face's last state has the final norm applied, so it is left out.
-            "largest difference": float(
-                np.abs(found[way] - found["extract"])[:, :-1].max()
-                / np.abs(found["extract"])[:, :-1].max()
-            ),
-        }
-        for way in ways
-        if way != "extract"
-    ]
+    # Hugging Face's last state has the final norm applied, so it is left out.
+    largest = np.abs(found["extract"])[:, :-1].max()
+    for way in ways:
+        if way != "extract":
+            yield {
+                "what": f"{name}: residual stream of all layers, "
+                f"last token of {len(prompts)} prompts",
+                "peer": way,
+                "ours / peer": float(np.median(np.divide(times["extract"], times[way]))),
+                "peer, seconds": float(np.median(times[way])),
+                "largest difference": float(
+                    np.abs(found[way] - found["extract"])[:, :-1].max() / largest
+                ),
+            }
+
+
+def _mask(tokens: Tensor, last: Tensor) -> Tensor:
+    return (torch.arange(tokens.shape[1]) <= last[:, None]).long()

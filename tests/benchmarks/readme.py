@@ -1,4 +1,9 @@
-"""Fill the README from measured results: never typed, always the newest run."""
+"""Fill the README from measured results: never typed, always the newest run.
+
+    python -m tests.benchmarks.readme runs/emergence runs/alignment
+
+replaces the claims of these studies, and leaves those of others as their last run gave them.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +16,53 @@ from lensclust.run_directory import write_atomically
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+HEAD = ("| study | claim | estimate [95 %] | control | verdict |", "|---|---|---|---|---|")
 PICTURE = ROOT / "studies" / "pictures" / "ari_by_layer.svg"
 
 
 def put(section: str, text: str) -> None:
     """Replace what stands between a section's two marks."""
+    before, _, after = _parted(section)
+    write_atomically(README, f"{before}\n{text}\n{after}")
+
+
+def claims_table(runs: list[Path], known: str = "") -> str:
+    """The claims of several runs as Markdown, with those of other studies that are known."""
+    lines: dict[str, list[str]] = {}
+    for line in known.strip().splitlines()[len(HEAD) :]:
+        lines.setdefault(line.split("|")[1].strip(), []).append(line)
+    for run in runs:
+        study = _study(run)
+        claims = json.loads((run / "claims.json").read_text(encoding="utf-8"))
+        lines[study] = [_line(study, claim) for claim in claims]
+    return "\n".join([*HEAD, *(line for study in lines.values() for line in study)])
+
+
+def _study(run: Path) -> str:
+    return json.loads((run / "config.json").read_text(encoding="utf-8"))["study"]
+
+
+def _line(study: str, claim: dict) -> str:
+    low, high = claim["ci95"]
+    control = ", ".join(f"{name} {value:.2f}" for name, value in claim["control"].items())
+    return (
+        f"| {study} | {claim['statement']} | {claim['estimate']:.2f} "
+        f"[{low:.2f}, {high:.2f}] | {control} | {claim['verdict']} |"
+    )
+
+
+def _parted(section: str) -> tuple[str, str, str]:
+    """The README up to a section, the section, and the rest."""
     begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
     before, rest = README.read_text(encoding="utf-8").split(begin)
-    write_atomically(README, f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
-def claims_table(runs: list[Path]) -> str:
-    """The claims of several runs as Markdown."""
-    lines = [
-        "| study | claim | estimate [95 %] | control | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    for run in runs:
-        study = json.loads((run / "config.json").read_text(encoding="utf-8"))["study"]
-        for claim in json.loads((run / "claims.json").read_text(encoding="utf-8")):
-            low, high = claim["ci95"]
-            control = ", ".join(f"{name} {value:.2f}" for name, value in claim["control"].items())
-            lines.append(
-                f"| {study} | {claim['statement']} | {claim['estimate']:.2f} "
-                f"[{low:.2f}, {high:.2f}] | {control} | {claim['verdict']} |"
-            )
-    return "\n".join(lines)
+    inside, after = rest.split(end)
+    return before + begin, inside, end + after
 
 
 if __name__ == "__main__":
     folders = [Path(folder) for folder in sys.argv[1:]]
-    put("claims", claims_table(folders))
-    PICTURE.parent.mkdir(exist_ok=True)
-    shutil.copy(folders[0] / "figures" / "1_ari_by_layer.svg", PICTURE)
+    put("claims", claims_table(folders, _parted("claims")[1]))
+    for folder in folders:
+        if _study(folder) == "emergence":
+            PICTURE.parent.mkdir(exist_ok=True)
+            shutil.copy(folder / "figures" / "1_ari_by_layer.svg", PICTURE)
