@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class HostCopy:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         # The sources live until the copy is done, so that nothing is written over them.
         self._sources = dict(tensors)
-        self._done: torch.Event | None = None
+        self._done: Any = None  # an event of the device, while the copy may be under way
         device = next(iter(tensors.values())).device
         if device.type != "cuda":
             self._host = {name: tensor.cpu() for name, tensor in tensors.items()}
