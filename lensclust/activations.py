@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.sites import Site
+from lensclust.sites import Site, output_weights
 
 # Which variable of the dataset holds a kind of site, and the name of its layer axis.
 VARIABLES = {
@@ -37,10 +36,9 @@ def head_residual(
     """
     if "head_frame" not in acts:
         raise InputError(f"head_residual: expected activations of 'head', given {list(acts)}")
-    blocks: Any = model
     w_o = np.stack(
         [
-            blocks.blocks[int(b)].attn.W_O.detach().float().cpu().numpy()[acts["head"].values]
+            output_weights(model, int(b))[0].cpu().numpy()[acts["head"].values]
             for b in acts["block"].values
         ]
     )

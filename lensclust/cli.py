@@ -69,6 +69,8 @@ class ExtractOptions:
         batch_tokens: upper bound of a batch's size, padding included; default by device.
         share_prefixes: compute what prompts have in common at their beginning once.
         dtype: numpy type of what is kept.
+        device: where the model runs, such as cuda:1; default an accelerator if there is one.
+        model_dtype: of the model's weights; default float32, or a checkpoint's own.
         resume: continue a store that was interrupted.
         quiet: no progress bars.
     """
@@ -81,6 +83,8 @@ class ExtractOptions:
     batch_tokens: int | None = None
     share_prefixes: bool = True
     dtype: Literal["float16", "float32", "float64"] = "float32"
+    device: str | None = None
+    model_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     resume: bool = False
     quiet: bool = False
 
@@ -181,11 +185,19 @@ def _report(given: list[str]) -> int:
 
 def _extract(given: list[str]) -> int:
     options = _parse(ExtractOptions, given, "extract")
+    import torch
+
     import lensclust as lc
+    from lensclust.placement import found_device
     from lensclust.run_directory import require_place
 
     require_place(options.out)
-    model = lc.load(options.model, progress=not options.quiet)
+    model = lc.load(
+        options.model,
+        device=None if options.device is None else found_device(options.device),
+        dtype=options.model_dtype and getattr(torch, options.model_dtype),
+        progress=not options.quiet,
+    )
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
     acts = lc.extract(
         model,

@@ -25,6 +25,7 @@ from lensclust.activations import VARIABLES
 from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.host_copies import HostCopy, arrived, upload
 from lensclust.prefix import Packing
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -122,9 +123,14 @@ def extract(
         total = sum(len(rows) for rows in pending)
         with torch.no_grad(), progress_bar("extract", total, enabled=progress) as advance:
             reader = _Reader(model, chosen, frame, batch_tokens, share_prefixes)
-            for rows in pending:
-                index = torch.arange(rows.start, rows.stop)
-                yield rows, reader.read(prompts, index, positions[index], advance)
+            copies = (
+                (rows, reader.read(prompts, index, positions[index], advance))
+                for rows in pending
+                for index in [torch.arange(rows.start, rows.stop)]
+            )
+            for rows, values in arrived(copies):
+                _require_in_range(values)
+                yield rows, values
 
     if store is not None:
         return on_disk.write(Path(store), frame, shards, shard=shard, resume=resume)
@@ -155,7 +161,10 @@ class _Reader:
         for site in sites:
             variable, axis = VARIABLES[site.kind]
             index = frame[axis].values.tolist().index(site.layer)
-            heads = torch.tensor(frame["head"].values) if variable == "z" else None
+            heads = None
+            if variable == "z":
+                # On the device once: an upload in a hook would hold up every layer.
+                heads = torch.tensor(frame["head"].values, device=self.device)
             self.targets[hook_name(model, site)] = (variable, index, heads)
         self.sharing = None
         if share_prefixes:
@@ -171,17 +180,14 @@ class _Reader:
         index: Int[Tensor, " row"],
         positions: Int[Tensor, "row position"],
         advance: Callable[..., None],
-    ) -> dict[str, np.ndarray]:
-        """Activations of one shard: variable -> array over the shard's rows."""
+    ) -> HostCopy:
+        """Activations of one shard on their way to the host: variable -> the shard's rows."""
         buffers = self._buffers(len(index))
         asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
         packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
         if packing is None or not self._read_shared(packing, asked, buffers, advance):
             self._read_in_full(asked, buffers, advance)
-        for name, buffer in buffers.items():
-            if buffer.dtype == torch.float16 and not bool(buffer.isfinite().all()):
-                raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
-        return {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
+        return HostCopy(buffers)
 
     def _buffers(self, rows: int) -> dict[str, Tensor]:
         return {
@@ -197,7 +203,8 @@ class _Reader:
         self, asked: _Asked, buffers: Mapping[str, Tensor], advance: Callable[..., None]
     ) -> None:
         for rows in batches(asked.lengths, self.batch_tokens):
-            tokens = asked.tokens[rows, : int(asked.lengths[rows].max())].to(self.device)
+            longest = int(asked.lengths[rows].max())
+            tokens = upload(asked.tokens[rows, :longest], self.device)
             places = asked.positions[rows]
             row, slot = torch.meshgrid(
                 torch.arange(len(rows)), torch.arange(places.shape[1]), indexing="ij"
@@ -251,7 +258,7 @@ class _Reader:
     ) -> None:
         """Copy what is wanted of a forward (row, place, prompt, slot) into the buffers."""
         awaited = set(self.targets)
-        row, place, into, slot = wanted.to(self.device).unbind(1)
+        row, place, into, slot = upload(wanted, self.device).unbind(1)
 
         def keep(name: str) -> Callable[[Tensor, Any], None]:
             variable, layer, heads = self.targets[name]
@@ -277,3 +284,9 @@ class _Reader:
             f"extract: {sorted(awaited)} never fired in {model_name(self.model)}; "
             "load the model with eager attention"
         )
+
+
+def _require_in_range(values: Mapping[str, np.ndarray]) -> None:
+    for name, value in values.items():
+        if value.dtype == np.float16 and not np.isfinite(value).all():
+            raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")

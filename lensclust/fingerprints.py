@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from lensclust.placement import brought_in
 from lensclust.weights import fingerprint, named_weights
 
 # The last fingerprint of each model, and the margins its weights had then.
@@ -29,7 +30,10 @@ def fingerprint_again(model: nn.Module) -> str:
     >>> before == fingerprint_again(model)
     False
     """
-    margins = torch.cat([_margins(weight) for weight in named_weights(model).values()])
+    # Queued for all weights before any is waited for.
+    values = brought_in(model)
+    sums = [_margins(values(weight)) for weight in named_weights(model).values()]
+    margins = torch.cat([each.to("cpu", torch.int64) for each in sums])
     known, found = _TAKEN.get(model, (None, ""))
     if known is None or not torch.equal(known, margins):
         found = fingerprint(model)
@@ -41,5 +45,4 @@ def _margins(weight: Tensor) -> Int[Tensor, " row_and_column"]:
     """Sums of a weight's bits by row and by column: they notice an edit, and a permutation."""
     words = weight.detach().view(_WORDS[weight.element_size()])
     table = words.flatten(1) if words.dim() > 1 else words.reshape(1, -1)
-    sums = [table.sum(axis, dtype=table.dtype) for axis in (0, 1)]
-    return torch.cat(sums).to("cpu", torch.int64)
+    return torch.cat([table.sum(axis, dtype=table.dtype) for axis in (0, 1)])

@@ -20,6 +20,7 @@ from lensclust import pretrained, weights
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
+from lensclust.placement import DeviceMap, note_placement, require_placeable
 
 __all__ = ["load", "native_config"]
 
@@ -40,6 +41,7 @@ class _Request:
     tokenizer: PreTrainedTokenizerBase | None
     device: str | torch.device | None
     dtype: torch.dtype | None
+    device_map: DeviceMap | None
     seed: int
     random_weights: bool
     trust_remote_code: bool
@@ -52,6 +54,7 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
     seed: int = 0,
     random_weights: bool = False,
     trust_remote_code: bool = False,
@@ -75,6 +78,12 @@ def load(
         tokenizer: instead of the source's own.
         device: where to put it. Default: an accelerator if there is one; a model in memory stays.
         dtype: of the weights. Default: float32; a model in memory or checkpoint keeps its own.
+        device_map: instead of ``device``, for models larger than one device: ``"auto"``,
+            ``"balanced"`` or a mapping from modules to devices, ``"cpu"`` or ``"disk"``, as
+            transformers takes it (accelerate places the weights). For what is read from a
+            directory or the hub. GPUs are not mixed with ``"cpu"`` and ``"disk"``, which
+            TransformerLens does not run. Each state stays on its block's device until it is
+            read; weights off the devices are brought in for every forward, which is slow.
         seed: of random weights.
         random_weights: the same architecture freshly initialised from ``seed`` (the control
             model of a study); reads no weights and leaves the global random state alone.
@@ -96,6 +105,7 @@ def load(
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
+        device_map=device_map,
         seed=seed,
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
@@ -103,6 +113,8 @@ def load(
     )
     for recognise, loader in _KINDS:
         if recognise(source):
+            if device_map is not None:
+                _require_spreadable(request, loader)
             model = loader(request)
             break
     else:
@@ -175,12 +187,15 @@ def _read(
         name,
         gguf=gguf,
         dtype=request.dtype,
+        device_map=request.device_map,
         random_seed=request.seed if request.random_weights else None,
         trust_remote_code=request.trust_remote_code,
         bars=watched and not Path(name).is_dir(),
     )
-    model.to(torch.device(request.device or get_device()))  # pyright: ignore[reportArgumentType]
-    bridge = pretrained.wrap_pretrained(model, name=title)
+    if request.device_map is None:
+        place = torch.device(request.device or get_device())
+        model.to(place)  # pyright: ignore[reportArgumentType]
+    bridge = note_placement(pretrained.wrap_pretrained(model, name=title))
     if request.tokenizer is not None:
         return bridge
     tokenizer = pretrained.read_tokenizer(
@@ -195,7 +210,7 @@ def _in_memory(request: _Request) -> TransformerBridge:
         model = pretrained.random_twin(model.config, seed=request.seed, dtype=model.dtype)
         model.to(request.source.device)
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    return pretrained.wrap_pretrained(_placed(model, request), name=name)
+    return note_placement(pretrained.wrap_pretrained(_placed(model, request), name=name))
 
 
 def _bare_native(request: _Request) -> TransformerBridge:
@@ -209,6 +224,20 @@ def _bridge(request: _Request) -> TransformerBridge:
     if request.random_weights:
         raise InputError("load: random_weights needs the source of a model, not a bridge")
     return _moved(request.source, request, request.device)
+
+
+def _require_spreadable(request: _Request, loader: Callable[[_Request], TransformerBridge]) -> None:
+    if loader not in (_pinned, _directory, _hub) or request.random_weights:
+        raise InputError(
+            "load: device_map is for weights that are read from a directory or the hub, given "
+            f"{'random weights' if request.random_weights else _shown(request.source)}"
+        )
+    assert request.device_map is not None
+    require_placeable(request.device_map, device=request.device)
+
+
+def _shown(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, (str, Path)) else type(source).__name__
 
 
 def _placed(model: Any, request: _Request) -> Any:

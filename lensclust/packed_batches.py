@@ -7,7 +7,7 @@ are those from its own up to the end of its node's subtree: one number for each 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lensclust.costs import Cost
+from lensclust.host_copies import upload
 from lensclust.tries import Group, Trie, rounds
 
 # Larger groups would need fewer copies of their past, but each token's scores grow with them.
@@ -51,6 +52,11 @@ class PackedBatch:
     def keys(self) -> int:
         """Keys that a token has scores for, masked ones included."""
         return self.past.shape[1] + self.tokens.shape[1]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with what a forward needs of it on a device."""
+        names = ("tokens", "positions", "ends", "past", "past_lengths", "cached")
+        return replace(self, **{name: upload(getattr(self, name), device) for name in names})
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,18 +38,18 @@ class PackedForwards:
 
     def run(self, batch: PackedBatch, hooks: Hooks) -> Any:
         """The network's output on a batch; hooks see ``(group, place, ...)``."""
-        device = model_device(self.model)
+        longest = int(batch.positions.max()) + 1
+        # Once, and not in every layer, where each upload would hold up what comes after it.
+        batch = batch.to(model_device(self.model))
         for layer in self.layers:
             layer.prepare(batch)
         with self.model.hooks(fwd_hooks=list(hooks)):
             return self.network(
-                batch.tokens.to(device),
+                batch.tokens,
                 attention_mask=attention_masks(
-                    self.network,
-                    lambda window: visible(batch, window).to(device),
-                    int(batch.positions.max()) + 1,
+                    self.network, lambda window: visible(batch, window), longest
                 ),
-                position_ids=batch.positions.to(device),
+                position_ids=batch.positions,
                 past_key_values=Cache(layers=list(self.layers)),
                 use_cache=True,
             )
@@ -58,7 +58,9 @@ class PackedForwards:
 def visible(batch: PackedBatch, window: int | None) -> Bool[Tensor, "group 1 place key"]:
     """Which keys each token may look at: its past and its own path, as far as a window reaches."""
     n, width = batch.tokens.shape
-    places, path = torch.arange(width), torch.arange(batch.past.shape[1])
+    device = batch.tokens.device
+    places = torch.arange(width, device=device)
+    path = torch.arange(batch.past.shape[1], device=device)
     past = (path < batch.past_lengths[:, None])[:, None].expand(n, width, len(path))
     own = (places <= places[:, None]) & (batch.ends[:, None] > places[:, None])
     seen = torch.cat([past, own], dim=2)

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lensclust.errors import InputError
+from lensclust.placement import DeviceMap, require_placeable
 from lensclust.weight_files import gguf_contents, require_affordable, safetensors_contents
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def read_pretrained(
     *,
     gguf: str | None = None,
     dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
     random_seed: int | None = None,
     trust_remote_code: bool = False,
     bars: bool = False,
@@ -59,6 +61,7 @@ def read_pretrained(
         name: directory or hub id.
         gguf: name of a GGUF file in that directory; it is dequantised to ``dtype``.
         dtype: of the weights, float32 by default whatever the file holds.
+        device_map: as transformers takes it: where to put which modules.
         random_seed: initialise afresh from this seed instead of reading weights.
         trust_remote_code: run the code that comes with the model, if it has some.
         bars: let transformers draw its bars.
@@ -90,6 +93,10 @@ def read_pretrained(
             build_bridge_config_from_hf(config, _architecture(config), name, options["dtype"])
         )
         adapter.prepare_loading(name, options)
+        if device_map is not None:
+            stateful = bool(getattr(adapter.cfg, "is_stateful", False))
+            require_placeable(device_map, device=None, stateful=stateful)
+            options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
         if random_seed is not None:
             return random_twin(
                 options["config"],

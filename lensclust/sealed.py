@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,19 @@ def read_content(path: Path, key: str) -> tuple[dict[str, Any], str]:
     return header["content"], header["tensors"]
 
 
-def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes, dtypes and bytes, in the order of the names."""
+def tensors_digest(
+    tensors: Iterable[tuple[str, Tensor]], values: Callable[[Tensor], Tensor] = lambda held: held
+) -> str:
+    """sha256 over names, shapes, dtypes and bytes, in the order of the names.
+
+    Args:
+        values: called with each tensor when its bytes are read, for those that lie elsewhere.
+    """
     named = sorted(tensors, key=lambda item: item[0])
     total = hashlib.sha256()
     # hashlib lets go of the interpreter lock, so tensors are hashed side by side.
     with ThreadPoolExecutor() as pool:
-        contents = pool.map(_content, (tensor for _, tensor in named))
+        contents = pool.map(lambda pair: _content(values(pair[1])), named)
         for (name, tensor), content in zip(named, contents, strict=True):
             entry = [name, list(tensor.shape), str(tensor.dtype), content]
             total.update(json.dumps(entry).encode())

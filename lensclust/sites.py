@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge.generalized_components.base import align_offloaded_subtree
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.batching import model_device
 from lensclust.errors import InputError
 
 BLOCK_HOOKS = {
@@ -122,14 +125,16 @@ def additivity_error(model: TransformerLensModel) -> float:
     wanted = [BLOCK_HOOKS[kind].format(b) for kind in ("z", "attn_out") for b in blocks]
     tokens = torch.arange(4, device=model.cfg.device)[None] % max(model.cfg.d_vocab, 1)
     _, cache = model.run_with_cache(tokens, names_filter=wanted)
-    worst = 0.0
+    errors = []
     for block in blocks:
         z, out = (cache[BLOCK_HOOKS[kind].format(block)] for kind in ("z", "attn_out"))
-        attention = model.blocks[block].attn  # pyright: ignore[reportAttributeAccessIssue]
-        bias = getattr(attention, "b_O", None)
-        rebuilt = torch.einsum("bphd,hdm->bpm", z, attention.W_O) + (0 if bias is None else bias)
-        worst = max(worst, float((rebuilt - out).norm() / out.norm().clamp_min(1e-12)))
-    return worst
+        weight, bias = output_weights(model, block)
+        # In single precision: what half precision rounds off is not the heads' error.
+        rebuilt = torch.einsum("bphd,hdm->bpm", z.float(), weight.to(z.device))
+        rebuilt = rebuilt + (0 if bias is None else bias.to(z.device))
+        errors.append((rebuilt - out.float()).norm() / out.float().norm().clamp_min(1e-12))
+    # Asked for when all are queued; a NaN must come through.
+    return float(np.max([float(error) for error in errors], initial=0.0))
 
 
 def head_frames(
@@ -141,9 +146,22 @@ def head_frames(
     ``F = Rᵀ`` keeps every distance and angle of the contributions in ``d_head`` numbers
     instead of ``d_model``.
     """
-    stacked: Any = model
-    w_o = torch.stack([stacked.blocks[block].attn.W_O for block in blocks]).detach().float()
+    device = model_device(model)
+    w_o = torch.stack([output_weights(model, block)[0].to(device) for block in blocks])
     return torch.linalg.qr(w_o.transpose(-1, -2)).R.transpose(-1, -2)
+
+
+def output_weights(
+    model: TransformerLensModel, block: int
+) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
+    """``W_O`` and ``b_O`` of a block in float32, also of weights that lie off the devices."""
+    stacked: Any = model
+    attention = stacked.blocks[block].attn
+    with align_offloaded_subtree(attention):
+        bias = getattr(attention, "b_O", None)
+        # Copies: what was brought in is taken away again.
+        weight = attention.W_O.detach().to(torch.float32, copy=True)
+        return weight, None if bias is None else bias.detach().to(torch.float32, copy=True)
 
 
 def first_site(kind: str) -> Site:

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.errors import InputError
 from lensclust.native import config_from_json, config_to_json, native_bridge_with
+from lensclust.placement import brought_in
 from lensclust.sealed import read_content, read_sealed, save_sealed, tensors_digest
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def fingerprint(model: nn.Module) -> str:
     >>> fingerprint(one) == fingerprint(one), fingerprint(one) == fingerprint(other)
     (True, False)
     """
-    return tensors_digest(named_weights(model).items())
+    return tensors_digest(named_weights(model).items(), brought_in(model))
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lensclust.activations import select
-from lensclust.batching import batches, default_budget
+from lensclust.batching import batches, default_budget, model_device
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
@@ -184,22 +184,28 @@ def _gradients(
     order = []
     for rows in batches(prompts.lengths, budget):
         last = prompts.lengths[rows] - 1
-        inside = torch.arange(len(rows))
+        device = model_device(model)
+        inside = torch.arange(len(rows), device=device)
+        places = position[rows].to(device)
 
         def total(logits: Tensor, rows: Tensor = rows, last: Tensor = last) -> Tensor:
             # Rows do not touch each other, so the gradient of the sum is each row's own.
             return readout(logits[torch.arange(len(rows)), last].float(), rows).sum()
 
-        tokens = prompts.tokens[rows, : int(last.max()) + 1].to(model.cfg.device or "cpu")
+        tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
         with torch.enable_grad():
             # A backward that ends at the topmost hook does not reach it: the embedding is above.
             cache = cache_activation_and_gradient(model, tokens, total, ["hook_embed", *hooks])
-        for site, part in zip(sites, parts, strict=True):
+        found = []
+        for site in sites:
             gradient = cache.gradients[hook_name(model, site)]
             if gradient is None:
                 raise InputError(f"rank: the metric has no gradient at site {site}")
-            here = gradient[inside, position[rows]]
-            part.append((here if site.head is None else here[:, site.head]).float().cpu())
+            here = gradient[inside.to(gradient.device), places.to(gradient.device)]
+            found.append((here if site.head is None else here[:, site.head]).float())
+        # Queued for all sites before any is waited for.
+        for part, gradient in zip(parts, found, strict=True):
+            part.append(gradient.cpu())
         order.append(rows)
     back = torch.cat(order).argsort()
     return [torch.cat(part)[back].numpy() for part in parts]

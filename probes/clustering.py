@@ -12,20 +12,23 @@ the input, both readings of F1 and the nulls are our reconstruction.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 from joblib import Parallel, delayed
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, prompt_labels, select, site_values
 from lensclust.errors import InputError
+from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
+from probes.batched_kmeans import group_partitions
 from probes.centroids import Centroids
 from probes.groups import against_null, label_groups
 from probes.interventions import Intervention, shift, transport
@@ -141,6 +144,7 @@ def cluster(
     permutations: int = 100,
     n_init: int = 4,
     seed: int = 0,
+    device: str | torch.device | None = None,
     jobs: int = -1,
     progress: bool = False,
 ) -> Clustering:
@@ -162,6 +166,8 @@ def cluster(
         permutations: labellings in the null; p is at least 1 / (permutations + 1).
         n_init: k-means restarts.
         seed: of k-means and of the permutations.
+        device: run k-means there, restarts, groups and sites stacked (`probes.batched_kmeans`);
+            meant for a GPU. Default: scikit-learn on the CPU, which is faster there.
         jobs: worker processes (joblib's ``n_jobs``).
 
     Returns:
@@ -170,7 +176,7 @@ def cluster(
 
     Raises:
         InputError: if a label does not exist or has one value, ``k`` exceeds the rows of every
-            group, nothing is left to cluster, or a state is not finite.
+            group, nothing is left to cluster, a state is not finite, or there is no such device.
 
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
@@ -201,9 +207,15 @@ def cluster(
     )
     sites = dataset_sites(acts, kinds)
     centroids = Centroids(labels[by], condition, by, given)
+    options: dict[str, Any] = {"scale": scale, "n_init": n_init, "seed": seed}
+    states = (site_values(acts, site, position=position) for site in sites)
+    partitioned: Iterable[tuple[np.ndarray, Any]] = ((values, None) for values in states)
+    if device is not None:
+        there = found_device(device)
+        partitioned = group_partitions(states, groups, device=there, **options)
     work: Any = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed, metrics=chosen)
-        for values in (site_values(acts, site, position=position) for site in sites)
+        delayed(score_groups)(values, groups, metrics=chosen, partitions=found, **options)
+        for values, found in partitioned
     )
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []

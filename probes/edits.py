@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lensclust.batching import model_device
+from lensclust.host_copies import upload
 from lensclust.sites import Site, hook_name, model_name
 
 # A site, and what its state becomes for each prompt.
@@ -39,6 +41,7 @@ class EditHooks:
                 by_hook.setdefault(hook_name(model, edit[0]), []).append(number)
         self.fired = dict.fromkeys(by_hook, 0)
         self.pairs = []
+        device = model_device(model)
         for name, numbers in by_hook.items():
             chosen = [edit for number in numbers if (edit := edits[number]) is not None]
             where: list[Tensor] = [place[numbers], column[numbers]]
@@ -46,6 +49,8 @@ class EditHooks:
                 heads = torch.tensor([[site.head] for site, _ in chosen], device=place.device)
                 where.append(heads.expand_as(where[0]))
             values = torch.stack([value[rows.to(value.device)] for _, value in chosen])
+            # Here and not in the hooks, where each upload would hold up the layers after it.
+            where, values = [upload(axis, device) for axis in where], upload(values, device)
             self.pairs.append((name, self._hook(name, where, values)))
 
     def _hook(self, name: str, where: list[Tensor], values: Tensor) -> Callable[..., Tensor]:

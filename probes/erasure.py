@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import xarray as xr
-from concept_erasure import LeaceFitter
+from concept_erasure import LeaceEraser, LeaceFitter
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,7 +48,15 @@ def erase(
         def fit(rows: np.ndarray) -> Edit:
             if len(np.unique(labels[rows])) == 1:  # nothing to tell, nothing to erase
                 return lambda states: states
-            return LeaceFitter.fit(x[rows], _one_hot(labels[rows])).eraser
+            fitted = LeaceFitter.fit(x[rows], _one_hot(labels[rows])).eraser
+            assert fitted.bias is not None  # it is affine
+            left, right, bias = fitted.proj_left, fitted.proj_right, fitted.bias
+
+            def erased(states: States) -> States:
+                to = states.device
+                return LeaceEraser(left.to(to), right.to(to), bias.to(to))(states)
+
+            return erased
 
         return _grouped(x, conditions, fit)
 
@@ -77,7 +85,12 @@ def erase_random(
             rank = min(len(np.unique(labels[rows])) - 1, x.shape[1])
             drawn = torch.randn(x.shape[1], rank, generator=generator, dtype=x.dtype)
             basis, mean = torch.linalg.qr(drawn).Q, x[rows].mean(0)
-            return lambda states: states - (states - mean) @ basis @ basis.T
+
+            def projected(states: States) -> States:
+                directions, origin = basis.to(states.device), mean.to(states.device)
+                return states - (states - origin) @ directions @ directions.T
+
+            return projected
 
         return _grouped(x, conditions, fit)
 
@@ -90,22 +103,27 @@ def _grouped(
     """One edit fitted on all rows, or one by condition, applied by the nearest condition mean."""
     if conditions is None:
         edit = fit(np.arange(len(x)))
-        return lambda states: edit(states.double().cpu()).to(states)
+        return lambda states: edit(_exact(states)).to(states)
     rows_of = [np.flatnonzero(conditions == value) for value in np.unique(conditions)]
     means = torch.stack([x[rows].mean(0) for rows in rows_of])
     edits = [fit(rows) for rows in rows_of]
 
     def by_condition(states: States) -> States:
-        given = states.double().cpu()
-        nearest = torch.cdist(given, means).argmin(1)
+        given = _exact(states)
+        # The device is asked once which condition each row has, not once a condition.
+        nearest = torch.cdist(given, means.to(given.device)).argmin(1).cpu()
         out = given.clone()
-        for index, edit in enumerate(edits):
-            chosen = nearest == index
-            if chosen.any():
-                out[chosen] = edit(given[chosen])
+        for index in nearest.unique().tolist():
+            chosen = (nearest == index).nonzero()[:, 0].to(given.device)
+            out[chosen] = edits[index](given[chosen])
         return out.to(states)
 
     return by_condition
+
+
+def _exact(states: States) -> States:
+    """In double precision, where they are if that device has it."""
+    return states.double() if states.device.type != "mps" else states.cpu().double()
 
 
 def _one_hot(labels: np.ndarray) -> Tensor:

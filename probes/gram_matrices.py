@@ -8,6 +8,7 @@ time and what is kept of them is bounded, so that states may stay on disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -15,6 +16,7 @@ from jaxtyping import Float
 
 from lensclust.activations import dataset_sites, site_values
 from lensclust.sites import Site
+from probes.devices import Array, host, namespace, placed, wide
 
 KEPT_BYTES = 256_000_000
 
@@ -24,6 +26,9 @@ Products = Float[np.ndarray, "site_a site_b"]
 class Side:
     """The sites of one activation set, and the Gram matrix figures of each.
 
+    Args:
+        device: where states are centred and multiplied; None for numpy.
+
     Attributes:
         norms: the Gram matrix's diagonal, ``(site, row)``.
         square: its squared Frobenius norm, by site.
@@ -31,9 +36,14 @@ class Side:
     """
 
     def __init__(
-        self, acts: xr.Dataset, kinds: str | Sequence[str] | None, position: str | None
+        self,
+        acts: xr.Dataset,
+        kinds: str | Sequence[str] | None,
+        position: str | None,
+        device: Any = None,
     ) -> None:
         self.acts = acts
+        self.device = device
         self.position = position
         self.sites: list[Site] = dataset_sites(acts, kinds)
         self.rows = acts.sizes["prompt"]
@@ -41,19 +51,21 @@ class Side:
         self.square = np.full(len(self.sites), np.nan)
         self.cube = np.full(len(self.sites), np.nan)
 
-    def states(self, index: int) -> Float[np.ndarray, "row d"]:
+    def states(self, index: int) -> Float[Array, "row d"]:
         """Centred states of unit total variance, or 0 where they vary only by rounding."""
-        raw = site_values(self.acts, self.sites[index], position=self.position).astype(np.float64)
+        values = site_values(self.acts, self.sites[index], position=self.position)
+        raw = wide(placed(values, self.device))
+        xp = namespace(raw)
         x = raw - raw.mean(0)
-        spread = np.linalg.norm(x)
-        if spread <= np.finfo(np.float32).eps * np.linalg.norm(raw):
-            x, spread = np.zeros_like(x), 1.0
+        spread = xp.linalg.norm(x)
+        if spread <= np.finfo(np.float32).eps * xp.linalg.norm(raw):
+            x, spread = xp.zeros_like(x), 1.0
         x = x / spread
         if np.isnan(self.square[index]):
             moments = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
-            self.norms[index] = np.einsum("ij,ij->i", x, x)
-            self.square[index] = (moments**2).sum()
-            self.cube[index] = ((moments @ moments) * moments).sum()
+            self.norms[index] = host(xp.einsum("ij,ij->i", x, x))
+            self.square[index] = float((moments**2).sum())
+            self.cube[index] = float(((moments @ moments) * moments).sum())
         return x
 
     def widths(self) -> list[int]:
@@ -123,7 +135,7 @@ def _by_gram(a: Side, b: Side) -> Products:
     for start in range(0, a.rows, step):
         part = slice(start, start + step)
         stacked = [_stretches(side, part) for side in sides]
-        found += stacked[0] @ stacked[-1].T
+        found += host(stacked[0] @ stacked[-1].T)
     return found
 
 
@@ -134,20 +146,20 @@ def _by_feature(a: Side, b: Side) -> Products:
     for start in range(0, len(a.sites), step):
         kept = [a.states(i) for i in _range(a)[start : start + step]]
         starts = np.cumsum([0, *(x.shape[1] for x in kept[:-1])])
-        together = np.concatenate(kept, axis=1)
+        together = namespace(kept[0]).concatenate(kept, axis=1)
         # Of one side against itself, pairs before this block are known from the other order.
         for index in _range(b)[start if a is b else 0 :]:
             y = b.states(index)
-            by_site = np.add.reduceat(((y.T @ together) ** 2).sum(0), starts)
+            by_site = np.add.reduceat(host(((y.T @ together) ** 2).sum(0)), starts)
             found[start : start + step, index] = by_site
             if a is b:
                 found[index, start : start + step] = by_site
     return found
 
 
-def _stretches(side: Side, part: slice) -> Float[np.ndarray, "site entry"]:
-    states = map(side.states, _range(side))
-    return np.stack([(x[part] @ x.T).ravel() for x in states])
+def _stretches(side: Side, part: slice) -> Float[Array, "site entry"]:
+    stretches = [(x[part] @ x.T).ravel() for x in map(side.states, _range(side))]
+    return namespace(stretches[0]).stack(stretches)
 
 
 def _range(side: Side) -> range:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -30,6 +31,7 @@ from lensclust.errors import InputError
 from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
 from lensclust.figures.style import Picture, finish
+from lensclust.placement import found_device
 from lensclust.sites import Site
 from probes.gram_matrices import Side, products, shuffled
 
@@ -109,6 +111,7 @@ def cka(
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     debiased: bool = False,
+    device: Any = None,
 ) -> CKA:
     """Linear CKA between all sites of one activation set, or between those of two.
 
@@ -121,6 +124,8 @@ def cka(
         kinds: only these kinds of site.
         position: which read position, if the activations hold several.
         debiased: the U-statistic, 0 on average for unrelated states; it can be below 0.
+        device: multiply there (`probes.devices`), such as ``"cuda"``. Equal to the CPU's to
+            rounding.
 
     Returns:
         Values with the mean, spread and p under shuffled prompts. A site whose states do not
@@ -128,7 +133,7 @@ def cka(
 
     Raises:
         InputError: if the two sets hold other prompts, there are fewer than 4, a site or position
-            does not exist, or a state is not finite.
+            or device does not exist, or a state is not finite.
 
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
@@ -141,8 +146,9 @@ def cka(
         raise InputError(f"cka: {n} prompts given, expected at least 4")
     if other is not None:
         _require_same_prompts(acts, other)
-    a = Side(acts, kinds, position)
-    b = a if other is None else Side(other, kinds, position)
+    there = None if device is None else found_device(device)
+    a = Side(acts, kinds, position, there)
+    b = a if other is None else Side(other, kinds, position, there)
     found = products(a, b, debiased=debiased)
     null_mean, null_std, skew = shuffled(a, b, debiased=debiased)
     value = found / np.outer(a.size(debiased=debiased), b.size(debiased=debiased))

@@ -26,7 +26,7 @@ def partition(
     >>> bool(found[0] == found[1]), bool(found[1] == found[2])
     (True, False)
     """
-    if not _distinct(x, k):
+    if not distinct(x, k):
         return None
     with warnings.catch_warnings():
         # Distinct rows that coincide in single precision still end in fewer clusters.
@@ -67,6 +67,6 @@ def plus_plus(
     return x[chosen]
 
 
-def _distinct(x: Float[np.ndarray, "row d"], k: int) -> bool:
+def distinct(x: Float[np.ndarray, "row d"], k: int) -> bool:
     """Whether there are ``k`` distinct rows: almost always one column shows it."""
     return len(np.unique(x[:, 0])) >= k or len(np.unique(x, axis=0)) >= k

@@ -28,6 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from lensclust.activations import VARIABLES, dataset_sites
 from lensclust.errors import InputError
+from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import mean_interval, permutation_p
@@ -55,6 +56,7 @@ def probe(
     permutations: int = 100,
     exchange: str = "labels",
     seed: int = 0,
+    device: Any = None,
     jobs: int = -1,
     progress: bool = False,
 ) -> ProbeSweep:
@@ -80,6 +82,9 @@ def probe(
             of a label in a group move together: right whenever they share a wording) or ``rows``
             (right only if labels were given out row by row).
         seed: of folds, control tasks and permutations.
+        device: make the products and decompositions there (`probes.devices`), in this process
+            alone; meant for a GPU with fast float64. Equal to the CPU's to rounding. Not for
+            ``logistic``.
         jobs: worker processes (joblib's ``n_jobs``).
 
     Returns:
@@ -88,7 +93,7 @@ def probe(
 
     Raises:
         InputError: if a label does not exist or has one value, there are more folds than groups,
-            nothing can be exchanged, or activations are not finite.
+            nothing can be exchanged, activations are not finite, or there is no such device.
 
     >>> import lensclust as lc
     >>> prompts = lc.tasks.sif().where(split="both")
@@ -104,6 +109,9 @@ def probe(
         raise InputError(f"probe: penalties={penalties}, expected numbers from {LEAST_PENALTY} on")
     if permutations < 0:
         raise InputError(f"probe: permutations={permutations}, expected 0 or more")
+    if device is not None and kind == "logistic":
+        raise InputError(f"probe: device={device!r}, but logistic probes are fitted on the CPU")
+    there = None if device is None else found_device(device)
     plan = design(
         acts,
         target=target,
@@ -115,8 +123,9 @@ def probe(
         seed=seed,
     )
     sites = dataset_sites(acts, kinds)
-    work: Any = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(fit_site)(SiteRows.of(acts, site, position), plan, kind, used) for site in sites
+    work: Any = Parallel(n_jobs=jobs if there is None else 1, return_as="generator")(
+        delayed(fit_site)(SiteRows.of(acts, site, position, there), plan, kind, used)
+        for site in sites
     )
     fits: list[SiteFit] = []
     # Matrices are small: a second thread costs more than it saves. (joblib limits its workers.)

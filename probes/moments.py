@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from probes.devices import Array, host, like, namespace, wide, zeros
+
 # A variance below this part of the squared mean is rounding: the activations are constant.
 ROUNDING = 1e-26
 # Where classes are points, the scatter within them is taken to be this part of the whole.
@@ -39,13 +41,15 @@ class Readout:
         origin: the point that scores are taken from.
     """
 
-    weights: Float[np.ndarray, "class d labelling"]
-    offsets: Float[np.ndarray, "class labelling"]
-    origin: Float[np.ndarray, " d"]
+    weights: Float[Array, "class d labelling"]
+    offsets: Float[Array, "class labelling"]
+    origin: Float[Array, " d"]
 
-    def __call__(self, x: Float[np.ndarray, "row d"]) -> Int[np.ndarray, "row labelling"]:
+    def __call__(self, x: Float[Array, "row d"]) -> Int[Array, "row labelling"]:
         """Class of the highest score, the first of equals."""
         centred = x - self.origin
+        if not isinstance(centred, np.ndarray):  # on a device all classes are one product
+            return (centred @ self.weights + self.offsets[:, None]).argmax(0)
         best = centred @ self.weights[0] + self.offsets[0]
         choice = np.zeros(best.shape, dtype=np.min_scalar_type(-len(self.weights)))
         for index in range(1, len(self.weights)):
@@ -58,7 +62,7 @@ class Readout:
     def affine(self) -> tuple[Float[np.ndarray, "class d"], Float[np.ndarray, " class"]]:
         """Weights and intercepts of the first labelling, for activations as they are."""
         weights = self.weights[:, :, 0]
-        return weights, self.offsets[:, 0] - weights @ self.origin
+        return host(weights), host(self.offsets[:, 0] - weights @ self.origin)
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,12 @@ class Training:
     """
 
     n: int
-    origin: Float[np.ndarray, " d"]
-    mean: Float[np.ndarray, " d"]
-    values: Float[np.ndarray, " d"]
-    vectors: Float[np.ndarray, "d d"]
-    counts: Float[np.ndarray, "class labelling"]
-    sums: Float[np.ndarray, "class d labelling"]
+    origin: Float[Array, " d"]
+    mean: Float[Array, " d"]
+    values: Float[Array, " d"]
+    vectors: Float[Array, "d d"]
+    counts: Float[Array, "class labelling"]
+    sums: Float[Array, "class d labelling"]
 
     @property
     def scale(self) -> float:
@@ -88,15 +92,15 @@ class Training:
 
     def readout(
         self,
-        weights: Float[np.ndarray, "class d labelling"],
-        offsets: Float[np.ndarray, "class labelling"],
+        weights: Float[Array, "class d labelling"],
+        offsets: Float[Array, "class labelling"],
     ) -> Readout:
         """Scores around the training mean, from weights in the eigenbasis."""
-        return Readout(np.matmul(self.vectors, weights), offsets, self.origin + self.mean)
+        return Readout(self.vectors @ weights, offsets, self.origin + self.mean)
 
 
 class Moments:
-    """Gathers moments batch by batch, in float64.
+    """Gathers moments batch by batch, in float64, where the rows are (`probes.devices`).
 
     Rows are taken relative to a point inside the first batch, so that a large common mean does
     not eat the digits of the scatter. Holds ``fold x (d² + d x class x labelling)`` numbers.
@@ -114,33 +118,33 @@ class Moments:
 
     def __init__(self, *, n_folds: int, n_classes: int) -> None:
         self.n_folds, self.n_classes = n_folds, n_classes
-        self.origin: np.ndarray | None = None
+        self.origin: Array | None = None
 
     def update(
         self,
-        x: Float[np.ndarray, "row d"],
+        x: Float[Array, "row d"],
         codes: Int[np.ndarray, "row labelling"],
         fold: Int[np.ndarray, " row"],
     ) -> None:
         """Add rows, with their class under each labelling and their fold."""
-        x = x.astype(np.float64, copy=False)
+        x = wide(x)
         if self.origin is None:
             self.origin = _inside(x)
             # The last place of both is the sum over folds.
             shape = (self.n_folds + 1, x.shape[1] + 1)
-            self.gram = np.zeros((*shape, x.shape[1] + 1))
-            self.sums = np.zeros((shape[0], self.n_classes, shape[1], codes.shape[1]))
+            self.gram = zeros((*shape, x.shape[1] + 1), x)
+            self.sums = zeros((shape[0], self.n_classes, shape[1], codes.shape[1]), x)
         for index in np.unique(fold):
             inside = fold == index
-            own = codes[inside]
+            own = like(codes[inside], x)
             # A column of ones makes the products hold counts and sums as well.
-            rows = np.ones((len(own), x.shape[1] + 1))
-            rows[:, :-1] = x[inside] - self.origin
+            rows = zeros((len(own), x.shape[1] + 1), x) + 1
+            rows[:, :-1] = x[like(inside, x)] - self.origin
             gram = rows.T @ rows
             self.gram[index] += gram
             self.gram[-1] += gram
             for label in range(self.n_classes):
-                sums = rows.T @ (own == label).astype(np.float64)
+                sums = rows.T @ wide(own == label)
                 self.sums[index, label] += sums
                 self.sums[-1, label] += sums
 
@@ -150,27 +154,29 @@ class Moments:
         gram, sums = self.gram[-1], self.sums[-1, :, :, labellings]
         if held_out is not None:
             gram, sums = gram - self.gram[held_out], sums - self.sums[held_out, :, :, labellings]
-        n, mean = round(gram[-1, -1]), gram[:-1, -1] / gram[-1, -1]
-        scatter = gram[:-1, :-1] - n * np.outer(mean, mean)
-        counts = np.rint(sums[:, -1])
+        xp = namespace(gram)
+        n, mean = round(float(gram[-1, -1])), gram[:-1, -1] / gram[-1, -1]
+        scatter = gram[:-1, :-1] - n * xp.outer(mean, mean)
+        counts = xp.round(sums[:, -1])
         centred = sums[:, :-1] - mean[:, None] * counts[:, None]
-        if np.trace(scatter) <= ROUNDING * n * np.sum((self.origin + mean) ** 2):
-            scatter, centred = np.zeros_like(scatter), np.zeros_like(centred)
-        values, vectors = np.linalg.eigh(scatter)
+        if xp.trace(scatter) <= ROUNDING * n * ((self.origin + mean) ** 2).sum():
+            scatter, centred = xp.zeros_like(scatter), xp.zeros_like(centred)
+        values, vectors = xp.linalg.eigh(scatter)
         return Training(
             n=n,
             origin=self.origin,
             mean=mean,
-            values=np.maximum(values, 0),
+            values=values.clip(0),
             vectors=vectors,
             counts=counts,
-            sums=np.matmul(vectors.T, centred),
+            sums=vectors.T @ centred,
         )
 
 
-def _inside(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, " d"]:
+def _inside(x: Float[Array, "row d"]) -> Float[Array, " d"]:
     """A point among the rows; a feature that does not vary has exactly zero moments around it."""
-    return np.where(x.min(0) == x.max(0), x[0], x.mean(0))
+    xp = namespace(x)
+    return xp.where(xp.amin(x, 0) == xp.amax(x, 0), x[0], x.mean(0))
 
 
 def ridge(training: Training, penalty: float) -> Readout:
@@ -189,20 +195,21 @@ def lda(training: Training, penalty: float) -> Readout:
     Equals scikit-learn's ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`` with
     ``s = penalty / (1 + penalty)``.
     """
-    counts, n, d = training.counts, training.n, len(training.values)
-    means = training.sums / np.maximum(counts, 1)[:, None]
+    xp, counts, n, d = namespace(training.counts), training.counts, training.n, len(training.values)
+    means = training.sums / counts.clip(1)[:, None]
     trace = training.values.sum()
-    within = trace - np.einsum("cl,cdl,cdl->l", counts, means, means)
-    ridge_term = penalty * np.maximum(within, COLLAPSED * trace) / d if trace else np.ones(1)
+    within = trace - xp.einsum("cl,cdl,cdl->l", counts, means, means)
+    ridge_term = penalty * within.clip(COLLAPSED * trace) / d if trace else xp.ones_like(within)
     whitened = means / (training.values[:, None] + ridge_term)
     # Between and within classes differ by one matrix a labelling: Woodbury, class x class.
-    overlap = means.transpose(2, 0, 1) @ whitened.transpose(2, 1, 0)
-    system = np.eye(len(means)) - counts.T[:, :, None] * overlap
-    weights = np.linalg.solve(system.transpose(0, 2, 1), whitened.transpose(2, 0, 1))
-    weights = weights.transpose(1, 2, 0) * (n * (1 + penalty))
+    by_labelling = xp.moveaxis(whitened, 2, 0)
+    overlap = xp.moveaxis(means, 2, 0) @ xp.swapaxes(by_labelling, 1, 2)
+    system = like(np.eye(len(means)), means) - counts.T[:, :, None] * overlap
+    weights = xp.linalg.solve(xp.swapaxes(system, 1, 2), by_labelling)
+    weights = xp.moveaxis(weights, 0, 2) * (n * (1 + penalty))
     with np.errstate(divide="ignore"):
-        frequency = np.log(counts / n)
-    offsets = frequency - np.einsum("cdl,cdl->cl", weights, means) / 2
+        frequency = xp.log(counts / n)
+    offsets = frequency - xp.einsum("cdl,cdl->cl", weights, means) / 2
     return training.readout(weights, offsets)
 
 
@@ -212,9 +219,10 @@ def mass_mean(training: Training, penalty: float) -> Readout:
     Equals scikit-learn's ``NearestCentroid``. Source: Marks & Tegmark 2023 (arXiv 2310.06824),
     whose probe of two classes is the difference of their means.
     """
-    means = training.sums / np.maximum(training.counts, 1)[:, None]
-    offsets = -np.einsum("cdl,cdl->cl", means, means) / 2
-    return training.readout(means, np.where(training.counts > 0, offsets, -np.inf))
+    xp = namespace(training.counts)
+    means = training.sums / training.counts.clip(1)[:, None]
+    offsets = -xp.einsum("cdl,cdl->cl", means, means) / 2
+    return training.readout(means, xp.where(training.counts > 0, offsets, -np.inf))
 
 
 SOLVERS: dict[str, Callable[[Training, float], Readout]] = {

@@ -131,8 +131,12 @@ def score_groups(
     n_init: int,
     seed: int,
     metrics: Collection[str] = METRICS,
+    partitions: Sequence[Int[np.ndarray, " _row"] | None] | None = None,
 ) -> tuple[dict[tuple[str, str], Float[np.ndarray, "group labelling"]], Int[np.ndarray, " row"]]:
     """Cluster each group of rows and score it against each labelling.
+
+    Args:
+        partitions: of each group, where they were found elsewhere.
 
     Returns:
         ``(labelling, metric) -> scores (group, labelling)``, where column 0 belongs to the true
@@ -143,9 +147,12 @@ def score_groups(
     clusters = np.full(len(x), -1)
     # Matrices are small: a second thread costs more than it saves.
     with _threads().limit(limits=1):
-        for group in groups:
+        for index, group in enumerate(groups):
             points = SCALES[scale](x[group.rows].astype(np.float32))
-            found = partition(points, group.k, n_init=n_init, seed=seed)
+            if partitions is None:
+                found = partition(points, group.k, n_init=n_init, seed=seed)
+            else:
+                found = partitions[index]
             if found is not None:
                 clusters[group.rows] = found
             for key, value in _score(points, found, group, metrics).items():

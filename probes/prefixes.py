@@ -178,11 +178,12 @@ def _native_forward(model: Any) -> Callable[[PackedBatch, Sequence[Any]], Tensor
     device = model_device(model)
 
     def forward(copies: PackedBatch, hooks: Sequence[Any]) -> Tensor:
+        copies = copies.to(device)
         with model.hooks(fwd_hooks=list(hooks)):
             return model.original_model(
-                copies.tokens.to(device),
-                attention_mask=~visible(copies, None).to(device),
-                position_ids=copies.positions.to(device),
+                copies.tokens,
+                attention_mask=~visible(copies, None),
+                position_ids=copies.positions,
             )
 
     return forward

@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.errors import InputError
+from lensclust.placement import found_device
 from lensclust.stats import permutation_p
+from probes.devices import host, namespace, placed
 from probes.groups import against_null, label_groups, require_two_values
 from probes.partitions import SCALES, label_silhouettes
 
@@ -38,6 +40,7 @@ def nearest_neighbour(
     position: str | None = None,
     permutations: int = 100,
     seed: int = 0,
+    device: Any = None,
 ) -> pd.DataFrame:
     """k-nearest-neighbour accuracy for a label at every site, neighbours held apart.
 
@@ -49,7 +52,8 @@ def nearest_neighbour(
     al. (arXiv 2412.12276), with wordings held apart.
 
     With ``per``, the accuracy of the prompts of each value of that label stands apart (the
-    neighbours still come from all prompts).
+    neighbours still come from all prompts). With ``device`` neighbours are looked for there
+    (`probes.devices`), in the same precision.
 
     Returns:
         One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
@@ -58,7 +62,7 @@ def nearest_neighbour(
 
     Raises:
         InputError: if a label does not exist, the target has one value, a prompt has fewer than
-            ``k`` neighbours left, or a state is not finite.
+            ``k`` neighbours left, a state is not finite, or there is no such device.
 
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
@@ -84,9 +88,10 @@ def nearest_neighbour(
         parts = {str(value): np.flatnonzero(values == value) for value in np.unique(values)}
     rng = np.random.default_rng(seed)
     labellings = np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])
+    there = None if device is None else found_device(device)
     rows: list[dict[str, Any]] = []
     for site in dataset_sites(acts, kinds):
-        nearest = neighbours(site_values(acts, site, position=position), groups, k)
+        nearest = neighbours(site_values(acts, site, position=position), groups, k, there)
         right = np.stack([vote(codes[nearest]) == codes for codes in labellings])
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
         for name, members in parts.items():
@@ -170,7 +175,10 @@ def silhouettes(
 
 
 def neighbours(
-    x: Float[np.ndarray, "row d"], groups: Int[np.ndarray, "grouping row"], k: int = 1
+    x: Float[np.ndarray, "row d"],
+    groups: Int[np.ndarray, "grouping row"],
+    k: int = 1,
+    device: Any = None,
 ) -> Int[np.ndarray, "row k"]:
     """Indices of each row's nearest rows (cosine) that share no group with it, nearest first.
 
@@ -180,25 +188,26 @@ def neighbours(
     >>> neighbours(np.array([[1.0, 0], [1, 0.1], [0.5, 1]]), np.array([[0, 0, 1]])).tolist()
     [[2], [2], [1]]
     """
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    unit = placed(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), device)
+    apart, xp = placed(groups, device), namespace(unit)
     nearest = np.empty((len(x), k), dtype=np.int64)
     for start in range(0, len(x), BLOCK):
         part = slice(start, start + BLOCK)
         likeness = unit[part] @ unit.T
-        for group in groups:
+        for group in apart:
             likeness[group[part, None] == group[None]] = -np.inf
-        left = np.isfinite(likeness).sum(1)
+        left = xp.isfinite(likeness).sum(1)
         if left.min() < k:
             row = int(left.argmin())
             raise InputError(
                 f"neighbours: {left[row] or 'none'} {'is' if left[row] < 2 else 'are'} left for "
                 f"row {start + row}, expected at least k={k} rows that share no group with it"
             )
-        here = np.arange(len(likeness))
+        here = placed(np.arange(len(likeness)), device)
         # k passes, each the first of the highest: unlike a partial sort, ties keep their order.
         for rank in range(k):
-            nearest[part, rank] = found = likeness.argmax(1)
-            likeness[here, found] = -np.inf
+            found = likeness.argmax(1)
+            nearest[part, rank], likeness[here, found] = host(found), -np.inf
     return nearest
 
 

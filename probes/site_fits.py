@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from lensclust.activations import select
 from lensclust.errors import InputError
 from lensclust.sites import Site
+from probes.devices import Array, host, like, placed, wide
 from probes.folds import Design
 from probes.logistic import logistic
 from probes.moments import SOLVERS, Moments, Readout
@@ -28,34 +30,38 @@ class SiteRows:
         name: the site, for messages.
         stored: activations ``(prompt, d)``, in memory or still on disk.
         frame: what heads are multiplied by to have the geometry of their contributions.
+        device: where the rows are to be; None for numpy.
     """
 
     name: str
     stored: xr.Variable
     frame: Float[np.ndarray, "d rank"] | None
+    device: Any = None
 
     @classmethod
-    def of(cls, acts: xr.Dataset, site: Site, position: str | None) -> SiteRows:
+    def of(cls, acts: xr.Dataset, site: Site, position: str | None, device: Any = None) -> SiteRows:
         """One site of a dataset, not read yet."""
         stored = select(acts, site, position=position).variable
         if site.kind != "head":
-            return cls(str(site), stored, None)
+            return cls(str(site), stored, None, device)
         frame = acts["head_frame"].sel(block=site.layer, head=site.head).values
-        return cls(str(site), stored, frame.astype(np.float64))
+        return cls(str(site), stored, frame.astype(np.float64), device)
 
-    def __iter__(self) -> Iterator[tuple[slice, Float[np.ndarray, "row d"]]]:
+    def __iter__(self) -> Iterator[tuple[slice, Float[Array, "row d"]]]:
         """Where the batch stands, and its rows in float64.
 
         Raises:
             InputError: after the last batch, if a value was not finite.
         """
         bad = 0
+        frame = None if self.frame is None else placed(self.frame, self.device)
         for start in range(0, len(self.stored), BATCH_ROWS):
             part = slice(start, min(start + BATCH_ROWS, len(self.stored)))
-            x = self.stored[part].values.astype(np.float64)
-            bad += int((~np.isfinite(x).all(1)).sum())
+            stored = self.stored[part].values
+            bad += int((~np.isfinite(stored).all(1)).sum())
             if not bad:
-                yield part, x if self.frame is None else x @ self.frame
+                x = wide(placed(stored, self.device))
+                yield part, x if frame is None else x @ frame
         if bad:
             raise InputError(
                 f"probe: {self.name} has NaN or infinite values in {bad} of {len(self.stored)} rows"
@@ -108,9 +114,10 @@ def _fit_moments(rows: SiteRows, plan: Design, penalties: Sequence[float], kind:
     for part, x in rows:
         for fold in np.unique(plan.fold[part]):
             inside = plan.fold[part] == fold
-            tested, codes = x[inside], plan.codes[part][inside]
+            tested, codes = x[like(inside, x)], plan.codes[part][inside]
             for index, readout in enumerate(readouts[fold]):
-                hits[index, fold] += class_counts(codes, n_classes, readout(tested) == codes)
+                right = host(readout(tested)) == codes
+                hits[index, fold] += class_counts(codes, n_classes, right)
     whole = solve(moments.training(labellings=slice(0, 1)), penalties[0])
     return SiteFit(hits, *_as_stored(whole, rows.frame))
 

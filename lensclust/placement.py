@@ -1,0 +1,117 @@
+"""Where a model's weights lie: on one device, spread over several, or off them until needed.
+
+Models that were read with a ``device_map`` are placed by accelerate. Its hooks carry states from
+device to device, and bring weights that lie in the host's memory or on disk in for the calls
+that need them; read past those calls, such weights are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.multi_gpu import (
+    count_unique_devices,
+    find_embedding_device,
+    find_misplaced_modules,
+    is_mixed_offload_gpu,
+)
+
+from lensclust.errors import InputError
+
+DeviceMap = str | Mapping[str, str | int]
+
+
+def require_placeable(device_map: DeviceMap, *, device: Any, stateful: bool = False) -> None:
+    """Refuse a map that TransformerLens cannot run.
+
+    Raises:
+        InputError: if a device is given too, the map leaves weights nowhere or mixes a GPU with
+            weights off it, or the architecture keeps a state of its own on one device.
+    """
+    if device is not None:
+        raise InputError(f"load: device={str(device)!r} given with a device_map, expected one")
+    if stateful:
+        raise InputError("load: device_map: a recurrent state cannot be spread over devices")
+    if isinstance(device_map, str):
+        return
+    if any(str(target).lower() == "meta" for target in device_map.values()):
+        raise InputError("load: device_map puts weights on 'meta', where there are none")
+    if is_mixed_offload_gpu(device_map.values()):
+        raise InputError(
+            "load: device_map mixes a GPU with 'cpu' or 'disk', expected GPUs alone, or 'cpu' "
+            "and 'disk' alone"
+        )
+
+
+def found_device(name: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InputError: if torch knows no such device, or this machine has none.
+
+    >>> found_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(name)!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise InputError("device 'meta' holds no values, expected cpu, cuda, mps, ...")
+    return device
+
+
+def note_placement(bridge: TransformerBridge) -> TransformerBridge:
+    """Tell a bridge where its tokens go and over how many devices it spreads.
+
+    Raises:
+        InputError: if weights did not come to lie where the map has them.
+    """
+    network: Any = bridge.original_model
+    placed = getattr(network, "hf_device_map", None)
+    if not placed:
+        return bridge
+    require_placeable(placed, device=None)
+    if misplaced := find_misplaced_modules(network):
+        name, wanted, found = misplaced[0]
+        raise InputError(
+            f"load: device_map puts {name!r} on {wanted}, but it is on {found}; weights that two "
+            "modules share must lie on one device"
+        )
+    device = find_embedding_device(network)
+    if device is None or device.type == "meta":  # brought in for each call
+        device = torch.device("cpu")
+    config: Any = bridge.cfg
+    config.device, config.n_devices = str(device), count_unique_devices(network)
+    return bridge
+
+
+def brought_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From a weight to its values, also where they lie off the devices; one at a time.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small", device="cpu")
+    >>> values, weight = brought_in(model), next(model.parameters())
+    >>> values(weight) is weight
+    True
+    """
+    kept: dict[int, tuple[Mapping[str, Tensor], str]] = {}
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for each in (hook, *getattr(hook, "hooks", ())):
+            if getattr(each, "weights_map", None) is not None:
+                own = dict(module.named_parameters(recurse=False))
+                kept |= {id(weight): (each.weights_map, name) for name, weight in own.items()}
+
+    def values(weight: Tensor) -> Tensor:
+        if weight.device.type != "meta":
+            return weight
+        where, name = kept[id(weight)]
+        return where[name].to(weight.dtype)
+
+    return values
