@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, make_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +32,8 @@ class RunOptions:
         out: run directory; default runs/STUDY-PRESET.
         resume: continue a run that was interrupted.
         jobs: worker processes; -1 uses all cores.
+        engine: local (processes on this machine) or ray (seeds, checkpoints and sites on all
+            nodes of a Ray cluster; the run directory must lie on a file system that they see).
         quiet: no progress bars.
     """
 
@@ -39,6 +42,7 @@ class RunOptions:
     out: Path | None = None
     resume: bool = False
     jobs: int = -1
+    engine: Literal["local", "ray"] = "local"
     quiet: bool = False
 
 
@@ -70,6 +74,10 @@ class ExtractOptions:
         share_prefixes: compute what prompts have in common at their beginning once.
         dtype: numpy type of what is kept.
         resume: continue a store that was interrupted.
+        engine: local (this process) or ray (replicas of the model on all nodes of a Ray cluster,
+            one GPU each where there are GPUs; the store must lie on a file system that they see).
+        workers: replicas of the model (ray); default as many as there is room for.
+        threads: CPU threads of a replica (ray); default those of this process.
         quiet: no progress bars.
     """
 
@@ -82,6 +90,9 @@ class ExtractOptions:
     share_prefixes: bool = True
     dtype: Literal["float16", "float32", "float64"] = "float32"
     resume: bool = False
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    threads: int | None = None
     quiet: bool = False
 
 
@@ -158,14 +169,15 @@ def _run(given: list[str]) -> int:
     )
     options, study = parsed.options, parsed.study
     out = options.out or Path("runs") / f"{name}-{preset}"
-    findings = study.execute(
-        out,
-        preset=preset,
-        seeds=options.seeds,
-        resume=options.resume,
-        jobs=options.jobs,
-        progress=not options.quiet,
-    )
+    with _sweeps(options.engine):
+        findings = study.execute(
+            out.absolute() if options.engine == "ray" else out,
+            preset=preset,
+            seeds=options.seeds,
+            resume=options.resume,
+            jobs=options.jobs,
+            progress=not options.quiet,
+        )
     _print_claims(findings)
     print(f"page: {out / 'report.html'}")
     return DONE
@@ -185,20 +197,17 @@ def _extract(given: list[str]) -> int:
     from lensclust.run_directory import require_place
 
     require_place(options.out)
-    model = lc.load(options.model, progress=not options.quiet)
+    model: Any = lc.load(options.model, progress=not options.quiet)
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
-    acts = lc.extract(
-        model,
-        prompts,
-        options.sites,
-        at=options.at,
-        batch_tokens=options.batch_tokens,
-        share_prefixes=options.share_prefixes,
-        dtype=options.dtype,
-        store=options.out,
-        resume=options.resume,
-        progress=not options.quiet,
-    )
+    arguments: dict[str, Any] = {"at": options.at, "batch_tokens": options.batch_tokens}
+    arguments |= {"share_prefixes": options.share_prefixes, "dtype": options.dtype}
+    arguments |= {"store": options.out, "resume": options.resume, "progress": not options.quiet}
+    if options.engine == "ray":
+        del model  # the workers load their own
+        arguments |= {"workers": options.workers, "threads": options.threads}
+        acts = lc.extract_with_ray(options.model, prompts, options.sites, **arguments)
+    else:
+        acts = lc.extract(model, prompts, options.sites, **arguments)
     sizes = ", ".join(f"{name} {tuple(acts[name].shape)}" for name in acts)
     print(f"store: {options.out} ({acts.sizes['prompt']} prompts; {sizes})")
     return DONE
@@ -251,6 +260,15 @@ def _usage() -> str:
 def _load_studies() -> dict[str, Any]:
     found = {point.name: point for point in entry_points(group="lensclust.studies")}
     return {name: found[name].load() for name in sorted(found)}
+
+
+def _sweeps(engine: str) -> AbstractContextManager[None]:
+    """Where sweeps run inside the block."""
+    if engine == "local":
+        return nullcontext()
+    from lensclust.ray_session import sweeps_on_ray
+
+    return sweeps_on_ray()
 
 
 def _preset(given: list[str], study: Any) -> str:

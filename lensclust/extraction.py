@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,27 +106,25 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
-    chosen = rectangle(resolve(model, sites))
-    names = [at] if isinstance(at, str) else list(at)
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"extract: positions must be given and differ, given {names}")
-    for name, number in {"batch_tokens": batch_tokens, "shard": shard}.items():
-        if number is not None and number < 1:
-            raise InputError(f"extract: {name}={number}, expected at least 1")
-    positions = torch.stack([prompts.position(name) for name in names], dim=1)
-    require_fits(model, prompts, caller="extract")
-    if dtype not in DTYPES:
-        raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
-    frame = template(model, prompts, chosen, names, np.dtype(dtype))
+    if shard < 1:
+        raise InputError(f"extract: shard={shard}, expected at least 1")
+    reader = ShardReader(
+        model,
+        prompts,
+        sites,
+        at=at,
+        batch_tokens=batch_tokens,
+        share_prefixes=share_prefixes,
+        dtype=dtype,
+    )
 
     def shards(pending: Sequence[range]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         total = sum(len(rows) for rows in pending)
-        with torch.no_grad(), progress_bar("extract", total, enabled=progress) as advance:
-            reader = _Reader(model, chosen, frame, batch_tokens, share_prefixes)
+        with progress_bar("extract", total, enabled=progress) as advance:
             for rows in pending:
-                index = torch.arange(rows.start, rows.stop)
-                yield rows, reader.read(prompts, index, positions[index], advance)
+                yield rows, reader.read(rows, advance)
 
+    frame = reader.frame
     if store is not None:
         return on_disk.write(Path(store), frame, shards, shard=shard, resume=resume)
     out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
@@ -133,6 +132,52 @@ def extract(
         for name, value in values.items():
             out[name][rows.start : rows.stop] = value
     return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})
+
+
+class ShardReader:
+    """What was asked of a model, held against it and its prompts, and read shard by shard.
+
+    Args are those of `extract`; ``frame`` is the dataset to be filled, over zeros that take no
+    memory.
+
+    Raises:
+        InputError: as `extract`.
+    """
+
+    def __init__(
+        self,
+        model: TransformerLensModel,
+        prompts: Prompts,
+        sites: SiteSelector,
+        *,
+        at: str | Sequence[str] = "answer",
+        batch_tokens: int | None = None,
+        share_prefixes: bool = True,
+        dtype: str = "float32",
+    ) -> None:
+        chosen = rectangle(resolve(model, sites))
+        names = [at] if isinstance(at, str) else list(at)
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"extract: positions must be given and differ, given {names}")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"extract: batch_tokens={batch_tokens}, expected at least 1")
+        self.prompts = prompts
+        self.positions = torch.stack([prompts.position(name) for name in names], dim=1)
+        require_fits(model, prompts, caller="extract")
+        if dtype not in DTYPES:
+            raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
+        self.frame = template(model, prompts, chosen, names, np.dtype(dtype))
+        self._start = partial(_Reader, model, chosen, self.frame, batch_tokens, share_prefixes)
+
+    @cached_property
+    def _reader(self) -> _Reader:
+        return self._start()
+
+    @torch.no_grad()
+    def read(self, rows: range, advance: Callable[..., None]) -> dict[str, np.ndarray]:
+        """Activations of some prompts: variable -> array over ``rows``."""
+        index = torch.arange(rows.start, rows.stop)
+        return self._reader.read(self.prompts, index, self.positions[index], advance)
 
 
 class _Reader:

@@ -30,7 +30,6 @@ from lensclust.checked_arrays import (
     SUMS,
     ZARR_FORMAT,
     CheckedArray,
-    checksums,
     damage_named,
     open_group,
 )
@@ -48,6 +47,7 @@ from lensclust.store_notes import (
     stored_kind,
 )
 from lensclust.store_reading import open_activations, opened, read_finished
+from lensclust.store_writing import Destination
 
 # What must agree before rows may be added to a store.
 IDENTITY = ("weights", "tokenizer", "sites", "dtype")
@@ -73,13 +73,41 @@ def write(
     shard: int,
     resume: bool,
 ) -> xr.Dataset:
-    """Write, append to or finish a store, and open it.
+    """Write, append to or finish a store from this process, and open it.
+
+    Args:
+        path, frame, shard, resume: as in `fill`.
+        produce: called with the row ranges of ``frame`` still missing, yields each with its
+            values.
+
+    Raises:
+        InputError: as `fill`.
+    """
+
+    def work(destination: Destination, missing: Sequence[range]) -> None:
+        for rows, values in produce(missing):
+            destination.put(rows, values)
+
+    return fill(path, frame, work, shard=shard, resume=resume)
+
+
+def fill(
+    path: Path,
+    frame: xr.Dataset,
+    work: Callable[[Destination, Sequence[range]], None],
+    *,
+    shard: int,
+    resume: bool,
+) -> xr.Dataset:
+    """Write, append to or finish a store by whatever hands, and open it.
+
+    This process holds the lock, lays out the store and notes that it is complete.
 
     Args:
         path: the store's folder.
         frame: labels, dimensions and provenance of the rows to write; its values are not read.
-        produce: called with the row ranges of ``frame`` still missing, yields each with its
-            values.
+        work: called with where to put shards, and the row ranges of ``frame`` still missing;
+            returns when each has been put there, by this process or others.
         shard: rows of a new store's chunks; a store keeps the size it was made with.
         resume: finish a store whose writing was interrupted.
 
@@ -101,25 +129,21 @@ def write(
             start = _admit(path, frame, resume)
         with damage_named(path):
             store = open_group(path, "r+")
-            shard, measured = int(store.attrs["shard"]), measured_names(store)
             stop = start + frame.sizes["prompt"]
             done = rows_done(store, slice(start, stop))
         missing = [
             range(rows.start - start, rows.stop - start)
-            for rows in shard_ranges(start, stop, shard)
+            for rows in shard_ranges(start, stop, int(store.attrs["shard"]))
             if not done[rows.start - start : rows.stop - start].all()
         ]
-        for rows, values in produce(missing) if missing else ():
-            region = slice(start + rows.start, start + rows.stop)
-            with damage_named(path), writing(what):
-                for name in measured:
-                    store[name][region] = values[name]
-                for name in measured:
-                    sums = store[f"{name}{SUMS}"]
-                    sums[region] = checksums(values[name], sums.ndim)
+        if missing:
+            work(Destination(path, start), missing)
         with damage_named(path), writing(what):
-            if stop == rows_expected(store) != int(store.attrs["written"]):
+            whole = bool(rows_done(store, slice(start, stop)).all())
+            if whole and stop == rows_expected(store) != int(store.attrs["written"]):
                 note(store, written=stop)
+        if not whole:
+            raise RuntimeError(f"store {path}: not all that was missing was put there")
         return read_finished(path, open_group(path, "r"))
 
 

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, prompt_labels, select, site_values
 from lensclust.errors import InputError
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
+from lensclust.sweeping import in_parallel
 from probes.centroids import Centroids
 from probes.groups import against_null, label_groups
 from probes.interventions import Intervention, shift, transport
@@ -201,10 +202,11 @@ def cluster(
     )
     sites = dataset_sites(acts, kinds)
     centroids = Centroids(labels[by], condition, by, given)
-    work: Any = Parallel(n_jobs=jobs, return_as="generator")(
+    calls = (
         delayed(score_groups)(values, groups, scale=scale, n_init=n_init, seed=seed, metrics=chosen)
         for values in (site_values(acts, site, position=position) for site in sites)
     )
+    work = in_parallel(calls, jobs=jobs)
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     names = {name: [g.name for g in groups if name in g.codes] for name in labels}
