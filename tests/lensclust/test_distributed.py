@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +19,12 @@ import xarray as xr
 import lensclust as lc
 from lensclust import store, store_notes
 from lensclust.checked_arrays import open_group
+from lensclust.disk import file_digest
 from lensclust.native import native_config
 from tests.lensclust.test_store import some_prompts
 from tests.tiny import hf_model, tiny_tokenizer
 
-MEMORY = 80 * 1024 * 1024
-QUICK_TO_NOTICE = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 SITES = ["resid", "head"]
-
-
-class Nodes:
-    """A cluster of simulated nodes of one CPU each; the first, which asks, has none."""
-
-    def __init__(self, folder: str) -> None:
-        import ray
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
-        head |= {"object_store_memory": MEMORY, "_system_config": QUICK_TO_NOTICE}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes: list[Any] = []
-        self.grow()
-        ray.init(self.cluster.address, log_to_driver=False, logging_level="ERROR")
-
-    def grow(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=MEMORY))
-
-    def kill_one(self) -> None:
-        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
-
-    def kill_a_worker(self) -> None:
-        """One process that is writing shards, and nothing else of its node."""
-        import psutil
-
-        raylet = self.nodes[-1].all_processes["raylet"][0].process
-        for child in psutil.Process(raylet.pid).children(recursive=True):
-            if "Replica.write" in " ".join(child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
-                return
-        raise AssertionError("no worker is writing there")
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'lensclust[ray]'")
-    folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
-    started = None
-    try:
-        started = Nodes(folder)
-        yield started
-    finally:
-        ray.shutdown()
-        if started is not None:
-            started.cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def many_prompts() -> lc.Prompts:
@@ -84,10 +33,10 @@ def many_prompts() -> lc.Prompts:
     return lc.Prompts.from_token_lists(ids, pd.DataFrame({"n": range(len(ids))}))
 
 
-def files(folder: Path) -> dict[str, str]:
+def files(folder: Path) -> dict[Path, str]:
     """Digest of every file below a folder."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder): file_digest(path) for path in found}
 
 
 def rows_there(path: Path) -> int:
@@ -117,9 +66,11 @@ def when_some_are_there(path: Path, fewest: int, then: Callable[[], None]) -> th
 @pytest.mark.parametrize("dies", ["node", "worker"])
 def test_a_death_half_way_leaves_the_store_of_one_process(nodes, tmp_path, caplog, dies):
     prompts, options = many_prompts(), {"shard": 8, "progress": False}
-    if len(nodes.nodes) < 2:
-        nodes.grow()
-    ways: dict[str, Callable[[], None]] = {"node": nodes.kill_one, "worker": nodes.kill_a_worker}
+    nodes.grow_to(2)
+    ways: dict[str, Callable[[], None]] = {
+        "node": nodes.kill_a_node,
+        "worker": lambda: nodes.kill_a_worker("Replica.write"),
+    }
     path = tmp_path / "many"
     watcher: Any = when_some_are_there(path, 160, ways[dies])
     many = lc.extract_with_ray(
@@ -138,6 +89,7 @@ def test_a_death_half_way_leaves_the_store_of_one_process(nodes, tmp_path, caplo
 @pytest.mark.slow
 def test_prefixes_resuming_and_appending_are_those_of_one_process(nodes, tmp_path):
     """From a folder, of a model that shares prefixes; two calls, and shards that went missing."""
+    nodes.grow_to(1)
     hf_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer(tmp_path / "model")
     shots = [[3 + (7 * i + k) % 50 for k in range(40)] for i in range(2)]
@@ -179,8 +131,7 @@ def _seeded_here(fields: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_what_goes_wrong_at_a_worker_is_one_line_here(nodes, tmp_path):
-    if len(nodes.nodes) < 2:
-        nodes.grow()
+    nodes.grow_to(2)
     options: dict[str, Any] = {"store": tmp_path / "a", "threads": 1, "shard": 4}
     unsteady = Unsteady(native_config("sif-small").to_dict())
     with pytest.raises(lc.InputError, match=r"workers differ in weights: '\w+' and '\w+'"):
