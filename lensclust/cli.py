@@ -67,7 +67,7 @@ class ExtractOptions:
         model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
             directory, a hub id, a GGUF file, a checkpoint.
         tasks: sif, natural, or instruction_induction:DIR.
-        out: the store's folder.
+        out: the store's folder, or its URL such as s3://bucket/a.
         sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
         at: read positions: answer, instruction_end, ...
         batch_tokens: upper bound of a batch's size, padding included; default by device.
@@ -83,7 +83,7 @@ class ExtractOptions:
 
     model: str
     tasks: str
-    out: Path
+    out: str
     sites: tuple[str, ...] = ("resid", "head")
     at: tuple[str, ...] = ("answer",)
     batch_tokens: int | None = None
@@ -195,13 +195,16 @@ def _extract(given: list[str]) -> int:
     options = _parse(ExtractOptions, given, "extract")
     import lensclust as lc
     from lensclust.run_directory import require_place
+    from lensclust.store_places import as_place
 
-    require_place(options.out)
+    place = as_place(options.out)
+    if isinstance(place, Path):
+        require_place(place)
     model: Any = lc.load(options.model, progress=not options.quiet)
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
     arguments: dict[str, Any] = {"at": options.at, "batch_tokens": options.batch_tokens}
     arguments |= {"share_prefixes": options.share_prefixes, "dtype": options.dtype}
-    arguments |= {"store": options.out, "resume": options.resume, "progress": not options.quiet}
+    arguments |= {"store": place, "resume": options.resume, "progress": not options.quiet}
     if options.engine == "ray":
         del model  # the workers load their own
         arguments |= {"workers": options.workers, "threads": options.threads}

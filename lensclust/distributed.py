@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
+from upath import UPath
 
 from lensclust import store as on_disk
 from lensclust.errors import InputError
@@ -30,6 +31,7 @@ from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.ray_session import ray_session
 from lensclust.sites import SiteSelector
+from lensclust.store_places import Place, as_place
 from lensclust.store_writing import Destination
 from lensclust.templates import measured
 
@@ -48,7 +50,7 @@ def extract_with_ray(
     prompts: Prompts,
     sites: SiteSelector,
     *,
-    store: str | Path,
+    store: str | Place,
     workers: int | None = None,
     threads: int | None = None,
     loading: Mapping[str, Any] | None = None,
@@ -70,7 +72,7 @@ def extract_with_ray(
             to the same files on all nodes.
         prompts: what to run; see `Prompts`.
         sites: what to read, as in `extract`.
-        store: folder of the zarr store, on a file system that all nodes see.
+        store: folder of the zarr store, on a file system that all nodes see, or its URL.
         workers: replicas of the model; default as many as the cluster has room for, at most
             one a shard.
         threads: CPU threads of a worker, and the CPUs it takes of the cluster where that has no
@@ -104,6 +106,9 @@ def extract_with_ray(
         "share_prefixes": share_prefixes,
         "dtype": dtype,
     }
+    place = as_place(store).absolute()
+    if isinstance(place, UPath) and place.protocol == "memory":
+        raise InputError(f"store {store}: lies in this process, where workers cannot write")
     count = threads or torch.get_num_threads()
     order = _Order(source, dict(loading or {}), count, prompts, sites, options)
     shards = len(on_disk.shard_ranges(0, len(prompts), shard))
@@ -111,7 +116,7 @@ def extract_with_ray(
         crew = _Crew(ray, order, workers, shards)
         try:
             return on_disk.fill(
-                Path(store).absolute(),
+                place,
                 crew.frame(),
                 lambda destination, missing: crew.write(destination, missing, progress=progress),
                 shard=shard,

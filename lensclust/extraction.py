@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.store_places import Place, as_place
 from lensclust.templates import measured, rectangle, template
 
 DTYPES = ("float16", "float32", "float64")
@@ -62,7 +62,7 @@ def extract(
     shard: int = 512,
     share_prefixes: bool = True,
     dtype: str = "float32",
-    store: str | Path | None = None,
+    store: str | Place | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -83,8 +83,10 @@ def extract(
             where the model has a key/value cache and an estimate says that it pays (print
             `lensclust.plan_prefixes`). Equal to running all in full up to rounding.
         dtype: numpy type of what is kept.
-        store: folder of a zarr store to write to instead of memory. A finished store with the
-            same model, tokenizer and sites is appended to.
+        store: folder of a zarr store to write to instead of memory, or its URL
+            (``s3://bucket/a``; `lensclust.store_places` says what a URL cannot give: see that
+            only one process writes to it). A finished store with the same model, tokenizer and
+            sites is appended to.
         resume: continue a store that a killed run left behind.
         progress: show a bar.
 
@@ -126,7 +128,7 @@ def extract(
 
     frame = reader.frame
     if store is not None:
-        return on_disk.write(Path(store), frame, shards, shard=shard, resume=resume)
+        return on_disk.write(as_place(store), frame, shards, shard=shard, resume=resume)
     out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
     for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
         for name, value in values.items():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from lensclust.checked_arrays import (
     damage_named,
     open_group,
 )
-from lensclust.disk import locked, remove_partial, writing
+from lensclust.disk import remove_partial, writing
 from lensclust.errors import InputError
 from lensclust.store_notes import (
     batch_entry,
@@ -46,6 +45,7 @@ from lensclust.store_notes import (
     rows_expected,
     stored_kind,
 )
+from lensclust.store_places import Place, as_place, held, made_whole, vacant, zarr_store
 from lensclust.store_reading import open_activations, opened, read_finished
 from lensclust.store_writing import Destination
 
@@ -66,7 +66,7 @@ def shard_ranges(start: int, stop: int, size: int) -> list[range]:
 
 
 def write(
-    path: Path,
+    path: Place,
     frame: xr.Dataset,
     produce: Callable[[Sequence[range]], Iterable[Shard]],
     *,
@@ -92,7 +92,7 @@ def write(
 
 
 def fill(
-    path: Path,
+    path: Place,
     frame: xr.Dataset,
     work: Callable[[Destination, Sequence[range]], None],
     *,
@@ -104,7 +104,7 @@ def fill(
     This process holds the lock, lays out the store and notes that it is complete.
 
     Args:
-        path: the store's folder.
+        path: the store's folder or URL.
         frame: labels, dimensions and provenance of the rows to write; its values are not read.
         work: called with where to put shards, and the row ranges of ``frame`` still missing;
             returns when each has been put there, by this process or others.
@@ -117,12 +117,11 @@ def fill(
             writes to it; if it is damaged, or nothing can be written there.
     """
     what = f"store {path}"
-    with writing(what):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the store: it is made whole, in one rename, and holds nothing but itself.
-    with locked(path.with_name(f".{path.name}.lock"), what):
-        if not path.exists() or not any(path.iterdir() if path.is_dir() else [path]):
-            with writing(what):
+    with held(path, what):
+        with damage_named(path):
+            is_new = vacant(path)
+        if is_new:
+            with damage_named(path), writing(what):
                 _create(path, frame, shard)
             start = 0
         else:
@@ -147,7 +146,7 @@ def fill(
         return read_finished(path, open_group(path, "r"))
 
 
-def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
+def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
     """Rows whose activations no longer match their checksums, read shard by shard.
 
     Raises:
@@ -160,15 +159,16 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
     >>> verify(folder).tolist()
     []
     """
-    sizes = open_activations(path).sizes
-    store = open_group(Path(path), "r")
-    arrays = [CheckedArray(Path(path), store, name) for name in measured_names(store)]
+    place = as_place(path)
+    sizes = open_activations(place).sizes
+    store = open_group(place, "r")
+    arrays = [CheckedArray(place, store, name) for name in measured_names(store)]
     shards = shard_ranges(0, sizes["prompt"], int(store.attrs["shard"]))
     bad = [rows.start + np.flatnonzero(sum(a.damaged(rows) for a in arrays)) for rows in shards]
     return np.concatenate(bad)
 
 
-def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
+def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
     """Lay out the store beside its place and move it there whole."""
     measured = [str(name) for name in frame if "prompt" in frame[name].dims]
     shard = min(shard, frame.sizes["prompt"])
@@ -191,19 +191,17 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
     for name, label in frame.coords.items():
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with made_whole(path) as building:
         # Chunks of nothing but the fill value are not written, so the layout takes no space.
         layout.to_zarr(
-            str(temporary),
+            zarr_store(building, read_only=False),
             mode="w",
             encoding=encoding,
             zarr_format=ZARR_FORMAT,
             consolidated=False,
             write_empty_chunks=False,
         )
-        store = open_group(temporary, "r+")
+        store = open_group(building, "r+")
         note(
             store,
             **frame.attrs,
@@ -213,17 +211,13 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
             written=0,
             layout=layout_digest(store, frame),
         )
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _admit(path: Path, frame: xr.Dataset, resume: bool) -> int:
+def _admit(path: Place, frame: xr.Dataset, resume: bool) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
     store = opened(path, "r+")
-    remove_partial(path, *path.iterdir())
+    if isinstance(path, Path):
+        remove_partial(path, *path.iterdir())
     with damage_named(path):
         _require_same(path, store, frame)
         batches, batch = batches_written(store), batch_entry(frame)
@@ -261,7 +255,7 @@ def _grow(store: Any, frame: xr.Dataset, rows: slice, total: int) -> None:
             store[str(name)][rows] = label.values
 
 
-def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
+def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
     for key in IDENTITY:
         if store.attrs[key] != frame.attrs[key]:
             raise InputError(

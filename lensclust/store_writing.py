@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from lensclust.checked_arrays import SUMS, checksums, damage_named, open_group
 from lensclust.disk import writing
 from lensclust.store_notes import measured_names
+from lensclust.store_places import Place
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Destination:
     """Where the rows of one call lie in a store.
 
     Attributes:
-        path: the store's folder.
+        path: the store's folder or URL.
         start: the store's row that is the call's first.
     """
 
-    path: Path
+    path: Place
     start: int
 
     def put(self, rows: range, values: Mapping[str, np.ndarray]) -> None:
