@@ -20,7 +20,6 @@ import lensclust as lc
 from lensclust import store, store_notes
 from lensclust.checked_arrays import open_group
 from lensclust.disk import file_digest
-from lensclust.native import native_config
 from tests.lensclust.test_store import some_prompts
 from tests.tiny import hf_model, tiny_tokenizer
 
@@ -133,9 +132,10 @@ def _seeded_here(fields: dict[str, Any]) -> dict[str, Any]:
 def test_what_goes_wrong_at_a_worker_is_one_line_here(nodes, tmp_path):
     nodes.grow_to(2)
     options: dict[str, Any] = {"store": tmp_path / "a", "threads": 1, "shard": 4}
-    unsteady = Unsteady(native_config("sif-small").to_dict())
+    sizes = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "n_ctx": 16, "d_vocab": 100}
+    unsteady = Unsteady(sizes, d_mlp=32, act_fn="gelu", normalization_type="LN")
     with pytest.raises(lc.InputError, match=r"workers differ in weights: '\w+' and '\w+'"):
-        lc.extract_with_ray(unsteady, some_prompts(400), "resid 6", workers=2, **options)
+        lc.extract_with_ray(unsteady, some_prompts(400), "resid 2", workers=2, **options)
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
     with pytest.raises(lc.InputError, match="site 'resid 9' does not exist"):
         lc.extract_with_ray("native:sif-small", some_prompts(8), "resid 9", **options)
