@@ -38,13 +38,13 @@ class Destination:
         """
         region = slice(self.start + rows.start, self.start + rows.stop)
         with damage_named(self.path), writing(f"store {self.path}"):
-            measured = measured_names(self._store)
-            for name in measured:
-                self._store[name][region] = values[name]
-            for name in measured:
-                sums = self._store[f"{name}{SUMS}"]
+            for name, (stored, _) in self._arrays.items():
+                stored[region] = values[name]
+            for name, (_, sums) in self._arrays.items():
                 sums[region] = checksums(values[name], sums.ndim)
 
     @cached_property
-    def _store(self) -> Any:
-        return open_group(self.path, "r+")
+    def _arrays(self) -> dict[str, tuple[Any, Any]]:
+        """Each variable and its checksums; opened once, which takes several requests at a URL."""
+        store = open_group(self.path, "r+")
+        return {name: (store[name], store[f"{name}{SUMS}"]) for name in measured_names(store)}

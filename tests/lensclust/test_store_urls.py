@@ -46,7 +46,7 @@ def bucket() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def url(request) -> str:
     base = "memory://" if request.param == "memory" else request.getfixturevalue("bucket") + "/"
     return f"{base}{uuid.uuid4().hex}/a"
