@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lensclust import figures, report, tasks
     from lensclust.activations import head_residual
+    from lensclust.distributed import extract_with_ray
     from lensclust.errors import InputError
     from lensclust.extraction import extract
     from lensclust.models import load
@@ -31,6 +32,7 @@ _HOMES = {
     "Prompts": "lensclust.prompts",
     "Site": "lensclust.sites",
     "extract": "lensclust.extraction",
+    "extract_with_ray": "lensclust.distributed",
     "fingerprint": "lensclust.weights",
     "head_residual": "lensclust.activations",
     "load": "lensclust.models",
@@ -46,6 +48,7 @@ __all__ = [
     "Prompts",
     "Site",
     "extract",
+    "extract_with_ray",
     "figures",
     "fingerprint",
     "head_residual",

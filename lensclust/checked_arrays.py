@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from xarray.core import indexing
 
 from lensclust.disk import read_json
 from lensclust.errors import InputError
+from lensclust.store_places import ZARR_2, Place, zarr_store
 
 # The array beside NAME that holds its checksums is NAME_crc.
 SUMS = "_crc"
@@ -32,15 +32,14 @@ CHECKED_AXES = ("prompt", "position", "layer", "block")
 ZARR_FORMAT = 2
 # What xarray calls the way an array is packed, and how a group is opened: what else may lie there,
 # a store of format 3 or a second copy of the metadata, is not read.
-_ZARR_2 = zarr.__version__.startswith("2.")
-PACKED = "compressor" if _ZARR_2 else "compressors"
-_ONLY: dict[str, Any] = {} if _ZARR_2 else {"zarr_format": ZARR_FORMAT, "use_consolidated": False}
+PACKED = "compressor" if ZARR_2 else "compressors"
+_ONLY: dict[str, Any] = {} if ZARR_2 else {"zarr_format": ZARR_FORMAT, "use_consolidated": False}
 # zarr would run the code in a chunk that says it is pickled.
 _CODECS = {"blosc", "zstd", "vlen-utf8"}
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Place) -> Iterator[None]:
     """One line for whatever zarr raises about a damaged store: it has no error type for that."""
     try:
         yield
@@ -51,19 +50,22 @@ def damage_named(path: Path) -> Iterator[None]:
         raise InputError(f"store {path}: is damaged or cannot be read: {reason}") from error
 
 
-def open_group(path: Path, mode: str) -> Any:
+def open_group(path: Place, mode: str) -> Any:
     """The zarr group, untyped: zarr cannot know which of its members are arrays.
 
     Raises:
         InputError: if an array says that it is packed in a way that `lensclust` never uses.
     """
-    for file in sorted(path.glob("*/.zarray")):
+    for file in sorted((child / ".zarray" for child in path.iterdir()), key=str):
+        if not file.exists():
+            continue
         described = read_json(file)
         packed = [described.get("compressor"), *(described.get("filters") or [])]
         odd = [codec for codec in packed if codec and codec.get("id") not in _CODECS]
         if odd:
             raise InputError(f"store {path}: {file} asks for codec {odd[0]}, expected {_CODECS}")
-    return zarr.open_group(str(path), mode=mode, **_ONLY)  # pyright: ignore[reportArgumentType]
+    store: Any = zarr_store(path, read_only=mode == "r")
+    return zarr.open_group(store, mode=mode, **_ONLY)  # pyright: ignore[reportArgumentType]
 
 
 def checksums(values: np.ndarray, axes: int) -> UInt32[np.ndarray, ...]:
@@ -81,7 +83,7 @@ def checksums(values: np.ndarray, axes: int) -> UInt32[np.ndarray, ...]:
 class CheckedArray(BackendArray):
     """One variable of a store, read lazily; a damaged vector is an error when it is read."""
 
-    def __init__(self, path: Path, store: Any, name: str) -> None:
+    def __init__(self, path: Place, store: Any, name: str) -> None:
         self.path, self.name = path, name
         self.values, self.stored = store[name], store[f"{name}{SUMS}"]
         self.shape, self.dtype = tuple(self.values.shape), np.dtype(self.values.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, make_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +32,8 @@ class RunOptions:
         out: run directory; default runs/STUDY-PRESET.
         resume: continue a run that was interrupted.
         jobs: worker processes; -1 uses all cores.
+        engine: local (processes on this machine) or ray (seeds, checkpoints and sites on all
+            nodes of a Ray cluster; the run directory must lie on a file system that they see).
         quiet: no progress bars.
     """
 
@@ -39,6 +42,7 @@ class RunOptions:
     out: Path | None = None
     resume: bool = False
     jobs: int = -1
+    engine: Literal["local", "ray"] = "local"
     quiet: bool = False
 
 
@@ -63,7 +67,7 @@ class ExtractOptions:
         model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
             directory, a hub id, a GGUF file, a checkpoint.
         tasks: sif, natural, or instruction_induction:DIR.
-        out: the store's folder.
+        out: the store's folder, or its URL such as s3://bucket/a.
         sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
         at: read positions: answer, instruction_end, ...
         batch_tokens: upper bound of a batch's size, padding included; default by device.
@@ -72,12 +76,16 @@ class ExtractOptions:
         device: where the model runs, such as cuda:1; default an accelerator if there is one.
         model_dtype: of the model's weights; default float32, or a checkpoint's own.
         resume: continue a store that was interrupted.
+        engine: local (this process) or ray (replicas of the model on all nodes of a Ray cluster,
+            one GPU each where there are GPUs; the store must lie on a file system that they see).
+        workers: replicas of the model (ray); default as many as there is room for.
+        threads: CPU threads of a replica (ray); default those of this process.
         quiet: no progress bars.
     """
 
     model: str
     tasks: str
-    out: Path
+    out: str
     sites: tuple[str, ...] = ("resid", "head")
     at: tuple[str, ...] = ("answer",)
     batch_tokens: int | None = None
@@ -86,6 +94,9 @@ class ExtractOptions:
     device: str | None = None
     model_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     resume: bool = False
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    threads: int | None = None
     quiet: bool = False
 
 
@@ -162,14 +173,15 @@ def _run(given: list[str]) -> int:
     )
     options, study = parsed.options, parsed.study
     out = options.out or Path("runs") / f"{name}-{preset}"
-    findings = study.execute(
-        out,
-        preset=preset,
-        seeds=options.seeds,
-        resume=options.resume,
-        jobs=options.jobs,
-        progress=not options.quiet,
-    )
+    with _sweeps(options.engine):
+        findings = study.execute(
+            out.absolute() if options.engine == "ray" else out,
+            preset=preset,
+            seeds=options.seeds,
+            resume=options.resume,
+            jobs=options.jobs,
+            progress=not options.quiet,
+        )
     _print_claims(findings)
     print(f"page: {out / 'report.html'}")
     return DONE
@@ -190,27 +202,26 @@ def _extract(given: list[str]) -> int:
     import lensclust as lc
     from lensclust.placement import found_device
     from lensclust.run_directory import require_place
+    from lensclust.store_places import as_place
 
-    require_place(options.out)
-    model = lc.load(
-        options.model,
-        device=None if options.device is None else found_device(options.device),
-        dtype=options.model_dtype and getattr(torch, options.model_dtype),
-        progress=not options.quiet,
-    )
+    place = as_place(options.out)
+    if isinstance(place, Path):
+        require_place(place)
+    loading: dict[str, Any] = {
+        "device": None if options.device is None else found_device(options.device),
+        "dtype": options.model_dtype and getattr(torch, options.model_dtype),
+    }
+    model: Any = lc.load(options.model, progress=not options.quiet, **loading)
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
-    acts = lc.extract(
-        model,
-        prompts,
-        options.sites,
-        at=options.at,
-        batch_tokens=options.batch_tokens,
-        share_prefixes=options.share_prefixes,
-        dtype=options.dtype,
-        store=options.out,
-        resume=options.resume,
-        progress=not options.quiet,
-    )
+    arguments: dict[str, Any] = {"at": options.at, "batch_tokens": options.batch_tokens}
+    arguments |= {"share_prefixes": options.share_prefixes, "dtype": options.dtype}
+    arguments |= {"store": place, "resume": options.resume, "progress": not options.quiet}
+    if options.engine == "ray":
+        del model  # the workers load their own
+        arguments |= {"workers": options.workers, "threads": options.threads, "loading": loading}
+        acts = lc.extract_with_ray(options.model, prompts, options.sites, **arguments)
+    else:
+        acts = lc.extract(model, prompts, options.sites, **arguments)
     sizes = ", ".join(f"{name} {tuple(acts[name].shape)}" for name in acts)
     print(f"store: {options.out} ({acts.sizes['prompt']} prompts; {sizes})")
     return DONE
@@ -263,6 +274,15 @@ def _usage() -> str:
 def _load_studies() -> dict[str, Any]:
     found = {point.name: point for point in entry_points(group="lensclust.studies")}
     return {name: found[name].load() for name in sorted(found)}
+
+
+def _sweeps(engine: str) -> AbstractContextManager[None]:
+    """Where sweeps run inside the block."""
+    if engine == "local":
+        return nullcontext()
+    from lensclust.ray_session import sweeps_on_ray
+
+    return sweeps_on_ray()
 
 
 def _preset(given: list[str], study: Any) -> str:

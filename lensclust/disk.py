@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from upath import UPath
 
 from lensclust.errors import InputError
 
@@ -116,7 +117,7 @@ def remove_partial(*folders: Path) -> None:
             left.unlink()
 
 
-def read_json(path: Path, *, what: str = "") -> Any:
+def read_json(path: Path | UPath, *, what: str = "") -> Any:
     """Parse a JSON file.
 
     Args:

@@ -8,9 +8,9 @@ token is run once (`lensclust.sharing`), where the model allows it and where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.store_places import Place, as_place
 from lensclust.templates import measured, rectangle, template
 
 DTYPES = ("float16", "float32", "float64")
@@ -62,7 +63,7 @@ def extract(
     shard: int = 512,
     share_prefixes: bool = True,
     dtype: str = "float32",
-    store: str | Path | None = None,
+    store: str | Place | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -83,8 +84,10 @@ def extract(
             where the model has a key/value cache and an estimate says that it pays (print
             `lensclust.plan_prefixes`). Equal to running all in full up to rounding.
         dtype: numpy type of what is kept.
-        store: folder of a zarr store to write to instead of memory. A finished store with the
-            same model, tokenizer and sites is appended to.
+        store: folder of a zarr store to write to instead of memory, or its URL
+            (``s3://bucket/a``; `lensclust.store_places` says what a URL cannot give: see that
+            only one process writes to it). A finished store with the same model, tokenizer and
+            sites is appended to.
         resume: continue a store that a killed run left behind.
         progress: show a bar.
 
@@ -106,39 +109,86 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
-    chosen = rectangle(resolve(model, sites))
-    names = [at] if isinstance(at, str) else list(at)
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"extract: positions must be given and differ, given {names}")
-    for name, number in {"batch_tokens": batch_tokens, "shard": shard}.items():
-        if number is not None and number < 1:
-            raise InputError(f"extract: {name}={number}, expected at least 1")
-    positions = torch.stack([prompts.position(name) for name in names], dim=1)
-    require_fits(model, prompts, caller="extract")
-    if dtype not in DTYPES:
-        raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
-    frame = template(model, prompts, chosen, names, np.dtype(dtype))
+    if shard < 1:
+        raise InputError(f"extract: shard={shard}, expected at least 1")
+    reader = ShardReader(
+        model,
+        prompts,
+        sites,
+        at=at,
+        batch_tokens=batch_tokens,
+        share_prefixes=share_prefixes,
+        dtype=dtype,
+    )
 
     def shards(pending: Sequence[range]) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         total = sum(len(rows) for rows in pending)
-        with torch.no_grad(), progress_bar("extract", total, enabled=progress) as advance:
-            reader = _Reader(model, chosen, frame, batch_tokens, share_prefixes)
-            copies = (
-                (rows, reader.read(prompts, index, positions[index], advance))
-                for rows in pending
-                for index in [torch.arange(rows.start, rows.stop)]
-            )
-            for rows, values in arrived(copies):
-                _require_in_range(values)
-                yield rows, values
+        with progress_bar("extract", total, enabled=progress) as advance:
+            yield from reader.read(pending, advance)
 
+    frame = reader.frame
     if store is not None:
-        return on_disk.write(Path(store), frame, shards, shard=shard, resume=resume)
+        return on_disk.write(as_place(store), frame, shards, shard=shard, resume=resume)
     out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
     for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
         for name, value in values.items():
             out[name][rows.start : rows.stop] = value
     return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})
+
+
+class ShardReader:
+    """What was asked of a model, held against it and its prompts, and read shard by shard.
+
+    Args are those of `extract`; ``frame`` is the dataset to be filled, over zeros that take no
+    memory.
+
+    Raises:
+        InputError: as `extract`.
+    """
+
+    def __init__(
+        self,
+        model: TransformerLensModel,
+        prompts: Prompts,
+        sites: SiteSelector,
+        *,
+        at: str | Sequence[str] = "answer",
+        batch_tokens: int | None = None,
+        share_prefixes: bool = True,
+        dtype: str = "float32",
+    ) -> None:
+        chosen = rectangle(resolve(model, sites))
+        names = [at] if isinstance(at, str) else list(at)
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"extract: positions must be given and differ, given {names}")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"extract: batch_tokens={batch_tokens}, expected at least 1")
+        self.prompts = prompts
+        self.positions = torch.stack([prompts.position(name) for name in names], dim=1)
+        require_fits(model, prompts, caller="extract")
+        if dtype not in DTYPES:
+            raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
+        self.frame = template(model, prompts, chosen, names, np.dtype(dtype))
+        self._start = partial(_Reader, model, chosen, self.frame, batch_tokens, share_prefixes)
+
+    @cached_property
+    def _reader(self) -> _Reader:
+        return self._start()
+
+    @torch.no_grad()
+    def read(
+        self, shards: Iterable[range], advance: Callable[..., None]
+    ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+        """Activations of each shard's prompts: variable -> array over its rows."""
+        for rows, values in arrived((rows, self._begin(rows, advance)) for rows in shards):
+            for name, value in values.items():
+                if value.dtype == np.float16 and not np.isfinite(value).all():
+                    raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
+            yield rows, values
+
+    def _begin(self, rows: range, advance: Callable[..., None]) -> HostCopy:
+        index = torch.arange(rows.start, rows.stop)
+        return self._reader.read(self.prompts, index, self.positions[index], advance)
 
 
 class _Reader:
@@ -284,9 +334,3 @@ class _Reader:
             f"extract: {sorted(awaited)} never fired in {model_name(self.model)}; "
             "load the model with eager attention"
         )
-
-
-def _require_in_range(values: Mapping[str, np.ndarray]) -> None:
-    for name, value in values.items():
-        if value.dtype == np.float16 and not np.isfinite(value).all():
-            raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")

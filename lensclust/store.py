@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from lensclust.checked_arrays import (
     SUMS,
     ZARR_FORMAT,
     CheckedArray,
-    checksums,
     damage_named,
     open_group,
 )
-from lensclust.disk import locked, remove_partial, writing
+from lensclust.disk import remove_partial, writing
 from lensclust.errors import InputError
 from lensclust.store_notes import (
     batch_entry,
@@ -47,7 +45,9 @@ from lensclust.store_notes import (
     rows_expected,
     stored_kind,
 )
+from lensclust.store_places import Place, as_place, held, made_whole, vacant, zarr_store
 from lensclust.store_reading import open_activations, opened, read_finished
+from lensclust.store_writing import Destination
 
 # What must agree before rows may be added to a store.
 IDENTITY = ("weights", "tokenizer", "sites", "dtype")
@@ -66,20 +66,48 @@ def shard_ranges(start: int, stop: int, size: int) -> list[range]:
 
 
 def write(
-    path: Path,
+    path: Place,
     frame: xr.Dataset,
     produce: Callable[[Sequence[range]], Iterable[Shard]],
     *,
     shard: int,
     resume: bool,
 ) -> xr.Dataset:
-    """Write, append to or finish a store, and open it.
+    """Write, append to or finish a store from this process, and open it.
 
     Args:
-        path: the store's folder.
-        frame: labels, dimensions and provenance of the rows to write; its values are not read.
+        path, frame, shard, resume: as in `fill`.
         produce: called with the row ranges of ``frame`` still missing, yields each with its
             values.
+
+    Raises:
+        InputError: as `fill`.
+    """
+
+    def work(destination: Destination, missing: Sequence[range]) -> None:
+        for rows, values in produce(missing):
+            destination.put(rows, values)
+
+    return fill(path, frame, work, shard=shard, resume=resume)
+
+
+def fill(
+    path: Place,
+    frame: xr.Dataset,
+    work: Callable[[Destination, Sequence[range]], None],
+    *,
+    shard: int,
+    resume: bool,
+) -> xr.Dataset:
+    """Write, append to or finish a store by whatever hands, and open it.
+
+    This process holds the lock, lays out the store and notes that it is complete.
+
+    Args:
+        path: the store's folder or URL.
+        frame: labels, dimensions and provenance of the rows to write; its values are not read.
+        work: called with where to put shards, and the row ranges of ``frame`` still missing;
+            returns when each has been put there, by this process or others.
         shard: rows of a new store's chunks; a store keeps the size it was made with.
         resume: finish a store whose writing was interrupted.
 
@@ -89,41 +117,36 @@ def write(
             writes to it; if it is damaged, or nothing can be written there.
     """
     what = f"store {path}"
-    with writing(what):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the store: it is made whole, in one rename, and holds nothing but itself.
-    with locked(path.with_name(f".{path.name}.lock"), what):
-        if not path.exists() or not any(path.iterdir() if path.is_dir() else [path]):
-            with writing(what):
+    with held(path, what):
+        with damage_named(path):
+            is_new = vacant(path)
+        if is_new:
+            with damage_named(path), writing(what):
                 _create(path, frame, shard)
             start = 0
         else:
             start = _admit(path, frame, resume)
         with damage_named(path):
             store = open_group(path, "r+")
-            shard, measured = int(store.attrs["shard"]), measured_names(store)
             stop = start + frame.sizes["prompt"]
             done = rows_done(store, slice(start, stop))
         missing = [
             range(rows.start - start, rows.stop - start)
-            for rows in shard_ranges(start, stop, shard)
+            for rows in shard_ranges(start, stop, int(store.attrs["shard"]))
             if not done[rows.start - start : rows.stop - start].all()
         ]
-        for rows, values in produce(missing) if missing else ():
-            region = slice(start + rows.start, start + rows.stop)
-            with damage_named(path), writing(what):
-                for name in measured:
-                    store[name][region] = values[name]
-                for name in measured:
-                    sums = store[f"{name}{SUMS}"]
-                    sums[region] = checksums(values[name], sums.ndim)
+        if missing:
+            work(Destination(path, start), missing)
         with damage_named(path), writing(what):
-            if stop == rows_expected(store) != int(store.attrs["written"]):
+            whole = bool(rows_done(store, slice(start, stop)).all())
+            if whole and stop == rows_expected(store) != int(store.attrs["written"]):
                 note(store, written=stop)
+        if not whole:
+            raise RuntimeError(f"store {path}: not all that was missing was put there")
         return read_finished(path, open_group(path, "r"))
 
 
-def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
+def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
     """Rows whose activations no longer match their checksums, read shard by shard.
 
     Raises:
@@ -136,15 +159,16 @@ def verify(path: str | Path) -> Int[np.ndarray, " bad"]:
     >>> verify(folder).tolist()
     []
     """
-    sizes = open_activations(path).sizes
-    store = open_group(Path(path), "r")
-    arrays = [CheckedArray(Path(path), store, name) for name in measured_names(store)]
+    place = as_place(path)
+    sizes = open_activations(place).sizes
+    store = open_group(place, "r")
+    arrays = [CheckedArray(place, store, name) for name in measured_names(store)]
     shards = shard_ranges(0, sizes["prompt"], int(store.attrs["shard"]))
     bad = [rows.start + np.flatnonzero(sum(a.damaged(rows) for a in arrays)) for rows in shards]
     return np.concatenate(bad)
 
 
-def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
+def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
     """Lay out the store beside its place and move it there whole."""
     measured = [str(name) for name in frame if "prompt" in frame[name].dims]
     shard = min(shard, frame.sizes["prompt"])
@@ -167,19 +191,17 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
     for name, label in frame.coords.items():
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with made_whole(path) as building:
         # Chunks of nothing but the fill value are not written, so the layout takes no space.
         layout.to_zarr(
-            str(temporary),
+            zarr_store(building, read_only=False),
             mode="w",
             encoding=encoding,
             zarr_format=ZARR_FORMAT,
             consolidated=False,
             write_empty_chunks=False,
         )
-        store = open_group(temporary, "r+")
+        store = open_group(building, "r+")
         note(
             store,
             **frame.attrs,
@@ -189,17 +211,13 @@ def _create(path: Path, frame: xr.Dataset, shard: int) -> None:
             written=0,
             layout=layout_digest(store, frame),
         )
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _admit(path: Path, frame: xr.Dataset, resume: bool) -> int:
+def _admit(path: Place, frame: xr.Dataset, resume: bool) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
     store = opened(path, "r+")
-    remove_partial(path, *path.iterdir())
+    if isinstance(path, Path):
+        remove_partial(path, *path.iterdir())
     with damage_named(path):
         _require_same(path, store, frame)
         batches, batch = batches_written(store), batch_entry(frame)
@@ -237,7 +255,7 @@ def _grow(store: Any, frame: xr.Dataset, rows: slice, total: int) -> None:
             store[str(name)][rows] = label.values
 
 
-def _require_same(path: Path, store: Any, frame: xr.Dataset) -> None:
+def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
     for key in IDENTITY:
         if store.attrs[key] != frame.attrs[key]:
             raise InputError(

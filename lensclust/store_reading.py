@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ from lensclust.store_notes import (
     rows_expected,
     seal,
 )
+from lensclust.store_places import Place, as_place, zarr_store
 
 
-def open_activations(path: str | Path) -> xr.Dataset:
+def open_activations(path: str | Place) -> xr.Dataset:
     """Open a finished store; labels are loaded, activations are read when they are used.
 
     Whatever is read is held against its checksum, then or when it is used.
@@ -36,18 +36,18 @@ def open_activations(path: str | Path) -> xr.Dataset:
     Raises:
         InputError: if there is no store, its writing was interrupted, or it is damaged.
     """
-    path = Path(path)
-    return read_finished(path, _finished(path))
+    place = as_place(path)
+    return read_finished(place, _finished(place))
 
 
-def read_finished(path: Path, store: Any) -> xr.Dataset:
+def read_finished(path: Place, store: Any) -> xr.Dataset:
     """The rows that were finished; those of a call that was interrupted are left out."""
     with damage_named(path):
         _require_even(path, store)
         measured = measured_names(store)
         unread = [*measured, *(f"{name}{SUMS}" for name in measured)]
         dataset = xr.open_dataset(
-            str(path),
+            zarr_store(path, read_only=True),
             engine="zarr",
             chunks=None,
             drop_variables=unread,
@@ -63,12 +63,13 @@ def read_finished(path: Path, store: Any) -> xr.Dataset:
     return dataset.drop_attrs(deep=False).assign_attrs(provenance(dataset.attrs))
 
 
-def opened(path: Path, mode: str) -> Any:
+def opened(path: Place, mode: str) -> Any:
     """The group of a store whose attributes are those that were written."""
-    attributes = path / ".zattrs"
-    if not ((path / ".zgroup").exists() and attributes.exists()):
-        raise InputError(f"store {path}: not a folder of activations made by extract(store=...)")
     with damage_named(path):
+        if not ((path / ".zgroup").exists() and (path / ".zattrs").exists()):
+            raise InputError(
+                f"store {path}: not a folder of activations made by extract(store=...)"
+            )
         store = open_group(path, mode)
         if "measured" not in store.attrs:
             raise InputError(
@@ -79,7 +80,7 @@ def opened(path: Path, mode: str) -> Any:
     return store
 
 
-def _finished(path: Path) -> Any:
+def _finished(path: Place) -> Any:
     """The group of a store that holds all its prompts."""
     store = opened(path, "r")
     with damage_named(path):
@@ -94,7 +95,7 @@ def _finished(path: Path) -> Any:
     return store
 
 
-def _require_even(path: Path, store: Any) -> None:
+def _require_even(path: Place, store: Any) -> None:
     """Arrays that share an axis are equally long there, before one is read that says it is huge."""
     sizes = {"prompt": rows_expected(store)}
     for name, array in store.arrays():
@@ -106,7 +107,7 @@ def _require_even(path: Path, store: Any) -> None:
                 )
 
 
-def _check(path: Path, store: Any, dataset: xr.Dataset) -> None:
+def _check(path: Place, store: Any, dataset: xr.Dataset) -> None:
     """Hold everything but activations against the digests that were noted."""
     written = int(store.attrs["written"])
     if layout_digest(store, dataset) != store.attrs["layout"]:

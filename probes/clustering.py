@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, prompt_labels, select, site_values
@@ -28,6 +28,7 @@ from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
+from lensclust.sweeping import in_parallel
 from probes.batched_kmeans import group_partitions
 from probes.centroids import Centroids
 from probes.groups import against_null, label_groups
@@ -213,10 +214,11 @@ def cluster(
     if device is not None:
         there = found_device(device)
         partitioned = group_partitions(states, groups, device=there, **options)
-    work: Any = Parallel(n_jobs=jobs, return_as="generator")(
+    calls = (
         delayed(score_groups)(values, groups, metrics=chosen, partitions=found, **options)
         for values, found in partitioned
     )
+    work = in_parallel(calls, jobs=jobs)
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     names = {name: [g.name for g in groups if name in g.codes] for name in labels}

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
-from joblib import Parallel, delayed
+from joblib import delayed
 from threadpoolctl import threadpool_limits
 
 from lensclust.activations import VARIABLES, dataset_sites
@@ -32,6 +32,7 @@ from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import mean_interval, permutation_p
+from lensclust.sweeping import in_parallel
 from probes.folds import Design, design
 from probes.site_fits import KINDS, SiteFit, SiteRows, class_counts, fit_site
 from probes.sweeps import ProbeSweep
@@ -123,10 +124,11 @@ def probe(
         seed=seed,
     )
     sites = dataset_sites(acts, kinds)
-    work: Any = Parallel(n_jobs=jobs if there is None else 1, return_as="generator")(
+    calls = (
         delayed(fit_site)(SiteRows.of(acts, site, position, there), plan, kind, used)
         for site in sites
     )
+    work = in_parallel(calls, jobs=jobs if there is None else 1)
     fits: list[SiteFit] = []
     # Matrices are small: a second thread costs more than it saves. (joblib limits its workers.)
     with threadpool_limits(1), progress_bar("probe", len(sites), enabled=progress) as advance:

@@ -71,16 +71,18 @@ class Context:
         and the like; it is there again on resume.
         """
         import pandas as pd
-        from joblib import Parallel, delayed
+        from joblib import delayed
+
+        from lensclust.sweeping import in_parallel
 
         folders = [self.out / "parts" / f"{title}-{item}" for item in items]
-        work = Parallel(n_jobs=self.jobs, return_as="generator")(
+        calls = (
             delayed(_once)(function, item, folder)
             for item, folder in zip(items, folders, strict=True)
         )
         found = []
         with progress_bar(title, len(items), enabled=self.progress) as advance:
-            for frames in work:
+            for frames in in_parallel(calls, jobs=self.jobs):
                 found.append(frames)
                 advance()
         return {name: pd.concat([f[name] for f in found], ignore_index=True) for name in found[0]}

@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 
 from lensclust.run_directory import machine, write_atomically
-from tests.benchmarks import clustering, extraction, growth, linear, patching, prefixes
+from tests.benchmarks import (
+    clustering,
+    device,
+    distributed,
+    extraction,
+    growth,
+    linear,
+    patching,
+    prefixes,
+)
 from tests.benchmarks.readme import put
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,11 +31,17 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "extraction": extraction.rows,
     "prefixes": prefixes.rows,
     "growth": growth.rows,
+    "device": device.rows,
+    "distributed": distributed.rows,
     "linear": linear.rows,
     "patching": patching.rows,
     "clustering": clustering.rows,
 }
-FULL = {"prefixes": lambda: prefixes.rows(full=True), "growth": lambda: growth.rows(full=True)}
+FULL = {
+    "prefixes": lambda: prefixes.rows(full=True),
+    "growth": lambda: growth.rows(full=True),
+    "distributed": lambda: distributed.rows(full=True),
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -73,6 +88,8 @@ def tables(results: dict[str, dict]) -> str:
             grown.append(f"| {row['what']} | {row['sizes']} | {steps} | {most} |")
         else:
             limit = f"{row['share of limit']:.2f} of {row['limit']:.3g}" if "limit" in row else ""
+            if share := row.get("share of the matrix rate"):
+                limit = f"{share:.2f} of the matrix rate"
             compared.append(
                 f"| {row['what']} | {row['peer']} | {row['ours / peer']:.2g} | {limit} "
                 f"| {row['largest difference']:.0e} |"

@@ -1,0 +1,114 @@
+"""Where a store lies: in a folder, or at any URL that fsspec understands (``s3://bucket/a``).
+
+A folder has a lock and comes into being in one rename. Object storage has neither, so that
+- nothing keeps two processes from writing to one URL: what they do to each other is noticed,
+  by checksums and digests, when it is read, but not prevented;
+- a store there is laid out in place, with a marker beside it until it is whole; what a kill left
+  half laid out is laid out again.
+An object is replaced whole or not at all, as a file in a folder is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import zarr
+from upath import UPath
+
+from lensclust.disk import locked, writing
+from lensclust.errors import InputError
+
+Place = Path | UPath
+"""A folder (`pathlib.Path`) or a URL (`upath.UPath`)."""
+
+ZARR_2 = zarr.__version__.startswith("2.")
+
+
+def as_place(store: str | Path | UPath) -> Place:
+    """A folder or URL as `pathlib` or `universal_pathlib` has it.
+
+    Raises:
+        InputError: if the URL's file system is not known or not installed, or it names no store.
+
+    >>> as_place("runs/a.zarr"), as_place("file:///runs/a.zarr")
+    (PosixPath('runs/a.zarr'), PosixPath('/runs/a.zarr'))
+    >>> str(as_place("memory://runs/a/"))
+    'memory://runs/a'
+    """
+    if not isinstance(store, UPath) and "://" not in str(store):
+        return Path(store)
+    given = store if isinstance(store, UPath) else str(store).rstrip("/")
+    try:
+        # A listing that was kept would hide what was written since.
+        place = UPath(given, use_listings_cache=False)
+        if place.protocol in ("", "file", "local"):
+            return Path(place.path)
+        _ = place.fs
+    except (ImportError, ValueError) as error:
+        raise InputError(f"store {store}: {error}") from error
+    if ZARR_2:
+        raise InputError(f"store {store}: a URL needs zarr 3, and so Python 3.11 or newer")
+    if not place.name:
+        raise InputError(f"store {store}: names no store, expected {store}/NAME")
+    return place
+
+
+def zarr_store(place: Place, *, read_only: bool) -> Any:
+    """What zarr and xarray open."""
+    if isinstance(place, UPath):
+        from zarr.storage import FsspecStore
+
+        options: Any = dict(place.storage_options)
+        return FsspecStore.from_url(str(place), storage_options=options, read_only=read_only)
+    return str(place)
+
+
+@contextmanager
+def held(place: Place, what: str) -> Iterator[None]:
+    """Keep other processes from writing to a folder; nothing does that at a URL.
+
+    Raises:
+        InputError: if another process holds it, or nothing can be written there.
+    """
+    if isinstance(place, UPath):
+        yield
+        return
+    with writing(what):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the store: it is made whole, in one rename, and holds nothing but itself.
+    with locked(place.with_name(f".{place.name}.lock"), what):
+        yield
+
+
+def vacant(place: Place) -> bool:
+    """Whether a store can be made there: nothing is there, or what a kill left half laid out."""
+    if isinstance(place, UPath) and _marker(place).exists():
+        return True
+    return not place.exists() or not any(place.iterdir() if place.is_dir() else [place])
+
+
+@contextmanager
+def made_whole(place: Place) -> Iterator[Place]:
+    """Where to lay out a store that is at ``place`` when the block ends, and not before."""
+    if isinstance(place, UPath):
+        _marker(place).write_text("half laid out")
+        yield place
+        _marker(place).unlink()
+        return
+    temporary = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        if place.exists():
+            place.rmdir()
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _marker(place: UPath) -> UPath:
+    return place.with_name(f".{place.name}.unfinished")

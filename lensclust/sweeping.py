@@ -1,0 +1,25 @@
+"""Independent calls spread by joblib, over whatever backend the caller has chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from joblib import Parallel
+from joblib.parallel import get_active_backend
+
+
+def in_parallel(calls: Iterable[Any], *, jobs: int) -> Iterable[Any]:
+    """Results of `joblib.delayed` calls, in their order.
+
+    Inside ``joblib.parallel_config(backend="ray")`` or ``"dask"`` the calls are spread over that
+    cluster. Results come one by one as they are ready; Ray's backend cannot do that and gives
+    them all at the end.
+
+    >>> from joblib import delayed
+    >>> list(in_parallel((delayed(abs)(n) for n in (-1, 2)), jobs=1))
+    [1, 2]
+    """
+    backend, _ = get_active_backend()
+    gradual = getattr(backend, "supports_return_generator", False)
+    return Parallel(n_jobs=jobs, return_as="generator" if gradual else "list")(calls)
