@@ -175,7 +175,6 @@ class ShardReader:
     def _reader(self) -> _Reader:
         return self._start()
 
-    @torch.no_grad()
     def read(
         self, shards: Iterable[range], advance: Callable[..., None]
     ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
@@ -186,6 +185,7 @@ class ShardReader:
                     raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
             yield rows, values
 
+    @torch.no_grad()
     def _begin(self, rows: range, advance: Callable[..., None]) -> HostCopy:
         index = torch.arange(rows.start, rows.stop)
         return self._reader.read(self.prompts, index, self.positions[index], advance)
