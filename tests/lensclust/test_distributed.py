@@ -19,6 +19,7 @@ import xarray as xr
 import lensclust as lc
 from lensclust import store, store_notes
 from lensclust.checked_arrays import open_group
+from lensclust.cli import main
 from lensclust.disk import file_digest
 from tests.lensclust.test_store import some_prompts
 from tests.tiny import hf_model, tiny_tokenizer
@@ -83,6 +84,16 @@ def test_a_death_half_way_leaves_the_store_of_one_process(nodes, tmp_path, caplo
     xr.testing.assert_identical(many.load(), one.load())
     assert store.verify(path).size == 0
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["1", "many"]
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_store_of_one_process(nodes, tmp_path):
+    nodes.grow_to(2)
+    command = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--quiet", "--out"]
+    spread = ["--engine", "ray", "--workers", "2", "--threads", "1"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    assert main([*command, str(tmp_path / "many"), *spread]) == 0
+    assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
 @pytest.mark.slow
