@@ -69,6 +69,15 @@ def data_names() -> list[str]:
     return [name for name in _data() if name != _GENERAL]
 
 
+def class_names(name: str) -> tuple[str, ...]:
+    """The classes of a set that needs no hub.
+
+    >>> class_names("sst2")
+    ('negative', 'positive')
+    """
+    return tuple(_data()[name]["classes"])
+
+
 def labelled_texts(
     source: Any,
     *,

@@ -1,0 +1,370 @@
+"""What the scores of single components and of reweighting say: the study's claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lensclust as lc
+from lensclust.results import decide
+from studies.frames import rank_correlations, where
+
+PAPER: dict[str, Any] = {
+    "source": "Chang, Thomason & Jia, arXiv 2406.13131",
+    "origin": "reconstruction",
+}
+OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
+KINDS = ("good", "bad", "label-biased")
+# A model is not good yet below this share of its accuracy at the end.
+GOOD = 0.9
+
+
+class Pretrained:
+    """The scores of the pretrained model as one number a seed: means over sets and templates."""
+
+    def __init__(self, scores: pd.DataFrame) -> None:
+        self.scores = where(scores, part="pretrained")
+        own = where(self.scores, metric="accuracy")
+        self.seeds = sorted(int(seed) for seed in own["seed"].unique())
+        counted = own[own["method"].str.endswith("-shot")]
+        self.labels = sorted({int(name.removesuffix("-shot")) for name in counted["method"]})
+        # Twins are asked with few shots alone: methods are compared without them.
+        self.methods = own[own["template"].isin([*counted["template"].unique(), "all"])]
+
+    def accuracy(self, method: str) -> np.ndarray:
+        """Accuracy of a method."""
+        return self._by_seed(where(self.methods, method=method))
+
+    def relative_to_chance(self, method: str) -> np.ndarray:
+        """Accuracy over that of always saying one label."""
+        rows = where(self.methods, method=method)
+        chance = where(self.scores, metric="chance").groupby("data")["value"].mean()
+        return self._by_seed(rows.assign(value=rows["value"] / rows["data"].map(chance)))
+
+    def chance(self) -> float:
+        return float(where(self.scores, metric="chance").groupby("data")["value"].mean().mean())
+
+    def alike(self, method: str, metric: str = "correlation") -> np.ndarray:
+        """Transfer over demonstrations, templates or twins, in the order of the seeds."""
+        return self._by_seed(where(self.scores, metric=metric, method=method))
+
+    def shares(self, method: str = "model") -> pd.DataFrame:
+        """Share of components of each type: a row a seed."""
+        rows = where(self.scores, metric="share", method=method)
+        return rows.pivot_table("value", "seed", "type")[[*KINDS, "chance"]]
+
+    def heads(self) -> pd.DataFrame:
+        """A row a set and head: how well it clusters by task, how right it is, by block."""
+        ari = where(self.scores, metric="ari", method="model").set_index(["block", "head"])["value"]
+        own = where(self.scores, metric="component accuracy", kind="head")
+        right = own.groupby(["data", "block", "head"])["value"].mean().rename("accuracy")
+        return right.reset_index().join(ari.rename("ari"), on=["block", "head"])
+
+    def words(self) -> float:
+        """ARI of what the prompts' words alone give away."""
+        return _mean(where(self.scores, metric="ari", method="words")["value"].to_numpy())
+
+    def _by_seed(self, rows: pd.DataFrame) -> np.ndarray:
+        by_set = rows.groupby(["seed", "data"])["value"].mean()
+        return by_set.groupby("seed").mean().reindex(self.seeds).to_numpy()
+
+
+class Synthetic:
+    """The scores of the trained models as one number a seed."""
+
+    def __init__(self, scores: pd.DataFrame) -> None:
+        self.scores = where(scores, part="synthetic")
+        self.steps = sorted(int(step) for step in self.scores["step"].unique())
+
+    def accuracy(self, method: str) -> pd.DataFrame:
+        """Accuracy of a method: a row a seed, a column a checkpoint."""
+        rows = where(self.scores, metric="accuracy", method=method)
+        return rows.pivot_table("value", "seed", "step").sort_index()
+
+    def gain(self, method: str, over: str) -> np.ndarray:
+        """Accuracy over another's, mean over trained checkpoints at which the model is not good."""
+        model = self.accuracy("model")
+        early = model.lt(GOOD * model[self.steps[-1]], axis=0)
+        early[self.steps[0]] = False
+        gain = (self.accuracy(method) - self.accuracy(over)).where(early)
+        return gain.mean(axis=1).dropna().to_numpy()
+
+    def chance(self) -> np.ndarray:
+        """Accuracy that the input alone allows."""
+        return where(self.scores, metric="chance", method="input alone").groupby("seed")[
+            "value"
+        ].mean().to_numpy()  # fmt: skip
+
+    def heads(self, step: int) -> pd.DataFrame:
+        """A row a seed and head: how well it clusters by task, how right it is."""
+        rows = where(self.scores, step=step)
+        keys = ["seed", "block", "head"]
+        ari = where(rows, metric="ari").set_index(keys)["value"].rename("ari")
+        own = where(rows, metric="component accuracy", kind="head")
+        return own.rename(columns={"value": "accuracy"})[[*keys, "accuracy"]].join(ari, on=keys)
+
+
+def claims(scores: pd.DataFrame) -> list[lc.Claim]:
+    """Decide the claims; those of the pretrained model are left out where there is none."""
+    found = _training(Synthetic(scores))
+    if "pretrained" in set(scores["part"]):
+        seen = Pretrained(scores)
+        found = [*_components(seen), *_transfer(seen), *_reweighting(seen), _heads(seen), *found]
+    return found
+
+
+def _components(seen: Pretrained) -> list[lc.Claim]:
+    model, best = seen.accuracy("model"), seen.accuracy("best component")
+    shares, untrained = seen.shares(), seen.shares("random weights")
+    over: dict[str, Any] = {"unit": "seed of demonstrations", **PAPER}
+    return [
+        decide(
+            "best-component",
+            "The best single component answers more prompts right than the whole model (chosen "
+            "on other queries)",
+            best - model,
+            control={
+                "best component": best.mean(),
+                "model": model.mean(),
+                "one label": seen.chance(),
+                "chosen on the same queries": seen.accuracy("best component, same queries").mean(),
+            },
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "worst-component",
+            "and the worst is far below chance (accuracy over that of always saying one label, "
+            "chosen on other queries)",
+            seen.relative_to_chance("worst component"),
+            control={
+                "worst component": seen.accuracy("worst component").mean(),
+                "model, over chance": seen.relative_to_chance("model").mean(),
+                "chosen on the same queries": seen.relative_to_chance(
+                    "worst component, same queries"
+                ).mean(),
+            },
+            at_most=0.5,
+            **over,
+        ),
+        decide(
+            "kinds",
+            "Good, bad and label-biased components are all there (share of the rarest of the "
+            "three among heads and MLPs)",
+            shares[list(KINDS)].min(axis=1).to_numpy(),
+            control={
+                **{name: shares[name].mean() for name in KINDS},
+                **{f"{name}, random weights": untrained[name].mean() for name in KINDS},
+            },
+            at_least=0.01,
+            **over,
+        ),
+    ]
+
+
+def _transfer(seen: Pretrained) -> list[lc.Claim]:
+    alike = {name: seen.alike(name) for name in ("demonstrations", "templates", "twins")}
+    control = {name: _mean(values) for name, values in alike.items()}
+    control |= {f"Jaccard of five, {name}": _mean(seen.alike(name, "jaccard")) for name in alike}
+    over: dict[str, Any] = {"unit": "seed of demonstrations", **PAPER}
+    return [
+        decide(
+            "steady-over-demonstrations",
+            "Component accuracies agree more over demonstrations than over templates "
+            "(correlation, one less the other)",
+            alike["demonstrations"] - alike["templates"],
+            control=control,
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "steady-over-twins",
+            "and more over templates that differ in one character than over any two",
+            alike["twins"] - alike["templates"],
+            control=control,
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "twins-differ",
+            "though one character of white space changes how often the model is right (mean "
+            "absolute difference)",
+            seen.alike("twins", "gap"),
+            control={
+                "other demonstrations": _mean(seen.alike("demonstrations", "gap")),
+                "another template": _mean(seen.alike("templates", "gap")),
+            },
+            at_least=0.05,
+            **over,
+        ),
+    ]
+
+
+def _reweighting(seen: Pretrained) -> list[lc.Claim]:
+    most = seen.labels[-1]
+    over: dict[str, Any] = {"unit": "seed of labelled examples"}
+    found = []
+    for n in seen.labels:
+        own = seen.accuracy(f"reweighting {n}")
+        few = seen.accuracy("model")
+        for id, method, words in (
+            (f"over-few-shot-{n}", "model", "few-shot prompts without it"),
+            (f"over-{n}-shot", f"{n}-shot", "as many demonstrations"),
+            (f"over-calibration-{n}", f"Calib+ {n}", "calibration (Calib+)"),
+            (f"over-prompt-selection-{n}", f"prompt selection {n}", "prompt selection"),
+        ):
+            other = seen.accuracy(method)
+            found.append(
+                decide(
+                    id,
+                    f"Reweighting from {n} labels beats {words} (accuracy gained)",
+                    own - other,
+                    control={
+                        f"reweighting {n}": own.mean(),
+                        method: other.mean(),
+                        "few shots": few.mean(),
+                    }
+                    if method != "model"
+                    else {f"reweighting {n}": own.mean(), "few shots": few.mean()},
+                    at_least=0,
+                    **over,
+                    **PAPER,
+                )
+            )
+    own = seen.accuracy(f"reweighting {most}")
+    for id, variant, statement in (
+        ("labels-matter", "dealt labels", "and it is the labels that do it: right ones beat dealt"),
+        ("converged", "script", "Converged weights beat those of the source's script"),
+        ("muted", "free", "Weights that may only mute beat weights that may also invert"),
+    ):
+        other = seen.accuracy(f"reweighting {most}, {variant}")
+        found.append(
+            decide(
+                id,
+                f"{statement} (accuracy gained, {most} labels)",
+                own - other,
+                control={f"reweighting {most}": own.mean(), variant: other.mean()},
+                at_least=0,
+                **over,
+                **OURS,
+            )
+        )
+    return found
+
+
+def _heads(seen: Pretrained) -> lc.Claim:
+    heads = seen.heads()
+    heads["beyond its block"] = heads["ari"] - heads.groupby(["data", "block"])["ari"].transform(
+        "mean"
+    )
+    heads["accuracy beyond"] = heads["accuracy"] - heads.groupby(["data", "block"])[
+        "accuracy"
+    ].transform("mean")
+    within = rank_correlations(heads, "beyond its block", "accuracy beyond", by="data")
+    return decide(
+        "task-heads",
+        "Heads whose outputs cluster by task are the ones that are right alone (rank correlation "
+        "over heads of ARI with accuracy)",
+        rank_correlations(heads, "ari", "accuracy", by="data").to_numpy(),
+        control={
+            "with the means of blocks taken out": float(within.mean()),
+            **_top(heads, ["data"]),
+            "best ARI of a head": float(heads["ari"].max()),
+            "ARI of the words": seen.words(),
+        },
+        at_least=0,
+        unit="data set",
+        n_seeds=len(seen.seeds),
+        **OURS,
+    )
+
+
+def _training(seen: Synthetic) -> list[lc.Claim]:
+    best, model = seen.accuracy("best component"), seen.accuracy("model")
+    first, last = seen.steps[0], seen.steps[-1]
+    most = max(
+        int(name.removeprefix("reweighting "))
+        for name in seen.scores["method"].dropna().unique()
+        if name.removeprefix("reweighting ").isdigit()
+    )
+    heads, before = seen.heads(last), seen.heads(first)
+    early = [model[step].mean() for step in seen.steps]
+    return [
+        decide(
+            "none-untrained",
+            "Before training no component is right (accuracy of the best, chosen on other "
+            "prompts, above what the input alone allows)",
+            best[first].to_numpy() - seen.chance(),
+            control={
+                "input alone": seen.chance().mean(),
+                "chosen on the same prompts": seen.accuracy("best component, same queries")[
+                    first
+                ].mean(),
+                "best component, trained": best[last].mean(),
+            },
+            at_most=0,
+            **PAPER,
+        ),
+        decide(
+            "components-first",
+            "Components are right before the model is (best component, chosen on other prompts, "
+            "less the model, mean over checkpoints at which the model is not good yet)",
+            _or_open(seen.gain("best component", "model")),
+            control={
+                "at the end": (best[last] - model[last]).mean(),
+                "model at the end": model[last].mean(),
+                "checkpoints": float(len(early)),
+            },
+            at_least=0,
+            **PAPER,
+        ),
+        decide(
+            "reweighting-half-trained",
+            f"Reweighting from {most} labels finds what a half-trained model knows (accuracy "
+            "gained over the model, mean over those checkpoints)",
+            _or_open(seen.gain(f"reweighting {most}", "model")),
+            control={
+                f"Calib+ {most}": _mean(seen.gain(f"Calib+ {most}", "model")),
+                "dealt labels": _mean(seen.gain(f"reweighting {most}, dealt labels", "model")),
+                "script": _mean(seen.gain(f"reweighting {most}, script", "model")),
+            },
+            at_least=0,
+            **OURS,
+        ),
+        decide(
+            "task-heads-trained",
+            "In the trained model, heads whose outputs cluster by task given the input are the "
+            "ones that are right alone (rank correlation over heads)",
+            rank_correlations(heads, "ari", "accuracy", by="seed").to_numpy(),
+            control={
+                "untrained model": float(
+                    rank_correlations(before, "ari", "accuracy", by="seed").mean()
+                ),
+                **_top(heads, ["seed"]),
+            },
+            at_least=0,
+            **OURS,
+        ),
+    ]
+
+
+def _top(heads: pd.DataFrame, by: Sequence[str], share: float = 0.1) -> dict[str, float]:
+    """Accuracy of the tenth of heads that clusters best, and of the others."""
+    rank = heads.groupby(list(by))["ari"].rank(ascending=False, method="first", pct=True)
+    top = rank <= share
+    return {
+        "accuracy of the tenth that clusters best": float(heads.loc[top, "accuracy"].mean()),
+        "of the others": float(heads.loc[~top, "accuracy"].mean()),
+    }
+
+
+def _or_open(values: np.ndarray) -> np.ndarray:
+    """One missing value where no seed gives any: the claim then stays inconclusive."""
+    return values if values.size else np.array([np.nan])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
