@@ -37,7 +37,7 @@ from lensclust.sharing import rounding_tolerance
 from lensclust.sites import model_name
 from probes.choices import Choices, label_tokens
 from probes.component_logits import ComponentLogits
-from probes.label_logits import LabelLogits
+from probes.label_logits import LabelLogits, component_table, require_decomposable
 
 # Parts that miss the model's own logits by more are refused.
 TOLERANCE = 1e-3
@@ -87,6 +87,7 @@ def decompose(
     tokens = label_tokens(model, choices, caller="decompose")
     targets = None if label is None else _targets(prompts, label, list(tokens))
     require_fits(model, prompts, caller="decompose")
+    require_decomposable(model, caller="decompose")
     parts = LabelLogits(model, torch.tensor(list(tokens.values())))
     seen = torch.zeros(len(prompts), dtype=torch.bool)
     with progress_bar("decompose", len(prompts), enabled=progress) as advance:
@@ -117,7 +118,7 @@ def decompose(
             f"(relative error {error:.2g}, expected at most {allowed:.2g}); in float32?"
         )
     return ComponentLogits(
-        data=_dataset(model, prompts, parts.names(), tokens, targets, label, logits, own),
+        data=_dataset(model, prompts, tokens, targets, label, logits, own),
         error=error,
     )
 
@@ -146,17 +147,15 @@ def _targets(prompts: Prompts, column: str, labels: list[str]) -> np.ndarray:
 def _dataset(
     model: Any,
     prompts: Prompts,
-    names: list[tuple[str, str, int, int]],
     tokens: dict[str, int],
     targets: np.ndarray | None,
     column: str | None,
     logits: np.ndarray,
     own: np.ndarray,
 ) -> xr.Dataset:
-    component, kind, block, head = (list(each) for each in zip(*names, strict=True))
-    coords: dict[str, Any] = {"component": component, "label": list(tokens)}
-    coords |= {"kind": ("component", kind), "block": ("component", block)}
-    coords |= {"head": ("component", head), "token": ("label", list(tokens.values()))}
+    coords: dict[str, Any] = {"label": list(tokens), "token": ("label", list(tokens.values()))}
+    table = component_table(model)
+    coords |= {str(name): ("component", column.to_numpy()) for name, column in table.items()}
     rows = {k: v for k, v in prompts.label_arrays().items() if k != column}
     if taken := [name for name in rows if name in (*AXES, "label")]:
         raise InputError(f"decompose: label {taken[0]!r} of the rows is the name of an axis")

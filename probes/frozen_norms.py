@@ -54,14 +54,14 @@ class FrozenNorm:
         gain = (plain - zero) / unit
         return cls(gain, zero, bool((moved - plain).norm() < 0.01 * (plain - zero).norm()))
 
-    def scaled_only(self, states: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+    def scaled_only(self, states: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The norm of states but for its scale and shift."""
         centred = states - states.mean(-1, keepdim=True) if self.centred else states
         return self.gain * centred
 
     def inverse_scale(
-        self, before: Float[Tensor, "row d_model"], after: Float[Tensor, "row d_model"]
-    ) -> Float[Tensor, " row"]:
+        self, before: Float[Tensor, "*rows d_model"], after: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, " *rows"]:
         """``1 / σ`` of each state, from what the norm made of it."""
         unscaled = self.scaled_only(before.to(self.gain))
         made = after.to(self.gain) - self.shift

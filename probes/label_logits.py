@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,19 +15,47 @@ from lensclust.sites import BLOCK_HOOKS, Site, hook_name, model_name, resolve
 from probes.frozen_norms import FrozenNorm, exact
 
 
+def require_decomposable(model: Any, *, caller: str) -> None:
+    """Refuse a model whose label logits are no sum over its heads and MLPs.
+
+    Raises:
+        InputError: in the name of ``caller``, if a block has no heads, or there is no final norm
+            right before an unembedding of ``d_model`` rows.
+    """
+    resolve(model, "z")
+    rows = model.W_U.shape[0]
+    if rows != model.cfg.d_model or not hasattr(model, "ln_final"):
+        raise InputError(
+            f"{caller}: {model_name(model)} has states of {model.cfg.d_model} numbers and "
+            f"unembeds {rows}, expected as many, right after a final norm"
+        )
+
+
+def component_table(model: Any) -> pd.DataFrame:
+    """Every component of a model in order: ``component, kind, block, head`` (-1 for none).
+
+    >>> import lensclust as lc
+    >>> component_table(lc.load("native:sif-small")).component[[0, 1, 25, 31]].tolist()
+    ['embed', 'head 0.0', 'mlp 0', 'bias']
+    """
+    blocks = range(model.cfg.n_layers)
+    heads = [
+        (str(Site("head", block, head)), "head", block, head)
+        for block in blocks
+        for head in range(model.cfg.n_heads)
+    ]
+    mlps = [(f"mlp {b}", "mlp", b, -1) for b in blocks if _mlp_hook(b) in model.hook_dict]
+    rows = [("embed", "embed", -1, -1), *heads, *mlps, ("bias", "bias", -1, -1)]
+    return pd.DataFrame(rows, columns=["component", "kind", "block", "head"])
+
+
 class LabelLogits:
     """Turns the states of a forward into the label logits of every component."""
 
     def __init__(self, model: Any, labels: Int[Tensor, " label"]) -> None:
         cfg, hooks = model.cfg, model.hook_dict
         self.weight = model.W_U.detach()
-        if self.weight.shape[0] != cfg.d_model or not hasattr(model, "ln_final"):
-            raise InputError(
-                f"decompose: {model_name(model)} projects its states or has no norm before "
-                f"unembedding; expected a final norm and an unembedding of {cfg.d_model} rows"
-            )
         self.labels = labels
-        resolve(model, "z")
         chosen = self.weight[:, labels.to(self.weight.device)].to(exact(self.weight.dtype))
         self.norm = FrozenNorm.of(model.ln_final, self.weight, cfg.d_model)
         self.matrix = self.norm.pulled_back(chosen)
@@ -35,28 +64,17 @@ class LabelLogits:
             self.bias = self.bias + unembedding_bias.detach()[labels.to(self.bias.device)]
         self.embed = hook_name(model, Site("resid", 0))
         self.blocks = range(cfg.n_layers)
-        names = {block: BLOCK_HOOKS["mlp_out"].format(block) for block in self.blocks}
-        self.mlps = {block: name for block, name in names.items() if name in hooks}
+        self.mlps = [name for name in map(_mlp_hook, self.blocks) if name in hooks]
         self.writing = [_Writing.from_model(model, block, self.matrix) for block in self.blocks]
-        self.hooks = [self.embed, "ln_final.hook_in", "ln_final.hook_out", *self.mlps.values()]
+        self.hooks = [self.embed, "ln_final.hook_in", "ln_final.hook_out", *self.mlps]
         self.hooks += [hook for each in self.writing for hook in each.hooks]
-
-    def names(self) -> list[tuple[str, str, int, int]]:
-        """Of each component in turn: its name, kind, block and head (-1 for none)."""
-        heads = [
-            (str(Site("head", block, head)), "head", block, head)
-            for block in self.blocks
-            for head in range(self.writing[block].bracket.shape[0])
-        ]
-        mlps = [(f"mlp {block}", "mlp", block, -1) for block in self.mlps]
-        return [("embed", "embed", -1, -1), *heads, *mlps, ("bias", "bias", -1, -1)]
 
     def of(self, states: States) -> Float[Tensor, "row component label"]:
         def logits(name: str) -> Tensor:
             return (states[name].to(self.matrix) @ self.matrix)[:, None]
 
         heads, biases = zip(*(each.of(states) for each in self.writing), strict=True)
-        mlps = [logits(name) for name in self.mlps.values()]
+        mlps = [logits(name) for name in self.mlps]
         bias = torch.stack([each.to(self.bias) for each in biases]).sum(0)
         parts = [logits(self.embed), *(each.to(self.matrix) for each in heads), *mlps, bias]
         inverse = self.norm.inverse_scale(states["ln_final.hook_in"], states["ln_final.hook_out"])
@@ -114,3 +132,7 @@ class _Writing:
         frozen, before, after = self.norm
         inverse = frozen.inverse_scale(states[before], states[after])[:, None, None]
         return heads * inverse, bias * inverse + self.shift
+
+
+def _mlp_hook(block: int) -> str:
+    return BLOCK_HOOKS["mlp_out"].format(block)
