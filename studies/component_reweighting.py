@@ -137,15 +137,29 @@ class ComponentReweighting(Study):
                 )
         if self.pretrained != "none" and len(set(self.data)) < max(2, len(self.data)):
             raise lc.InputError(f"data={self.data}: expected two or more, all different")
-        needed = {"the synthetic task": self.n_inputs}
+        if self.labels[0] < self.n_inputs:
+            raise lc.InputError(
+                f"labels={self.labels}: the synthetic task needs at least {self.n_inputs}"
+            )
         if self.pretrained != "none":
-            # Demonstrations, and one example of each class to learn from.
-            sizes = {name: len(class_names(name)) for name in self.data if name in known}
-            needed |= {name: max(4, n) + n for name, n in sizes.items()}
-        for name, number in needed.items():
-            if self.labels[0] < number:
-                raise lc.InputError(f"labels={self.labels}: {name} needs at least {number}")
+            for name in self.data:
+                if name in known:
+                    self.check_classes(name, len(class_names(name)))
         lc.tasks.sif(**self.sizes(), seed=0)
+
+    def check_classes(self, name: str, n: int) -> None:
+        """Refuse fewer labels or queries than a set of so many classes needs."""
+        # Demonstrations and an example of each class to learn from; two queries, to choose
+        # components on one and score them on the other.
+        for field, given, needed in (
+            ("labels", self.labels[0], max(4, n) + n),
+            ("queries", self.queries, 2 * n),
+        ):
+            if given < needed:
+                raise lc.InputError(
+                    f"{field}={getattr(self, field)}: {name} has {n} classes and needs at least "
+                    f"{needed}"
+                )
 
     def sizes(self) -> dict[str, Any]:
         """The knobs of the synthetic task."""

@@ -49,11 +49,12 @@ def _pretrained(scores: pd.DataFrame) -> dict[str, Any]:
     shown = [m for m in accuracy["method"].unique() if "," not in m]
     # The measurement first: figures colour it.
     order = sorted(shown, key=lambda m: (not m.startswith("reweighting"), shown.index(m)))
-    accuracy["method"] = pd.Categorical(accuracy["method"], order)
+    accuracy = accuracy[accuracy["method"].isin(order)]
+    accuracy = accuracy.assign(method=pd.Categorical(accuracy["method"], order))
     heads = where(rows, metric="component accuracy", kind="head")
     return {
         "methods": figures.bars(
-            accuracy.dropna(subset="method").sort_values(["data", "method"]),
+            accuracy.sort_values(["data", "method"]),
             name="method",
             facet="data",
             title="What labels can be used for",

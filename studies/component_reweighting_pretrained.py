@@ -34,9 +34,10 @@ def measure_data(
     study: ComponentReweighting, name: str, seeds: Sequence[int]
 ) -> dict[str, pd.DataFrame]:
     """Everything about one set of labelled texts."""
-    model = lc.load(study.pretrained, progress=False)
     texts = lc.tasks.labelled_texts(name, progress=False)
+    study.check_classes(name, len(texts.classes))
     templates = templates_of(texts, study.templates)
+    model = lc.load(study.pretrained, progress=False)
     twins = [(a, b) for a, b in texts.twins if a in templates]
     few = {
         (template, seed): _decomposed(study, model, texts, template, seed, max(study.labels))
@@ -203,11 +204,6 @@ def _methods(
         for key, parts in few.items():
             examples = _split(parts, "example")
             shown = int(parts.data["shots"].values[0])
-            if n_labels < shown + len(parts.labels):
-                raise lc.InputError(
-                    f"labels={study.labels}: {parts.data['task'].values[0]} needs at least "
-                    f"{shown + len(parts.labels)}"
-                )
             learnt[key] = examples.take(np.arange(n_labels - shown))
         found = relearned(
             list(learnt.values()), list(asked.values()), n_labels, full=n_labels == study.labels[-1]
