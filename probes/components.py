@@ -63,7 +63,8 @@ def decompose(
         choices: label -> its single token, as an id or as the text that the tokenizer makes one
             token of (mind the leading space); or a list of such texts, each its own label.
         label: the column of ``prompts.rows`` that holds each prompt's right label, one of those
-            in ``choices``; None if there is none, then nothing can be scored.
+            in ``choices``; None if there is none, then nothing can be scored. It becomes the
+            coordinate ``target``.
         batch_tokens, share_prefixes: as in `lensclust.extract`.
         progress: show a bar.
 
@@ -156,7 +157,9 @@ def _dataset(
     coords: dict[str, Any] = {"label": list(tokens), "token": ("label", list(tokens.values()))}
     table = component_table(model)
     coords |= {str(name): ("component", column.to_numpy()) for name, column in table.items()}
-    rows = {k: v for k, v in prompts.label_arrays().items() if k != column}
+    # The labels have an axis of that name; what was in the column is `target`.
+    left_out = (column, "label") if column is None else (column,)
+    rows = {k: v for k, v in prompts.label_arrays().items() if k not in left_out}
     if taken := [name for name in rows if name in (*AXES, "label")]:
         raise InputError(f"decompose: label {taken[0]!r} of the rows is the name of an axis")
     coords |= {name: ("prompt", values) for name, values in rows.items()}

@@ -173,7 +173,15 @@ class Reweighting:
         return found
 
 
-def reweight(components: ComponentLogits, **options: Any) -> Reweighting:
+def reweight(
+    components: ComponentLogits,
+    *,
+    box: bool = True,
+    penalty: float | int | None = None,
+    folds: int = 4,
+    seed: int = 0,
+    official: bool = False,
+) -> Reweighting:
     """Weights of one task's components: `reweight_many` of one.
 
     >>> import lensclust as lc
@@ -185,14 +193,16 @@ def reweight(components: ComponentLogits, **options: Any) -> Reweighting:
     >>> bool(found.gap < 1e-3), bool(((found.weights >= 0) & (found.weights <= 1)).all())
     (True, True)
     """
-    return reweight_many([components], **options)[0]
+    return reweight_many(
+        [components], box=box, penalty=penalty, folds=folds, seed=seed, official=official
+    )[0]
 
 
 def reweight_many(
     components: Sequence[ComponentLogits],
     *,
     box: bool = True,
-    penalty: float | None = None,
+    penalty: float | int | None = None,
     folds: int = 4,
     seed: int = 0,
     official: bool = False,
@@ -236,12 +246,12 @@ def reweight_many(
         )
         fitted, gaps = found.weights[..., 0], found.gap[:, 0].tolist()
     made = []
-    for weights, each, *notes in zip(fitted, components, chosen, gaps, frames, strict=True):
+    for number, each in enumerate(components):
         values = np.full(len(writers), 0.0 if official else 1.0)
-        values[writers] = weights.numpy()
+        values[writers] = fitted[number].numpy()
         coords = {name: each.data[name] for name in ("component", "kind", "block", "head")}
         table = xr.DataArray(values, dims=("component",), coords=coords, name="weight")
-        made.append(Reweighting(table, *notes))
+        made.append(Reweighting(table, chosen[number], gaps[number], frames[number]))
     return made
 
 
@@ -249,7 +259,7 @@ def _check(
     components: Sequence[ComponentLogits],
     *,
     box: bool,
-    penalty: float | None,
+    penalty: float | int | None,
     folds: int,
     official: bool,
 ) -> None:
