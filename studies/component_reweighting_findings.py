@@ -10,101 +10,14 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.results import decide
-from studies.frames import rank_correlations, where
+from studies.component_reweighting_tables import KINDS, Pretrained, Synthetic, mean
+from studies.frames import rank_correlations
 
 PAPER: dict[str, Any] = {
     "source": "Chang, Thomason & Jia, arXiv 2406.13131",
     "origin": "reconstruction",
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
-KINDS = ("good", "bad", "label-biased")
-# A model is not good yet below this share of its accuracy at the end.
-GOOD = 0.9
-
-
-class Pretrained:
-    """The scores of the pretrained model as one number a seed: means over sets and templates."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = where(scores, part="pretrained")
-        own = where(self.scores, metric="accuracy")
-        self.seeds = sorted(int(seed) for seed in own["seed"].unique())
-        counted = own[own["method"].str.endswith("-shot")]
-        self.labels = sorted({int(name.removesuffix("-shot")) for name in counted["method"]})
-        # Twins are asked with few shots alone: methods are compared without them.
-        self.methods = own[own["template"].isin([*counted["template"].unique(), "all"])]
-
-    def accuracy(self, method: str) -> np.ndarray:
-        """Accuracy of a method."""
-        return self._by_seed(where(self.methods, method=method))
-
-    def relative_to_chance(self, method: str) -> np.ndarray:
-        """Accuracy over that of always saying one label."""
-        rows = where(self.methods, method=method)
-        chance = where(self.scores, metric="chance").groupby("data")["value"].mean()
-        return self._by_seed(rows.assign(value=rows["value"] / rows["data"].map(chance)))
-
-    def chance(self) -> float:
-        return float(where(self.scores, metric="chance").groupby("data")["value"].mean().mean())
-
-    def alike(self, method: str, metric: str = "correlation") -> np.ndarray:
-        """Transfer over demonstrations, templates or twins, in the order of the seeds."""
-        return self._by_seed(where(self.scores, metric=metric, method=method))
-
-    def shares(self, method: str = "model") -> pd.DataFrame:
-        """Share of components of each type: a row a seed."""
-        rows = where(self.scores, metric="share", method=method)
-        return rows.pivot_table("value", "seed", "type")[[*KINDS, "chance"]]
-
-    def heads(self) -> pd.DataFrame:
-        """A row a set and head: how well it clusters by task, how right it is, by block."""
-        ari = where(self.scores, metric="ari", method="model").set_index(["block", "head"])["value"]
-        own = where(self.scores, metric="component accuracy", kind="head")
-        right = own.groupby(["data", "block", "head"])["value"].mean().rename("accuracy")
-        return right.reset_index().join(ari.rename("ari"), on=["block", "head"])
-
-    def words(self) -> float:
-        """ARI of what the prompts' words alone give away."""
-        return _mean(where(self.scores, metric="ari", method="words")["value"].to_numpy())
-
-    def _by_seed(self, rows: pd.DataFrame) -> np.ndarray:
-        by_set = rows.groupby(["seed", "data"])["value"].mean()
-        return by_set.groupby("seed").mean().reindex(self.seeds).to_numpy()
-
-
-class Synthetic:
-    """The scores of the trained models as one number a seed."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = where(scores, part="synthetic")
-        self.steps = sorted(int(step) for step in self.scores["step"].unique())
-
-    def accuracy(self, method: str) -> pd.DataFrame:
-        """Accuracy of a method: a row a seed, a column a checkpoint."""
-        rows = where(self.scores, metric="accuracy", method=method)
-        return rows.pivot_table("value", "seed", "step").sort_index()
-
-    def gain(self, method: str, over: str) -> np.ndarray:
-        """Accuracy over another's, mean over trained checkpoints at which the model is not good."""
-        model = self.accuracy("model")
-        early = model.lt(GOOD * model[self.steps[-1]], axis=0)
-        early[self.steps[0]] = False
-        gain = (self.accuracy(method) - self.accuracy(over)).where(early)
-        return gain.mean(axis=1).dropna().to_numpy()
-
-    def chance(self) -> np.ndarray:
-        """Accuracy that the input alone allows."""
-        return where(self.scores, metric="chance", method="input alone").groupby("seed")[
-            "value"
-        ].mean().to_numpy()  # fmt: skip
-
-    def heads(self, step: int) -> pd.DataFrame:
-        """A row a seed and head: how well it clusters by task, how right it is."""
-        rows = where(self.scores, step=step)
-        keys = ["seed", "block", "head"]
-        ari = where(rows, metric="ari").set_index(keys)["value"].rename("ari")
-        own = where(rows, metric="component accuracy", kind="head")
-        return own.rename(columns={"value": "accuracy"})[[*keys, "accuracy"]].join(ari, on=keys)
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
@@ -167,8 +80,8 @@ def _components(seen: Pretrained) -> list[lc.Claim]:
 
 def _transfer(seen: Pretrained) -> list[lc.Claim]:
     alike = {name: seen.alike(name) for name in ("demonstrations", "templates", "twins")}
-    control = {name: _mean(values) for name, values in alike.items()}
-    control |= {f"Jaccard of five, {name}": _mean(seen.alike(name, "jaccard")) for name in alike}
+    control = {name: mean(values) for name, values in alike.items()}
+    control |= {f"Jaccard of five, {name}": mean(seen.alike(name, "jaccard")) for name in alike}
     over: dict[str, Any] = {"unit": "seed of demonstrations", **PAPER}
     return [
         decide(
@@ -194,8 +107,8 @@ def _transfer(seen: Pretrained) -> list[lc.Claim]:
             "absolute difference)",
             seen.alike("twins", "gap"),
             control={
-                "other demonstrations": _mean(seen.alike("demonstrations", "gap")),
-                "another template": _mean(seen.alike("templates", "gap")),
+                "other demonstrations": mean(seen.alike("demonstrations", "gap")),
+                "another template": mean(seen.alike("templates", "gap")),
             },
             at_least=0.05,
             **over,
@@ -327,9 +240,9 @@ def _training(seen: Synthetic) -> list[lc.Claim]:
             "gained over the model, mean over those checkpoints)",
             _or_open(seen.gain(f"reweighting {most}", "model")),
             control={
-                f"Calib+ {most}": _mean(seen.gain(f"Calib+ {most}", "model")),
-                "dealt labels": _mean(seen.gain(f"reweighting {most}, dealt labels", "model")),
-                "script": _mean(seen.gain(f"reweighting {most}, script", "model")),
+                f"Calib+ {most}": mean(seen.gain(f"Calib+ {most}", "model")),
+                "dealt labels": mean(seen.gain(f"reweighting {most}, dealt labels", "model")),
+                "script": mean(seen.gain(f"reweighting {most}, script", "model")),
             },
             at_least=0,
             **OURS,
@@ -364,7 +277,3 @@ def _top(heads: pd.DataFrame, by: Sequence[str], share: float = 0.1) -> dict[str
 def _or_open(values: np.ndarray) -> np.ndarray:
     """One missing value where no seed gives any: the claim then stays inconclusive."""
     return values if values.size else np.array([np.nan])
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
