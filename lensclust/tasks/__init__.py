@@ -4,10 +4,23 @@ Each function has the name of its module and takes its place here: ``tasks.natur
 function, ``from lensclust.tasks.natural import ...`` still reaches the module.
 """
 
+from lensclust.tasks.classification import classification
 from lensclust.tasks.icl import icl
 from lensclust.tasks.instruction_induction import instruction_induction
+from lensclust.tasks.label_words import choices
+from lensclust.tasks.labelled_texts import data_names, labelled_texts
 from lensclust.tasks.names import from_name
 from lensclust.tasks.natural import natural
 from lensclust.tasks.sif import sif
 
-__all__ = ["from_name", "icl", "instruction_induction", "natural", "sif"]
+__all__ = [
+    "choices",
+    "classification",
+    "data_names",
+    "from_name",
+    "icl",
+    "instruction_induction",
+    "labelled_texts",
+    "natural",
+    "sif",
+]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
+from lensclust.tasks.classification import classification
 from lensclust.tasks.instruction_induction import instruction_induction
 from lensclust.tasks.natural import natural
 from lensclust.tasks.sif import sif
@@ -20,11 +21,17 @@ SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
     "instruction_induction": lambda folder, tokenizer: instruction_induction(
         folder, _required(tokenizer, "instruction_induction")
     ),
+    "classification": lambda data, tokenizer: classification(
+        data, _required(tokenizer, "classification")
+    ),
 }
+# What is named behind a colon, of the sources that need it.
+_ARGUMENTS = {"instruction_induction": "FOLDER", "classification": "DATA"}
 
 
 def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
-    """The prompts called ``sif``, ``natural`` or ``instruction_induction:FOLDER``.
+    """The prompts called ``sif``, ``natural``, ``instruction_induction:FOLDER`` or
+    ``classification:DATA`` (``classification:sst2``).
 
     Raises:
         InputError: if there is no such source, its folder is missing, or it needs a tokenizer.
@@ -32,12 +39,11 @@ def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Pr
     >>> len(from_name("sif")) > 1000
     True
     """
-    source, _, folder = name.partition(":")
-    if source not in SOURCES or bool(folder) != (source == "instruction_induction"):
-        raise InputError(
-            f"tasks {name!r} are not known: expected sif, natural or instruction_induction:FOLDER"
-        )
-    return SOURCES[source](folder, tokenizer)
+    source, _, argument = name.partition(":")
+    if source not in SOURCES or bool(argument) != (source in _ARGUMENTS):
+        known = [f"{s}:{_ARGUMENTS[s]}" if s in _ARGUMENTS else s for s in SOURCES]
+        raise InputError(f"tasks {name!r} are not known: expected {', '.join(known)}")
+    return SOURCES[source](argument, tokenizer)
 
 
 def _synthetic(tokenizer: PreTrainedTokenizerBase | None) -> Prompts:

@@ -37,6 +37,10 @@ FORBIDDEN = {
 }
 
 
+# Reads pickles that name no code; tests/lensclust/tasks/test_classification.py tries it.
+PLAIN = ROOT / "lensclust" / "plain_pickles.py"
+
+
 def test_nothing_in_the_sources_reads_pickles() -> None:
     for path in (
         p for name in ("lensclust", "probes", "studies") for p in (ROOT / name).rglob("*.py")
@@ -49,7 +53,8 @@ def test_nothing_in_the_sources_reads_pickles() -> None:
                 said = {node.module or "", *(f"{node.module}.{a.name}" for a in node.names)}
             elif isinstance(node, ast.Call):
                 said = {ast.unparse(node.func)}
-            assert not said & FORBIDDEN, f"{path}: {said & FORBIDDEN}"
+            allowed = {"pickle"} if path == PLAIN else set()
+            assert not said & FORBIDDEN - allowed, f"{path}: {said & FORBIDDEN}"
 
 
 class Ran:

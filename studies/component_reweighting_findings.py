@@ -1,0 +1,279 @@
+"""What the scores of single components and of reweighting say: the study's claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lensclust as lc
+from lensclust.results import decide
+from studies.component_reweighting_tables import KINDS, Pretrained, Synthetic, mean
+from studies.frames import rank_correlations
+
+PAPER: dict[str, Any] = {
+    "source": "Chang, Thomason & Jia, arXiv 2406.13131",
+    "origin": "reconstruction",
+}
+OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
+
+
+def claims(scores: pd.DataFrame) -> list[lc.Claim]:
+    """Decide the claims; those of the pretrained model are left out where there is none."""
+    found = _training(Synthetic(scores))
+    if "pretrained" in set(scores["part"]):
+        seen = Pretrained(scores)
+        found = [*_components(seen), *_transfer(seen), *_reweighting(seen), _heads(seen), *found]
+    return found
+
+
+def _components(seen: Pretrained) -> list[lc.Claim]:
+    model, best = seen.accuracy("model"), seen.accuracy("best component")
+    shares, untrained = seen.shares(), seen.shares("random weights")
+    over: dict[str, Any] = {"unit": "seed of demonstrations", **PAPER}
+    return [
+        decide(
+            "best-component",
+            "The best single component answers more prompts right than the whole model (chosen "
+            "on other queries)",
+            best - model,
+            control={
+                "best component": best.mean(),
+                "model": model.mean(),
+                "one label": seen.chance(),
+                "chosen on the same queries": seen.accuracy("best component, same queries").mean(),
+            },
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "worst-component",
+            "and the worst is far below chance (accuracy over that of always saying one label, "
+            "chosen on other queries)",
+            seen.relative_to_chance("worst component"),
+            control={
+                "worst component": seen.accuracy("worst component").mean(),
+                "model, over chance": seen.relative_to_chance("model").mean(),
+                "chosen on the same queries": seen.relative_to_chance(
+                    "worst component, same queries"
+                ).mean(),
+            },
+            at_most=0.5,
+            **over,
+        ),
+        decide(
+            "kinds",
+            "Good, bad and label-biased components are all there (share of the rarest of the "
+            "three among heads and MLPs)",
+            shares[list(KINDS)].min(axis=1).to_numpy(),
+            control={
+                **{name: shares[name].mean() for name in KINDS},
+                **{f"{name}, random weights": untrained[name].mean() for name in KINDS},
+            },
+            at_least=0.01,
+            **over,
+        ),
+    ]
+
+
+def _transfer(seen: Pretrained) -> list[lc.Claim]:
+    alike = {name: seen.alike(name) for name in ("demonstrations", "templates", "twins")}
+    control = {name: mean(values) for name, values in alike.items()}
+    control |= {f"Jaccard of five, {name}": mean(seen.alike(name, "jaccard")) for name in alike}
+    over: dict[str, Any] = {"unit": "seed of demonstrations", **PAPER}
+    return [
+        decide(
+            "steady-over-demonstrations",
+            "Component accuracies agree more over demonstrations than over templates "
+            "(correlation, one less the other)",
+            alike["demonstrations"] - alike["templates"],
+            control=control,
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "steady-over-twins",
+            "and more over templates that differ in one character than over any two",
+            alike["twins"] - alike["templates"],
+            control=control,
+            at_least=0,
+            **over,
+        ),
+        decide(
+            "twins-differ",
+            "though one character of white space changes how often the model is right (mean "
+            "absolute difference)",
+            seen.alike("twins", "gap"),
+            control={
+                "other demonstrations": mean(seen.alike("demonstrations", "gap")),
+                "another template": mean(seen.alike("templates", "gap")),
+            },
+            at_least=0.05,
+            **over,
+        ),
+    ]
+
+
+def _reweighting(seen: Pretrained) -> list[lc.Claim]:
+    most = seen.labels[-1]
+    over: dict[str, Any] = {"unit": "seed of labelled examples"}
+    found = []
+    for n in seen.labels:
+        own = seen.accuracy(f"reweighting {n}")
+        few = seen.accuracy("model")
+        for id, method, words in (
+            (f"over-few-shot-{n}", "model", "few-shot prompts without it"),
+            (f"over-{n}-shot", f"{n}-shot", "as many demonstrations"),
+            (f"over-calibration-{n}", f"Calib+ {n}", "calibration (Calib+)"),
+            (f"over-prompt-selection-{n}", f"prompt selection {n}", "prompt selection"),
+        ):
+            other = seen.accuracy(method)
+            found.append(
+                decide(
+                    id,
+                    f"Reweighting from {n} labels beats {words} (accuracy gained)",
+                    own - other,
+                    control={
+                        f"reweighting {n}": own.mean(),
+                        method: other.mean(),
+                        "few shots": few.mean(),
+                    }
+                    if method != "model"
+                    else {f"reweighting {n}": own.mean(), "few shots": few.mean()},
+                    at_least=0,
+                    **over,
+                    **PAPER,
+                )
+            )
+    own = seen.accuracy(f"reweighting {most}")
+    for id, variant, statement in (
+        ("labels-matter", "dealt labels", "and it is the labels that do it: right ones beat dealt"),
+        ("converged", "script", "Converged weights beat those of the source's script"),
+        ("muted", "free", "Weights that may only mute beat weights that may also invert"),
+    ):
+        other = seen.accuracy(f"reweighting {most}, {variant}")
+        found.append(
+            decide(
+                id,
+                f"{statement} (accuracy gained, {most} labels)",
+                own - other,
+                control={f"reweighting {most}": own.mean(), variant: other.mean()},
+                at_least=0,
+                **over,
+                **OURS,
+            )
+        )
+    return found
+
+
+def _heads(seen: Pretrained) -> lc.Claim:
+    heads = seen.heads()
+    heads["beyond its block"] = heads["ari"] - heads.groupby(["data", "block"])["ari"].transform(
+        "mean"
+    )
+    heads["accuracy beyond"] = heads["accuracy"] - heads.groupby(["data", "block"])[
+        "accuracy"
+    ].transform("mean")
+    within = rank_correlations(heads, "beyond its block", "accuracy beyond", by="data")
+    return decide(
+        "task-heads",
+        "Heads whose outputs cluster by task are the ones that are right alone (rank correlation "
+        "over heads of ARI with accuracy)",
+        rank_correlations(heads, "ari", "accuracy", by="data").to_numpy(),
+        control={
+            "with the means of blocks taken out": float(within.mean()),
+            **_top(heads, ["data"]),
+            "best ARI of a head": float(heads["ari"].max()),
+            "ARI of the words": seen.words(),
+        },
+        at_least=0,
+        unit="data set",
+        n_seeds=len(seen.seeds),
+        **OURS,
+    )
+
+
+def _training(seen: Synthetic) -> list[lc.Claim]:
+    best, model = seen.accuracy("best component"), seen.accuracy("model")
+    first, last = seen.steps[0], seen.steps[-1]
+    most = max(
+        int(name.removeprefix("reweighting "))
+        for name in seen.scores["method"].dropna().unique()
+        if name.removeprefix("reweighting ").isdigit()
+    )
+    heads, before = seen.heads(last), seen.heads(first)
+    early = [model[step].mean() for step in seen.steps]
+    return [
+        decide(
+            "none-untrained",
+            "Before training no component is right (accuracy of the best, chosen on other "
+            "prompts, above what the input alone allows)",
+            best[first].to_numpy() - seen.chance(),
+            control={
+                "input alone": seen.chance().mean(),
+                "chosen on the same prompts": seen.accuracy("best component, same queries")[
+                    first
+                ].mean(),
+                "best component, trained": best[last].mean(),
+            },
+            at_most=0.05,
+            **PAPER,
+        ),
+        decide(
+            "components-first",
+            "Components are right before the model is (best component, chosen on other prompts, "
+            "less the model, mean over checkpoints at which the model is not good yet)",
+            _or_open(seen.gain("best component", "model")),
+            control={
+                "at the end": (best[last] - model[last]).mean(),
+                "model at the end": model[last].mean(),
+                "checkpoints": float(len(early)),
+            },
+            at_least=0,
+            **PAPER,
+        ),
+        decide(
+            "reweighting-half-trained",
+            f"Reweighting from {most} labels finds what a half-trained model knows (accuracy "
+            "gained over the model, mean over those checkpoints)",
+            _or_open(seen.gain(f"reweighting {most}", "model")),
+            control={
+                f"Calib+ {most}": mean(seen.gain(f"Calib+ {most}", "model")),
+                "dealt labels": mean(seen.gain(f"reweighting {most}, dealt labels", "model")),
+                "script": mean(seen.gain(f"reweighting {most}, script", "model")),
+            },
+            at_least=0,
+            **OURS,
+        ),
+        decide(
+            "task-heads-trained",
+            "In the trained model, heads whose outputs cluster by task given the input are the "
+            "ones that are right alone (rank correlation over heads)",
+            rank_correlations(heads, "ari", "accuracy", by="seed").to_numpy(),
+            control={
+                "untrained model": float(
+                    rank_correlations(before, "ari", "accuracy", by="seed").mean()
+                ),
+                **_top(heads, ["seed"]),
+            },
+            at_least=0,
+            **OURS,
+        ),
+    ]
+
+
+def _top(heads: pd.DataFrame, by: Sequence[str], share: float = 0.1) -> dict[str, float]:
+    """Accuracy of the tenth of heads that clusters best, and of the others."""
+    rank = heads.groupby(list(by))["ari"].rank(ascending=False, method="first", pct=True)
+    top = rank <= share
+    return {
+        "accuracy of the tenth that clusters best": float(heads.loc[top, "accuracy"].mean()),
+        "of the others": float(heads.loc[~top, "accuracy"].mean()),
+    }
+
+
+def _or_open(values: np.ndarray) -> np.ndarray:
+    """One missing value where no seed gives any: the claim then stays inconclusive."""
+    return values if values.size else np.array([np.nan])

@@ -1,0 +1,84 @@
+"""One training on the synthetic task: when components become right, and when the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import lensclust as lc
+import probes
+from lensclust.native import native_config
+from lensclust.tasks.classification import balanced_order
+from lensclust.threads import one_thread
+from lensclust.training import required_sizes
+from probes.components import decompose
+from studies.component_reweighting import ComponentReweighting
+from studies.component_reweighting_scores import component_rows, extremes, kind_shares, relearned
+from studies.emergence import UNSEEN, clustered_prompts, input_only_accuracy
+from studies.study import silenced
+
+
+def measure_seed(study: ComponentReweighting, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+    """Train a model, and at every checkpoint score and reweigh its components."""
+    prompts = lc.tasks.sif(**study.sizes(), seed=seed)
+    config = native_config(study.model, **required_sizes(prompts))
+    with one_thread():
+        run = lc.train(
+            config,
+            prompts,
+            steps=study.steps,
+            batch_size=study.batch_size,
+            lr=study.lr,
+            n_checkpoints=study.n_checkpoints,
+            out=folder / "checkpoints",
+            seed=seed,
+            resume=True,
+            progress=False,
+        )
+        unseen = clustered_prompts(prompts, study.rows_per_mapping).where(split=UNSEEN)
+        tables = [
+            _checkpoint(study, model, unseen, seed).assign(step=step)
+            for step, model in run.models()
+        ]
+        model = run.model()
+    scores = pd.concat(tables, ignore_index=True).assign(part="synthetic", seed=seed)
+    weights = pd.DataFrame({"name": [f"seed {seed}"], "fingerprint": [lc.fingerprint(model)]})
+    return {"scores": scores, "weights": weights}
+
+
+def _checkpoint(
+    study: ComponentReweighting, model: Any, prompts: lc.Prompts, seed: int
+) -> pd.DataFrame:
+    """Components on unseen strings, reweighting from some of them, and clusters of heads."""
+    outputs = prompts.rows["output"].astype(str)
+    choices = {
+        name: answer[0]
+        for name, answer in sorted({*zip(outputs, prompts.answers or (), strict=True)})
+    }
+    parts = decompose(model, prompts, choices, label="output", progress=False)
+    order = balanced_order(parts.targets, np.random.default_rng(seed))
+    most = study.labels[-1]
+    queries = parts.take(order[most:])
+    # What the input alone gives away is all that a component need not read the task for.
+    chance = float(input_only_accuracy(prompts.rows).iloc[0])
+    rows = [
+        *extremes(queries),
+        *kind_shares(queries),
+        {"metric": "chance", "method": "input alone", "value": chance},
+        {"metric": "error", "method": "sum", "value": parts.error},
+    ]
+    for n_labels in study.labels:
+        learnt = parts.take(order[:n_labels])
+        rows += relearned([learnt], [queries], n_labels, full=n_labels == most)[0]
+    acts = lc.extract(model, prompts, "head", progress=False)
+    with silenced("probes.clustering"):
+        found = probes.cluster(acts, permutations=study.permutations, kinds="head", jobs=1).frame
+    ari = found[found["metric"] == "ari"].rename(columns={"layer": "block"})
+    columns = ["metric", "block", "head", "value", "null_mean"]
+    return pd.concat(
+        [pd.DataFrame(rows), component_rows(queries), ari[columns].assign(method="model")],
+        ignore_index=True,
+    )

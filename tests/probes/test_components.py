@@ -1,0 +1,281 @@
+"""Components add up to the model's own label logits, and each is what it is said to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lensclust as lc
+from lensclust.errors import InputError
+from probes.component_logits import ComponentLogits
+from probes.components import decompose
+from probes.frozen_norms import FrozenNorm
+from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model, tiny_tokenizer
+
+CHOICES = {"a": 5, "b": 9, "c": 31}
+TOKENS = list(CHOICES.values())
+NATIVE = "native:sif-small"
+# Heads of these pass through a norm before the residual stream.
+POST_NORM = ("gemma2",)
+
+
+def model_of(name: str) -> Any:
+    return lc.load(NATIVE if name == "native" else hf_model(name))
+
+
+def prompts_of(n: int = 12, seed: int = 0, shared: int = 0) -> lc.Prompts:
+    rng = np.random.default_rng(seed)
+    prefix = rng.integers(3, D_VOCAB, shared).tolist()
+    ids = [[*prefix, *rng.integers(3, D_VOCAB, rng.integers(2, 9)).tolist()] for _ in range(n)]
+    return lc.Prompts.from_token_lists(ids, pd.DataFrame({"label": [*"abc"] * (n // 3)}))
+
+
+@torch.no_grad()
+def spelt_out(model: Any, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """Label logits of the last token of one prompt, every head in ``d_model`` numbers."""
+    logits, cache = model.run_with_cache(tokens)
+    final = cache["ln_final.hook_in"][0, -1].double()
+    network: Any = model.ln_final
+    rms = network.uses_rms_norm
+    centre = (lambda x: x) if rms else (lambda x: x - x.mean(-1, keepdim=True))
+    eps = float(getattr(model.cfg, "eps", 1e-5))
+    scale = (centre(final).square().mean() + eps).sqrt()
+    gain = network.weight.double() + (1 if network.uses_weight_offset else 0)
+    unembed = model.W_U.double()[:, TOKENS]
+
+    def seen(written: torch.Tensor) -> np.ndarray:
+        return (gain * centre(written.double()) / scale @ unembed).numpy()
+
+    found = {"embed": seen(cache["blocks.0.hook_resid_pre"][0, -1])}
+    biases = torch.zeros_like(final)
+    for block in range(model.cfg.n_layers):
+        attention = model.blocks[block].attn
+        z = cache[f"blocks.{block}.attn.hook_z"][0, -1]
+        for head in range(model.cfg.n_heads):
+            found[f"head {block}.{head}"] = seen(z[head] @ attention.W_O[head])
+        found[f"mlp {block}"] = seen(cache[f"blocks.{block}.hook_mlp_out"][0, -1])
+        if attention.b_O is not None:
+            biases += attention.b_O
+    shift = torch.zeros_like(final) if rms else network.bias.double()
+    own = model.b_U.double()[TOKENS] if model.b_U is not None else 0
+    found["bias"] = seen(biases) + (shift @ unembed + own).numpy()
+    found["model"] = logits[0, -1, TOKENS].numpy()
+    return found
+
+
+@pytest.mark.parametrize("name", ["native", *ARCHITECTURES])
+def test_every_part_is_what_its_component_writes_and_the_parts_add_up(name: str) -> None:
+    model, prompts = model_of(name), prompts_of()
+    found = decompose(model, prompts, CHOICES, progress=False)
+    assert found.error < 1e-4
+    for row, length in enumerate(prompts.lengths.tolist()):
+        expected = spelt_out(model, prompts.tokens[row : row + 1, :length])
+        own = expected.pop("model")
+        np.testing.assert_allclose(found.model_logits[row], own, rtol=1e-4, atol=1e-5)
+        largest = max(float(np.abs(value).max()) for value in expected.values())
+        for component, value in expected.items():
+            if name in POST_NORM and component.startswith("head"):
+                continue
+            part = found.logits.sel(component=component)[row]
+            np.testing.assert_allclose(part, value, rtol=1e-4, atol=1e-5 * largest)
+    summed = found.logits.sum("component").values
+    cap = found.data.attrs["soft_cap"]
+    summed = cap * np.tanh(summed / cap) if cap else summed
+    np.testing.assert_allclose(summed, found.model_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_behind_a_norm_of_their_own_add_up_to_what_the_block_writes() -> None:
+    model, prompts = model_of("gemma2"), prompts_of(3)
+    found = decompose(model, prompts, CHOICES, progress=False)
+    for row, length in enumerate(prompts.lengths.tolist()):
+        with torch.no_grad():
+            _, cache = model.run_with_cache(prompts.tokens[row : row + 1, :length])
+            final, last = model.ln_final, cache["ln_final.hook_in"][0, -1]
+            scale = (last.square().mean() + model.cfg.eps).sqrt()
+            for block in range(model.cfg.n_layers):
+                written = cache[f"blocks.{block}.hook_attn_out"][0, -1]
+                expected = (written / scale * (1 + final.weight)) @ model.W_U[:, TOKENS]
+                here = (found.data["kind"] == "head") & (found.data["block"] == block)
+                heads = found.logits[row].where(here, drop=True).sum("component")
+                np.testing.assert_allclose(heads, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_agrees_with_transformer_lens_where_norms_are_folded(name: str) -> None:
+    """After folding, its direct logit attribution is right; the decomposition stays the same."""
+    model, prompts = model_of(name), prompts_of(3)
+    before = decompose(model, prompts, CHOICES, progress=False)
+    model.enable_compatibility_mode(disable_warnings=True, center_unembed=False)
+    after = decompose(model, prompts, CHOICES, progress=False)
+    np.testing.assert_allclose(after.model_logits, before.model_logits, rtol=1e-3, atol=1e-3)
+    for row, length in enumerate(prompts.lengths.tolist()):
+        with torch.no_grad():
+            _, cache = model.run_with_cache(prompts.tokens[row : row + 1, :length])
+            stack = cache.stack_head_results(layer=-1, pos_slice=-1)
+            normed = cache.apply_ln_to_stack(stack, layer=-1, pos_slice=-1)
+            expected = (normed @ model.W_U[:, TOKENS])[:, 0]
+        heads = after.logits[row][(after.data["kind"] == "head").values]
+        np.testing.assert_allclose(heads, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_shared_prefixes_and_small_batches_change_nothing() -> None:
+    model, prompts = model_of("llama"), prompts_of(30, shared=30)
+    plain = decompose(model, prompts, CHOICES, share_prefixes=False, progress=False)
+    shared = decompose(model, prompts, CHOICES, progress=False)
+    small = decompose(model, prompts, CHOICES, batch_tokens=50, progress=False)
+    for other in (shared, small):
+        np.testing.assert_allclose(other.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(d=st.integers(4, 40), centred=st.booleans(), offset=st.booleans(), seed=st.integers(0, 99))
+def test_a_norm_is_read_off_what_it_does(d: int, centred: bool, offset: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gain, shift = torch.randn(2, d, generator=generator)
+    shift = shift if centred else torch.zeros(d)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if centred else x
+        scaled = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * (1 + gain if offset else gain) + shift
+
+    found = FrozenNorm.of(norm, torch.zeros(1), d)
+    states = 3 * torch.randn(5, d, generator=generator)
+    assert found.centred == centred
+    rebuilt = found.scaled_only(states) * found.inverse_scale(states, norm(states))[:, None]
+    assert torch.allclose(rebuilt + found.shift, norm(states), atol=1e-4)
+    weights = torch.randn(d, 3, generator=generator)
+    pulled = (
+        states @ found.pulled_back(weights) * found.inverse_scale(states, norm(states))[:, None]
+    )
+    assert torch.allclose(pulled + found.shift @ weights, norm(states) @ weights, atol=1e-3)
+
+
+def planted(n: int = 400, seed: int = 0) -> ComponentLogits:
+    """One component that knows, one that is always wrong, one that always says the same, noise."""
+    rng = np.random.default_rng(seed)
+    targets = rng.permutation(np.arange(n) % 2)
+    right = np.eye(2)[targets]
+    logits = rng.normal(size=(n, 8, 2))
+    logits[:, 1] = right + 0.1 * rng.normal(size=(n, 2))
+    logits[:, 2] = -logits[:, 1]
+    logits[:, 3] = [5.0, 0.0]
+    logits[:, [0, 7]] = 0  # embedding and biases say the same of every prompt
+    coords = {
+        "component": ["embed", *(f"head 0.{h}" for h in range(5)), "mlp 0", "bias"],
+        "kind": ("component", ["embed", *["head"] * 5, "mlp", "bias"]),
+        "block": ("component", [-1, *[0] * 6, -1]),
+        "head": ("component", [-1, *range(5), -1, -1]),
+        "label": ["no", "yes"],
+        "token": ("label", [1, 2]),
+        "target": ("prompt", np.array(["no", "yes"])[targets]),
+    }
+    data = xr.Dataset(
+        {
+            "logits": (("prompt", "component", "label"), logits.astype(np.float32)),
+            "model_logits": (("prompt", "label"), logits.sum(1).astype(np.float32)),
+        },
+        coords,
+    )
+    return ComponentLogits(data, 0.0)
+
+
+def test_planted_kinds_are_found_and_noise_is_none() -> None:
+    kinds = planted().kinds().set_index("component")["type"]
+    assert kinds["head 0.0"] == "good"
+    assert kinds["head 0.1"] == "bad"
+    assert kinds["head 0.2"] == "label-biased"
+    noise = kinds[["head 0.3", "head 0.4", "mlp 0"]]
+    assert (noise == "chance").all()
+
+
+def test_ignorant_components_are_rarely_called_anything() -> None:
+    """Over 100 draws the share with any false find stays near the level."""
+    finds = []
+    for seed in range(100):
+        kinds = planted(seed=seed).kinds(level=0.05).set_index("component")["type"]
+        finds.append(bool((kinds[["head 0.3", "head 0.4", "mlp 0"]] != "chance").any()))
+    assert np.mean(finds) <= 0.12
+
+
+def test_accuracies_and_biases_by_hand_and_in_any_order_of_prompts() -> None:
+    found = planted()
+    assert float(found.accuracy().sel(component="head 0.0")) > 0.99
+    assert float(found.label_bias().sel(component="head 0.2", label="no")) == 1
+    np.testing.assert_allclose(found.label_bias().sum("label"), 1)
+    order = np.random.default_rng(0).permutation(400)
+    np.testing.assert_allclose(found.take(order).accuracy(), found.accuracy())
+    assert len(found.take([3, 1]).targets) == 2
+    found.plot()
+
+
+def test_transfer_is_whole_to_itself_and_near_none_to_other_noise() -> None:
+    found = planted()
+    own = found.transfer(found, top=2)
+    assert own.correlation == pytest.approx(1)
+    assert own.jaccard == 1
+    accuracy = found.accuracy().values
+    swapped = ComponentLogits(
+        found.data.assign(logits=found.logits.copy(data=found.logits.values[:, ::-1])), 0.0
+    )
+    other = found.transfer(swapped, top=2)
+    writers = slice(1, 7)
+    expected = np.corrcoef(accuracy[writers], accuracy[::-1][writers])[0, 1]
+    assert other.correlation == pytest.approx(expected)
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path: Any) -> None:
+    model, prompts = model_of("llama"), prompts_of()
+    unlabelled = decompose(model, prompts, CHOICES, label=None, progress=False)
+    textual: Any = model_of("llama")
+    textual.tokenizer = tiny_tokenizer(tmp_path)
+    refused: dict[str, Any] = {
+        "both token 5": lambda: decompose(model, prompts, {"a": 5, "b": 5, "c": 6}),
+        "two or more": lambda: decompose(model, prompts, {"a": 5}),
+        "vocabulary of": lambda: decompose(model, prompts, {**CHOICES, "d": D_VOCAB}),
+        "no tokenizer": lambda: decompose(model, prompts, {"a": "w1", "b": "w2", "c": "w3"}),
+        "splits into 2 tokens ['w1', 'w2']": lambda: decompose(
+            textual, prompts, {"a": "w1 w2", "b": "w2", "c": "w3"}
+        ),
+        "none of the choices": lambda: decompose(model, prompts, {"a": 5, "b": 6}),
+        "no column 'answer'": lambda: decompose(model, prompts, CHOICES, label="answer"),
+        "no right labels": unlabelled.accuracy,
+        "expected 1 to": lambda: planted().transfer(planted(), top=99),
+        "different components": lambda: planted().transfer(unlabelled),
+        "biased=2.0": lambda: planted().kinds(biased=2.0),
+    }
+    for words, call in refused.items():
+        with pytest.raises(InputError) as caught:
+            call()
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    texts = {"a": "w1", "b": "w2", "c": "w3"}
+    found = decompose(textual, prompts, texts, progress=False)
+    assert found.data["token"].values.tolist() == [5, 6, 7]
+
+
+def test_a_model_whose_parts_do_not_add_up_is_refused() -> None:
+    model: Any = model_of("llama")
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda value, hook: value + 1.0)]),
+        pytest.raises(InputError, match="do not add up"),
+    ):
+        decompose(model, prompts_of(), CHOICES, progress=False)
+
+
+@pytest.mark.slow
+def test_smollm2_adds_up() -> None:
+    model = lc.load("smollm2-135m-instruct")
+    rows = pd.DataFrame({"label": ["good", "bad"] * 4})
+    texts = [f"Review: a {word} film.\nIt was" for word in ("great", "dull") * 4]
+    prompts = lc.Prompts.from_texts(texts, rows, model.tokenizer)
+    found = decompose(model, prompts, {"good": " good", "bad": " bad"}, progress=False)
+    assert found.error < 1e-4
+    assert found.logits.sizes["component"] == 1 + 30 * 9 + 30 + 1
