@@ -66,7 +66,7 @@ class ExtractOptions:
     Attributes:
         model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
             directory, a hub id, a GGUF file, a checkpoint.
-        tasks: sif, natural, or instruction_induction:DIR.
+        tasks: sif, natural, classification:DATA, or instruction_induction:DIR.
         out: the store's folder, or its URL such as s3://bucket/a.
         sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
         at: read positions: answer, instruction_end, ...
