@@ -46,7 +46,7 @@ def _mark(weight: Tensor) -> bytes | Tensor:
     """What tells a weight from one that was changed: its hash, or its margins on a device."""
     if weight.device.type != "cpu":
         return _margins(weight)
-    return xxhash.xxh3_128_digest(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_128_digest(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _margins(weight: Tensor) -> Int[Tensor, " row_and_column"]:
