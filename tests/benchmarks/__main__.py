@@ -16,6 +16,7 @@ import torch
 from lensclust.run_directory import machine, write_atomically
 from tests.benchmarks import (
     clustering,
+    components,
     device,
     distributed,
     extraction,
@@ -36,6 +37,7 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "linear": linear.rows,
     "patching": patching.rows,
     "clustering": clustering.rows,
+    "components": components.rows,
 }
 FULL = {
     "prefixes": lambda: prefixes.rows(full=True),
