@@ -5,8 +5,9 @@ With ``g_j`` the label logits of component j, the weights w minimise
     mean over prompts of cross-entropy(softmax(fixed + sum_j w_j g_j), right label) + λ |w|_1
 
 over heads and MLPs; the embedding and the biases keep weight 1, so that weights of 1 are the
-model itself. Weights begin at 1 and stay within 0 and 1 (a bad component can be muted), or are
-free (it can be inverted).
+model itself. They stay within 0 and 1 (a bad component can be muted), or are free (it can be
+inverted). The minimum is found and certified (`probes.sparse_fits`); the loss is convex, so where
+a fit begins does not matter. A soft-cap of the model's logits is left out of the loss.
 
 Standard of evidence: weights are fitted and the penalty chosen on the prompts given here, so
 what they are worth shows on other prompts, beside the model itself and beside `calibrate`, which
