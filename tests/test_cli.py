@@ -63,7 +63,7 @@ def test_options_of_a_study_explain_every_field():
     ("arguments", "message"),
     [
         (["dance"], "command 'dance' is not known"),
-        (["run", "nothing"], "study 'nothing' is not known: expected one of alignment, component_reweighting"),
+        (["run", "nothing"], "study 'nothing' is not known: expected one of alignment, comp"),
         (["run", "emergence", "--preset", "huge"], "preset 'huge' is not known"),
         (["run", "emergence", "--jobs", "0"], "jobs: expected"),
         (
