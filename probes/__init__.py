@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from probes.centroids import mean_states
     from probes.clustering import Clustering, cluster
     from probes.component_logits import ComponentLogits
+    from probes.component_weights import Reweighting
     from probes.components import decompose
     from probes.directions import add_direction, project
     from probes.erasure import erase, erase_random
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
     from probes.patching import Patching, patch
-    from probes.reweighting import Reweighting, reweight, reweight_many
+    from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
     from probes.steering import steer
     from probes.sweeps import ProbeSweep
@@ -40,7 +41,7 @@ _HOMES = {
     "Intervention": "interventions",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
-    "Reweighting": "reweighting",
+    "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
     "bag_of_tokens": "baselines",

@@ -116,7 +116,7 @@ def decompose(
     if not error <= allowed:
         raise InputError(
             f"decompose: the components of {model_name(model)} do not add up to its label logits "
-            f"(relative error {error:.2g}, expected at most {allowed:.2g}); in float32?"
+            f"(relative error {error:.2g}, expected at most {allowed:.2g})"
         )
     return ComponentLogits(
         data=_dataset(model, prompts, tokens, targets, label, logits, own),

@@ -19,9 +19,10 @@ from torch import nn
 from lensclust.errors import InputError
 from probes.calibration import calibrate, calibrate_many, select_prompt
 from probes.component_logits import ComponentLogits
+from probes.component_weights import Reweighting
 from probes.components import decompose
 from probes.labelled_examples import Examples
-from probes.reweighting import Reweighting, reweight, reweight_many
+from probes.reweighting import reweight, reweight_many
 from probes.scripted_fits import scripted_fits
 from probes.sparse_fits import sparse_fits
 from tests.probes.test_components import CHOICES, TOKENS, model_of, planted, prompts_of
