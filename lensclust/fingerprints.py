@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lensclust.placement import brought_in
-from lensclust.weights import fingerprint, named_weights
+from lensclust.weights import fingerprint, held_weights
 
 # The last fingerprint of each model, and the marks its weights had then.
 _TAKEN: WeakKeyDictionary[nn.Module, tuple[list[bytes], str]] = WeakKeyDictionary()
@@ -33,7 +33,8 @@ def fingerprint_again(model: nn.Module) -> str:
     """
     # Queued for all weights before any is waited for.
     values = brought_in(model)
-    queued = [_mark(values(weight).detach()) for weight in named_weights(model).values()]
+    weights = {id(weight): weight for weight in held_weights(model).values()}
+    queued = [_mark(values(weight).detach()) for weight in weights.values()]
     marks = [m.cpu().numpy().tobytes() if isinstance(m, Tensor) else m for m in queued]
     known, found = _TAKEN.get(model, (None, ""))
     if known != marks:

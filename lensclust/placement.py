@@ -8,6 +8,7 @@ that need them; read past those calls, such weights are empty.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,6 +101,19 @@ def brought_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
     >>> values(weight) is weight
     True
     """
+    kept = cache(lambda: _offloaded(model))
+
+    def values(weight: Tensor) -> Tensor:
+        if weight.device.type != "meta":
+            return weight
+        where, name = kept()[id(weight)]
+        return where[name].to(weight.dtype)
+
+    return values
+
+
+def _offloaded(model: nn.Module) -> dict[int, tuple[Mapping[str, Tensor], str]]:
+    """For each weight that is brought in when it is needed: where from, under which name."""
     kept: dict[int, tuple[Mapping[str, Tensor], str]] = {}
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
@@ -107,11 +121,4 @@ def brought_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
             if getattr(each, "weights_map", None) is not None:
                 own = dict(module.named_parameters(recurse=False))
                 kept |= {id(weight): (each.weights_map, name) for name, weight in own.items()}
-
-    def values(weight: Tensor) -> Tensor:
-        if weight.device.type != "meta":
-            return weight
-        where, name = kept[id(weight)]
-        return where[name].to(weight.dtype)
-
-    return values
+    return kept

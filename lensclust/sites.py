@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,9 @@ def resolve(model: TransformerLensModel, selectors: SiteSelector) -> list[Site]:
     given = [selectors] if isinstance(selectors, (str, Site)) else list(selectors)
     if not given:
         raise InputError(f"sites: none given, expected some of {', '.join(KINDS)}")
-    chosen = dict.fromkeys(site for item in given for site in _expand(model, item))
+    # Asked for once: a bridge puts it together anew each time.
+    hooks: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    chosen = dict.fromkeys(site for item in given for site in _expand(model, item, hooks))
     if any(site.kind == "head" for site in chosen):
         _require_additive_heads(model)
     return list(chosen)
@@ -178,7 +180,7 @@ def _per_head(kind: str) -> bool:
     return kind in ("head", "z")
 
 
-def _expand(model: TransformerLensModel, item: str | Site) -> list[Site]:
+def _expand(model: TransformerLensModel, item: str | Site, hooks: Container[str]) -> list[Site]:
     cfg = model.cfg
     if isinstance(item, str) and item.strip() in KINDS:
         kind = item.strip()
@@ -188,11 +190,11 @@ def _expand(model: TransformerLensModel, item: str | Site) -> list[Site]:
     else:
         sites = [Site.parse(item) if isinstance(item, str) else item]
     for site in sites:
-        _require_exists(model, site)
+        _require_exists(model, site, hooks)
     return sites
 
 
-def _require_exists(model: TransformerLensModel, site: Site) -> None:
+def _require_exists(model: TransformerLensModel, site: Site, hooks: Container[str]) -> None:
     cfg, name = model.cfg, model_name(model)
     last = cfg.n_layers if site.kind == "resid" else cfg.n_layers - 1
     if not 0 <= site.layer <= last or not 0 <= (site.head or 0) < cfg.n_heads:
@@ -200,7 +202,6 @@ def _require_exists(model: TransformerLensModel, site: Site) -> None:
             f"site {str(site)!r} does not exist: {name} has residual layers 0..{cfg.n_layers}, "
             f"blocks 0..{cfg.n_layers - 1}, heads 0..{cfg.n_heads - 1}"
         )
-    hooks: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
     if hook_name(model, site) not in hooks:
         has = [kind for kind in KINDS if hook_name(model, first_site(kind)) in hooks]
         raise InputError(f"site {str(site)!r} does not exist: {name} has only {', '.join(has)}")

@@ -48,8 +48,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     model is read instead. Weights that only the bridge has keep their wrapped names, except for
     plain aliases and the zero bias it adds to every unembedding.
     """
-    module = model.original_model if isinstance(model, TransformerBridge) else model
-    raw: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    raw = held_weights(model)
     wrapped = {prefix for name in raw for prefix in _prefixes(name) if _WRAPPED in name}
     wrapped = {prefix for prefix in wrapped if f"{prefix}{_WRAPPED}" in wrapped}
     own = {name: tensor for name, tensor in raw.items() if not _is_added(name, wrapped)}
@@ -57,6 +56,12 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     added = {name: tensor for name, tensor in raw.items() if id(tensor) not in aliases}
     named = {name.replace(_WRAPPED, ""): tensor for name, tensor in own.items()} | added
     return {name: tensor for name, tensor in named.items() if not _is_filler(tensor)}
+
+
+def held_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights under the names they have now, some of them under several."""
+    module = model.original_model if isinstance(model, TransformerBridge) else model
+    return module.state_dict(keep_vars=True)
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path:
