@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lensclust.cli import main
 from tests.tiny import hf_model, tiny_tokenizer
@@ -18,6 +20,8 @@ from tests.tiny import hf_model, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 QUICK = ["--preset", "smoke", "--jobs", "1", "--quiet", "--steps", "8", "--permutations", "3"]
 QUICK += ["--n-checkpoints", "2", "--seeds"]
+
+EXTRACT = ["extract", "--model", "native:sif-small", "--tasks", "sif"]
 
 
 def one_line_error(capsys, arguments: list[str]) -> str:
@@ -79,6 +83,8 @@ def test_options_of_a_study_explain_every_field():
         (["run", "realistic", "--model", "not/a-model"], "not/a-model"),
         (["extract", "--model", "native:huge", "--tasks", "sif", "--out", "o"], "huge"),
         (["extract", "--model", "native:sif-small", "--tasks", "x", "--out", "o"], "tasks 'x'"),
+        ([*EXTRACT, "--device", "nowhere:1", "--out", "o"], "device"),
+        ([*EXTRACT, "--device", f"cuda:{torch.cuda.device_count()}", "--out", "o"], "device"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
@@ -147,6 +153,24 @@ def test_extract_writes_a_store_that_python_opens(capsys, tmp_path):
     acts = open_activations(out)
     assert acts.resid.sizes["layer"] == 1
     assert acts.attrs["weights"] == lc.fingerprint(lc.load("native:sif-small"))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float64"])
+def test_extract_runs_where_and_in_what_it_is_told(capsys, tmp_path, name):
+    import lensclust as lc
+
+    out, dtype = tmp_path / "acts.zarr", getattr(torch, name)
+    options = ["--device", "cpu", "--model-dtype", name, "--sites", "resid 3", "--quiet"]
+    assert main([*EXTRACT, *options, "--out", str(out)]) == 0
+    acts = lc.open_activations(out)
+    model = lc.load("native:sif-small", device="cpu", dtype=dtype)
+    expected = lc.extract(model, lc.tasks.sif(), "resid 3", progress=False)
+    assert acts.attrs["weights"] == lc.fingerprint(model)
+    np.testing.assert_array_equal(acts.resid, expected.resid)
+    single = lc.extract(
+        lc.load("native:sif-small", device="cpu"), lc.tasks.sif(), "resid 3", progress=False
+    )
+    assert not np.array_equal(acts.resid, single.resid)
 
 
 def test_doctor(capsys):

@@ -15,7 +15,7 @@ from studies.study import Study
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if ">>>" not in b]
-PRETRAINED, PROBE, STUDY = BLOCKS
+PRETRAINED, COMPONENTS, PROBE, STUDY = BLOCKS
 
 
 @pytest.fixture
@@ -49,10 +49,14 @@ def test_the_study_of_your_own(module, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pretrained_session(module, capsys):
+@pytest.mark.parametrize(
+    ("block", "says"), [(PRETRAINED, "best ARI"), (COMPONENTS, "weights.accuracy(asked)=0.")]
+)
+def test_the_pretrained_sessions(module, capsys, block, says):
     try:
-        lc.load("smollm2-135m-instruct", progress=False)
+        model = lc.load("smollm2-135m-instruct", progress=False)
+        lc.tasks.classification("sst2", model.tokenizer, queries=1)
     except lc.InputError as error:
-        pytest.skip(f"the model cannot be downloaded: {error}")
-    module(PRETRAINED, "my_session")
-    assert "best ARI" in capsys.readouterr().out
+        pytest.skip(f"the model or the texts cannot be downloaded: {error}")
+    module(block, f"session_{BLOCKS.index(block)}")
+    assert says in capsys.readouterr().out
