@@ -80,7 +80,8 @@ class Adapters:
             caller: in whose name errors speak.
 
         Raises:
-            InputError: if `peft` is missing, rank or alpha is below 1, or a target or block does not exist.
+            InputError: if `peft` is missing, rank or alpha is below 1, or a target or block
+                does not exist.
         """
         if find_spec("peft") is None:
             raise InputError(f"{caller}: lora needs peft: pip install 'lensclust[peft]'")

@@ -150,7 +150,9 @@ def finetune(
         "trained on": content_digest(prompts),
         "evaluated on": None if evaluate is None else content_digest(evaluate),
     }
-    optimizer = torch.optim.AdamW(_groups(tuned, masks, weight_decay), lr=lr, fused=True)
+    # The fused kernel steps through memory: parts of a joint projection are strided views.
+    fused = all(parameter.is_contiguous() for parameter in tuned.parameters.values())
+    optimizer = torch.optim.AdamW(_groups(tuned, masks, weight_decay), lr=lr, fused=fused)
     tokens, lengths, answers = prompts.with_answers()
     plan = training_batches(lengths, batch_size, batch_tokens, seed=seed)
     in_memory: dict[int, dict[str, Tensor]] = {}
