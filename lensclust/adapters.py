@@ -176,7 +176,7 @@ def _wrapped(bases: list[nn.Module], lora: Lora, seed: int) -> list[Any]:
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(holder))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Which way a weight lies peft sees for itself, and says so.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.default_generator.manual_seed(derive_generator(seed, "adapters").initial_seed())
         inject_adapter_in_model(config, holder, adapter_name=_NAME)
     for parameter, was_free in free:
