@@ -76,7 +76,8 @@ def gate_gradients(
         if slope is None:
             raise InputError(
                 f"head gates: the gates of block {block} of {model_name(model)} do not reach the "
-                f"loss: what is changed at {_hook(model, block)} is not what the model goes on with"
+                f"loss: what is changed at {_hook(model, block)} is not what it goes on with, or "
+                "what comes later has no backward, as some quantised weights have none"
             )
     gathered = [slope.to(tokens.device) for slope in slopes if slope is not None]
     return found.detach(), torch.stack(gathered, dim=1)
