@@ -147,7 +147,8 @@ def compose(
     fits = Fits(wanted, held, nonnegative=nonnegative)
     matrix = np.stack(list(bases.values()))
     ours, alone = fits.of(matrix), fits.of(others["shared"][None])
-    rng = np.random.default_rng(seed)
+    # A stream of its own: changes made up from the same seed must not come out as a null.
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     drawn = {
         "random": [fits.of(rng.standard_normal(matrix.shape)) for _ in range(nulls)],
         "permuted": [fits.of(_permuted(matrix, rng)) for _ in range(nulls)],

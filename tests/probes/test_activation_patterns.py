@@ -65,7 +65,7 @@ def test_concentration_and_correlations_know_no_unit_and_no_order(seed: int, fac
     assert same["pearson"] == pytest.approx(1)
     assert same["spearman"] == pytest.approx(1)
     difference = (1 - factor) * found.pattern.values
-    assert same["mse"] == pytest.approx(float((difference**2).mean()), abs=1e-15)
+    assert same["mse"] == pytest.approx(float((difference**2).mean()), rel=1e-9, abs=1e-15)
 
 
 def test_intervals_of_concentration_hold_what_many_prompts_show() -> None:

@@ -24,7 +24,7 @@ def changes(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, BLOCKS, HEADS))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     planted=st.lists(st.floats(0.1, 3), min_size=1, max_size=3),
@@ -81,9 +81,9 @@ def test_in_noise_p_is_small_no_more_often_than_it_says() -> None:
         p = found.frame.query("metric == 'r2_out'").set_index("null")["p"]
         small = {null: count + bool(p[null] <= 0.05) for null, count in small.items()}
         outside += found.r2_out > 0.1
-    # Binomial(40, 0.05): more than 8 has a probability below 1 in 10,000.
-    assert stats.binom.sf(8, 40, 0.05) < 1e-4
-    assert max(small.values()) <= 8
+    # Binomial(40, 0.05): more than 9 has a probability below 1 in 10,000.
+    assert stats.binom.sf(9, 40, 0.05) < 1e-4
+    assert max(small.values()) <= 9
     assert outside <= 2
 
 
