@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.activation_patterns import HeadActivation
     from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
     from probes.calibration import calibrate, select_prompt
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from probes.directions import add_direction, project
     from probes.erasure import erase, erase_random
     from probes.function_vectors import FunctionVector, function_vector
+    from probes.head_activations import head_activation
     from probes.interchanges import Interchange, interchange
     from probes.interventions import Intervention, dealt, replace, shift, transport
     from probes.kernel_alignment import CKA, cka
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
     from probes.patching import Patching, patch
+    from probes.pattern_changes import PatternChange, change
+    from probes.pattern_composition import Composition, compose
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
     from probes.steering import steer
@@ -36,9 +40,12 @@ _HOMES = {
     "CKA": "kernel_alignment",
     "Clustering": "clustering",
     "ComponentLogits": "component_logits",
+    "Composition": "pattern_composition",
     "FunctionVector": "function_vectors",
+    "HeadActivation": "activation_patterns",
     "Interchange": "interchanges",
     "Intervention": "interventions",
+    "PatternChange": "pattern_changes",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
     "Reweighting": "component_weights",
@@ -46,13 +53,16 @@ _HOMES = {
     "add_direction": "directions",
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
+    "change": "pattern_changes",
     "cka": "kernel_alignment",
     "cluster": "clustering",
+    "compose": "pattern_composition",
     "dealt": "interventions",
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
     "function_vector": "function_vectors",
+    "head_activation": "head_activations",
     "interchange": "interchanges",
     "linear_transport": "linear_maps",
     "mean_states": "centroids",
@@ -78,23 +88,29 @@ __all__ = [
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",
+    "Composition",
     "FunctionVector",
+    "HeadActivation",
     "Interchange",
     "Intervention",
     "Patching",
+    "PatternChange",
     "ProbeSweep",
     "Reweighting",
     "Tuning",
     "add_direction",
     "bag_of_tokens",
     "calibrate",
+    "change",
     "cka",
     "cluster",
+    "compose",
     "dealt",
     "decompose",
     "erase",
     "erase_random",
     "function_vector",
+    "head_activation",
     "interchange",
     "linear_transport",
     "mean_states",
