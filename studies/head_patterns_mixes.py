@@ -110,7 +110,7 @@ def _fitted(
     )
     bases = {task.name: basis[task.name] for task in simple}
     # Coefficients alone are wanted: nulls are drawn where the composition is judged.
-    found = probes.compose(change, bases, nonnegative=True, nulls=1, seed=seed)
+    found = probes.compose(change, bases, nonnegative=True, nulls=2, seed=seed)
     try:
         return {str(name): float(share) for name, share in found.shares().items()}
     except lc.InputError:
@@ -125,9 +125,7 @@ def _choices(
     rng: np.random.Generator,
 ) -> dict[str, lc.Prompts]:
     """Public prompts by how alike their own patterns are to that of the scarce ones."""
-    pool = joined(
-        [task.train.take(rng.permutation(len(task.train))[:PUBLIC]) for task in simple]
-    )
+    pool = joined([task.train.take(rng.permutation(len(task.train))[:PUBLIC]) for task in simple])
     target = probes.head_activation(model, scarce).pattern.values
     alike = _alike(probes.head_activation(model, pool).values.values, target)
     n = max(1, round(CHOSEN * len(pool)))

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from lensclust.adapters import Lora
 
 import lensclust as lc
-from lensclust.adapters import Lora
 from lensclust.tasks.arithmetic import AFTER
 from lensclust.threads import one_thread
 from studies.head_patterns import BASIC, COMPLEX, CONTROL, HeadPatterns

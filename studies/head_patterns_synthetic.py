@@ -81,12 +81,9 @@ def tasks_of(study: HeadPatterns, prompts: lc.Prompts) -> list[Task]:
     maps = [f"map {study.known_maps + i}" for i in range(study.complex_tasks + study.controls)]
     n = study.complex_tasks
     kinds: dict[str, tuple[str, tuple[str, ...]]] = {
-        **{name: (BASIC, ()) for name in [*moves[:n], *maps[:n]]},
-        **{
-            f"{b} after {a}": (COMPLEX, (a, b))
-            for a, b in zip(moves[:n], maps[:n], strict=True)
-        },
-        **{name: (CONTROL, ()) for name in [*moves[n:], *maps[n:]]},
+        **dict.fromkeys([*moves[:n], *maps[:n]], (BASIC, ())),
+        **{f"{b} after {a}": (COMPLEX, (a, b)) for a, b in zip(moves[:n], maps[:n], strict=True)},
+        **dict.fromkeys([*moves[n:], *maps[n:]], (CONTROL, ())),
     }
     return [
         Task(

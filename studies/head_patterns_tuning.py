@@ -50,7 +50,7 @@ def dealt_out(prompts: lc.Prompts, runs: int, most: int) -> tuple[lc.Prompts, ..
 
 
 def tuned_patterns(
-    model: TransformerBridge, task: Task, *, seed: int, batch_size: int, **options: Any
+    model: TransformerBridge, task: Task, *, seed: int, **options: Any
 ) -> pd.DataFrame:
     """Patterns, loss and accuracy of a task at each checkpoint of each run; a row a number.
 
@@ -60,23 +60,23 @@ def tuned_patterns(
         seed: of the batches, together with the number of the run.
         options: of `lensclust.finetune`.
     """
-    tables = []
+    tables: list[pd.DataFrame] = []
+    seen: dict[int, int] = {}
     for number, test in enumerate(task.tests):
         run = lc.finetune(
             model,
             task.train,
-            batch_size=batch_size,
             seed=_seed(seed, number),
             evaluate=test,
             progress=False,
             **options,
         )
-        for step, tuned in run.series:
-            tables.append(
-                measured(tuned, test).assign(run=number, step=step, samples=step * batch_size)
-            )
-        tables.append(_learned(run.frame, batch_size).assign(run=number))
-    return pd.concat(tables, ignore_index=True).assign(**task.labels)
+        tables += [measured(tuned, test).assign(run=number, step=s) for s, tuned in run.series()]
+        learned = run.frame.melt(["step"], ["accuracy", "loss"], "metric")
+        tables.append(learned.assign(run=number))
+        seen = {checkpoint.step: checkpoint.samples for checkpoint in run.checkpoints}
+    found = pd.concat(tables, ignore_index=True)
+    return found.assign(samples=found["step"].map(seen), **task.labels)
 
 
 def measured(model: TransformerBridge, prompts: lc.Prompts) -> pd.DataFrame:
@@ -93,11 +93,6 @@ def pattern_change(
     run = lc.finetune(model, train, progress=False, **options)
     with run.at(options["steps"]) as tuned:
         return probes.head_activation(tuned, test).pattern.values - before
-
-
-def _learned(frame: pd.DataFrame, batch_size: int) -> pd.DataFrame:
-    rows = frame.melt(["step"], ["accuracy", "loss"], "metric")
-    return rows.assign(samples=rows["step"] * batch_size)
 
 
 def _seed(seed: int, run: int) -> int:
