@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lensclust import figures, report, tasks
     from lensclust.activations import head_residual
+    from lensclust.adapters import Lora
     from lensclust.distributed import extract_with_ray
     from lensclust.errors import InputError
     from lensclust.extraction import extract
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lensclust.sharing import plan_prefixes
     from lensclust.sites import Site
     from lensclust.store import open_activations
+    from lensclust.supervised import finetune
     from lensclust.training import train
     from lensclust.weights import fingerprint
 
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Claim": "lensclust.results",
     "InputError": "lensclust.errors",
+    "Lora": "lensclust.adapters",
     "Prompts": "lensclust.prompts",
     "Site": "lensclust.sites",
     "extract": "lensclust.extraction",
     "extract_with_ray": "lensclust.distributed",
+    "finetune": "lensclust.supervised",
     "fingerprint": "lensclust.weights",
     "head_residual": "lensclust.activations",
     "load": "lensclust.models",
@@ -45,11 +49,13 @@ _MODULES = ("figures", "report", "tasks")
 __all__ = [
     "Claim",
     "InputError",
+    "Lora",
     "Prompts",
     "Site",
     "extract",
     "extract_with_ray",
     "figures",
+    "finetune",
     "fingerprint",
     "head_residual",
     "load",

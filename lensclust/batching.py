@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
+from transformer_lens.utilities.statistics import derive_generator
 
 BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
+# Few enough to mix what is trained on, enough to find rows of one length.
+_BUCKET_BATCHES = 16
 
 
 def default_budget(model: TransformerLensModel) -> int:
@@ -45,3 +49,37 @@ def without_cache(model: TransformerLensModel) -> dict[str, Any]:
     """Hugging Face models build a key/value cache unless told not to; native ones have none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return {"use_cache": False} if hasattr(config, "use_cache") else {}
+
+
+def training_batches(
+    lengths: Int[Tensor, " row"], batch_size: int, batch_tokens: int | None = None, *, seed: int
+) -> Iterator[Int[Tensor, " row"]]:
+    """Row indices of one batch after the other, without end; each round holds every row once.
+
+    In each round the rows are shuffled and dealt to buckets; a bucket is cut by length, so that
+    rows of a batch are alike in length and little is padded, and all its batches are shuffled.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch.
+        batch_tokens: rows x longest row of a batch at most, instead of ``batch_size``.
+        seed: of all rounds; the global random state is left alone.
+
+    >>> lengths = torch.tensor([2, 9, 2, 9])
+    >>> plan = training_batches(lengths, 2, seed=0)
+    >>> sorted(lengths[next(plan)].tolist() for _ in range(2))
+    [[2, 2], [9, 9]]
+    """
+    for round_ in count():
+        generator = derive_generator(seed, "batches", round_)
+        order = torch.randperm(len(lengths), generator=generator)
+        budget = batch_tokens or batch_size * int(lengths.max())
+        bucket = _BUCKET_BATCHES * max(1, budget // int(lengths.max()))
+        cut: list[Tensor] = []
+        for rows in order.split(bucket):
+            if batch_tokens is None:
+                cut += rows[torch.argsort(lengths[rows], stable=True)].split(batch_size)
+            else:
+                cut += [rows[some] for some in batches(lengths[rows], batch_tokens)]
+        for index in torch.randperm(len(cut), generator=generator):
+            yield cut[index]

@@ -6,47 +6,32 @@ The model is trained in place and given back as it was, to the bit, whatever hap
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.statistics import derive_generator
 
+from lensclust.chosen_weights import (
+    chosen_parameters,
+    left_as_it_was,
+    named_parameters,
+    parameter_names,
+)
 from lensclust.errors import InputError
-from lensclust.fits import require_fits
+from lensclust.fits import require_answers, require_fits
 from lensclust.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.prompts import Prompts
-from lensclust.sites import Site, hook_name, model_name, resolve
+from lensclust.sites import Site, hook_name, resolve
+from lensclust.state_losses import StateLoss, contrast, pull
 
-_WRAPPED = "._original_component"
-
-Loss = Callable[[Float[Tensor, "row d"], Int[Tensor, " row"]], Float[Tensor, ""]]
-
-
-@dataclass(frozen=True)
-class StateLoss:
-    """A further loss, of the prompts' states at one layer of the residual stream.
-
-    Attributes:
-        layer: 0 is the embeddings, ``l`` the output of block ``l - 1``.
-        loss: from states ``(row, d)`` and the prompt behind each row to a number, such as
-            `pull` and `contrast` give.
-        weight: of this loss beside the cross-entropy of the answers.
-        at: read position of the states (`Prompts.position`).
-    """
-
-    layer: int
-    loss: Loss
-    weight: float | int = 1.0
-    at: str = "answer"
+__all__ = ["Finetuned", "StateLoss", "contrast", "finetuned", "parameter_names", "pull"]
 
 
 @dataclass(frozen=True)
@@ -115,85 +100,13 @@ def finetuned(
     True
     """
     _check(model, prompts, steps, lr, batch_size, extra)
-    named = _parameters(model)
-    masks = _chosen(model, named, only)
-    saved = [(named[name], named[name].detach().clone()) for name in masks]
-    saved += [(buffer, buffer.detach().clone()) for buffer in model.original_model.buffers()]
-    gradients = [(p, p.requires_grad, p.grad) for p in named.values()]
-    try:
+    named = named_parameters(model)
+    masks = chosen_parameters(model, named, only, caller="finetuned")
+    with left_as_it_was(model, [named[name] for name in masks]):
         for name, parameter in named.items():
             parameter.requires_grad_(name in masks)
             parameter.grad = None
         yield _train(model, prompts, named, masks, steps, lr, extra, batch_size, seed, frozen)
-    finally:
-        with torch.no_grad():
-            for tensor, values in saved:
-                tensor.copy_(values)
-        for parameter, free, gradient in gradients:
-            parameter.requires_grad_(free)
-            parameter.grad = gradient
-        model.eval()
-
-
-def parameter_names(
-    model: TransformerBridge, blocks: Sequence[int] | range | None = None
-) -> list[str]:
-    """Names of a model's parameters, those of some blocks only if these are given.
-
-    >>> import lensclust as lc
-    >>> parameter_names(lc.load("native:sif-small"), [5])[:2]
-    ['layers.5.ln1.weight', 'layers.5.ln1.bias']
-    """
-    named = _parameters(model)
-    if blocks is None:
-        return list(named)
-    stacked: Any = model
-    inside = {id(p) for block in blocks for p in stacked.blocks[block].parameters()}
-    return [name for name, parameter in named.items() if id(parameter) in inside]
-
-
-def pull(wanted: Float[Tensor, "prompt d"], spread: float) -> Loss:
-    """A loss: mean squared distance of each prompt's state to the one wanted, over ``spread``.
-
-    Args:
-        wanted: a state for each prompt, NaN for prompts that are not pulled.
-        spread: the squared distance that counts as 1.
-
-    >>> loss = pull(torch.tensor([[1.0, 0.0], [float("nan")] * 2]), spread=4.0)
-    >>> float(loss(torch.tensor([[3.0, 0.0], [9.0, 9.0]]), torch.tensor([0, 1])))
-    1.0
-    """
-
-    def loss(states: Float[Tensor, "row d"], rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
-        goal = wanted.to(states)[rows.to(wanted.device)]
-        known = goal.isfinite().all(-1)
-        # Sum over no row is 0, a mean would be NaN.
-        return ((states - goal)[known] ** 2).sum() / (spread * max(1, int(known.sum())))
-
-    return loss
-
-
-def contrast(
-    wanted: Float[Tensor, "prompt d"], unwanted: Float[Tensor, "prompt d"], spread: float
-) -> Loss:
-    """A loss: cross-entropy of the wanted state against the unwanted one.
-
-    Logits are minus the squared distances over ``spread``, so the loss of a state half way
-    between the two is ``log 2``. Rows that are NaN do not count.
-
-    >>> points = torch.eye(2)
-    >>> loss = contrast(points[:1], points[1:], spread=1.0)
-    >>> round(float(loss(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))), 3)
-    0.693
-    """
-
-    def loss(states: Float[Tensor, "row d"], rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
-        goal, away = (each.to(states)[rows.to(each.device)] for each in (wanted, unwanted))
-        known = (goal + away).isfinite().all(-1)
-        near, far = (((states - each)[known] ** 2).sum(-1) / spread for each in (goal, away))
-        return F.softplus(near - far).sum() / max(1, int(known.sum()))
-
-    return loss
 
 
 # -- training -----------------------------------------------------------------------------
@@ -300,87 +213,6 @@ def _lowest_block(model: TransformerBridge, trained: set[int]) -> int:
     return next((index for index, found in enumerate(in_block) if found), len(in_block))
 
 
-# -- what is trained ----------------------------------------------------------------------
-
-
-def _parameters(model: TransformerBridge) -> dict[str, nn.Parameter]:
-    return {name.replace(_WRAPPED, ""): p for name, p in model.named_parameters()}
-
-
-def _chosen(
-    model: TransformerBridge,
-    named: dict[str, nn.Parameter],
-    only: str | Sequence[str | Site] | None,
-) -> dict[str, Tensor | None]:
-    """Names of what is trained, each with the mask of its gradient, or None for all of it."""
-    if only is None:
-        return dict.fromkeys(named)
-    if isinstance(only, str):
-        try:
-            found = [name for name in named if re.search(only, name)]
-        except re.error as error:
-            raise InputError(
-                f"finetuned: only={only!r} is no regular expression: {error}"
-            ) from None
-        if not found:
-            raise InputError(
-                f"finetuned: only={only!r} is in no name: expected one of {[*named][:8]}"
-            )
-        return dict.fromkeys(found)
-    heads = [item for item in only if str(item).startswith("head ")]
-    if heads and len(heads) == len(only):
-        return _head_masks(model, named, resolve(model, heads))
-    unknown = [item for item in only if item not in named]
-    if unknown or not only:
-        raise InputError(
-            f"finetuned: only={list(map(str, unknown))}, expected names of parameters, such as "
-            f"{next(iter(named))!r}, or heads, such as 'head 0.1'"
-        )
-    return {str(name): None for name in only}
-
-
-def _head_masks(
-    model: TransformerBridge, named: dict[str, nn.Parameter], heads: Sequence[Site]
-) -> dict[str, Tensor | None]:
-    stacked: Any = model
-    names = {id(parameter): name for name, parameter in named.items()}
-    masks: dict[str, Tensor | None] = {}
-    for block in sorted({site.layer for site in heads}):
-        attention = stacked.blocks[block].attn
-        chosen = [site.head for site in heads if site.layer == block]
-        for part in "qkvo":
-            weights = getattr(attention, f"W_{part.upper()}", None)
-            parameter = next(iter(getattr(attention, part, nn.Module()).parameters()), None)
-            # With grouped queries several heads share a key and a value.
-            if part in "kv" and weights is not None and len(weights) < model.cfg.n_heads:
-                continue
-            turn = None if weights is None or parameter is None else _layout(weights, parameter)
-            if weights is None or turn is None or id(parameter) not in names:
-                raise InputError(
-                    f"finetuned: {model_name(model)} cannot be trained head by head: its weights "
-                    f"W_{part.upper()} of block {block} are no parameter of their own"
-                )
-            mask = torch.zeros_like(weights)
-            mask[chosen] = 1
-            masks[names[id(parameter)]] = turn(mask).contiguous()
-    return masks
-
-
-def _layout(weights: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """How the weights of heads lie in the parameter that holds them, found by their values."""
-    layouts: list[Callable[[Tensor], Tensor]] = [
-        lambda w: w.flatten(0, 1),  # (head, d_head, d_model) as (in, out)
-        lambda w: w.flatten(0, 1).T,
-        lambda w: w.transpose(0, 1).flatten(1),  # (head, d_model, d_head) as (in, out)
-        lambda w: w.transpose(0, 1).flatten(1).T,
-    ]
-    with torch.no_grad():
-        for layout in layouts:
-            if torch.equal(layout(weights), parameter):
-                return layout
-    return None
-
-
 # -- at the door --------------------------------------------------------------------------
 
 
@@ -398,8 +230,7 @@ def _check(
     if not (lr > 0 and math.isfinite(lr)):
         raise InputError(f"finetuned: lr={lr}, expected a positive number")
     require_fits(model, prompts, caller="finetuned")
-    if prompts.answers is None or not all(prompts.answers):
-        raise InputError("finetuned: expected prompts with an answer each, given some without")
+    require_answers(prompts, caller="finetuned")
     if extra is not None:
         resolve(model, Site("resid", extra.layer))
         if not math.isfinite(extra.weight):

@@ -42,3 +42,9 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
             f"{caller}: token id {largest} given, but {name} has a vocabulary of {vocabulary}; "
             "were the prompts made with another tokenizer?"
         )
+
+
+def require_answers(prompts: Prompts, *, caller: str) -> None:
+    """Raises InputError, in the name of ``caller``, unless every prompt has an answer."""
+    if prompts.answers is None or not all(prompts.answers):
+        raise InputError(f"{caller}: expected prompts with an answer each, given some without")

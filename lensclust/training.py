@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -27,10 +26,11 @@ from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.disk import writing
 from lensclust.errors import InputError
-from lensclust.evaluation import score_answers
+from lensclust.evaluation import LogitsAt, score_answers
 from lensclust.native import config_to_json, native_bridge, native_bridge_with, native_config
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.schedules import check_rate, checkpoint_steps, rate
 from lensclust.sealed import tensors_digest
 from lensclust.training_data import (
     SCORED,
@@ -50,7 +50,7 @@ from lensclust.training_state import (
     check_checkpoints,
     checkpoint_path,
     claimed,
-    copy_weights,
+    copied,
     open_folder,
     save_state,
 )
@@ -204,9 +204,7 @@ def train(
     """
     if isinstance(config, str):
         config = native_config(config, **required_sizes(prompts))
-    _check_knobs(steps, batch_size, lr, warmup, loss_on, n_checkpoints, save_every)
-    if schedule not in _AFTER_WARMUP:
-        raise InputError(f"train: schedule={schedule!r}, expected one of {sorted(_AFTER_WARMUP)}")
+    _check_knobs(steps, batch_size, lr, warmup, schedule, loss_on, n_checkpoints, save_every)
     if evaluate_every is not None and evaluate_every < 1:
         raise InputError(f"train: evaluate_every={evaluate_every}, expected at least 1")
     trained, evaluated = split_prompts(prompts, evaluate)
@@ -242,12 +240,15 @@ def train(
     at = checkpoint_steps(steps, n_checkpoints)
     in_memory: dict[int, dict[str, Tensor]] = {}
     with (
-        claimed(folder),
+        claimed(folder, caller="train"),
         progress_bar("training", total=steps, enabled=progress) as advance,
     ):
-        start, scores = open_folder(folder, resume, knobs, model, optimizer)
+        tensors = model.state_dict(keep_vars=True)
+        start, done = open_folder(folder, resume, knobs, tensors, optimizer, caller="train")
+        scores = done.get("scores", [])
         if folder is not None:
-            check_checkpoints(folder, [row["step"] for row in scores if row["step"] in at])
+            made = [row["step"] for row in scores if row["step"] in at]
+            check_checkpoints(folder, made, caller="train")
         # The state of this step lies in the folder already, unless nothing does.
         kept = start if scores else None
         advance(start)
@@ -256,19 +257,20 @@ def train(
             is_checkpoint = step in at
             is_reported = is_checkpoint or (evaluate_every and step % evaluate_every == 0)
             if is_reported and all(row["step"] != step for row in scores):
-                scores = scores + score_answers(model, evaluated, step)
+                scores = scores + score_answers(_reader(model), evaluated, step, device=device)
                 if is_checkpoint and folder is None:
-                    in_memory[step] = copy_weights(model)
+                    in_memory[step] = {name: copied(tensor) for name, tensor in tensors.items()}
                 elif is_checkpoint and folder is not None:
                     with writing(f"train: {str(folder)!r}"):
                         save_checkpoint(model, checkpoint_path(folder, step), step=step, seed=seed)
             is_saved = is_checkpoint or step % save_every == 0
             if folder is not None and is_saved and step != kept:
-                save_state(folder, step, knobs, scores, model, optimizer)
+                content = {"step": step, "knobs": knobs, "scores": scores}
+                save_state(folder, content, tensors, optimizer, caller="train")
             if step == steps:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = lr * _rate(step, steps, warmup, schedule)
+                group["lr"] = lr * rate(step, steps, warmup=warmup, schedule=schedule)
             loss = _step(model, optimizer, training, batch_size, seed, step, auxiliary)
             advance(1, note=f"loss {loss:.3f}")
         checkpoints = tuple(
@@ -282,17 +284,6 @@ def train(
         frame=pd.DataFrame(scores, columns=["step", "split", "accuracy", "loss"]),
         checkpoints=checkpoints,
     )
-
-
-def checkpoint_steps(steps: int, n: int) -> list[int]:
-    """Step 0 and log-spaced steps from a fiftieth of the training to its end.
-
-    >>> checkpoint_steps(600, 8)
-    [0, 12, 23, 44, 85, 163, 313, 600]
-    """
-    first = max(1, round(steps / 50))
-    # From the end, so that two checkpoints are the first step and the last.
-    return sorted({0, *(int(step) for step in np.geomspace(steps, first, n - 1).round())})
 
 
 # -- one step -----------------------------------------------------------------------------
@@ -326,18 +317,6 @@ def _step(
     return value
 
 
-def _rate(step: int, steps: int, warmup: float, schedule: str) -> float:
-    rising = max(1, round(warmup * steps))
-    done = max(0, step - rising) / max(1, steps - rising)
-    return min((step + 1) / rising, _AFTER_WARMUP[schedule](done))
-
-
-_AFTER_WARMUP: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda done: 1.0,
-}
-
-
 # -- prompts ------------------------------------------------------------------------------
 
 
@@ -346,6 +325,7 @@ def _check_knobs(
     batch_size: int,
     lr: float,
     warmup: float,
+    schedule: str,
     loss_on: str,
     n_checkpoints: int,
     save_every: int,
@@ -354,10 +334,7 @@ def _check_knobs(
     for name, (value, bound) in {**least, "n_checkpoints": (n_checkpoints, 2)}.items():
         if value < bound:
             raise InputError(f"train: {name}={value}, expected at least {bound}")
-    if not lr > 0 or not math.isfinite(lr):
-        raise InputError(f"train: lr={lr}, expected a positive number")
-    if not 0 <= warmup <= 1:
-        raise InputError(f"train: warmup={warmup}, expected a share of the steps, 0..1")
+    check_rate(lr, warmup, schedule, caller="train")
     if loss_on not in SCORED:
         raise InputError(f"train: loss_on={loss_on!r}, expected one of {sorted(SCORED)}")
 
@@ -372,6 +349,10 @@ def _bare(bridge: TransformerBridge, device: torch.device) -> NativeModel:
     weights = {name: tensor.detach().clone() for name, tensor in named_weights(bridge).items()}
     model.load_state_dict(weights, assign=True)
     return model.to(device)
+
+
+def _reader(model: NativeModel) -> LogitsAt:
+    return lambda tokens, asked: model(tokens)[asked]
 
 
 def _start(model: NativeModel, given: TransformerBridge) -> None:

@@ -1,19 +1,18 @@
 """The folder of a training: its checkpoints, and the state to resume from exactly.
 
-The state holds the step to do next, the weights, the optimizer's moments, the scores so far and
-the knobs of the training, which goes on with those and no others.
+The state holds the step to do next, the weights, the optimizer's moments, what was noted so far
+and the knobs of the training, which goes on with those and no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.disk import locked, remove_partial, writing
 from lensclust.errors import InputError
@@ -26,7 +25,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @contextmanager
-def claimed(folder: Path | None) -> Iterator[None]:
+def claimed(folder: Path | None, *, caller: str) -> Iterator[None]:
     """Hold the folder of a training, if it has one, against every other process.
 
     Raises:
@@ -36,8 +35,8 @@ def claimed(folder: Path | None) -> Iterator[None]:
         yield
         return
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"train: {str(folder)!r} is a file, expected a folder")
-    what = f"train: {str(folder)!r}"
+        raise InputError(f"{caller}: {str(folder)!r} is a file, expected a folder")
+    what = f"{caller}: {str(folder)!r}"
     with writing(what):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", what):
@@ -48,67 +47,75 @@ def open_folder(
     folder: Path | None,
     resume: bool,
     knobs: dict[str, Any],
-    model: NativeModel,
+    tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, list[dict[str, Any]]]:
-    """Restore what was done in the folder: the step to do next and the scores so far."""
+    *,
+    caller: str,
+) -> tuple[int, dict[str, Any]]:
+    """Restore what was done in the folder: the step to do next and what was noted so far.
+
+    Args:
+        tensors: the weights, which take the values that the state holds for them.
+        caller: in whose name errors speak.
+    """
     if folder is None:
         if resume:
-            raise InputError("train: resume=True, expected the folder of the training as out=")
-        return 0, []
+            raise InputError(f"{caller}: resume=True, expected the folder of the training as out=")
+        return 0, {}
     if not resume and ((folder / _STATE).exists() or any(folder.glob("step-*.safetensors"))):
         raise InputError(
-            f"train: {str(folder)!r} holds a training: expected another folder or resume=True"
+            f"{caller}: {str(folder)!r} holds a training: expected another folder or resume=True"
         )
     remove_partial(folder)
     if not (folder / _STATE).exists():
-        return 0, []
+        return 0, {}
     try:
-        done, tensors = read_sealed(folder / _STATE, _HEADER)
+        done, held = read_sealed(folder / _STATE, _HEADER)
     except InputError as error:
-        raise InputError(f"train: cannot resume from {error}") from error
+        raise InputError(f"{caller}: cannot resume from {error}") from error
     changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
     if changed:
         name = changed[0]
         raise InputError(
-            f"train: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
+            f"{caller}: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
             f"and cannot go on with {name}={knobs[name]!r}"
         )
-    model.load_state_dict({name: tensors[f"weights/{name}"] for name in model.state_dict()})
-    for name, parameter in model.named_parameters():
-        held = [key for key in _MOMENTS if f"{key}/{name}" in tensors]
-        if held:
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(parameter.device) for key in held
+    for name, tensor in tensors.items():
+        if f"weights/{name}" in held:
+            with torch.no_grad():
+                tensor.copy_(held[f"weights/{name}"])
+        moments = [key for key in _MOMENTS if f"{key}/{name}" in held]
+        if moments:
+            optimizer.state[tensor] = {
+                key: held[f"{key}/{name}"].to(tensor.device) for key in moments
             }
-    return done["step"], done["scores"]
+    return done["step"], done
 
 
 def save_state(
     folder: Path,
-    step: int,
-    knobs: dict[str, Any],
-    scores: list[dict[str, Any]],
-    model: NativeModel,
+    content: dict[str, Any],
+    tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    *,
+    caller: str,
 ) -> None:
-    """Write what `open_folder` resumes from, the state before ``step``."""
-    tensors = {f"weights/{name}": tensor for name, tensor in copy_weights(model).items()}
-    for name, parameter in model.named_parameters():
-        for key, moment in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = moment.detach().cpu().contiguous()
-    content = {"step": step, "knobs": knobs, "scores": scores}
+    """Write what `open_folder` resumes from: the state before ``content["step"]``."""
+    held = {f"weights/{name}": copied(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        for key, moment in optimizer.state.get(tensor, {}).items():
+            held[f"{key}/{name}"] = moment.detach().cpu().contiguous()
     # Replaced in one move: a kill leaves the old state or the new one, never half of one.
-    with writing(f"train: {str(folder)!r}"):
-        save_sealed(folder / _STATE, _HEADER, content, tensors)
+    with writing(f"{caller}: {str(folder)!r}"):
+        save_sealed(folder / _STATE, _HEADER, content, held)
 
 
-def check_checkpoints(folder: Path, steps: list[int]) -> None:
+def check_checkpoints(folder: Path, steps: Sequence[int], *, caller: str) -> None:
     """Raises InputError unless the folder holds the checkpoints of these steps."""
     missing = [step for step in steps if not checkpoint_path(folder, step).exists()]
     if missing:
         raise InputError(
-            f"train: {str(checkpoint_path(folder, missing[0]))!r} is missing, so this training "
+            f"{caller}: {str(checkpoint_path(folder, missing[0]))!r} is missing, so this training "
             "cannot be resumed: expected the folder as it was left"
         )
 
@@ -118,6 +125,6 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.safetensors"
 
 
-def copy_weights(model: NativeModel) -> dict[str, Tensor]:
-    """The weights on the CPU, apart from the model."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+def copied(tensor: Tensor) -> Tensor:
+    """The values on the CPU, apart from the tensor."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
