@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from lensclust.adapters import Lora
 
 import lensclust as lc
 from lensclust.tasks.arithmetic import AFTER
@@ -23,6 +22,8 @@ TEMPLATES = ("imperative", "question")
 # Of the words, so many are only asked; of the texts, so many are tuned on.
 TEST_WORDS, TRAINED_TEXTS = 8, 64
 LONGEST_TEXT = 80
+# In the names of attention's weights, whatever the architecture.
+ATTENTION = r"attn|attention"
 
 
 def task_names(study: HeadPatterns) -> list[str]:
@@ -34,6 +35,9 @@ def task_names(study: HeadPatterns) -> list[str]:
 def measure_task(study: HeadPatterns, name: str) -> dict[str, pd.DataFrame]:
     """Tune the pretrained model on one task and measure its patterns meanwhile."""
     model = lc.load(study.pretrained, progress=False)
+    tuned: dict[str, Any] = {"only": ATTENTION}
+    if study.rank:
+        tuned = {"lora": lc.Lora(rank=study.rank, targets=("q", "k", "v", "o"))}
     # Workers share the cores: two threads each would only wait for one another.
     with one_thread():
         scores = tuned_patterns(
@@ -44,7 +48,7 @@ def measure_task(study: HeadPatterns, name: str) -> dict[str, pd.DataFrame]:
             batch_size=study.pretrained_batch,
             lr=study.pretrained_lr,
             checkpoints=study.n_checkpoints,
-            lora=Lora(rank=study.rank, targets=("q", "k", "v", "o")),
+            **tuned,
         )
     weights = pd.DataFrame({"name": [study.pretrained], "fingerprint": [lc.fingerprint(model)]})
     return {"scores": scores.assign(part="pretrained", seed=0), "weights": weights}
