@@ -136,8 +136,9 @@ class HeadPatterns(Study):
         """Refuse what would leave a claim without a measurement."""
         least = {"pretrained_runs": 2, "pretrained_steps": 2, "pretrained_batch": 1, "rank": 0}
         least |= {"measured": 2, "known_moves": 1, "known_maps": 1, "complex_tasks": 1}
-        least |= {"controls": 1, "runs": 2, "tuning_steps": 2, "n_checkpoints": 3, "scarce": 1}
-        least |= {"mixed": 1, "permutations": 1, "steps": 1, "batch_size": 1, "n_layers": 3}
+        least |= {"controls": 1, "runs": 2, "tuning_steps": 2, "n_checkpoints": 3, "scarce": 2}
+        least |= {"mixed": 1, "permutations": 2, "steps": 1, "batch_size": 1, "n_layers": 3}
+        least |= {"n_heads": 1}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
@@ -145,8 +146,10 @@ class HeadPatterns(Study):
             known = lc.tasks.data_names()
             if self.texts not in known:
                 raise lc.InputError(f"texts={self.texts!r}: expected one of {', '.join(known)}")
+        from lensclust.native import native_config
         from studies.head_patterns_synthetic import prompts_of
 
+        native_config(self.model, n_layers=self.n_layers, n_heads=self.n_heads)
         prompts_of(self, 0)
 
     def run(self, context: Context) -> Findings:

@@ -15,7 +15,7 @@ def joined(parts: Sequence[lc.Prompts]) -> lc.Prompts:
 
     >>> prompts = lc.tasks.sif(n_tasks=2, n_inputs=3, mappings_per_task=2)
     >>> both = joined([prompts.where(task=1), prompts.where(task=0)])
-    >>> len(both) == len(prompts), both.rows["task"].iloc[0]
+    >>> len(both) == len(prompts), int(both.rows["task"][0])
     (True, 1)
     """
     ids = [

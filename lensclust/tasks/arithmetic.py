@@ -84,8 +84,8 @@ def arithmetic(
     >>> prompts = arithmetic(tokenizer, tasks=["multiply after add"], inputs=1, test_inputs=1)
     >>> print(prompts.text(0), prompts.rows["output"][0], sep="")
     Add the first two numbers, then multiply by the third.
-    Input: "7, 7, 1"
-    Answer: "14
+    Input: "8, 3, 11"
+    Answer: "121
     """
     steps = {task: _steps(task) for task in tasks}
     for name, value in {"tasks": len(steps), "inputs": inputs, "largest": largest}.items():

@@ -80,7 +80,7 @@ def composed(
     Prompts(4608 prompts, 8 tasks, up to 14 tokens)
     >>> one = prompts.where(task="map 0 after move 0", split="test")
     >>> print(one.text(0), one.rows["output"][0])
-    <bos>ekkfmp<sep>s2 s3 s9 s5 s8 s9 s7 s0
+    <bos>hftso<sep>s3 s8 s5 s7 s2 s3 s0 s9
     """
     check_sizes(
         "composed",
