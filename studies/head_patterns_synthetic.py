@@ -16,6 +16,8 @@ from studies.small_models import trained
 
 # Test prompts of each run; these are cheap, so more than of the pretrained model.
 MEASURED = 64
+# Training strings of a task, all of one length: prompts cost the same whatever their task.
+STRINGS, LENGTH = 192, 7
 
 
 def measure_seed(study: HeadPatterns, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
@@ -69,8 +71,10 @@ def prompts_of(study: HeadPatterns, seed: int) -> lc.Prompts:
         pairs=[*known, *((moves + i, maps + i) for i in range(study.complex_tasks))],
         width=study.width,
         n_symbols=study.n_symbols,
+        regexes_per_task=1,
+        strings_per_regex=STRINGS,
         test_strings=MEASURED,
-        inputs_per_string=4,
+        lengths=(LENGTH, LENGTH),
         seed=seed,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +185,11 @@ def test_without_a_pretrained_model_its_claims_are_left_out():
 # -- from patterns to scores ---------------------------------------------------------------------
 
 
-def patterns(values: np.ndarray, names: str = "abcdef") -> xr.DataArray:
+def patterns(values: np.ndarray, names: Sequence[str] = "abcdef") -> xr.DataArray:
     """Activations ``(task, run, step, block, head)``."""
     dims = ("task", "run", "step", "block", "head")
     coords = {dim: np.arange(n) for dim, n in zip(dims, values.shape, strict=True)}
-    return xr.DataArray(values, dims=dims, coords={**coords, "task": list(names[: len(values)])})
+    return xr.DataArray(values, dims=dims, coords={**coords, "task": [*names][: len(values)]})
 
 
 def means(rows: Any, **labels: Any) -> float:
@@ -275,7 +275,7 @@ def composed_world(mixed: bool) -> tuple[xr.DataArray, pd.DataFrame]:
                 change[name] = 0.7 * change[one] + 0.4 * change[two] + noise
     before = 1 + rng.random((6, 8))
     values = np.stack([np.stack([before, before + change[name]])[None] for name in TASKS])
-    found = patterns(values).assign_coords(task=list(TASKS))
+    found = patterns(values, [*TASKS])
     tasks = pd.DataFrame.from_dict(TASKS, orient="index", columns=["kind", "parts"])
     return found, tasks
 
