@@ -13,10 +13,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
 from lensclust.finetuning import finetuned
-from lensclust.native import native_config
 from lensclust.sites import Site
 from lensclust.threads import one_thread
-from lensclust.training import required_sizes
 from probes.centroids import mean_states
 from probes.replay import answers
 from studies.alignment import Alignment
@@ -42,6 +40,7 @@ from studies.alignment_scores import (
     read_now,
     try_training,
 )
+from studies.small_models import trained
 
 # Training prompts of each task and input: to draw examples from, and to ask again.
 POOL, ASKED_AGAIN = 24, 4
@@ -50,20 +49,8 @@ POOL, ASKED_AGAIN = 24, 4
 def measure_seed(study: Alignment, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model, then have some of its tasks answered as others, in every way."""
     prompts = lc.tasks.sif(**study.sizes(), held_out_regexes=0, seed=seed)
-    config = native_config(study.model, **required_sizes(prompts))
     with one_thread():
-        run = lc.train(
-            config,
-            prompts,
-            steps=study.steps,
-            batch_size=study.batch_size,
-            lr=study.lr,
-            n_checkpoints=2,
-            out=folder / "checkpoints",
-            seed=seed,
-            resume=True,
-            progress=False,
-        )
+        run = trained(study, prompts, seed, folder, n_checkpoints=2)
         model = run.model()
         rows = align(study, model, prompts, seed)
     scores = frame(rows, part="synthetic", seed=seed)

@@ -22,6 +22,7 @@ from studies.component_reweighting_scores import (
     kind_shares,
     relearned,
 )
+from studies.joined_prompts import joined
 from studies.study import silenced
 
 # One for all sets, so that heads cannot tell tasks apart by it.
@@ -117,22 +118,6 @@ def templates_of(texts: LabelledTexts, n: int) -> list[str]:
     if n > len(found):
         raise lc.InputError(f"templates={n}: {texts.name} has {len(found)}: {', '.join(found)}")
     return found[:n]
-
-
-def joined(parts: Sequence[lc.Prompts]) -> lc.Prompts:
-    """Prompts of several sets, one after the other."""
-    ids = [
-        row[:length].tolist()
-        for part in parts
-        for row, length in zip(part.tokens, part.lengths.tolist(), strict=True)
-    ]
-    return lc.Prompts.from_token_lists(
-        ids,
-        pd.concat([part.rows for part in parts], ignore_index=True),
-        texts=[text for part in parts for text in part.texts or ()],
-        tokenizer=parts[0].tokenizer,
-        pad_id=parts[0].pad_id,
-    )
 
 
 def _decomposed(

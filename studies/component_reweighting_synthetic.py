@@ -10,34 +10,21 @@ import pandas as pd
 
 import lensclust as lc
 import probes
-from lensclust.native import native_config
 from lensclust.tasks.classification import balanced_order
 from lensclust.threads import one_thread
-from lensclust.training import required_sizes
 from probes.components import decompose
 from studies.component_reweighting import ComponentReweighting
 from studies.component_reweighting_scores import component_rows, extremes, kind_shares, relearned
 from studies.emergence import UNSEEN, clustered_prompts, input_only_accuracy
+from studies.small_models import trained
 from studies.study import silenced
 
 
 def measure_seed(study: ComponentReweighting, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model, and at every checkpoint score and reweigh its components."""
     prompts = lc.tasks.sif(**study.sizes(), seed=seed)
-    config = native_config(study.model, **required_sizes(prompts))
     with one_thread():
-        run = lc.train(
-            config,
-            prompts,
-            steps=study.steps,
-            batch_size=study.batch_size,
-            lr=study.lr,
-            n_checkpoints=study.n_checkpoints,
-            out=folder / "checkpoints",
-            seed=seed,
-            resume=True,
-            progress=False,
-        )
+        run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         unseen = clustered_prompts(prompts, study.rows_per_mapping).where(split=UNSEEN)
         tables = [
             _checkpoint(study, model, unseen, seed).assign(step=step)

@@ -126,26 +126,13 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
     """Train one seed and score every checkpoint: the work of one process."""
     import pandas as pd
 
-    from lensclust.native import native_config
     from lensclust.threads import one_thread
-    from lensclust.training import required_sizes
+    from studies.small_models import trained
 
     prompts = task_set(study, seed)
-    config = native_config(study.model, **required_sizes(prompts))
     # A tiny model gains nothing from a second thread, and one thread is always reproducible.
     with one_thread():
-        run = lc.train(
-            config,
-            prompts,
-            steps=study.steps,
-            batch_size=study.batch_size,
-            lr=study.lr,
-            n_checkpoints=study.n_checkpoints,
-            out=folder / "checkpoints",
-            seed=seed,
-            resume=True,
-            progress=False,
-        )
+        run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         held_out = clustered_prompts(prompts, study.rows_per_mapping)
         tables, states = [training_scores(run.frame, prompts)], pd.DataFrame()
         for step, model in run.models():

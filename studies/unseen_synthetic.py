@@ -14,10 +14,8 @@ from sklearn.metrics import roc_auc_score
 import lensclust as lc
 import probes
 from lensclust.activations import select
-from lensclust.native import native_config
 from lensclust.sites import Site, resolve
 from lensclust.threads import one_thread
-from lensclust.training import required_sizes
 from probes.centroids import mean_states
 from probes.erasure import erase, erase_random
 from probes.interchanges import first_token, interchange
@@ -26,6 +24,7 @@ from probes.nearest_clusters import membership
 from probes.pairing import first_answers
 from probes.replay import answers, replay
 from studies.emergence import SPLITS, UNSEEN, clustered_prompts, input_only_accuracy
+from studies.small_models import trained
 from studies.study import silenced
 from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
 
@@ -33,20 +32,8 @@ from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
 def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model and measure every checkpoint, then move and erase its clusters."""
     prompts = lc.tasks.sif(**study.sizes(), seed=seed)
-    config = native_config(study.model, **required_sizes(prompts))
     with one_thread():
-        run = lc.train(
-            config,
-            prompts,
-            steps=study.steps,
-            batch_size=study.batch_size,
-            lr=study.lr,
-            n_checkpoints=study.n_checkpoints,
-            out=folder / "checkpoints",
-            seed=seed,
-            resume=True,
-            progress=False,
-        )
+        run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         # Centroids come from training prompts, the first of each task and input.
         known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
         asked = clustered_prompts(prompts, study.rows_per_mapping)

@@ -4,7 +4,10 @@ Each function has the name of its module and takes its place here: ``tasks.natur
 function, ``from lensclust.tasks.natural import ...`` still reaches the module.
 """
 
+from lensclust.tasks.arithmetic import arithmetic
 from lensclust.tasks.classification import classification
+from lensclust.tasks.composed import composed
+from lensclust.tasks.composed_words import composed_words
 from lensclust.tasks.icl import icl
 from lensclust.tasks.instruction_induction import instruction_induction
 from lensclust.tasks.label_words import choices
@@ -14,8 +17,11 @@ from lensclust.tasks.natural import natural
 from lensclust.tasks.sif import sif
 
 __all__ = [
+    "arithmetic",
     "choices",
     "classification",
+    "composed",
+    "composed_words",
     "data_names",
     "from_name",
     "icl",

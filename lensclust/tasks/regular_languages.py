@@ -12,6 +12,8 @@ import rstr
 
 from lensclust.errors import InputError
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
 _ATTEMPTS = 200
 # Strings drawn at a time; an expression that yields fewer new ones than this is given up.
 _DRAWS = 96
@@ -98,7 +100,13 @@ def _draw_expression(letters: str, longest: int, rng: random.Random) -> _Piece:
 
 
 def draw_languages(
-    n_train: list[int], *, n_test: int, letters: str, lengths: range, rng: random.Random
+    n_train: list[int],
+    *,
+    n_test: int,
+    letters: str,
+    lengths: range,
+    rng: random.Random,
+    caller: str = "sif",
 ) -> list[Language]:
     """A language for each number of training strings; no string of one matches another."""
     languages: list[Language] = []
@@ -109,7 +117,7 @@ def draw_languages(
         language = next((found for found in candidates if found is not None), None)
         if language is None:
             raise InputError(
-                f"sif: only {len(languages)} of {len(n_train)} regular expressions found with "
+                f"{caller}: only {len(languages)} of {len(n_train)} regular expressions found with "
                 f"{n + n_test} strings of lengths {lengths[0]}..{lengths[-1]} over "
                 f"{len(letters)} letters that match no other: expected fewer tasks, "
                 f"expressions or strings, or longer strings or more letters"

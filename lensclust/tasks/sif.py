@@ -16,12 +16,11 @@ import pandas as pd
 
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
-from lensclust.tasks.regular_languages import Language, draw_languages
+from lensclust.tasks.regular_languages import LETTERS, Language, draw_languages
 
 BOS, SEP, PAD = "<bos>", "<sep>", "<pad>"
 SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _ATTEMPTS = 200
 
 Table = dict[int, int]
@@ -98,23 +97,25 @@ def sif(
     """
     n_outputs = n_inputs if n_outputs is None else n_outputs
     shortest, longest = (lengths[1], lengths[1]) if fixed_length else lengths
-    _check_sizes(
-        at_least_1={
-            "n_tasks": n_tasks,
-            "n_inputs": n_inputs,
-            "mappings_per_task": mappings_per_task,
-            "n_outputs": n_outputs,
-            "regexes_per_task": regexes_per_task,
-            "strings_per_regex": strings_per_regex,
-            "rows_per_mapping": rows_per_mapping,
-            "lengths[0]": shortest,
-            "n_letters": n_letters,
+    check_sizes(
+        "sif",
+        at_least={
+            "n_tasks": (n_tasks, 1),
+            "n_inputs": (n_inputs, 1),
+            "mappings_per_task": (mappings_per_task, 1),
+            "n_outputs": (n_outputs, 1),
+            "regexes_per_task": (regexes_per_task, 1),
+            "strings_per_regex": (strings_per_regex, 1),
+            "rows_per_mapping": (rows_per_mapping, 1),
+            "lengths[0]": (shortest, 1),
+            "n_letters": (n_letters, 1),
+            "held_out_regexes": (held_out_regexes, 0),
+            "held_out_inputs": (held_out_inputs, 0),
         },
-        at_least_0={"held_out_regexes": held_out_regexes, "held_out_inputs": held_out_inputs},
         at_most={
             "mappings_per_task": (mappings_per_task, "n_inputs", n_inputs),
             "lengths[0]": (shortest, "lengths[1]", longest),
-            "n_letters": (n_letters, "letters of the alphabet", len(_LETTERS)),
+            "n_letters": (n_letters, "letters of the alphabet", len(LETTERS)),
             # Beyond this some input of a table would be shown through no expression at all.
             "held_out_inputs * regexes_per_task": (
                 held_out_inputs * regexes_per_task,
@@ -131,7 +132,7 @@ def sif(
         # Held-out expressions come last and have no training strings.
         [strings_per_regex] * (n_tasks * regexes_per_task) + [0] * (n_tasks * held_out_regexes),
         n_test=rows_per_mapping,
-        letters=_LETTERS[:n_letters],
+        letters=LETTERS[:n_letters],
         lengths=range(shortest, longest + 1),
         rng=random.Random(f"sif-strings-{seed}"),
     )
@@ -168,7 +169,7 @@ def vocabulary(
     """
     outputs = [f"y{i}" for i in range(n_inputs if n_outputs is None else n_outputs)]
     inputs = [f"x{i}" for i in range(n_inputs)]
-    return (PAD, *outputs, *inputs, *_LETTERS[:n_letters], BOS, SEP)
+    return (PAD, *outputs, *inputs, *LETTERS[:n_letters], BOS, SEP)
 
 
 # -- tables -------------------------------------------------------------------------------
@@ -284,16 +285,17 @@ def _to_prompts(rows: pd.DataFrame, n_inputs: int, n_outputs: int, n_letters: in
     )
 
 
-def _check_sizes(
-    *,
-    at_least_1: dict[str, int],
-    at_least_0: dict[str, int],
-    at_most: dict[str, tuple[int, str, int]],
+def check_sizes(
+    caller: str, *, at_least: dict[str, tuple[int, int]], at_most: dict[str, tuple[int, str, int]]
 ) -> None:
-    for bound, sizes in ((1, at_least_1), (0, at_least_0)):
-        for name, value in sizes.items():
-            if value < bound:
-                raise InputError(f"sif: {name}={value}, expected at least {bound}")
+    """Refuse a size out of bounds: name -> (size, bound), and (size, name of the bound, bound).
+
+    Raises:
+        InputError: names the size and its bound.
+    """
+    for name, (value, bound) in at_least.items():
+        if value < bound:
+            raise InputError(f"{caller}: {name}={value}, expected at least {bound}")
     for name, (value, limit_name, limit) in at_most.items():
         if value > limit:
-            raise InputError(f"sif: {name}={value}, expected at most {limit_name}={limit}")
+            raise InputError(f"{caller}: {name}={value}, expected at most {limit_name}={limit}")
