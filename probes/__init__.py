@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.attention import attention_ratio
+    from probes.attention_ratios import AttentionRatio
     from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
     from probes.calibration import calibrate, select_prompt
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 # Name -> module. No module shares its name with what it exports.
 _HOMES = {
+    "AttentionRatio": "attention_ratios",
     "AttributionCheck": "attribution",
     "CKA": "kernel_alignment",
     "Clustering": "clustering",
@@ -44,6 +47,7 @@ _HOMES = {
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
+    "attention_ratio": "attention",
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
     "cka": "kernel_alignment",
@@ -75,6 +79,7 @@ _HOMES = {
 
 __all__ = [
     "CKA",
+    "AttentionRatio",
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",
@@ -86,6 +91,7 @@ __all__ = [
     "Reweighting",
     "Tuning",
     "add_direction",
+    "attention_ratio",
     "bag_of_tokens",
     "calibrate",
     "cka",
