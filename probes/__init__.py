@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from probes.interchanges import Interchange, interchange
     from probes.interventions import Intervention, dealt, replace, shift, transport
     from probes.kernel_alignment import CKA, cka
+    from probes.label_word_flows import LabelWordFlow, label_word_flow
     from probes.linear import probe
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
@@ -42,6 +43,7 @@ _HOMES = {
     "FunctionVector": "function_vectors",
     "Interchange": "interchanges",
     "Intervention": "interventions",
+    "LabelWordFlow": "label_word_flows",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
     "Reweighting": "component_weights",
@@ -58,6 +60,7 @@ _HOMES = {
     "erase_random": "erasure",
     "function_vector": "function_vectors",
     "interchange": "interchanges",
+    "label_word_flow": "label_word_flows",
     "linear_transport": "linear_maps",
     "mean_states": "centroids",
     "membership": "nearest_clusters",
@@ -86,6 +89,7 @@ __all__ = [
     "FunctionVector",
     "Interchange",
     "Intervention",
+    "LabelWordFlow",
     "Patching",
     "ProbeSweep",
     "Reweighting",
@@ -102,6 +106,7 @@ __all__ = [
     "erase_random",
     "function_vector",
     "interchange",
+    "label_word_flow",
     "linear_transport",
     "mean_states",
     "membership",

@@ -22,10 +22,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches, default_budget, model_device
@@ -35,6 +33,7 @@ from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sites import model_name
+from probes.answer_losses import AnswerLoss
 from probes.attention_patterns import PatternReader
 from probes.attention_ratios import OVER_HEADS, AttentionRatio
 from probes.attention_spans import ComparedSpans
@@ -113,7 +112,7 @@ def attention_ratio(
     )
     backward = "gradient" in weightings
     reader = PatternReader(model, values="value" in weightings, caller="attention_ratio")
-    targets = first_answer_tokens(prompts, caller="attention_ratio") if backward else None
+    loss = AnswerLoss(prompts, caller="attention_ratio") if backward else None
     budget = batch_tokens or max(1, default_budget(model) // (BACKWARD if backward else 1))
     device = model_device(model)
     sizes = (len(weightings), len(prompts), model.cfg.n_layers, model.cfg.n_heads)
@@ -124,11 +123,7 @@ def attention_ratio(
             last = prompts.lengths[rows] - 1
             tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
             weighing = SpanWeights(weightings, spans, rows.numpy(), tokens, model, draws, seed)
-            loss = None
-            if targets is not None:
-                right = targets[rows].to(device)
-                loss = lambda logits, right=right: _cross_entropy(logits, right)  # noqa: E731
-            reader.run(tokens, last.to(device), weighing.show, loss)
+            reader.run(tokens, last.to(device), weighing.show, loss and loss.of(rows))
             weights[:, rows.numpy()] = weighing.weights.cpu().numpy()
             null += weighing.null.cpu().numpy()
             advance(len(rows))
@@ -136,19 +131,6 @@ def attention_ratio(
         values=_dataset(model, prompts, weightings, weights),
         null=_null(weightings, null),
     )
-
-
-def first_answer_tokens(prompts: Prompts, *, caller: str) -> Int[Tensor, " prompt"]:
-    """The token that each prompt's answer begins with.
-
-    Raises:
-        InputError: if there is none.
-    """
-    for row, answer in enumerate(prompts.answers or [()]):
-        if not answer:
-            raise InputError(f"{caller}: prompt {row} has no answer, needed for gradients")
-    assert prompts.answers is not None
-    return torch.tensor([answer[0] for answer in prompts.answers])
 
 
 def _require_options(weightings: Sequence[str], draws: int, batch_tokens: int | None) -> None:
@@ -161,13 +143,6 @@ def _require_options(weightings: Sequence[str], draws: int, batch_tokens: int | 
         raise InputError(f"attention_ratio: draws={draws}, expected at least 2")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"attention_ratio: batch_tokens={batch_tokens}, expected at least 1")
-
-
-def _cross_entropy(
-    logits: Float[Tensor, "row vocab"], right: Int[Tensor, " row"]
-) -> Float[Tensor, ""]:
-    # Rows do not touch each other, so the gradient of the sum is each row's own.
-    return torch.nn.functional.cross_entropy(logits, right.to(logits.device), reduction="sum")
 
 
 def _dataset(

@@ -18,6 +18,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.batching import without_cache
 from lensclust.errors import InputError
 from lensclust.sites import Site, head_frames, hook_name, model_name, resolve
+from probes.answer_losses import Loss
 
 # Of one block: its pattern, and how long each value is (None unless asked for). What comes back
 # is shown the gradient of the loss with respect to the pattern, when the backward gets there.
@@ -25,8 +26,6 @@ Pattern = Float[Tensor, "row head query key"]
 Lengths = Float[Tensor, "row head key"]
 ShowGradient = Callable[[Pattern], None]
 Show = Callable[[int, Pattern, Lengths | None], ShowGradient | None]
-# From the logits at the last token of each row to one number.
-Loss = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, ""]]
 
 
 class PatternReader:
