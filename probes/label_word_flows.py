@@ -134,6 +134,9 @@ def label_word_flow(
             f"label_word_flow: draws={draws}, batch_tokens={batch_tokens}, expected at least 1"
         )
     require_fits(model, prompts, caller="label_word_flow")
+    labels = prompts.label_arrays()
+    if taken := [name for name in labels if name in ("prompt", "block", *FLOWS)]:
+        raise InputError(f"label_word_flow: label {taken[0]!r} of the rows is the name of an axis")
     asked = prompts.position(query).numpy()
     anchors = _anchors(prompts, words, asked)
     tokens = None if choices is None else label_tokens(model, choices, caller="label_word_flow")
@@ -161,11 +164,7 @@ def label_word_flow(
             for block, values in flows.found.items():
                 found[:, rows.numpy(), block] = values.cpu().numpy()
             advance(len(rows))
-    coords: dict[str, Any] = {
-        name: ("prompt", values)
-        for name, values in prompts.label_arrays().items()
-        if name not in ("prompt", "block", *FLOWS)
-    }
+    coords: dict[str, Any] = {name: ("prompt", values) for name, values in labels.items()}
     coords["block"] = np.arange(model.cfg.n_layers)
     return LabelWordFlow(
         xr.Dataset(
