@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from probes.activation_patterns import HeadActivation
+    from probes.attention import attention_ratio
+    from probes.attention_ratios import AttentionRatio
     from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
     from probes.calibration import calibrate, select_prompt
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from probes.interchanges import Interchange, interchange
     from probes.interventions import Intervention, dealt, replace, shift, transport
     from probes.kernel_alignment import CKA, cka
+    from probes.label_word_flows import LabelWordFlow, label_word_flow
     from probes.linear import probe
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 # Name -> module. No module shares its name with what it exports.
 _HOMES = {
+    "AttentionRatio": "attention_ratios",
     "AttributionCheck": "attribution",
     "CKA": "kernel_alignment",
     "Clustering": "clustering",
@@ -46,11 +50,13 @@ _HOMES = {
     "Interchange": "interchanges",
     "Intervention": "interventions",
     "PatternChange": "pattern_changes",
+    "LabelWordFlow": "label_word_flows",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
+    "attention_ratio": "attention",
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
     "change": "pattern_changes",
@@ -64,6 +70,7 @@ _HOMES = {
     "function_vector": "function_vectors",
     "head_activation": "head_activations",
     "interchange": "interchanges",
+    "label_word_flow": "label_word_flows",
     "linear_transport": "linear_maps",
     "mean_states": "centroids",
     "membership": "nearest_clusters",
@@ -85,6 +92,7 @@ _HOMES = {
 
 __all__ = [
     "CKA",
+    "AttentionRatio",
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",
@@ -93,12 +101,14 @@ __all__ = [
     "HeadActivation",
     "Interchange",
     "Intervention",
+    "LabelWordFlow",
     "Patching",
     "PatternChange",
     "ProbeSweep",
     "Reweighting",
     "Tuning",
     "add_direction",
+    "attention_ratio",
     "bag_of_tokens",
     "calibrate",
     "change",
@@ -112,6 +122,7 @@ __all__ = [
     "function_vector",
     "head_activation",
     "interchange",
+    "label_word_flow",
     "linear_transport",
     "mean_states",
     "membership",

@@ -15,6 +15,7 @@ import torch
 
 from lensclust.run_directory import machine, write_atomically
 from tests.benchmarks import (
+    attention,
     clustering,
     components,
     device,
@@ -40,11 +41,13 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "clustering": clustering.rows,
     "components": components.rows,
     "head_activation": head_activation.rows,
+    "attention": attention.rows,
 }
 FULL = {
     "prefixes": lambda: prefixes.rows(full=True),
     "growth": lambda: growth.rows(full=True),
     "distributed": lambda: distributed.rows(full=True),
+    "attention": lambda: attention.rows(full=True),
 }
 
 
