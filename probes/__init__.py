@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
     from probes.patching import Patching, patch
+    from probes.rdm_alignment import RSA, rsa
+    from probes.rdms import combined, hypothesis, with_nuisances
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
     from probes.steering import steer
@@ -41,6 +43,7 @@ _HOMES = {
     "Intervention": "interventions",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
+    "RSA": "rdm_alignment",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
@@ -48,11 +51,13 @@ _HOMES = {
     "calibrate": "calibration",
     "cka": "kernel_alignment",
     "cluster": "clustering",
+    "combined": "rdms",
     "dealt": "interventions",
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
     "function_vector": "function_vectors",
+    "hypothesis": "rdms",
     "interchange": "interchanges",
     "linear_transport": "linear_maps",
     "mean_states": "centroids",
@@ -65,16 +70,19 @@ _HOMES = {
     "replace": "interventions",
     "reweight": "reweighting",
     "reweight_many": "reweighting",
+    "rsa": "rdm_alignment",
     "select_prompt": "calibration",
     "shift": "interventions",
     "silhouettes": "similarity",
     "steer": "steering",
     "transport": "interventions",
     "tune": "validation",
+    "with_nuisances": "rdms",
 }
 
 __all__ = [
     "CKA",
+    "RSA",
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",
@@ -90,11 +98,13 @@ __all__ = [
     "calibrate",
     "cka",
     "cluster",
+    "combined",
     "dealt",
     "decompose",
     "erase",
     "erase_random",
     "function_vector",
+    "hypothesis",
     "interchange",
     "linear_transport",
     "mean_states",
@@ -107,12 +117,14 @@ __all__ = [
     "replace",
     "reweight",
     "reweight_many",
+    "rsa",
     "select_prompt",
     "shift",
     "silhouettes",
     "steer",
     "transport",
     "tune",
+    "with_nuisances",
 ]
 
 
