@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from probes.linear import probe
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
+    from probes.paired_decoding import PairedDecoding, decode
     from probes.patching import Patching, patch
     from probes.rdm_alignment import RSA, rsa
     from probes.rdms import combined, hypothesis, with_nuisances
@@ -41,6 +42,7 @@ _HOMES = {
     "FunctionVector": "function_vectors",
     "Interchange": "interchanges",
     "Intervention": "interventions",
+    "PairedDecoding": "paired_decoding",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
     "RSA": "rdm_alignment",
@@ -53,6 +55,7 @@ _HOMES = {
     "cluster": "clustering",
     "combined": "rdms",
     "dealt": "interventions",
+    "decode": "paired_decoding",
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
@@ -89,6 +92,7 @@ __all__ = [
     "FunctionVector",
     "Interchange",
     "Intervention",
+    "PairedDecoding",
     "Patching",
     "ProbeSweep",
     "Reweighting",
@@ -100,6 +104,7 @@ __all__ = [
     "cluster",
     "combined",
     "dealt",
+    "decode",
     "decompose",
     "erase",
     "erase_random",

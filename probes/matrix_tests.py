@@ -10,7 +10,9 @@ matrix is then relabelled, and ``Z`` taken out of it again:
 
 This is double semi-partialling (Dekker, Krackhardt & Snijders 2007): relabelling ``h`` itself
 would undo its relation to ``Z`` and so test another null. ``r`` is the partial correlation, which
-orders the relabellings as its t does. Without nuisances it is the Mantel test.
+orders the relabellings as its t does. Without nuisances it is the Mantel test, which is exact;
+with them only what is linear in their (ranked) entries is taken out. Where that is not enough,
+items may be relabelled only within groups that share the nuisance, which is exact again.
 """
 
 from __future__ import annotations

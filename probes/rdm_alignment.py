@@ -300,7 +300,7 @@ def _corrected(
     """How often the best site of a permuted sweep does as well as this one."""
     p = np.full(len(frame), np.nan)
     for members in frame.groupby(SCORED, sort=False).indices.values():
-        known = members[np.isfinite(statistics[members, 0])]
+        known = np.asarray(members)[np.isfinite(statistics[members, 0])]
         if known.size:
             null = statistics[known, 1:].max(0, keepdims=True)
             p[known] = permutation_p(statistics[known, 0], null)

@@ -177,25 +177,25 @@ def test_planted_components_are_found_and_the_wrong_ones_are_not_once_length_is_
 
 
 def test_noise_is_called_structure_as_often_as_stated():
-    """States follow the length, which goes with the name, and nothing else: the null is true."""
-    p = np.array(
-        [
-            rsa(
-                planted(length=1.0, seed=seed),
-                ["name"],
-                nuisance=["length"],
-                compare="spearman",
-                distance="euclidean",
-                permutations=99,
-            )
-            .frame.query("controlled")["p"]
-            .item()
-            for seed in range(200)
-        ]
-    )
-    # One-sided binomial bounds that a correct test exceeds once in 1,000 runs.
-    for level in (0.05, 0.2):
-        assert (p <= level).sum() <= stats.binom.ppf(0.999, len(p), level)
+    """Nothing but noise: with and without the length taken out, p is uniform."""
+    options = {"compare": "spearman", "permutations": 99, "nuisance": ["length"]}
+    frames = [rsa(planted(seed=seed), ["name"], **options).frame for seed in range(200)]
+    for controlled in (False, True):
+        p = np.array([f["p"][f["controlled"] == controlled].item() for f in frames])
+        for level in (0.05, 0.2, 0.5):
+            # Binomial bounds that a correct test leaves once in 1,000 runs on each side.
+            low, high = stats.binom.ppf([0.001, 0.999], len(p), level)
+            assert low <= (p <= level).sum() <= high
+
+
+def test_what_the_length_does_is_not_called_the_name():
+    """States follow the length, which goes with the name, and nothing else."""
+    options = {"compare": "spearman", "permutations": 99, "nuisance": ["length"]}
+    options |= {"distance": "euclidean"}
+    found = [rsa(planted(length=1.0, seed=s), ["name"], **options).frame for s in range(50)]
+    p = np.array([frame.set_index("controlled")["p"] for frame in found])
+    assert (p[:, 0] <= 0.05).all()
+    assert (p[:, 1] <= 0.05).sum() <= stats.binom.ppf(0.999, len(p), 0.05)
 
 
 @settings(max_examples=10, deadline=None)
