@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from probes.linear import probe
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
+    from probes.paired_decoding import PairedDecoding, decode
     from probes.patching import Patching, patch
     from probes.pattern_changes import PatternChange, change
     from probes.pattern_composition import Composition, compose
+    from probes.rdm_alignment import RSA, rsa
+    from probes.rdms import combined, hypothesis, with_nuisances
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
     from probes.steering import steer
@@ -51,8 +54,10 @@ _HOMES = {
     "Intervention": "interventions",
     "PatternChange": "pattern_changes",
     "LabelWordFlow": "label_word_flows",
+    "PairedDecoding": "paired_decoding",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
+    "RSA": "rdm_alignment",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
@@ -63,12 +68,15 @@ _HOMES = {
     "cka": "kernel_alignment",
     "cluster": "clustering",
     "compose": "pattern_composition",
+    "combined": "rdms",
     "dealt": "interventions",
+    "decode": "paired_decoding",
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
     "function_vector": "function_vectors",
     "head_activation": "head_activations",
+    "hypothesis": "rdms",
     "interchange": "interchanges",
     "label_word_flow": "label_word_flows",
     "linear_transport": "linear_maps",
@@ -82,17 +90,20 @@ _HOMES = {
     "replace": "interventions",
     "reweight": "reweighting",
     "reweight_many": "reweighting",
+    "rsa": "rdm_alignment",
     "select_prompt": "calibration",
     "shift": "interventions",
     "silhouettes": "similarity",
     "steer": "steering",
     "transport": "interventions",
     "tune": "validation",
+    "with_nuisances": "rdms",
 }
 
 __all__ = [
     "CKA",
     "AttentionRatio",
+    "RSA",
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",
@@ -102,6 +113,7 @@ __all__ = [
     "Interchange",
     "Intervention",
     "LabelWordFlow",
+    "PairedDecoding",
     "Patching",
     "PatternChange",
     "ProbeSweep",
@@ -115,12 +127,15 @@ __all__ = [
     "cka",
     "cluster",
     "compose",
+    "combined",
     "dealt",
+    "decode",
     "decompose",
     "erase",
     "erase_random",
     "function_vector",
     "head_activation",
+    "hypothesis",
     "interchange",
     "label_word_flow",
     "linear_transport",
@@ -134,12 +149,14 @@ __all__ = [
     "replace",
     "reweight",
     "reweight_many",
+    "rsa",
     "select_prompt",
     "shift",
     "silhouettes",
     "steer",
     "transport",
     "tune",
+    "with_nuisances",
 ]
 
 

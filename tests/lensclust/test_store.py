@@ -67,11 +67,11 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
         import lensclust as lc
         from lensclust import extraction
         from tests.lensclust.test_store import some_prompts
-        read = extraction._Reader.read
+        read = extraction.BatchReader.read
         def slowly(self, *arguments):
             time.sleep(0.2)
             return read(self, *arguments)
-        extraction._Reader.read = slowly
+        extraction.BatchReader.read = slowly
         model = lc.load("native:sif-small")
         lc.extract(model, some_prompts(60), ["resid"], store=sys.argv[1], shard=4)
     """
