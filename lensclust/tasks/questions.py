@@ -105,8 +105,8 @@ def few_shot(
         (``TASK/TEMPLATE``), ``template``, ``item``, ``input`` (the question), ``output``,
         ``split`` (``query``), ``shots``, ``shuffled``, ``demonstrations`` (the items shown, a
         JSON list) and the questions' labels; spans ``query`` (the whole question),
-        ``demonstrations`` (empty without any) and the named pieces of the queries; and the
-        answers.
+        ``demonstrations``, ``shown_1``, ``shown_2``, ... (the answers shown, the last one first;
+        empty where there are fewer) and the named pieces of the queries; and the answers.
 
     Raises:
         InputError: if there is no query, a number of shots is negative, comes twice or is more
@@ -123,7 +123,7 @@ def few_shot(
     >>> prompts.texts
     ('7 + 1 =', '3 + 1 = 4\\n\\n7 + 1 =')
     >>> {name: span[1].tolist() for name, span in prompts.spans.items()}
-    {'demonstrations': [0, 5], 'query': [5, 9], 'number': [5, 6]}
+    {'demonstrations': [0, 5], 'shown_1': [4, 5], 'query': [5, 9], 'number': [5, 6]}
     """
     numbers = [shots] if isinstance(shots, int) else list(shots)
     by_template = _checked(queries, pool, numbers, task)
@@ -139,13 +139,10 @@ def few_shot(
             answers = [question.answer for question in shown]
             if shuffled and n:
                 answers = dealt_wrongly(answers, **key)
-            before = BETWEEN.join(
-                f"{question.text} {answer}" for question, answer in zip(shown, answers, strict=True)
-            )
-            start = len(before + BETWEEN) if shown else 0
-            texts.append(before + BETWEEN * bool(shown) + query.text)
-            own = {"demonstrations": (0, len(before)), "query": (start, len(texts[-1]))}
-            spans.append(own | query.spans(start))
+            text, own = _shown(shown, answers, max(numbers))
+            texts.append(text + query.text)
+            own["query"] = (len(text), len(texts[-1]))
+            spans.append(own | query.spans(len(text)))
             rows.append(
                 {
                     "task": task,
@@ -169,6 +166,20 @@ def few_shot(
         spans={name: [each[name] for each in spans] for name in spans[0]},
         chat=chat,
     )
+
+
+def _shown(
+    shown: Sequence[Question], answers: Sequence[str], most: int
+) -> tuple[str, dict[str, CharSpan]]:
+    """Worked questions up to where the query begins, and where their answers stand."""
+    text, places = "", []
+    for question, answer in zip(shown, answers, strict=True):
+        text += f"{question.text} {answer}"
+        places.append((len(text) - len(answer), len(text)))
+        text += BETWEEN
+    spans = {"demonstrations": (0, len(text.removesuffix(BETWEEN)))}
+    last_first = [*reversed(places), *[(0, 0)] * (most - len(places))]
+    return text, spans | {f"shown_{n}": place for n, place in enumerate(last_first, start=1)}
 
 
 def _checked(
