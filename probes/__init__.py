@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.attention import attention_ratio
+    from probes.attention_ratios import AttentionRatio
     from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
     from probes.calibration import calibrate, select_prompt
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from probes.interchanges import Interchange, interchange
     from probes.interventions import Intervention, dealt, replace, shift, transport
     from probes.kernel_alignment import CKA, cka
+    from probes.label_word_flows import LabelWordFlow, label_word_flow
     from probes.linear import probe
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 # Name -> module. No module shares its name with what it exports.
 _HOMES = {
+    "AttentionRatio": "attention_ratios",
     "AttributionCheck": "attribution",
     "CKA": "kernel_alignment",
     "Clustering": "clustering",
@@ -39,11 +43,13 @@ _HOMES = {
     "FunctionVector": "function_vectors",
     "Interchange": "interchanges",
     "Intervention": "interventions",
+    "LabelWordFlow": "label_word_flows",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
+    "attention_ratio": "attention",
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
     "cka": "kernel_alignment",
@@ -54,6 +60,7 @@ _HOMES = {
     "erase_random": "erasure",
     "function_vector": "function_vectors",
     "interchange": "interchanges",
+    "label_word_flow": "label_word_flows",
     "linear_transport": "linear_maps",
     "mean_states": "centroids",
     "membership": "nearest_clusters",
@@ -75,17 +82,20 @@ _HOMES = {
 
 __all__ = [
     "CKA",
+    "AttentionRatio",
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",
     "FunctionVector",
     "Interchange",
     "Intervention",
+    "LabelWordFlow",
     "Patching",
     "ProbeSweep",
     "Reweighting",
     "Tuning",
     "add_direction",
+    "attention_ratio",
     "bag_of_tokens",
     "calibrate",
     "cka",
@@ -96,6 +106,7 @@ __all__ = [
     "erase_random",
     "function_vector",
     "interchange",
+    "label_word_flow",
     "linear_transport",
     "mean_states",
     "membership",

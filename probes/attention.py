@@ -1,0 +1,184 @@
+"""Attention ratio: how much more of a model's attention relevant tokens get than irrelevant ones.
+
+With ``P`` the attention pattern of a head, ``R`` the tokens that look, ``B`` the relevant tokens
+and ``C`` the irrelevant ones,
+
+    w(B) = mean over q in R, k in B of P[q, k]        log ratio = log w(B) - log w(C)
+
+for each prompt, then averaged over prompts. Weights are not explanations: what a head moves is
+its weight times how long the value is, and what the answer hangs on is the weight times its
+gradient. So the same ratio is taken between ``P ||v W_O||`` (Kobayashi et al. 2020) and
+``|P ∂L/∂P|`` (as in Wang et al. 2023), and each stands beside the ratios between random spans of
+the same lengths in the same text.
+
+Source: Yousefi et al. (arXiv 2310.00313) compare attention on relevant and irrelevant information
+as a ratio; which tokens look, how tokens and heads are averaged, the weightings and the null are
+choices of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.batching import batches, default_budget, model_device
+from lensclust.errors import InputError
+from lensclust.fingerprints import fingerprint_again
+from lensclust.fits import require_fits
+from lensclust.progress import progress_bar
+from lensclust.prompts import Prompts
+from lensclust.sites import model_name
+from probes.answer_losses import AnswerLoss
+from probes.attention_patterns import PatternReader
+from probes.attention_ratios import OVER_HEADS, AttentionRatio
+from probes.attention_spans import ComparedSpans
+from probes.attention_weights import SpanWeights
+from probes.attribution import BACKWARD
+
+WEIGHTINGS = ("attention", "value", "gradient")
+AXES = ("weighting", "prompt", "block", "head", "relevant", "irrelevant")
+
+
+def attention_ratio(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    *,
+    relevant: str = "relevant",
+    irrelevant: str = "irrelevant",
+    query: str = "answer",
+    block: str | None = "query",
+    weighting: str | Sequence[str] = WEIGHTINGS,
+    draws: int = 100,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+) -> AttentionRatio:
+    """Attention of the answering token on relevant against irrelevant tokens, in one forward.
+
+    Args:
+        model: a hooked model, in eval mode, with eager attention.
+        prompts: what to run, with the spans named below. Their first tokens (BOS, or what draws
+            attention in its place) count in none of them.
+        relevant, irrelevant: spans to compare, both inside ``block`` and before the query.
+        query: who looks: ``"answer"``, the token that predicts the answer, or a span, over whose
+            tokens weights are averaged.
+        block: span of the text that holds the last question alone, so that demonstrations change
+            nothing; None for the whole of prompts without demonstrations. Random spans of the
+            null lie in it too.
+        weighting: ``"attention"`` (``P``), ``"value"`` (``P ||v W_O||``), ``"gradient"``
+            (``|P ∂L/∂P|``, ``L`` being the cross-entropy of the first token of the prompt's
+            answer); one or several. Only the last needs answers and a backward.
+        draws: random pairs of spans in the null; p is at least 1 / (draws + 1).
+        seed: of the null.
+        batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`,
+            a quarter of it with a backward.
+        progress: show a bar.
+
+    Returns:
+        Weights of every prompt, block and head, and the log ratios between random spans.
+
+    Raises:
+        InputError: if a span does not exist, is empty or outside its prompt, the two overlap,
+            leave the block or do not end before the query, demonstrations reach into the block,
+            a weighting is not known or cannot be had, or the prompts do not fit the model.
+
+    >>> import lensclust as lc
+    >>> prompts = lc.tasks.sif().where(split="new_string")
+    >>> spans = {"relevant": [(1, 3)] * len(prompts), "irrelevant": [(3, 4)] * len(prompts)}
+    >>> ids = [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths)]
+    >>> prompts = lc.Prompts.from_token_lists(ids, prompts.rows, spans=spans)
+    >>> model = lc.load("native:sif-small")
+    >>> found = attention_ratio(model, prompts, block=None, weighting=["attention", "value"])
+    >>> found.values.relevant.dims
+    ('weighting', 'prompt', 'block', 'head')
+    >>> bool(abs(found.frame.log_ratio).max() < 2)  # an untrained model looks everywhere
+    True
+    """
+    weightings = [weighting] if isinstance(weighting, str) else list(weighting)
+    _require_options(weightings, draws, batch_tokens)
+    require_fits(model, prompts, caller="attention_ratio")
+    spans = ComparedSpans.of(
+        prompts,
+        relevant=relevant,
+        irrelevant=irrelevant,
+        query=query,
+        block=block,
+        caller="attention_ratio",
+    )
+    backward = "gradient" in weightings
+    reader = PatternReader(model, values="value" in weightings, caller="attention_ratio")
+    loss = AnswerLoss(prompts, caller="attention_ratio") if backward else None
+    budget = batch_tokens or max(1, default_budget(model) // (BACKWARD if backward else 1))
+    device = model_device(model)
+    sizes = (len(weightings), len(prompts), model.cfg.n_layers, model.cfg.n_heads)
+    weights = np.empty((*sizes, 2), dtype=np.float32)
+    null = np.zeros((2, sizes[0], sizes[2], sizes[3] + len(OVER_HEADS), draws))
+    with progress_bar("attention", len(prompts), enabled=progress) as advance:
+        for rows in batches(prompts.lengths, budget):
+            last = prompts.lengths[rows] - 1
+            tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
+            weighing = SpanWeights(weightings, spans, rows.numpy(), tokens, model, draws, seed)
+            reader.run(tokens, last.to(device), weighing.show, loss and loss.of(rows))
+            weights[:, rows.numpy()] = weighing.weights.cpu().numpy()
+            null += weighing.null.cpu().numpy()
+            advance(len(rows))
+    return AttentionRatio(
+        values=_dataset(model, prompts, weightings, weights),
+        null=_null(weightings, null),
+    )
+
+
+def _require_options(weightings: Sequence[str], draws: int, batch_tokens: int | None) -> None:
+    unknown = [name for name in weightings if name not in WEIGHTINGS]
+    if unknown or not weightings or len(set(weightings)) < len(weightings):
+        raise InputError(
+            f"attention_ratio: weighting {list(weightings)}, expected some of {list(WEIGHTINGS)}"
+        )
+    if draws < 2:
+        raise InputError(f"attention_ratio: draws={draws}, expected at least 2")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise InputError(f"attention_ratio: batch_tokens={batch_tokens}, expected at least 1")
+
+
+def _dataset(
+    model: Any,
+    prompts: Prompts,
+    weightings: Sequence[str],
+    weights: Float[np.ndarray, "weighting prompt block head 2"],
+) -> xr.Dataset:
+    rows = prompts.label_arrays()
+    if taken := [name for name in rows if name in AXES]:
+        raise InputError(f"attention_ratio: label {taken[0]!r} of the rows is the name of an axis")
+    coords: dict[str, Any] = {name: ("prompt", values) for name, values in rows.items()}
+    coords |= {"weighting": list(weightings)}
+    coords |= {"block": np.arange(weights.shape[2]), "head": np.arange(weights.shape[3])}
+    axes = ("weighting", "prompt", "block", "head")
+    return xr.Dataset(
+        {"relevant": (axes, weights[..., 0]), "irrelevant": (axes, weights[..., 1])},
+        coords,
+        {
+            "model": model_name(model),
+            "weights": fingerprint_again(model),
+            "tokenizer": prompts.tokenizer,
+            "prompts": prompts.digest(),
+        },
+    )
+
+
+def _null(
+    weightings: Sequence[str], sums: Float[np.ndarray, "2 weighting block heads draw"]
+) -> xr.DataArray:
+    with np.errstate(invalid="ignore"):
+        means = sums[0] / sums[1]
+    names = [*map(str, range(means.shape[2] - len(OVER_HEADS))), *OVER_HEADS]
+    return xr.DataArray(
+        means,
+        dims=("weighting", "block", "heads", "draw"),
+        coords={"weighting": list(weightings), "block": np.arange(means.shape[1]), "heads": names},
+        name="log_ratio",
+    )
