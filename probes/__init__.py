@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
     from probes.patching import Patching, patch
+    from probes.rdm_alignment import RSA, rsa
+    from probes.rdms import combined, hypothesis, with_nuisances
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
     from probes.steering import steer
@@ -46,6 +48,7 @@ _HOMES = {
     "LabelWordFlow": "label_word_flows",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
+    "RSA": "rdm_alignment",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
@@ -54,11 +57,13 @@ _HOMES = {
     "calibrate": "calibration",
     "cka": "kernel_alignment",
     "cluster": "clustering",
+    "combined": "rdms",
     "dealt": "interventions",
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
     "function_vector": "function_vectors",
+    "hypothesis": "rdms",
     "interchange": "interchanges",
     "label_word_flow": "label_word_flows",
     "linear_transport": "linear_maps",
@@ -72,16 +77,19 @@ _HOMES = {
     "replace": "interventions",
     "reweight": "reweighting",
     "reweight_many": "reweighting",
+    "rsa": "rdm_alignment",
     "select_prompt": "calibration",
     "shift": "interventions",
     "silhouettes": "similarity",
     "steer": "steering",
     "transport": "interventions",
     "tune": "validation",
+    "with_nuisances": "rdms",
 }
 
 __all__ = [
     "CKA",
+    "RSA",
     "AttentionRatio",
     "AttributionCheck",
     "Clustering",
@@ -100,11 +108,13 @@ __all__ = [
     "calibrate",
     "cka",
     "cluster",
+    "combined",
     "dealt",
     "decompose",
     "erase",
     "erase_random",
     "function_vector",
+    "hypothesis",
     "interchange",
     "label_word_flow",
     "linear_transport",
@@ -118,12 +128,14 @@ __all__ = [
     "replace",
     "reweight",
     "reweight_many",
+    "rsa",
     "select_prompt",
     "shift",
     "silhouettes",
     "steer",
     "transport",
     "tune",
+    "with_nuisances",
 ]
 
 

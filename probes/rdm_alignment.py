@@ -1,0 +1,307 @@
+"""Representational similarity: does a site lay prompts apart as a hypothesis says it should?
+
+Standard of evidence: beside each value stand the same score under permuted prompts (the same
+permutations at every site), the value with nuisances (length, template, first token) taken out,
+and, since a sweep looks at many sites, ``p_corrected``: how often the best site of a permuted
+sweep does as well (Westfall & Young 1993). How the permutations treat nuisances stands in
+`probes.matrix_tests`. A hypothesis that survives says that the states are arranged so, not that
+the model uses it.
+
+Sources: Kriegeskorte et al. 2008 (RSA); Nili et al. 2014 (tau-a for tied hypotheses, noise
+ceiling); Diedrichsen et al. 2016 (crossnobis).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+
+from lensclust import figures
+from lensclust.activations import dataset_sites, prompt_labels, site_values
+from lensclust.errors import InputError
+from lensclust.sites import Site
+from lensclust.stats import permutation_p
+from probes.matrix_tests import TRANSFORMS, MatrixTest, relabellings
+from probes.noise_ceilings import noise_ceiling
+from probes.rdm_checks import (
+    checked_hypotheses,
+    checked_nuisances,
+    checked_options,
+    item_layout,
+)
+from probes.rdms import crossnobis, standardised, state_distances
+
+log = logging.getLogger(__name__)
+
+# Entries of the RDMs held at once.
+ENTRIES = 2**24
+SCORED = ["hypothesis", "distance", "compare", "standardised", "controlled"]
+
+
+@dataclass(frozen=True, repr=False)
+class RSA:
+    """How well hypotheses fit the RDMs of each site, beside the same under permuted prompts.
+
+    Attributes:
+        frame: one row a site and way of scoring: ``site, kind, layer, head, position,
+            hypothesis, distance, compare, standardised, controlled`` (nuisances taken out),
+            ``value, null_mean, null_std, p, p_corrected, ceiling_low, ceiling_high, n,
+            permutations``.
+        notes: what a reader of the scores should know, one sentence each.
+    """
+
+    frame: pd.DataFrame
+    notes: tuple[str, ...]
+
+    def plot(self, **choice: Any) -> Any:
+        """Score by layer, a line a hypothesis; heat maps where there are heads.
+
+        Ways of scoring are chosen by column (``compare="pearson"``); the first of each
+        otherwise, with nuisances taken out where that was done.
+        """
+        rows = self._chosen(choice)
+        first = rows.iloc[0]
+        caption = (
+            f"{first['compare']}, {first['distance']} distance, "
+            f"{'standardised, ' if first['standardised'] else ''}"
+            f"nuisances {'taken out' if first['controlled'] else 'left in'}."
+        )
+        charts = []
+        for kind, group in rows.groupby("kind", sort=False):
+            if group["head"].isna().all():
+                chart = figures.curves(
+                    group,
+                    color="hypothesis",
+                    title=f"Fit of hypotheses, {kind}",
+                    caption=caption,
+                    y_title=str(first["compare"]),
+                )
+                charts.append(chart)
+                continue
+            charts += [
+                figures.head_map(each, title=f"Fit of {name}, {kind}", caption=caption)
+                for name, each in group.groupby("hypothesis", sort=False)
+            ]
+        return charts[0] if len(charts) == 1 else figures.stack(charts)
+
+    def _chosen(self, choice: Mapping[str, Any]) -> pd.DataFrame:
+        rows = self.frame
+        for column in ("distance", "compare", "standardised", "controlled"):
+            known = list(rows[column].unique())
+            value = choice.get(column, True if column == "controlled" and True in known else None)
+            value = known[0] if value is None else value
+            if value not in known:
+                raise InputError(f"plot: {column}={value!r}, expected one of {known}")
+            rows = rows[rows[column] == value]
+        return rows
+
+    def __repr__(self) -> str:
+        rows = self._chosen({}).dropna(subset=["value"])
+        best = [
+            f"{name} {group['value'].max():.2f} at {group.loc[group['value'].idxmax(), 'site']}"
+            for name, group in rows.groupby("hypothesis", sort=False)
+        ]
+        return f"RSA({self.frame['site'].nunique()} sites; best {', '.join(best) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        shown = ["site", "hypothesis", "value", "null_mean", "null_std", "p", "p_corrected"]
+        table = self._chosen({}).nlargest(10, "value")[shown].to_html(index=False, border=0)
+        return f"<p>{self!r}</p>{table}{self.plot().to_html()}"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The RDMs of one site, one for each repeat, in one way of measuring."""
+
+    site: Site
+    distance: str
+    standardised: bool
+    rdms: Float[np.ndarray, "repeat pair"]
+
+
+def rsa(
+    acts: xr.Dataset,
+    hypotheses: str | Sequence[str] | Mapping[str, Float[np.ndarray, "prompt prompt"]],
+    *,
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+    distance: str | Sequence[str] = "cosine",
+    compare: str | Sequence[str] = ("spearman", "tau-a", "pearson"),
+    standardise: bool | str = False,
+    nuisance: Sequence[str] | Mapping[str, Float[np.ndarray, "prompt prompt"]] = (
+        "length",
+        "template",
+        "first_token",
+    ),
+    items: str | None = None,
+    repeats: str | None = None,
+    within: str | None = None,
+    permutations: int = 1000,
+    seed: int = 0,
+) -> RSA:
+    """Compare the RDM of every site with hypotheses, with and without nuisances taken out.
+
+    Args:
+        acts: activations from `lensclust.extract` or `lensclust.pooled`.
+        hypotheses: name -> dissimilarities of the prompts (`hypothesis`, `combined`), or names
+            of labels, of which 0 where shared and 1 elsewhere are made.
+        kinds: only these kinds of site.
+        position: which read position, if the activations hold several.
+        distance: between states: ``cosine``, ``correlation``, ``euclidean`` (not squared) or
+            ``crossnobis`` (needs repeats), one or several.
+        compare: ``spearman``, ``tau-a`` (Kendall's, ties in the denominator) or ``pearson``
+            (of the entries as they are), one or several.
+        standardise: z-score each feature over the prompts first; ``"both"`` reports both.
+        nuisance: labels (numbers by difference, others same or not) or name -> matrix to take
+            out; constant ones are left out and noted. Empty for none. `with_nuisances` labels
+            activations with ``length`` and ``first_token``.
+        items: the label that says which prompts are repeats of one item (with ``repeats``).
+        repeats: the label that tells the repeats of an item apart, such as ``template``; every
+            item must stand once in each. RDMs are then item x item, one a repeat (crossnobis:
+            one over all), the value is the mean over repeats, and the noise ceiling is given.
+        within: permute only prompts that share this label, where others are not exchangeable.
+        permutations: in the null; p is at least 1 / (permutations + 1).
+        seed: of permutations.
+
+    Returns:
+        Scores of each site; one-sided p: more alike than permuted prompts are. A site whose
+        states do not vary, or whose RDM the nuisances explain, has NaN.
+
+    Raises:
+        InputError: if a hypothesis or nuisance has the wrong size, is constant, not symmetric or
+            not finite, the nuisances leave nothing of a hypothesis, a label or site does not
+            exist, items do not stand once in each repeat, or a state is not finite.
+
+    >>> import lensclust as lc
+    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> found = rsa(acts, ["input", "task"], nuisance=["template"], compare="spearman")
+    >>> rows = found.frame.query("site == 'resid 0' and controlled").set_index("hypothesis")
+    >>> bool(rows.value["input"] > 0.3 and rows.p["input"] < 0.01)  # the last token is the input
+    True
+    """
+    distances, compares, scales = checked_options(
+        distance, compare, standardise, repeats, permutations
+    )
+    layout = item_layout(acts, items, repeats)
+    matrices = checked_hypotheses(acts, hypotheses, layout)
+    unwanted, notes = checked_nuisances(acts, nuisance, layout)
+    block = None
+    if within is not None:
+        block = np.unique(prompt_labels(acts, within)[layout[0]], return_inverse=True)[1]
+    orders = relabellings(layout.shape[1], permutations, block=block, seed=seed)
+    tests = {
+        (name, method, controlled): MatrixTest.of(
+            matrix, unwanted if controlled else (), method, name=name
+        )
+        for name, matrix in matrices.items()
+        for method in compares
+        for controlled in ([False, True] if unwanted else [False])
+    }
+    for note in notes:
+        log.warning("rsa: %s", note)
+    columns = _columns(acts, dataset_sites(acts, kinds), position, distances, scales, layout)
+    rows, nulls = [], []
+    pairs = layout.shape[1] * (layout.shape[1] - 1) // 2
+    for chunk in _chunks(columns, max(1, ENTRIES // (pairs * len(layout)))):
+        for row, null in _scored(chunk, tests, orders, seed):
+            rows.append(row)
+            nulls.append(null)
+    frame = pd.DataFrame(rows)
+    frame["p_corrected"] = _corrected(frame, np.stack(nulls))
+    frame["position"] = position or str(acts["position"].values[0])
+    frame["n"], frame["permutations"] = layout.shape[1], permutations
+    places = ["site", "kind", "layer", "head", "position"]
+    scores = ["value", "null_mean", "null_std", "p", "p_corrected", "ceiling_low", "ceiling_high"]
+    ordered = frame[[*places, *SCORED, *scores, "n", "permutations"]].astype({"head": "Int64"})
+    return RSA(frame=ordered, notes=tuple(notes))
+
+
+def _columns(
+    acts: xr.Dataset,
+    sites: Sequence[Site],
+    position: str | None,
+    distances: Sequence[str],
+    scales: Sequence[bool],
+    layout: Int[np.ndarray, "repeat item"],
+) -> Iterator[_Column]:
+    for site in sites:
+        states = site_values(acts, site, position=position).astype(np.float64)
+        for scale in scales:
+            x = (standardised(states) if scale else states)[layout]
+            for name in distances:
+                if name == "crossnobis":
+                    found = crossnobis(x)[None]
+                else:
+                    found = np.stack([state_distances(each, name, site=str(site)) for each in x])
+                yield _Column(site, name, scale, found)
+
+
+def _chunks(columns: Iterator[_Column], size: int) -> Iterator[list[_Column]]:
+    chunk: list[_Column] = []
+    for column in columns:
+        chunk.append(column)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _scored(
+    chunk: Sequence[_Column],
+    tests: Mapping[tuple[str, str, bool], MatrixTest],
+    orders: Int[np.ndarray, "labelling item"],
+    seed: int,
+) -> Iterator[tuple[dict[str, Any], Float[np.ndarray, " labelling"]]]:
+    """A row of each column and test, and the statistic under each labelling (true first)."""
+    entries = np.concatenate([column.rdms for column in chunk])
+    starts = np.cumsum([0, *(len(column.rdms) for column in chunk)])
+    ceilings = {
+        (index, method): noise_ceiling(column.rdms, method)
+        for index, column in enumerate(chunk)
+        for method in TRANSFORMS
+        if len(column.rdms) > 1 and any(key[1] == method for key in tests)
+    }
+    residuals: dict[tuple[str, bool], np.ndarray] = {}
+    for (name, method, controlled), test in tests.items():
+        kept = ("rank" if method != "pearson" else method, controlled)
+        if kept not in residuals:
+            residuals[kept] = test.transformed(entries)
+        found = test.scores(residuals[kept], orders, seed=seed)
+        for index, column in enumerate(chunk):
+            part = slice(starts[index], starts[index + 1])
+            value, statistic = found.value[part].mean(), found.statistic[part].mean()
+            null = found.null[part].mean(0)
+            low, high = ceilings.get((index, method), (np.nan, np.nan))
+            site = column.site
+            row = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
+            row |= {"hypothesis": name, "distance": column.distance, "compare": method}
+            row |= {"standardised": column.standardised, "controlled": controlled}
+            row |= {"value": float(value), "null_mean": float(null.mean())}
+            row |= {"null_std": float(null.std(ddof=1))}
+            row["p"] = float(permutation_p(statistic, null)) if np.isfinite(value) else np.nan
+            row |= {
+                "ceiling_low": np.nan if controlled else low,
+                "ceiling_high": np.nan if controlled else high,
+            }
+            yield row, np.concatenate([[statistic], null])
+
+
+def _corrected(
+    frame: pd.DataFrame, statistics: Float[np.ndarray, "row labelling"]
+) -> Float[np.ndarray, " row"]:
+    """How often the best site of a permuted sweep does as well as this one."""
+    p = np.full(len(frame), np.nan)
+    for members in frame.groupby(SCORED, sort=False).indices.values():
+        known = members[np.isfinite(statistics[members, 0])]
+        if known.size:
+            null = statistics[known, 1:].max(0, keepdims=True)
+            p[known] = permutation_p(statistics[known, 0], null)
+    return p
