@@ -1,0 +1,1 @@
+"""What the scores of questions and words say: the study's claims."""
