@@ -18,6 +18,7 @@ from lensclust.tasks.linear_regression import TEMPLATES, decoded
 from lensclust.tokenization import continuation
 from probes.answer_scores import answer_scores, greedy_texts
 from probes.rdms import standardised
+from studies.frames import where
 from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
 from studies.icl_representations_causes import measure_causes
 from studies.icl_representations_links import link
@@ -248,9 +249,9 @@ def _links(
     layers = {"alignment": acts[NONE]["layer"].values}
     for weighting in ("attention", "value"):
         each = {
-            name: ratio.per_prompt()
-            .query("weighting == @weighting")
-            .pivot(index="block", columns="prompt", values="log_ratio")
+            name: where(ratio.per_prompt(), weighting=weighting).pivot(
+                index="block", columns="prompt", values="log_ratio"
+            )
             for name, ratio in ratios.items()
         }
         name = "attention ratio" if weighting == "attention" else f"attention ratio, {weighting}"

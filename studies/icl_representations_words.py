@@ -104,7 +104,9 @@ def _kinds(
     ]
     for name, each in acts.items():
         with silenced("probes.similarity"):
-            apart = probes.silhouettes(each, permutations=min(study.permutations, 20), seed=seed)
+            apart = probes.silhouettes(
+                each, given=None, permutations=min(study.permutations, 20), seed=seed
+            )
         columns = ["layer", "value", "null_mean", "null_std", "p"]
         found.append(apart[columns].assign(metric="silhouette", variant=name))
     for own, other in permutations(acts, 2):
