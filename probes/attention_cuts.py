@@ -49,15 +49,18 @@ def answers_cut_off(
 
     Raises:
         InputError: if the tokens have another shape, one that is hidden does not stand before
-            ``since``, there is no such block, or the prompts do not fit the model.
+            ``since``, there is no such position or block, a block shows no pattern, or the
+            prompts do not fit the model.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
-    >>> first = torch.zeros_like(prompts.tokens, dtype=torch.bool)
-    >>> first[:, 0] = True
-    >>> read = lambda logits, rows: logits
-    >>> cut = answers_cut_off(model, prompts, read, first, since="answer")
-    >>> bool((cut - answers_cut_off(model, prompts, read, ~(first | ~first))).abs().max() > 0)
+    >>> hidden = torch.zeros_like(prompts.tokens, dtype=torch.bool)
+    >>> cuts = []
+    >>> for seen in (True, False):
+    ...     hidden[:, 0] = not seen
+    ...     cuts += [answers_cut_off(model, prompts, lambda x, _: x, hidden, since="answer")]
+    >>> bool((cuts[0] - cuts[1]).abs().max() > 1e-3)
+    True
     """
     require_fits(model, prompts, caller="answers_cut_off")
     begin = prompts.position(since)

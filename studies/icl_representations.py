@@ -89,7 +89,10 @@ class ICLRepresentations(Study):
             "persona_names": 10,
             "persona_activities": 8,
             "templates": 3,
-            "word_queries": 12,
+            "word_tasks": (
+                *("opposite", "plural", "past", "rhyme", "doer", "french", "spanish", "german"),
+                *("russian", "first_letter", "upper_case", "length"),
+            ),
             "layer_stride": 1,
             "permutations": 1000,
         },
@@ -128,12 +131,12 @@ class ICLRepresentations(Study):
     def check(self) -> None:
         """Refuse what would leave a claim without a measurement."""
         least = {"shots": 2, "names": 2, "activities": 2, "slopes": 2, "intercepts": 2}
-        least |= {"persona_names": 2, "persona_activities": 2, "templates": 1, "word_queries": 2}
+        least |= {"persona_names": 2, "persona_activities": 2, "templates": 2}
         least |= {"vector_shots": 2, "top_heads": 1, "layer_stride": 1, "permutations": 2}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
-        from lensclust.tasks.natural import task_names
+        from lensclust.tasks.natural import task_names, words
 
         known = task_names()
         if unknown := [name for name in self.word_tasks if name not in known]:
@@ -146,6 +149,18 @@ class ICLRepresentations(Study):
             raise lc.InputError(
                 f"word_shots={self.word_shots}: expected two rising numbers or more"
             )
+        # Half of the words may be shown, the other half asked: to make vectors, and to test them.
+        half = len(words()) // 2
+        if not 3 <= self.word_queries <= half // 2:
+            raise lc.InputError(f"word_queries={self.word_queries}: expected 3 to {half // 2}")
+        for name, number in {
+            "vector_shots": self.vector_shots,
+            "word_shots": self.word_shots[-1],
+        }.items():
+            if number > half:
+                raise lc.InputError(
+                    f"{name}={number}: expected at most {half} of {len(words())} words"
+                )
         from studies.icl_representations_questions import check_sizes
 
         check_sizes(self)

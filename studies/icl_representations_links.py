@@ -66,10 +66,10 @@ def link(
         resampled = np.stack(
             [_correlation(x[:, r], y[r]) for r in (blocks[d].ravel() for d in drawn)]
         )
-        with np.errstate(all="ignore"):
-            low, high = np.nanquantile(resampled, BOUNDS, axis=0)
-            largest = np.nanmax(null, axis=0)
         missing = np.isnan(value)
+        low, high = np.full((2, len(value)), np.nan)
+        low[~missing], high[~missing] = np.nanquantile(resampled[:, ~missing], BOUNDS, axis=0)
+        largest = np.where(np.isnan(null), -np.inf, null).max(0)
         p = np.where(missing, np.nan, permutation_p(np.abs(value), null))
         corrected = permutation_p(np.abs(value), np.broadcast_to(largest, null.shape))
         tables.append(

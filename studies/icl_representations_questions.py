@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import lensclust as lc
 import probes
 from lensclust.tasks.linear_regression import TEMPLATES, decoded
+from lensclust.tasks.reading_comprehension import data
 from lensclust.tokenization import continuation
 from probes.answer_scores import answer_scores, greedy_texts
 from probes.rdms import standardised
@@ -54,6 +55,9 @@ KINDS = {
 
 def check_sizes(study: ICLRepresentations) -> None:
     """Refuse sizes for which there are no prompts (InputError), before a model is loaded."""
+    most = len(data()["templates"])
+    if study.templates > most:
+        raise lc.InputError(f"templates={study.templates}: expected at most {most}")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -109,12 +113,11 @@ def _prompts(
         options: dict[str, Any] = {"slopes": study.slopes, "intercepts": study.intercepts}
         known = list(TEMPLATES)
     else:
-        from lensclust.tasks.reading_comprehension import data
-
         prefix = "persona_" if task == PERSONA else ""
         options = {name: getattr(study, f"{prefix}{name}") for name in ("names", "activities")}
         known = list(data()["templates"])
     source = getattr(lc.tasks, task)
+    # Points on lines come in fewer wordings than the others.
     options |= {"seed": seed, "templates": known[:templates]}
     both = source(tokenizer, shots=(0, shots), **options)
     wrong = source(tokenizer, shots=shots, shuffled=True, **options)

@@ -42,8 +42,9 @@ def dealt_wrongly(values: Sequence[str], *, seed: int, query: int, draw: int = 0
     ['b', 'a']
     """
     generator = np.random.default_rng([seed, 2, query, draw])
+    order: list[int] = generator.permutation(len(values)).tolist()
     groups: dict[str, list[int]] = {}
-    for place in generator.permutation(len(values)).tolist():
+    for place in order:
         groups.setdefault(values[place], []).append(place)
     # With equal values side by side, a turn by the longest run takes each to another run; only
     # a value that holds more than half of the places has nowhere else to go.
