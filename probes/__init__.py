@@ -104,6 +104,8 @@ __all__ = [
     "CKA",
     "AttentionRatio",
     "RSA",
+    "RSA",
+    "AttentionRatio",
     "AttributionCheck",
     "Clustering",
     "ComponentLogits",

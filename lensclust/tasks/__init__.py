@@ -12,21 +12,30 @@ from lensclust.tasks.icl import icl
 from lensclust.tasks.instruction_induction import instruction_induction
 from lensclust.tasks.label_words import choices
 from lensclust.tasks.labelled_texts import data_names, labelled_texts
+from lensclust.tasks.linear_regression import linear_regression
 from lensclust.tasks.names import from_name
 from lensclust.tasks.natural import natural
+from lensclust.tasks.prompt_injection import prompt_injection
+from lensclust.tasks.questions import Question, few_shot
+from lensclust.tasks.reading_comprehension import reading_comprehension
 from lensclust.tasks.sif import sif
 
 __all__ = [
     "arithmetic",
+    "Question",
     "choices",
     "classification",
     "composed",
     "composed_words",
     "data_names",
+    "few_shot",
     "from_name",
     "icl",
     "instruction_induction",
     "labelled_texts",
+    "linear_regression",
     "natural",
+    "prompt_injection",
+    "reading_comprehension",
     "sif",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
+from lensclust.tasks.demonstrations import dealt_wrongly, drawn, in_random_order
 from lensclust.tasks.natural import lay_out
 
 if TYPE_CHECKING:
@@ -91,10 +91,8 @@ def icl(
     if missing:
         raise InputError(f"icl: the source's rows lack {missing}: they have {list(source.rows)}")
 
-    # Sorted, so that the division depends on the inputs and not on the order of the rows.
-    inputs = sorted(source.rows["input"].unique())
-    order = np.random.default_rng([seed, 0]).permutation(len(inputs))
-    rank = {inputs[index]: place for place, index in enumerate(order.tolist())}
+    inputs = in_random_order(source.rows["input"], seed)
+    rank = {value: place for place, value in enumerate(inputs)}
     rows = pd.DataFrame(
         [
             row
@@ -159,14 +157,11 @@ def _task_rows(
         for query in askable:
             for draw in range(draws):
                 # Keyed by the query's rank: another task or instruction draws the same places.
-                generator = np.random.default_rng([seed, 1, rank[query], draw])
-                places = generator.choice(len(showable), shots, replace=False)
-                shown = [showable[place] for place in places.tolist()]
+                key = {"seed": seed, "query": rank[query], "draw": draw}
+                shown = drawn(showable, shots, **key)
                 outputs = [str(output_of[x]) for x in shown]
                 if shuffled:
-                    outputs = _deranged(
-                        outputs, np.random.default_rng([seed, 2, rank[query], draw])
-                    )
+                    outputs = dealt_wrongly(outputs, **key)
                 rows.append(
                     {
                         "task": task,
@@ -184,18 +179,3 @@ def _task_rows(
                     }
                 )
     return rows
-
-
-def _deranged(values: list[str], generator: np.random.Generator) -> list[str]:
-    """The same values in another order, in which as few places as possible keep their own."""
-    groups: dict[str, list[int]] = {}
-    for place in generator.permutation(len(values)).tolist():
-        groups.setdefault(values[place], []).append(place)
-    # With equal values side by side, a turn by the longest run takes each to another run; only
-    # a value that holds more than half of the places has nowhere else to go.
-    places = [place for group in groups.values() for place in group]
-    turn = max(map(len, groups.values()))
-    dealt = list(values)
-    for index, place in enumerate(places):
-        dealt[place] = values[places[(index + turn) % len(places)]]
-    return dealt

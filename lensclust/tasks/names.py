@@ -9,7 +9,10 @@ from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.classification import classification
 from lensclust.tasks.instruction_induction import instruction_induction
+from lensclust.tasks.linear_regression import linear_regression
 from lensclust.tasks.natural import natural
+from lensclust.tasks.prompt_injection import prompt_injection
+from lensclust.tasks.reading_comprehension import reading_comprehension
 from lensclust.tasks.sif import sif
 
 if TYPE_CHECKING:
@@ -24,14 +27,24 @@ SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
     "classification": lambda data, tokenizer: classification(
         data, _required(tokenizer, "classification")
     ),
+    "reading_comprehension": lambda _, tokenizer: reading_comprehension(
+        _required(tokenizer, "reading_comprehension")
+    ),
+    "linear_regression": lambda _, tokenizer: linear_regression(
+        _required(tokenizer, "linear_regression")
+    ),
+    "prompt_injection": lambda _, tokenizer: prompt_injection(
+        _required(tokenizer, "prompt_injection")
+    ),
 }
 # What is named behind a colon, of the sources that need it.
 _ARGUMENTS = {"instruction_induction": "FOLDER", "classification": "DATA"}
 
 
 def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
-    """The prompts called ``sif``, ``natural``, ``instruction_induction:FOLDER`` or
-    ``classification:DATA`` (``classification:sst2``).
+    """The prompts called ``sif``, ``natural``, ``reading_comprehension``, ``linear_regression``,
+    ``prompt_injection``, ``instruction_induction:FOLDER`` or ``classification:DATA``
+    (``classification:sst2``).
 
     Raises:
         InputError: if there is no such source, its folder is missing, or it needs a tokenizer.

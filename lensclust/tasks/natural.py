@@ -85,7 +85,7 @@ def natural(
     data = _data()
     chosen_tasks = _choose("task", tasks, list(data["instructions"]))
     templates = _choose("paraphrase", paraphrases, data["templates"])
-    words = _choose("input", inputs, list(data["answers"]))
+    chosen_words = _choose("input", inputs, words())
     rows = pd.DataFrame(
         [
             {
@@ -99,7 +99,7 @@ def natural(
             }
             for task in chosen_tasks
             for template in templates
-            for word in words
+            for word in chosen_words
         ]
     )
     layout = layout or (CHAT_LAYOUT if chat else LAYOUT)
@@ -119,6 +119,15 @@ def task_names() -> list[str]:
     12
     """
     return list(_data()["instructions"])
+
+
+def words() -> list[str]:
+    """The words that every task of the set asks about.
+
+    >>> len(words())
+    24
+    """
+    return list(_data()["answers"])
 
 
 def lay_out(

@@ -1,0 +1,126 @@
+"""How probable a model finds the right answers, and what it writes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.errors import InputError
+from lensclust.fits import require_fits
+from lensclust.prompts import Prompts
+
+
+def answer_scores(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    *,
+    others: Sequence[Sequence[int]] | None = None,
+    batch_tokens: int | None = None,
+) -> pd.DataFrame:
+    """Log probability of each prompt's whole answer, and whether greedy decoding gives it.
+
+    Args:
+        model: a hooked model, in eval mode.
+        prompts: with answers.
+        others: token ids of another answer to each prompt, such as a wrong one, of which the
+            first counts.
+        batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
+
+    Returns:
+        A row a prompt: ``confidence`` (log probability of the answer, in nats), ``right`` (1 if
+        every token of it is the most likely one) and, with ``others``, ``choice`` (log
+        probability of the answer's first token less that of the other's) and ``says_other`` (1
+        if the most likely token is the other's).
+
+    Raises:
+        InputError: if the prompts have no answers or do not fit the model, an answer is empty,
+            or there are not as many others.
+
+    >>> import lensclust as lc
+    >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
+    >>> scores = answer_scores(model, prompts)
+    >>> bool((scores.confidence < 0).all()), list(scores)
+    (True, ['confidence', 'right'])
+    """
+    require_fits(model, prompts, caller="answer_scores")
+    if prompts.answers is None or not all(prompts.answers):
+        raise InputError("answer_scores: expected prompts with an answer each, given some without")
+    if others is not None and (len(others) != len(prompts) or not all(map(len, others))):
+        raise InputError(
+            f"answer_scores: {len(others)} other answers to {len(prompts)} prompts, expected one "
+            "each, none empty"
+        )
+    tokens, lengths, asked = prompts.with_answers()
+    columns = ["confidence", "right", *(["choice", "says_other"] if others is not None else [])]
+    table = torch.empty((len(prompts), len(columns)), dtype=torch.float64)
+    hooked: Any = model
+    for rows in batches(lengths, batch_tokens or default_budget(model)):
+        longest = int(lengths[rows].max())
+        # The logits at a token are about the next one.
+        row, place = asked[rows, 1:longest].nonzero().unbind(1)
+
+        def wanted(states: Tensor, hook: Any, row: Tensor = row, place: Tensor = place) -> Tensor:
+            return states[row.to(states.device), place.to(states.device)][None]
+
+        with torch.no_grad():
+            logits = hooked.run_with_hooks(
+                tokens[rows, :longest].to(model_device(model)),
+                fwd_hooks=[("unembed.hook_in", wanted)],
+                return_type="logits",
+                **without_cache(model),
+            )[0]
+        told = logits.float().log_softmax(-1).double().cpu()
+        right = tokens[rows][row, place + 1]
+        each = told.gather(1, right[:, None])[:, 0]
+        total = torch.zeros(len(rows), dtype=torch.float64).index_add(0, row, each)
+        wrong = torch.zeros(len(rows)).index_add(0, row, (told.argmax(-1) != right).float())
+        table[rows, 0], table[rows, 1] = total, (wrong == 0).double()
+        if others is not None:
+            first = place == prompts.lengths[rows][row] - 1
+            other = torch.tensor([others[index][0] for index in rows.tolist()])
+            of_other = told[first].gather(1, other[:, None])[:, 0]
+            table[rows, 2] = each[first] - of_other
+            table[rows, 3] = (told[first].argmax(-1) == other).double()
+    return pd.DataFrame(table.numpy(), columns=columns)
+
+
+def greedy_texts(
+    model: TransformerLensModel, prompts: Prompts, *, new_tokens: int, batch: int = 32
+) -> list[str]:
+    """What a model writes after each prompt, the most likely token each time.
+
+    Prompts of one length run together, so nothing is padded.
+
+    Args:
+        new_tokens: tokens to write; the model does not stop before.
+
+    Raises:
+        InputError: if the model has no tokenizer, or the prompts do not fit it.
+    """
+    require_fits(model, prompts, caller="greedy_texts")
+    hooked: Any = model
+    if getattr(hooked, "tokenizer", None) is None:
+        raise InputError("greedy_texts: the model has no tokenizer, needed to read what it writes")
+    found = [""] * len(prompts)
+    for length in prompts.lengths.unique().tolist():
+        same = np.flatnonzero(prompts.lengths.numpy() == length)
+        for start in range(0, len(same), batch):
+            rows = same[start : start + batch]
+            written = hooked.generate(
+                prompts.tokens[rows, :length].to(model_device(model)),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                stop_at_eos=False,
+                return_type="tokens",
+                verbose=False,
+            )
+            for row, tokens in zip(rows.tolist(), written[:, length:], strict=True):
+                found[row] = hooked.tokenizer.decode(tokens)
+    return found

@@ -1,0 +1,201 @@
+"""What demonstrations change inside a model, and whether what it answers hangs on that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lensclust as lc
+from studies.study import Context, Findings, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+QUESTIONS, WORDS = "questions", "words"
+# What stands before a query: nothing, demonstrations, or such whose answers are dealt wrongly.
+NONE, SHOWN, WRONG = "none", "shown", "wrong"
+NOTES = (
+    "Of the source's methods its abstracts and reviews could be read, not its body: prompts, "
+    "pooling, correlations and statistics are ours, and no number here is to be compared with "
+    "one there. Its models are a hundred to five hundred times larger.",
+    "Measured at the token that is about to answer, whose last states nearly are the answer: "
+    "claims give the lower half of the layers beside all of them.",
+    "Links between changes are rank correlations over prompts. 'Controlled' takes out template, "
+    "condition and lengths; intervals resample items, p permutes whole items and is corrected "
+    "over layers by the largest of them. A link that is there before and not after is marked "
+    "as vanished.",
+    "Interval and verdict of a claim are over seeds: other people, activities, lines and "
+    "demonstrations, the same model and wordings.",
+)
+ONE_SEED = "One seed leaves no interval: claims over seeds stay inconclusive."
+
+
+@dataclass(frozen=True)
+class ICLRepresentations(Study):
+    """Ask with and without demonstrations, and compare states, attention and answers.
+
+    Three tasks in which the answer stands in, or follows from, one part of the text beside
+    another part that does not matter: who does what, points on lines, and the first behind a
+    persona that may order to lie. And word tasks that are told, shown or both.
+
+    Attributes:
+        model: anything `lensclust.load` takes, with a tokenizer.
+        shots: demonstrations in a prompt that has some.
+        names: people that are asked about, each with every activity.
+        activities: that are asked for.
+        slopes: of the lines that are asked, each with every intercept.
+        intercepts: of those lines.
+        persona_names: people that are asked about behind a persona.
+        persona_activities: that are asked for there.
+        templates: wordings of a question, the first so many.
+        word_tasks: tasks over words, by name.
+        word_shots: numbers of demonstrations of a word task.
+        word_queries: words asked of each task.
+        vector_shots: demonstrations that task and function vectors are made from.
+        top_heads: heads in a function vector.
+        layer_stride: patch every so many layers.
+        permutations: labellings or items permuted behind each score.
+    """
+
+    title: ClassVar[str] = "what demonstrations change in states and attention, and in answers"
+    paper: ClassVar[str] = "Yousefi et al. 2310.00313 (reconstruction and extension)"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {
+            "shots": 2,
+            "names": 3,
+            "activities": 2,
+            "slopes": 2,
+            "intercepts": 2,
+            "persona_names": 2,
+            "persona_activities": 2,
+            "templates": 2,
+            "word_tasks": ("plural", "past", "opposite"),
+            "word_shots": (1, 3),
+            "word_queries": 3,
+            "vector_shots": 3,
+            "layer_stride": 10,
+            "permutations": 20,
+        },
+        "default": {},
+        "paper": {
+            "shots": 4,
+            "names": 12,
+            "activities": 10,
+            "slopes": 8,
+            "intercepts": 8,
+            "persona_names": 10,
+            "persona_activities": 8,
+            "templates": 3,
+            "word_tasks": (
+                *("opposite", "plural", "past", "rhyme", "doer", "french", "spanish", "german"),
+                *("russian", "first_letter", "upper_case", "length"),
+            ),
+            "layer_stride": 1,
+            "permutations": 1000,
+        },
+    }
+    cost: ClassVar[Mapping[str, str]] = {
+        "smoke": "a minute, after a download of 93 MB",
+        "default": "twenty minutes on two cores, after the same download",
+        "paper": "hours on a GPU; --model names a model of the source's size",
+    }
+    default_seeds: ClassVar[int] = 4
+
+    model: str = "smollm2-135m-instruct"
+    shots: int = 2
+    names: int = 4
+    activities: int = 4
+    slopes: int = 4
+    intercepts: int = 3
+    persona_names: int = 3
+    persona_activities: int = 2
+    templates: int = 2
+    word_tasks: tuple[str, ...] = (
+        "opposite",
+        "plural",
+        "past",
+        "french",
+        "spanish",
+        "first_letter",
+    )
+    word_shots: tuple[int, ...] = (1, 2, 4, 8)
+    word_queries: int = 6
+    vector_shots: int = 8
+    top_heads: int = 10
+    layer_stride: int = 3
+    permutations: int = 200
+
+    def check(self) -> None:
+        """Refuse what would leave a claim without a measurement."""
+        least = {"shots": 2, "names": 2, "activities": 2, "slopes": 2, "intercepts": 2}
+        least |= {"persona_names": 2, "persona_activities": 2, "templates": 2}
+        least |= {"vector_shots": 2, "top_heads": 1, "layer_stride": 1, "permutations": 2}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
+        from lensclust.tasks.natural import task_names, words
+
+        known = task_names()
+        if unknown := [name for name in self.word_tasks if name not in known]:
+            raise lc.InputError(f"word_tasks: no task {unknown[0]!r}: there are {', '.join(known)}")
+        if len(self.word_tasks) < 3 or len(set(self.word_tasks)) < len(self.word_tasks):
+            raise lc.InputError(
+                f"word_tasks={self.word_tasks}: expected three or more, all different"
+            )
+        if len(self.word_shots) < 2 or list(self.word_shots) != sorted(set(self.word_shots)):
+            raise lc.InputError(
+                f"word_shots={self.word_shots}: expected two rising numbers or more"
+            )
+        # Half of the words may be shown, the other half asked: to make vectors, and to test them.
+        half = len(words()) // 2
+        if not 3 <= self.word_queries <= half // 2:
+            raise lc.InputError(f"word_queries={self.word_queries}: expected 3 to {half // 2}")
+        for name, number in {
+            "vector_shots": self.vector_shots,
+            "word_shots": self.word_shots[-1],
+        }.items():
+            if number > half:
+                raise lc.InputError(
+                    f"{name}={number}: expected at most {half} of {len(words())} words"
+                )
+        from studies.icl_representations_questions import check_sizes
+
+        check_sizes(self)
+
+    def run(self, context: Context) -> Findings:
+        """Measure questions and words of each seed, then decide the claims."""
+        # The download happens here, once and in sight, before workers ask for it.
+        model = lc.load(self.model, progress=context.progress)
+        if model.tokenizer is None:
+            raise lc.InputError(f"model={self.model!r}: has no tokenizer, needed for questions")
+        parts = [f"{part}-{seed}" for seed in context.seeds for part in (QUESTIONS, WORDS)]
+        found = context.sweep(partial(measure, self), parts, "part")
+        from studies.icl_representations_figures import pictures
+        from studies.icl_representations_findings import claims, vanished
+
+        scores = found["scores"]
+        return Findings(
+            scores=scores,
+            claims=claims(scores),
+            figures=pictures(scores),
+            notes=[*NOTES, *vanished(scores), *([ONE_SEED] if len(context.seeds) == 1 else [])],
+            provenance={"weights": dict(found["weights"].itertuples(index=False))},
+        )
+
+
+def measure(study: ICLRepresentations, part: str, folder: Path) -> dict[str, pd.DataFrame]:
+    """Questions or words of one seed: the work of one process."""
+    import pandas as pd
+
+    from studies.icl_representations_questions import measure_questions
+    from studies.icl_representations_words import measure_words
+
+    kind, _, seed = part.partition("-")
+    model = lc.load(study.model, progress=False)
+    measured = {QUESTIONS: measure_questions, WORDS: measure_words}[kind]
+    scores = measured(study, model, int(seed)).assign(part=kind, seed=int(seed))
+    weights = pd.DataFrame({"name": [study.model], "fingerprint": [lc.fingerprint(model)]})
+    return {"scores": scores, "weights": weights}
