@@ -2,9 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := lensclust probes studies tests
-STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting head_patterns
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
-	icl_representations
+	head_patterns icl_representations
 
 .PHONY: study test test-slow check bench bench-full readme lock clean
 

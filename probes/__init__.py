@@ -102,8 +102,6 @@ _HOMES = {
 
 __all__ = [
     "CKA",
-    "AttentionRatio",
-    "RSA",
     "RSA",
     "AttentionRatio",
     "AttributionCheck",
@@ -128,8 +126,8 @@ __all__ = [
     "change",
     "cka",
     "cluster",
-    "compose",
     "combined",
+    "compose",
     "dealt",
     "decode",
     "decompose",

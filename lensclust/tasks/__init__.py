@@ -21,8 +21,8 @@ from lensclust.tasks.reading_comprehension import reading_comprehension
 from lensclust.tasks.sif import sif
 
 __all__ = [
-    "arithmetic",
     "Question",
+    "arithmetic",
     "choices",
     "classification",
     "composed",
