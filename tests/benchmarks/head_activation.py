@@ -97,23 +97,28 @@ def matrices(network: Any, prompts: lc.Prompts, *, batch: int, frozen: bool) -> 
     """By attention matrices and their gradients."""
     network.requires_grad_(not frozen)
     tokens, _, answered = prompts.with_answers()
-    found = []
-    for rows in torch.arange(len(prompts)).split(batch):
-        # A matrix has a gradient only if something below it asks for one.
-        states = network.get_input_embeddings()(tokens[rows])
-        states = states.requires_grad_() if frozen else states
-        labels = tokens[rows].masked_fill(~answered[rows], -100)
-        out = network(inputs_embeds=states, labels=labels, output_attentions=True, use_cache=False)
-        for matrix in out.attentions:
-            matrix.retain_grad()
-        out.loss.backward()
-        each = [(matrix * matrix.grad).sum((2, 3)) for matrix in out.attentions]
-        network.zero_grad()
-        # Of the mean over all answer tokens of the batch, a prompt's mean is this share.
-        counts = answered[rows].sum(1)
-        share = counts / counts.sum()
-        found.append(torch.stack(each, dim=1).detach() / share[:, None, None])
-    return torch.cat(found).numpy()
+    parts = [
+        _of_batch(network, tokens[rows], answered[rows])
+        for rows in torch.arange(len(prompts)).split(batch)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def _of_batch(network: Any, tokens: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    states = network.get_input_embeddings()(tokens)
+    # A matrix has a gradient only if something below it asks for one.
+    states = states if states.requires_grad else states.requires_grad_()
+    labels = tokens.masked_fill(~answered, -100)
+    out = network(inputs_embeds=states, labels=labels, output_attentions=True, use_cache=False)
+    for matrix in out.attentions:
+        matrix.retain_grad()
+    out.loss.backward()
+    each = [(matrix * matrix.grad).sum((2, 3)) for matrix in out.attentions]
+    network.zero_grad()
+    # Of the mean over all answer tokens of the batch, a prompt's mean is this share.
+    counts = answered.sum(1)
+    share = counts / counts.sum()
+    return torch.stack(each, dim=1).detach() / share[:, None, None]
 
 
 def hooked() -> Any:

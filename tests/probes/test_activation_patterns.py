@@ -144,7 +144,7 @@ def test_wrong_input_is_one_clear_line() -> None:
         (lambda: found.take([]), "no prompt taken"),
         (lambda: found.similarity(other), r"\(4, 3\) and \(4, 2\) blocks and heads"),
         (lambda: found.concentration(resamples=0), "resamples of at least 1"),
-        (lambda: found.concentration(confidence=1), "a confidence between 0 and 1"),
+        (lambda: found.concentration(confidence=1.0), "a confidence between 0 and 1"),
         (lambda: _flat(found, 0).concentration(), "the pattern is 0"),
         (lambda: change([(0, found)]), "1 steps, expected at least 2"),
         (lambda: change([(0, found), (0, found)]), "step 0 comes twice"),
