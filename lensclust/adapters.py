@@ -8,7 +8,7 @@ gives the model back to the bit; all hooks are around the map and its adapter.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ class Lora:
     """
 
     rank: int = 8
-    alpha: float | int = 16
+    alpha: int = 16
     targets: Sequence[str] = ("q", "v")
     blocks: Sequence[int] | range | None = None
 
@@ -80,15 +80,15 @@ class Adapters:
             caller: in whose name errors speak.
 
         Raises:
-            InputError: if `peft` is missing, the rank is below 1, alpha is no positive number,
-                or a target or block does not exist.
+            InputError: if `peft` is missing, rank or alpha is below 1, or a target or block
+                does not exist.
         """
         if find_spec("peft") is None:
             raise InputError(f"{caller}: lora needs peft: pip install 'lensclust[peft]'")
         if lora.rank < 1:
             raise InputError(f"{caller}: lora rank={lora.rank}, expected at least 1")
-        if not 0 < lora.alpha < float("inf"):
-            raise InputError(f"{caller}: lora alpha={lora.alpha}, expected a positive number")
+        if lora.alpha < 1:
+            raise InputError(f"{caller}: lora alpha={lora.alpha}, expected at least 1")
         self._bridges = _targeted(model, lora, caller)
         self._bases = {name: bridge.original_component for name, bridge in self._bridges.items()}
         self._layers = _wrapped(list(self._bases.values()), lora, seed)
@@ -109,13 +109,23 @@ class Adapters:
             for bridge, base in zip(self._bridges.values(), self._bases.values(), strict=True):
                 bridge.set_original_component(base)
 
-    def merged(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The weights of the maps, each with the values that make the adapter unnecessary."""
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The model's weights that `put_in` changes: those of the maps."""
+        return [base.weight for base in self._bases.values()]
+
+    def put_in(self, held: Mapping[str, Tensor]) -> None:
+        """Give the adapters these values and add what they come to to the model's weights.
+
+        So the model needs them no longer, and all that reads its weights sees them.
+        """
+        if not held:  # nothing has moved yet
+            return
         with torch.no_grad():
-            return [
-                (base.weight, base.weight + layer.get_delta_weight(_NAME).to(base.weight))
-                for base, layer in zip(self._bases.values(), self._layers, strict=True)
-            ]
+            for name, values in held.items():
+                self.parameters[name].copy_(values)
+            for weight, layer in zip(self.weights, self._layers, strict=True):
+                weight.add_(layer.get_delta_weight(_NAME).to(weight))
 
 
 def _targeted(model: TransformerBridge, lora: Lora, caller: str) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def _wrapped(bases: list[nn.Module], lora: Lora, seed: int) -> list[Any]:
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(holder))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Which way a weight lies peft sees for itself, and says so.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.default_generator.manual_seed(derive_generator(seed, "adapters").initial_seed())
         inject_adapter_in_model(config, holder, adapter_name=_NAME)
     for parameter, was_free in free:

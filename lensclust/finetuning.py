@@ -230,7 +230,7 @@ def _check(
     if not (lr > 0 and math.isfinite(lr)):
         raise InputError(f"finetuned: lr={lr}, expected a positive number")
     require_fits(model, prompts, caller="finetuned")
-    require_answers(prompts, caller="finetuned")
+    require_answers(model, prompts, caller="finetuned")
     if extra is not None:
         resolve(model, Site("resid", extra.layer))
         if not math.isfinite(extra.weight):

@@ -44,7 +44,27 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
         )
 
 
-def require_answers(prompts: Prompts, *, caller: str) -> None:
-    """Raises InputError, in the name of ``caller``, unless every prompt has an answer."""
+def require_answers(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
+    """Refuse prompts without answers, and answers that a model cannot read.
+
+    Raises:
+        InputError: in the name of ``caller``, if a prompt has no answer, or an answer does not
+            fit the model's vocabulary or, behind its prompt, the model's context.
+    """
     if prompts.answers is None or not all(prompts.answers):
         raise InputError(f"{caller}: expected prompts with an answer each, given some without")
+    name = model_name(model)
+    largest = max(map(max, prompts.answers))
+    if model.cfg.d_vocab and largest >= model.cfg.d_vocab:
+        raise InputError(
+            f"{caller}: answer id {largest} given, but {name} has a vocabulary of "
+            f"{model.cfg.d_vocab}"
+        )
+    _, lengths, _ = prompts.with_answers()
+    # The last token of an answer is predicted, never read.
+    if model.cfg.n_ctx and int(lengths.max()) - 1 > model.cfg.n_ctx:
+        row = int(lengths.argmax())
+        raise InputError(
+            f"{caller}: prompt {row} and its answer have {int(lengths.max())} tokens, but {name} "
+            f"has a context of {model.cfg.n_ctx}"
+        )

@@ -124,7 +124,7 @@ def finetune(
     for each in (prompts, evaluate):
         if each is not None:
             require_fits(model, each, caller="finetune")
-            require_answers(each, caller="finetune")
+            require_answers(model, each, caller="finetune")
     named = named_parameters(model)
     masks = chosen_parameters(model, named, only, caller="finetune")
     tuned: Tuned = ChosenWeights({name: named[name] for name in masks})
@@ -150,13 +150,15 @@ def finetune(
         "trained on": content_digest(prompts),
         "evaluated on": None if evaluate is None else content_digest(evaluate),
     }
-    optimizer = torch.optim.AdamW(_groups(tuned, masks, weight_decay), lr=lr, fused=True)
+    # The fused kernel steps through memory: parts of a joint projection are strided views.
+    fused = all(parameter.is_contiguous() for parameter in tuned.parameters.values())
+    optimizer = torch.optim.AdamW(_groups(tuned, masks, weight_decay), lr=lr, fused=fused)
     tokens, lengths, answers = prompts.with_answers()
     plan = training_batches(lengths, batch_size, batch_tokens, seed=seed)
     in_memory: dict[int, dict[str, Tensor]] = {}
     with (
         claimed(folder, caller="finetune"),
-        left_as_it_was(model, [weight for weight, _ in tuned.merged()]),
+        left_as_it_was(model, tuned.weights),
         progress_bar("fine-tuning", total=steps, enabled=progress) as advance,
     ):
         start, done = open_folder(
@@ -164,7 +166,7 @@ def finetune(
         )
         if folder is not None and done:
             check_checkpoints(folder, [step for step in at if step <= start], caller="finetune")
-        scores, losses = done.get("scores", []), done.get("losses", [])
+        scores, losses = list(done.get("scores", [])), list(done.get("losses", []))
         for name, parameter in {**named, **tuned.parameters}.items():
             parameter.requires_grad_(name in masks)
             parameter.grad = None
@@ -178,7 +180,7 @@ def finetune(
             is_new = step > start or not done
             if step in at and is_new:
                 moved = {n: copied(p) for n, p in tuned.parameters.items() if p in optimizer.state}
-                scores = scores + _scores(model, tuned, evaluate, step, samples[step])
+                scores += _scores(model, tuned, evaluate, step, samples[step])
                 if folder is None:
                     in_memory[step] = moved
                 else:
@@ -198,7 +200,7 @@ def finetune(
                 loss = _loss(model, tokens[rows, :longest], answers[rows, :longest])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-            losses = [*losses, float(loss.detach())]
+            losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(
                     f"finetune: loss is {losses[-1]} at step {step}: expected a smaller lr "
@@ -206,7 +208,8 @@ def finetune(
                 )
             _confine(tuned, masks, optimizer.param_groups[-1]["lr"] * weight_decay)
             optimizer.step()
-        moved = {name for name, p in tuned.parameters.items() if p in optimizer.state}
+        for parameter in tuned.parameters.values():
+            parameter.grad = None
     return FinetuningRun(
         frame=pd.DataFrame(scores, columns=["step", "samples", "split", "loss", "accuracy"]),
         losses=tuple(losses),
@@ -216,7 +219,11 @@ def finetune(
             else TunedCheckpoint(step, samples[step], path=checkpoint_path(folder, step))
             for step in at
         ),
-        parameters=sum(_size(tuned.parameters[name], masks[name]) for name in moved),
+        parameters=sum(
+            _size(parameter, masks[name])
+            for name, parameter in tuned.parameters.items()
+            if parameter in optimizer.state
+        ),
         _model=model,
         _tuned=tuned,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,9 +32,16 @@ class ChosenWeights:
         """Inside, the model runs with these parameters, as it does outside."""
         return nullcontext()
 
-    def merged(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """The weights, each with the values it has."""
-        return [(p, p.detach().clone()) for p in self.parameters.values()]
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The model's weights that `put_in` changes."""
+        return list(self.parameters.values())
+
+    def put_in(self, held: Mapping[str, Tensor]) -> None:
+        """Give the model's weights these values."""
+        with torch.no_grad():
+            for name, values in held.items():
+                self.parameters[name].copy_(values)
 
 
 Tuned = ChosenWeights | Adapters
@@ -80,6 +89,7 @@ class FinetuningRun:
     parameters: int
     _model: TransformerBridge
     _tuned: Tuned
+    _in_use: Any = field(default_factory=Lock)
 
     @contextmanager
     def at(self, step: int | None = None) -> Iterator[TransformerBridge]:
@@ -89,33 +99,28 @@ class FinetuningRun:
             step: of a checkpoint; the last unless given.
 
         Raises:
-            InputError: if there is no such checkpoint, or its file is gone or damaged.
+            InputError: if there is no such checkpoint, its file is gone or damaged, or another
+                checkpoint of this run is in the model.
         """
-        with left_as_it_was(self._model, [p for p, _ in self._tuned.merged()]):
-            self.keep(step)
-            yield self._model
+        there = {checkpoint.step: checkpoint for checkpoint in self.checkpoints}
+        wanted = self.checkpoints[-1].step if step is None else step
+        if wanted not in there:
+            raise InputError(f"finetune: step={wanted}, expected a checkpoint: one of {[*there]}")
+        if not self._in_use.acquire(blocking=False):
+            raise InputError(
+                f"finetune: step {wanted} asked for while another checkpoint of this run is in "
+                "the model, expected that block to end first"
+            )
+        try:
+            held = there[wanted].tensors()
+            with left_as_it_was(self._model, self._tuned.weights):
+                self._tuned.put_in(held)
+                yield self._model
+        finally:
+            self._in_use.release()
 
     def series(self) -> Iterator[tuple[int, TransformerBridge]]:
         """Step and model of each checkpoint, as `at` gives it until the next is asked for."""
         for checkpoint in self.checkpoints:
             with self.at(checkpoint.step) as model:
                 yield checkpoint.step, model
-
-    def keep(self, step: int | None = None) -> None:
-        """Put what was learned by a step into the model for good.
-
-        Raises:
-            InputError: as :meth:`at`.
-        """
-        there = {checkpoint.step: checkpoint for checkpoint in self.checkpoints}
-        wanted = self.checkpoints[-1].step if step is None else step
-        if wanted not in there:
-            raise InputError(f"finetune: step={wanted}, expected a checkpoint: one of {[*there]}")
-        held = there[wanted].tensors()
-        parameters = self._tuned.parameters
-        with torch.no_grad():
-            for name, values in held.items():
-                parameters[name].copy_(values)
-            if held:
-                for weight, values in self._tuned.merged():
-                    weight.copy_(values)

@@ -26,8 +26,6 @@ from lensclust.stats import mean_interval
 
 AXES = ("prompt", "block", "head")
 
-Pattern = Float[np.ndarray, "block head"]
-
 
 @dataclass(frozen=True, repr=False)
 class HeadActivation:
@@ -171,7 +169,9 @@ class HeadActivation:
         )
 
 
-def pattern_similarity(ours: Pattern, theirs: Pattern) -> pd.Series:
+def pattern_similarity(
+    ours: Float[np.ndarray, "block head"], theirs: Float[np.ndarray, "_block _head"]
+) -> pd.Series:
     """Pearson, Spearman and mean squared difference of two patterns over heads.
 
     Correlations with a pattern that is the same everywhere are NaN.
@@ -179,8 +179,9 @@ def pattern_similarity(ours: Pattern, theirs: Pattern) -> pd.Series:
     Raises:
         InputError: if the shapes differ.
 
-    >>> pattern_similarity(np.array([[1.0, 2.0, 4.0]]), np.array([[2.0, 4.0, 8.0]])).tolist()
-    [1.0, 1.0, 7.0]
+    >>> found = pattern_similarity(np.array([[1.0, 2.0, 4.0]]), np.array([[2.0, 4.0, 8.0]]))
+    >>> found.round(6).to_dict()
+    {'pearson': 1.0, 'spearman': 1.0, 'mse': 7.0}
     """
     if ours.shape != theirs.shape:
         raise InputError(

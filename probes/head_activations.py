@@ -130,7 +130,8 @@ def _scoring(model: TransformerBridge, prompts: Prompts, loss: str | Readout) ->
             "logits and prompt numbers"
         )
     if prompts.answers is None or not all(prompts.answers):
-        without = 0 if prompts.answers is None else [len(a) > 0 for a in prompts.answers].index(0)
+        given = prompts.answers or [()]
+        without = next(index for index, answer in enumerate(given) if not answer)
         raise InputError(
             f"head_activation: prompt {without} has no answer, expected one for each prompt; give "
             "loss= a function of logits if there are none"

@@ -31,10 +31,10 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
-from scipy.optimize import nnls
 
 from lensclust.errors import InputError
 from lensclust.stats import permutation_p
+from probes.composition_fits import Fit, Fits
 
 Given = xr.DataArray | np.ndarray
 Bases = Mapping[str, Given] | Sequence[Given]
@@ -144,10 +144,11 @@ def compose(
         raise InputError("compose: the change is the same at every head: there is nothing to fit")
     if nulls < 2:
         raise InputError(f"compose: nulls={nulls}, expected at least 2")
-    fits = _Fits(wanted, held, nonnegative)
+    fits = Fits(wanted, held, nonnegative=nonnegative)
     matrix = np.stack(list(bases.values()))
     ours, alone = fits.of(matrix), fits.of(others["shared"][None])
-    rng = np.random.default_rng(seed)
+    # A stream of its own: changes made up from the same seed must not come out as a null.
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     drawn = {
         "random": [fits.of(rng.standard_normal(matrix.shape)) for _ in range(nulls)],
         "permuted": [fits.of(_permuted(matrix, rng)) for _ in range(nulls)],
@@ -169,62 +170,7 @@ def compose(
     )
 
 
-@dataclass(frozen=True)
-class _Fit:
-    slopes: Float[np.ndarray, " basis"]
-    intercept: float
-    by_fold: Float[np.ndarray, "fold basis"]
-    errors: Float[np.ndarray, " block"]
-    r2: float
-    r2_out: float
-
-
-class _Fits:
-    """Fits of one change by any bases, to all layers and to all but a fold of them."""
-
-    def __init__(
-        self, wanted: Float[np.ndarray, "block head"], held: Int[np.ndarray, " block"], sign: bool
-    ) -> None:
-        self.wanted, self.held, self.sign = wanted, held, sign
-        self.plain = np.array(
-            [
-                ((row - wanted[held != fold].mean()) ** 2).sum()
-                for row, fold in zip(wanted, held, strict=True)
-            ]
-        )
-
-    def of(self, bases: Float[np.ndarray, "basis block head"]) -> _Fit:
-        slopes, intercept = self._solve(bases, np.ones(len(self.held), dtype=bool))
-        fitted = intercept + np.tensordot(slopes, bases, 1)
-        spread = ((self.wanted - self.wanted.mean()) ** 2).sum()
-        errors, by_fold = np.empty(len(self.held)), []
-        for fold in np.unique(self.held):
-            out = self.held == fold
-            a, b = self._solve(bases, ~out)
-            errors[out] = ((self.wanted - b - np.tensordot(a, bases, 1))[out] ** 2).sum(1)
-            by_fold.append(a)
-        return _Fit(
-            slopes=slopes,
-            intercept=intercept,
-            by_fold=np.stack(by_fold),
-            errors=errors,
-            r2=float(1 - ((self.wanted - fitted) ** 2).sum() / spread),
-            r2_out=float(1 - errors.sum() / self.plain.sum()),
-        )
-
-    def _solve(
-        self, bases: Float[np.ndarray, "basis block head"], blocks: Any
-    ) -> tuple[Float[np.ndarray, " basis"], float]:
-        x, y = bases[:, blocks].reshape(len(bases), -1).T, self.wanted[blocks].ravel()
-        # In units of their own: changes are small numbers, and solvers have tolerances.
-        scale, unit = (np.where(s > 0, s, 1.0) for s in (x.std(0), y.std()))
-        centred, target = (x - x.mean(0)) / scale, (y - y.mean()) / unit
-        found = nnls(centred, target)[0] if self.sign else np.linalg.lstsq(centred, target)[0]
-        slopes = found * unit / scale
-        return slopes, float(y.mean() - x.mean(0) @ slopes)
-
-
-def _against(ours: _Fit, drawn: Mapping[str, Sequence[_Fit]], alone: _Fit) -> pd.DataFrame:
+def _against(ours: Fit, drawn: Mapping[str, Sequence[Fit]], alone: Fit) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for metric in ("r2", "r2_out"):
         value = getattr(ours, metric)

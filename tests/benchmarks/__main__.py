@@ -21,6 +21,7 @@ from tests.benchmarks import (
     distributed,
     extraction,
     growth,
+    head_activation,
     linear,
     patching,
     prefixes,
@@ -38,6 +39,7 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "patching": patching.rows,
     "clustering": clustering.rows,
     "components": components.rows,
+    "head_activation": head_activation.rows,
 }
 FULL = {
     "prefixes": lambda: prefixes.rows(full=True),

@@ -170,12 +170,13 @@ def _peak(way: str) -> None:
     lc.fingerprint(model)
     # Loading has a peak of its own: count from here.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     WAYS[way](model, prompts)
-    print(_resident("VmHWM") - before)
+    print(resident("VmHWM") - before)
 
 
-def _resident(kind: str) -> float:
+def resident(kind: str) -> float:
+    """What this process holds (``VmRSS``), or held at most (``VmHWM``), in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{kind}:")[2].split()[0]) / 1024
 
