@@ -80,7 +80,7 @@ class HeadPatterns(Study):
             "pretrained": "none",
             "steps": 200,
             "complex_tasks": 1,
-            "tuning_steps": 20,
+            "tuning_steps": 24,
             "n_checkpoints": 4,
             "mixed": 320,
             "permutations": 19,
@@ -108,7 +108,7 @@ class HeadPatterns(Study):
     pretrained_runs: int = 2
     pretrained_steps: int = 12
     pretrained_batch: int = 8
-    pretrained_lr: float = 2e-4
+    pretrained_lr: float = 1e-4
     rank: int = 0
     measured: int = 16
     texts: str = "sst2"
