@@ -80,7 +80,7 @@ class HeadPatterns(Study):
             "pretrained": "none",
             "steps": 200,
             "complex_tasks": 1,
-            "tuning_steps": 20,
+            "tuning_steps": 24,
             "n_checkpoints": 4,
             "mixed": 320,
             "permutations": 19,
@@ -108,7 +108,7 @@ class HeadPatterns(Study):
     pretrained_runs: int = 2
     pretrained_steps: int = 12
     pretrained_batch: int = 8
-    pretrained_lr: float = 2e-4
+    pretrained_lr: float = 1e-4
     rank: int = 0
     measured: int = 16
     texts: str = "sst2"
@@ -121,12 +121,12 @@ class HeadPatterns(Study):
     known_maps: int = 3
     complex_tasks: int = 2
     controls: int = 1
-    steps: int = 1200
+    steps: int = 600
     batch_size: int = 64
     lr: float = 4e-3
     runs: int = 2
-    tuning_steps: int = 100
-    tuning_lr: float = 1e-3
+    tuning_steps: int = 80
+    tuning_lr: float = 2e-3
     n_checkpoints: int = 6
     scarce: int = 32
     mixed: int = 1920

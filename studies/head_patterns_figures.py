@@ -23,6 +23,14 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
     arms = _means(where(own, metric="accuracy", method=_arms(own)), ["method"])
     last = where(own, metric=["ari", "growth"])
     found = {
+        "learned": figures.bars(
+            _learned(where(shown, metric="learned")),
+            name="method",
+            facet="part",
+            title="What tuning teaches",
+            caption="Accuracy on test prompts, mean over tasks and runs.",
+            value_title="accuracy",
+        ),
         "alike": figures.bars(
             _means(_staged(where(shown, metric="similarity")), ["part", "method"]),
             name="method",
@@ -76,6 +84,13 @@ def _arms(rows: pd.DataFrame) -> list[str]:
     there = set(rows["method"].dropna())
     order = (FITTED, EVEN, RANDOM, PARTS, OWN, SIMILAR, DRAWN, LEAST)
     return [name for name in order if name in there]
+
+
+def _learned(rows: pd.DataFrame) -> pd.DataFrame:
+    kinds = rows["kind"].drop_duplicates()
+    order = [f"{kind}, {stage}" for stage in ("after", "before") for kind in kinds]
+    named = _ordered(rows.assign(method=rows["kind"] + ", " + rows["stage"]), order)
+    return _means(named, ["part", "method"])
 
 
 def _staged(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import lensclust as lc
 from lensclust.results import decide
 from lensclust.stats import permutation_p
 from studies.frames import where
+from studies.head_patterns import BASIC, COMPLEX
 from studies.head_patterns_mixes import DRAWN, EVEN, FITTED, LEAST, OWN, PARTS, RANDOM, SIMILAR
 from studies.head_patterns_scores import FEW, RAW, SHARES
 from studies.head_patterns_tuning import AND
@@ -68,6 +69,11 @@ def _tasks(seen: _Part, suffix: str) -> list[lc.Claim]:
     }
     control |= {
         f"runs whose task is identified, {stage}": seen.mean(metric="identified", stage=stage)
+        for stage in ("before", "after")
+    }
+    control |= {
+        f"accuracy of {kind} tasks, {stage}": seen.mean(metric="learned", kind=kind, stage=stage)
+        for kind in (BASIC, COMPLEX)
         for stage in ("before", "after")
     }
     control["by chance"] = 1 / where(seen.scores, metric="identified")["task"].nunique()
@@ -174,7 +180,7 @@ def _speed(seen: _Part, suffix: str) -> list[lc.Claim]:
         decide(
             f"pattern-before-loss{suffix}",
             "and a larger share of its way than the loss of its own",
-            (way["pattern"] - way["loss"]).dropna().to_numpy(),
+            _or_open(way["pattern"] - way["loss"]),
             control=control,
             at_least=0,
             **seen.over,
@@ -271,6 +277,12 @@ def _clusters(seen: _Part) -> lc.Claim:
         **seen.over,
         **OURS,
     )
+
+
+def _or_open(values: pd.Series) -> np.ndarray:
+    """What is there, or one missing value where nothing is: the claim then stays inconclusive."""
+    found = values.dropna().to_numpy()
+    return found if found.size else np.array([np.nan])
 
 
 def _within(rows: pd.DataFrame, column: str) -> np.ndarray:

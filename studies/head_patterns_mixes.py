@@ -95,16 +95,14 @@ def _fitted(
 ) -> dict[str, float]:
     """Share of each simple task in the change that the scarce prompts alone make.
 
-    One half of them is tuned on, the other half's patterns are read. Where no coefficient is
-    above 0, all tasks have the same share.
+    Nothing else of the complex task is known, so the pattern is that of the same prompts. Where
+    no coefficient is above 0, all tasks have the same share.
     """
-    half = np.arange(len(scarce)) % 2 == 0
     change = pattern_change(
         model,
-        scarce.take(np.flatnonzero(half)),
-        scarce.take(np.flatnonzero(~half)),
+        scarce,
         steps=study.tuning_steps,
-        batch_size=min(study.batch_size, int(half.sum())),
+        batch_size=min(study.batch_size, len(scarce)),
         lr=study.tuning_lr,
         seed=seed,
     )

@@ -29,12 +29,13 @@ def derived(scores: pd.DataFrame, *, permutations: int) -> pd.DataFrame:
     """
     tables = []
     for (part, seed), rows in scores[scores["task"].notna()].groupby(["part", "seed"]):
-        own = where(rows, metric=["activation", "loss"])
+        own = where(rows, metric=["activation", "loss", "accuracy"])
         own = own[own["run"].notna()]
         found = stack(own)
         tasks = own.drop_duplicates("task").set_index("task")
         table = pd.DataFrame(
             [
+                *learned(own),
                 *separation(found, permutations),
                 *concentration(found),
                 *speed(found, own),
@@ -44,6 +45,14 @@ def derived(scores: pd.DataFrame, *, permutations: int) -> pd.DataFrame:
         labels = tasks.loc[table["task"], ["kind", "parts"]].reset_index(drop=True)
         tables.append(table.assign(part=part, seed=seed, **labels))
     return pd.concat(tables, ignore_index=True)
+
+
+def learned(rows: pd.DataFrame) -> Iterator[Row]:
+    """Accuracy on test prompts before and after, mean over runs."""
+    table = where(rows, metric="accuracy").pivot_table("value", "task", "step")
+    for stage, place in (("before", 0), ("after", -1)):
+        for name, value in table.iloc[:, place].items():
+            yield _row(name, "learned", "model", value, stage=stage)
 
 
 def separation(found: xr.DataArray, permutations: int) -> Iterator[Row]:
@@ -103,7 +112,7 @@ def speed(found: xr.DataArray, rows: pd.DataFrame) -> Iterator[Row]:
     Of a pattern: 1 - d(t) / d(0), with d the distance to the last, Euclidean ('pattern') or one
     minus the correlation ('correlation'); of the loss: how much of its fall is done.
     """
-    loss = where(rows, metric="loss").set_index(["task", "run", "step"])["value"]
+    loss = where(rows, metric="loss").set_index(["task", "run", "step"])["value"].sort_index()
     samples = where(rows, metric="loss").groupby("step")["samples"].first().sort_index()
     at = samples.to_numpy(dtype=float)
     for name in found["task"].values:

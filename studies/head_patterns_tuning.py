@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
@@ -86,13 +87,12 @@ def measured(model: TransformerBridge, prompts: lc.Prompts) -> pd.DataFrame:
 
 
 def pattern_change(
-    model: TransformerBridge, train: lc.Prompts, test: lc.Prompts, **options: Any
-) -> np.ndarray:
-    """Pattern after tuning minus that before ``(block, head)``, on prompts it is not tuned on."""
-    before = probes.head_activation(model, test).pattern.values
-    run = lc.finetune(model, train, progress=False, **options)
-    with run.at(options["steps"]) as tuned:
-        return probes.head_activation(tuned, test).pattern.values - before
+    model: TransformerBridge, prompts: lc.Prompts, **options: Any
+) -> Float[np.ndarray, "block head"]:
+    """Pattern of prompts after tuning on them minus that before."""
+    before = probes.head_activation(model, prompts).pattern.values
+    with lc.finetune(model, prompts, checkpoints=2, progress=False, **options).at() as tuned:
+        return probes.head_activation(tuned, prompts).pattern.values - before
 
 
 def _seed(seed: int, run: int) -> int:

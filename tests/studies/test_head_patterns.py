@@ -78,6 +78,7 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
                         add(value, **own, metric="similarity", method=method, stage=stage)
                     add(0.5, **own, metric="similarity", method="dealt", stage=stage)
                     add(1.0, **own, metric="identified", method="model", stage=stage)
+                    add(0.5, **own, metric="learned", method="model", stage=stage)
                     for metric in ("gini", "cv", "kurtosis"):
                         value = rule["gini"](stage)
                         add(value, **own, metric=metric, method="model", stage=stage)
@@ -179,7 +180,7 @@ def test_without_a_pretrained_model_its_claims_are_left_out():
     scores = world()
     own = scores[scores["part"] == "synthetic"]
     assert len(claims(own)) == 12
-    assert len(pictures(own)) == len(pictures(scores)) == 6
+    assert len(pictures(own)) == len(pictures(scores)) == 7
 
 
 # -- from patterns to scores ---------------------------------------------------------------------
@@ -422,7 +423,9 @@ def test_derived_scores_are_by_part_and_seed():
     frame = frame.assign(metric="activation", samples=frame["step"] * 10)
     losses = frame.drop_duplicates(["task", "run", "step"])
     losses = losses.assign(metric="loss", value=2.0 - losses["step"])
-    rows = pd.concat([frame, losses.drop(columns=["block", "head"])]).join(tasks, on="task")
+    losses = losses.drop(columns=["block", "head"])
+    right = losses.assign(metric="accuracy", value=losses["step"] / 2)
+    rows = pd.concat([frame, losses, right]).join(tasks, on="task")
     both_seeds = pd.concat([rows.assign(part="synthetic", seed=seed) for seed in (0, 1)])
     # One run says nothing of runs.
     two = pd.concat([both_seeds, both_seeds.assign(run=1)])
