@@ -1,56 +1,25 @@
 """One pass over prompts: activations at chosen sites and positions, labelled, in xarray.
 
-The forward ends as soon as the last wanted site has fired; only the wanted positions are
-copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
-the model's own activations and the rows that are kept. Of prompts that begin alike each distinct
-token is run once (`lensclust.sharing`), where the model allows it and where it pays.
+Prompts are read shard by shard (`lensclust.shard_reading`), into memory or into a store that a
+killed run can continue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Int
-from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.activations import VARIABLES
-from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
-from lensclust.fits import require_fits
-from lensclust.host_copies import HostCopy, arrived, upload
-from lensclust.prefix import Packing
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
-from lensclust.sharing import Forward, PrefixSharing
-from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.shard_reading import ShardReader
+from lensclust.sites import SiteSelector
 from lensclust.store_places import Place, as_place
-from lensclust.templates import measured, rectangle, template
-
-DTYPES = ("float16", "float32", "float64")
-
-
-class _AllSitesRead(Exception):
-    """Raised inside a hook to end a forward that has nothing left to give."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """Right-padded prompts, and the tokens of each that are wanted."""
-
-    tokens: Int[Tensor, "row token"]
-    lengths: Int[Tensor, " row"]
-    positions: Int[Tensor, "row position"]
-
-    def take(self, rows: Int[Tensor, " some"]) -> _Asked:
-        return _Asked(self.tokens[rows], self.lengths[rows], self.positions[rows])
+from lensclust.templates import measured
 
 
 def extract(

@@ -230,9 +230,12 @@ def _anchors(
     for name in names:
         start, stop = spans[name].numpy().T[..., None]
         found |= (token >= start) & (token < stop)
-    if not names or (without := ~found.any(1)).any():
-        where = f"prompt {int(without.argmax())} has none" if names else f"there are {[*spans]}"
-        raise InputError(f"label_word_flow: no label word in spans {given}: {where}")
+    if not names:
+        raise InputError(f"label_word_flow: no span {given}: these prompts have {sorted(spans)}")
+    if (without := ~found.any(1)).any():
+        raise InputError(
+            f"label_word_flow: prompt {int(without.argmax())} has no label word in spans {names}"
+        )
     if (late := (found & (token >= asked[:, None])).any(1) | found[:, 0]).any():
         row = int(late.argmax())
         raise InputError(

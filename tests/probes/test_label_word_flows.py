@@ -96,8 +96,8 @@ def test_batches_and_padding_change_nothing(budget: int) -> None:
 def test_wrong_input_is_one_clear_line() -> None:
     model, prompts = model_of("native"), prompts_of()
     refused: dict[str, Any] = {
-        "no label word in spans ['shown']": {"words": "shown"},
-        "prompt 0 has none": {"words": "nowhere"},
+        "no span ['shown']: these": {"words": "shown"},
+        "prompt 0 has no label word in spans ['nowhere']": {"words": "nowhere"},
         "expected after its first token and before the query at": {"words": "late"},
         "position 'middle' does not exist": {"query": "middle"},
         "expected one of the labels [7, 12]": {"choices": {"a": 7, "b": 12}},
