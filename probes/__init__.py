@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from probes.nearest_clusters import membership
     from probes.paired_decoding import PairedDecoding, decode
     from probes.patching import Patching, patch
-    from probes.rdm_alignment import RSA, rsa
+    from probes.rdm_alignment import rsa
+    from probes.rdm_sweeps import RSA
     from probes.rdms import combined, hypothesis, with_nuisances
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
@@ -45,7 +46,7 @@ _HOMES = {
     "PairedDecoding": "paired_decoding",
     "Patching": "patching",
     "ProbeSweep": "sweeps",
-    "RSA": "rdm_alignment",
+    "RSA": "rdm_sweeps",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
