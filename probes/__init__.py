@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from probes.nearest_clusters import membership
     from probes.paired_decoding import PairedDecoding, decode
     from probes.patching import Patching, patch
+    from probes.piecewise_fits import PiecewiseFit, change_points
     from probes.rdm_alignment import rsa
     from probes.rdm_sweeps import RSA
     from probes.rdms import combined, hypothesis, with_nuisances
@@ -45,6 +46,7 @@ _HOMES = {
     "Intervention": "interventions",
     "PairedDecoding": "paired_decoding",
     "Patching": "patching",
+    "PiecewiseFit": "piecewise_fits",
     "ProbeSweep": "sweeps",
     "RSA": "rdm_sweeps",
     "Reweighting": "component_weights",
@@ -52,6 +54,7 @@ _HOMES = {
     "add_direction": "directions",
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
+    "change_points": "piecewise_fits",
     "cka": "kernel_alignment",
     "cluster": "clustering",
     "combined": "rdms",
@@ -95,12 +98,14 @@ __all__ = [
     "Intervention",
     "PairedDecoding",
     "Patching",
+    "PiecewiseFit",
     "ProbeSweep",
     "Reweighting",
     "Tuning",
     "add_direction",
     "bag_of_tokens",
     "calibrate",
+    "change_points",
     "cka",
     "cluster",
     "combined",
