@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := lensclust probes studies tests
-STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting
+STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting layer_by_layer
 
 .PHONY: study test test-slow check bench bench-full readme lock clean
 
