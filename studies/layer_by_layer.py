@@ -49,7 +49,7 @@ class LayerByLayer(Study):
     """
 
     title: ClassVar[str] = "a model of many tasks against models of one, layer by layer"
-    paper: ClassVar[str] = "MOSSA: Zhao et al., Layer by Layer (reconstruction)"
+    paper: ClassVar[str] = "Zhao, Ziser & Cohen 2410.20008 (MOSSA, reconstruction)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {
             "n_layers": 6,

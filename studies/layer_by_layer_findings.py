@@ -15,7 +15,7 @@ from studies.frames import where
 from studies.layer_by_layer import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
 
 PAPER: dict[str, Any] = {
-    "source": "MOSSA (Layer by Layer), as told in secondary sources",
+    "source": "Zhao, Ziser & Cohen, arXiv 2410.20008 (findings at second hand)",
     "origin": "reconstruction",
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
@@ -173,15 +173,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
 
 def pictures(scores: pd.DataFrame, places: pd.DataFrame) -> dict[str, Any]:
     """The study's figures, by file name."""
-    over_tasks = (
-        where(scores, metric=["cka", DECIDING])
-        .groupby(["metric", "pair", "layer", "seed"], sort=False)[
-            ["value", "null_mean", "null_std"]
-        ]
-        .mean()
-        .reset_index()
-        .astype({"layer": int})
-    )
+    curves = where(scores, metric=["cka", DECIDING])
+    over_tasks = _over_tasks(curves, ["metric", "pair", "layer", "seed"]).astype({"layer": int})
     found = {
         name: figures.curves(
             where(over_tasks, metric=name),
@@ -195,12 +188,9 @@ def pictures(scores: pd.DataFrame, places: pd.DataFrame) -> dict[str, Any]:
     layers = sorted(over_tasks["layer"].unique())[1:]
     of_seeds = where(places, over="seed")
     shares = [
-        {
-            "layer": layer,
-            "pair": pair,
-            "value": float((rows[["first", "last"]] == layer).any(axis=1).mean()),
-        }
+        {"layer": layer, "pair": pair, "value": float((ends == layer).any(axis=1).mean())}
         for pair, rows in of_seeds.groupby("pair", sort=False)
+        for ends in [rows[["first", "last"]]]
         for layer in layers
     ]
     found["transitions"] = figures.curves(
@@ -212,13 +202,15 @@ def pictures(scores: pd.DataFrame, places: pd.DataFrame) -> dict[str, Any]:
         y_title="share of seeds",
     )
     found["accuracy"] = figures.bars(
-        where(scores, metric="accuracy")
-        .groupby(["pair", "seed"], sort=False)["value"]
-        .mean()
-        .reset_index(),
+        _over_tasks(where(scores, metric="accuracy"), ["pair", "seed"]),
         name="pair",
         title="Accuracy on a specialist's task",
         caption="Unseen strings, mean over the specialists' tasks.",
         value_title="accuracy",
     )
     return found
+
+
+def _over_tasks(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    kept = [name for name in ("value", "null_mean", "null_std") if rows[name].notna().any()]
+    return rows.groupby(by, sort=False)[kept].mean().reset_index()
