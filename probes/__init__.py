@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from probes.pattern_changes import PatternChange, change
     from probes.pattern_composition import Composition, compose
     from probes.rdm_alignment import RSA, rsa
+    from probes.piecewise_fits import PiecewiseFit, change_points
+    from probes.rdm_alignment import rsa
+    from probes.rdm_sweeps import RSA
     from probes.rdms import combined, hypothesis, with_nuisances
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
@@ -56,8 +59,9 @@ _HOMES = {
     "LabelWordFlow": "label_word_flows",
     "PairedDecoding": "paired_decoding",
     "Patching": "patching",
+    "PiecewiseFit": "piecewise_fits",
     "ProbeSweep": "sweeps",
-    "RSA": "rdm_alignment",
+    "RSA": "rdm_sweeps",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
@@ -65,6 +69,7 @@ _HOMES = {
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
     "change": "pattern_changes",
+    "change_points": "piecewise_fits",
     "cka": "kernel_alignment",
     "cluster": "clustering",
     "compose": "pattern_composition",
@@ -116,6 +121,7 @@ __all__ = [
     "PairedDecoding",
     "Patching",
     "PatternChange",
+    "PiecewiseFit",
     "ProbeSweep",
     "Reweighting",
     "Tuning",
@@ -124,6 +130,7 @@ __all__ = [
     "bag_of_tokens",
     "calibrate",
     "change",
+    "change_points",
     "cka",
     "cluster",
     "combined",

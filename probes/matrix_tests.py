@@ -196,7 +196,8 @@ def tau_a(x: Float[np.ndarray, " entry"], y: Float[np.ndarray, " entry"]) -> flo
         counts = np.unique(side, return_counts=True)[1]
         untied *= total - (counts * (counts - 1) / 2).sum()
     # scipy's is tau-b, over the pairs that are not tied.
-    return float(stats.kendalltau(x, y, method="asymptotic").statistic * np.sqrt(untied) / total)
+    tau_b = stats.kendalltau(x, y, method="asymptotic")[0]
+    return float(tau_b * np.sqrt(untied) / total)
 
 
 def _without(

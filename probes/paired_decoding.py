@@ -43,7 +43,7 @@ class PairedDecoding:
     right: xr.DataArray
 
     def __repr__(self) -> str:
-        best = self.frame.loc[self.frame["value"].abs().idxmax()]
+        best = self.frame.iloc[int(np.abs(self.frame["value"]).argmax())]
         return (
             f"PairedDecoding(by={best['by']!r}, {len(self.frame)} sites; largest change "
             f"{best['value']:+.2f} [{best['ci_low']:+.2f}, {best['ci_high']:+.2f}] at "
