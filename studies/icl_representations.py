@@ -158,9 +158,7 @@ class ICLRepresentations(Study):
             "word_shots": self.word_shots[-1],
         }.items():
             if number > half:
-                raise lc.InputError(
-                    f"{name}={number}: expected at most {half} of {len(words())} words"
-                )
+                raise lc.InputError(f"{name}={number}: expected at most {half}")
         from studies.icl_representations_questions import check_sizes
 
         check_sizes(self)

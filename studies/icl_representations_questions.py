@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from studies.study import silenced
 
 READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
 NEW_TOKENS = 6
+Options = dict[str, Any]
 # Distinct items of one name (or line) hold out what is not decoded.
 FOLDS = 5
 
@@ -64,7 +65,11 @@ def check_sizes(study: ICLRepresentations) -> None:
     words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     for task in KINDS:
-        _prompts(study, PreTrainedTokenizerFast(tokenizer_object=words), task, 0)
+        source, options = _source(study, task)
+        # One wording of each item: sizes are refused alike, in a fraction of the time.
+        options |= {"templates": options["templates"][:1]}
+        options |= {"conditions": ["none"]} if task == PERSONA else {}
+        source(PreTrainedTokenizerFast(tokenizer_object=words), shots=study.shots, **options)
 
 
 def measure_questions(
@@ -108,20 +113,24 @@ def _prompts(
     study: ICLRepresentations, tokenizer: Any, task: str, seed: int
 ) -> dict[str, lc.Prompts]:
     """The same queries behind nothing, behind demonstrations, and behind wrongly dealt ones."""
-    shots, templates = study.shots, study.templates
+    source, options = _source(study, task)
+    options["seed"] = seed
+    both = source(tokenizer, shots=(0, study.shots), **options)
+    wrong = source(tokenizer, shots=study.shots, shuffled=True, **options)
+    return {NONE: both.where(shots=0), SHOWN: both.where(shots=study.shots), WRONG: wrong}
+
+
+def _source(study: ICLRepresentations, task: str) -> tuple[Callable[..., lc.Prompts], Options]:
+    """What makes a task's prompts, and the study's sizes for it."""
     if task == LINES:
-        options: dict[str, Any] = {"slopes": study.slopes, "intercepts": study.intercepts}
+        sizes: Options = {"slopes": study.slopes, "intercepts": study.intercepts}
         known = list(TEMPLATES)
     else:
         prefix = "persona_" if task == PERSONA else ""
-        options = {name: getattr(study, f"{prefix}{name}") for name in ("names", "activities")}
+        sizes = {name: getattr(study, f"{prefix}{name}") for name in ("names", "activities")}
         known = list(data()["templates"])
-    source = getattr(lc.tasks, task)
     # Points on lines come in fewer wordings than the others.
-    options |= {"seed": seed, "templates": known[:templates]}
-    both = source(tokenizer, shots=(0, shots), **options)
-    wrong = source(tokenizer, shots=shots, shuffled=True, **options)
-    return {NONE: both.where(shots=0), SHOWN: both.where(shots=shots), WRONG: wrong}
+    return getattr(lc.tasks, task), {**sizes, "templates": known[: study.templates]}
 
 
 def _answers(model: TransformerBridge, prompts: lc.Prompts, task: str) -> pd.DataFrame:

@@ -180,7 +180,10 @@ def test_a_world_in_which_every_claim_holds():
             {f"behaviour-{LINES}"},
             {"confidence": lambda t, v: -5.0 if (t, v) == (LINES, SHOWN) else -4.0 + (v == SHOWN)},
         ),
-        ({"right-demonstrations"}, {"confidence": lambda t, v: {NONE: -4.0, SHOWN: -2.0}.get(v, -1)}),
+        (
+            {"right-demonstrations"},
+            {"confidence": lambda t, v: {NONE: -4.0, SHOWN: -2.0}.get(v, -1)},
+        ),
         (
             {f"alignment-{READING}"},
             {
@@ -191,7 +194,7 @@ def test_a_world_in_which_every_claim_holds():
         ),
         (
             {f"decodability-{LINES}"},
-            {"decodability": lambda t, v: 0.5 - 0.2 * (v == SHOWN) if t == LINES else GOOD["decodability"](t, v)},
+            {"decodability": lambda t, v: 0.5 + 0.2 * (v == SHOWN) * (-1 if t == LINES else 1)},
         ),
         (
             {f"attention-{READING}"},
@@ -199,7 +202,7 @@ def test_a_world_in_which_every_claim_holds():
         ),
         (
             {"name-over-activity"},
-            {"alignment": lambda t, v, name: 0.1 + 0.2 * (v == SHOWN) * (1 if name != "name" else 0.5)},
+            {"alignment": lambda t, v, name: 0.1 + (v == SHOWN) * (0.1 if name == "name" else 0.2)},
         ),
         ({"link-alignment"}, {"link": lambda t, m: -0.2 if m == "alignment" else 0.2}),
         ({"link-attention-ratio"}, {"link": lambda t, m: -0.2 if m != "alignment" else 0.2}),
