@@ -29,7 +29,8 @@ def _questions(rows: pd.DataFrame) -> dict[str, Any]:
             name="variant",
             facet="task",
             title="Right answers with and without demonstrations",
-            caption="Log probability of the whole answer, mean over wordings and conditions; "
+            caption="Log probability of the answer (of an activity: its first token), mean over "
+            "wordings and conditions; "
             "'wrong' shows answers dealt to other questions.",
             value_title="nats",
         ),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
@@ -18,11 +20,13 @@ from lensclust.tasks.linear_regression import TEMPLATES, decoded
 from lensclust.tasks.reading_comprehension import data
 from lensclust.tokenization import continuation
 from probes.answer_scores import answer_scores, greedy_texts
+from probes.pairing import first_answers
 from probes.rdms import standardised
 from studies.frames import where
 from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
 from studies.icl_representations_causes import measure_causes
 from studies.icl_representations_links import link
+from studies.icl_representations_states import states_and_answers
 from studies.study import silenced
 
 READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
@@ -79,13 +83,12 @@ def measure_questions(
     tables = []
     for task in KINDS:
         variants = _prompts(study, model.tokenizer, task, seed)
-        answered = {name: _answers(model, prompts, task) for name, prompts in variants.items()}
-        acts = {
-            name: probes.with_nuisances(
-                lc.extract(model, prompts, "resid", progress=False), prompts
-            )
+        read = {
+            name: _answered(model, prompts, whole=task == LINES)
             for name, prompts in variants.items()
         }
+        acts = {name: states for name, (states, _) in read.items()}
+        answered = {name: scores for name, (_, scores) in read.items()}
         found = [_behaviour(variants, answered)]
         for name, each in acts.items():
             found.append(_alignment(study, each, task, seed).assign(variant=name))
@@ -133,29 +136,44 @@ def _source(study: ICLRepresentations, task: str) -> tuple[Callable[..., lc.Prom
     return getattr(lc.tasks, task), {**sizes, "templates": known[: study.templates]}
 
 
-def _answers(model: TransformerBridge, prompts: lc.Prompts, task: str) -> pd.DataFrame:
-    """How a model answers each prompt."""
-    other = "lie" if task == PERSONA else "distractor_activity"
-    others = None if task == LINES else _continued(model, prompts, prompts.rows[other].tolist())
-    found = answer_scores(model, prompts, others=others)
-    if task == LINES:
+def _answered(
+    model: TransformerBridge, prompts: lc.Prompts, *, whole: bool
+) -> tuple[xr.Dataset, pd.DataFrame]:
+    """States, and how each prompt is answered: by the whole answer, or by its first token.
+
+    Activities begin with a token of their own, numbers do not.
+    """
+    right = torch.from_numpy(first_answers(prompts))
+    other = torch.tensor([tokens[0] for tokens in _others(model, prompts)]) if not whole else right
+
+    def read(logits: Float[Tensor, "row vocab"], rows: Int[Tensor, " row"]) -> Tensor:
+        told, said = logits.log_softmax(-1), logits.argmax(-1)
+        own, wrong = (tokens[rows].to(logits.device) for tokens in (right, other))
+        each = [told.gather(1, tokens[:, None])[:, 0] for tokens in (own, wrong)]
+        return torch.stack([each[0], said == own, each[0] - each[1], said == wrong], dim=1).float()
+
+    states, found = states_and_answers(model, prompts, read)
+    acts = probes.with_nuisances(states, prompts)
+    if whole:
+        scores = answer_scores(model, prompts)
         said = decoded(greedy_texts(model, prompts, new_tokens=NEW_TOKENS))
-        found["error"] = np.log10(1 + np.abs(said - prompts.rows["y"].to_numpy()))
-        found["unreadable"] = np.isnan(said).astype(float)
-    if task == PERSONA:
+        scores["error"] = np.log10(1 + np.abs(said - prompts.rows["y"].to_numpy()))
+        scores["unreadable"] = np.isnan(said).astype(float)
+        return acts, scores
+    columns = ["confidence", "right", "choice", "says_other"]
+    scores = pd.DataFrame(found.double().numpy(), columns=columns)
+    if "compliant" in prompts.rows:
         lies = (prompts.rows["compliant"] == prompts.rows["lie"]).to_numpy()
-        found["complies"] = np.where(lies, found["says_other"], found["right"])
-    return found
+        scores["complies"] = np.where(lies, scores["says_other"], scores["right"])
+    return acts, scores
 
 
-def _continued(
-    model: TransformerBridge, prompts: lc.Prompts, texts: Sequence[str]
-) -> list[list[int]]:
-    """Token ids of other answers."""
+def _others(model: TransformerBridge, prompts: lc.Prompts) -> list[list[int]]:
+    """Token ids of the activity that somebody else does."""
     ids = [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True)]
     return [
         continuation(model.tokenizer, prompts.text(row), ids[row], f" {text}")
-        for row, text in enumerate(texts)
+        for row, text in enumerate(prompts.rows["distractor_activity"])
     ]
 
 
