@@ -25,11 +25,11 @@ from upath import UPath
 
 from lensclust import store as on_disk
 from lensclust.errors import InputError
-from lensclust.extraction import ShardReader
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.ray_session import ray_session
+from lensclust.shard_reading import ShardReader
 from lensclust.sites import SiteSelector
 from lensclust.store_places import Place, as_place
 from lensclust.store_writing import Destination

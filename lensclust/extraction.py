@@ -1,56 +1,25 @@
 """One pass over prompts: activations at chosen sites and positions, labelled, in xarray.
 
-The forward ends as soon as the last wanted site has fired; only the wanted positions are
-copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
-the model's own activations and the rows that are kept. Of prompts that begin alike each distinct
-token is run once (`lensclust.sharing`), where the model allows it and where it pays.
+Prompts are read shard by shard (`lensclust.shard_reading`), into memory or into a store that a
+killed run can continue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Int
-from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.activations import VARIABLES
-from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
-from lensclust.fits import require_fits
-from lensclust.host_copies import HostCopy, arrived, upload
-from lensclust.prefix import Packing
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
-from lensclust.sharing import Forward, PrefixSharing
-from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.shard_reading import ShardReader
+from lensclust.sites import SiteSelector
 from lensclust.store_places import Place, as_place
-from lensclust.templates import measured, rectangle, template
-
-DTYPES = ("float16", "float32", "float64")
-
-
-class _AllSitesRead(Exception):
-    """Raised inside a hook to end a forward that has nothing left to give."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """Right-padded prompts, and the tokens of each that are wanted."""
-
-    tokens: Int[Tensor, "row token"]
-    lengths: Int[Tensor, " row"]
-    positions: Int[Tensor, "row position"]
-
-    def take(self, rows: Int[Tensor, " some"]) -> _Asked:
-        return _Asked(self.tokens[rows], self.lengths[rows], self.positions[rows])
+from lensclust.templates import measured
 
 
 def extract(
@@ -134,203 +103,3 @@ def extract(
         for name, value in values.items():
             out[name][rows.start : rows.stop] = value
     return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})
-
-
-class ShardReader:
-    """What was asked of a model, held against it and its prompts, and read shard by shard.
-
-    Args are those of `extract`; ``frame`` is the dataset to be filled, over zeros that take no
-    memory.
-
-    Raises:
-        InputError: as `extract`.
-    """
-
-    def __init__(
-        self,
-        model: TransformerLensModel,
-        prompts: Prompts,
-        sites: SiteSelector,
-        *,
-        at: str | Sequence[str] = "answer",
-        batch_tokens: int | None = None,
-        share_prefixes: bool = True,
-        dtype: str = "float32",
-    ) -> None:
-        chosen = rectangle(resolve(model, sites))
-        names = [at] if isinstance(at, str) else list(at)
-        if not names or len(set(names)) < len(names):
-            raise InputError(f"extract: positions must be given and differ, given {names}")
-        if batch_tokens is not None and batch_tokens < 1:
-            raise InputError(f"extract: batch_tokens={batch_tokens}, expected at least 1")
-        self.prompts = prompts
-        self.positions = torch.stack([prompts.position(name) for name in names], dim=1)
-        require_fits(model, prompts, caller="extract")
-        if dtype not in DTYPES:
-            raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
-        self.frame = template(model, prompts, chosen, names, np.dtype(dtype))
-        self._start = partial(_Reader, model, chosen, self.frame, batch_tokens, share_prefixes)
-
-    @cached_property
-    def _reader(self) -> _Reader:
-        return self._start()
-
-    def read(
-        self, shards: Iterable[range], advance: Callable[..., None]
-    ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-        """Activations of each shard's prompts: variable -> array over its rows."""
-        for rows, values in arrived((rows, self._begin(rows, advance)) for rows in shards):
-            for name, value in values.items():
-                if value.dtype == np.float16 and not np.isfinite(value).all():
-                    raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
-            yield rows, values
-
-    @torch.no_grad()
-    def _begin(self, rows: range, advance: Callable[..., None]) -> HostCopy:
-        index = torch.arange(rows.start, rows.stop)
-        return self._reader.read(self.prompts, index, self.positions[index], advance)
-
-
-class _Reader:
-    """Runs batches and gathers the wanted positions of the wanted sites in the hooks."""
-
-    def __init__(
-        self,
-        model: TransformerLensModel,
-        sites: Sequence[Site],
-        frame: xr.Dataset,
-        batch_tokens: int | None,
-        share_prefixes: bool,
-    ) -> None:
-        self.model = model
-        self.frame = frame
-        self.batch_tokens = batch_tokens or default_budget(model)
-        self.device = model_device(model)
-        # hook -> (variable, index on its layer axis, heads kept)
-        self.targets: dict[str, tuple[str, int, Tensor | None]] = {}
-        for site in sites:
-            variable, axis = VARIABLES[site.kind]
-            index = frame[axis].values.tolist().index(site.layer)
-            heads = None
-            if variable == "z":
-                # On the device once: an upload in a hook would hold up every layer.
-                heads = torch.tensor(frame["head"].values, device=self.device)
-            self.targets[hook_name(model, site)] = (variable, index, heads)
-        self.sharing = None
-        if share_prefixes:
-            dtype = getattr(torch, str(frame[measured(frame)[0]].dtype))
-            self.sharing = PrefixSharing(
-                model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
-            )
-        self.arguments = without_cache(model)
-
-    def read(
-        self,
-        prompts: Prompts,
-        index: Int[Tensor, " row"],
-        positions: Int[Tensor, "row position"],
-        advance: Callable[..., None],
-    ) -> HostCopy:
-        """Activations of one shard on their way to the host: variable -> the shard's rows."""
-        buffers = self._buffers(len(index))
-        asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
-        packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
-        if packing is None or not self._read_shared(packing, asked, buffers, advance):
-            self._read_in_full(asked, buffers, advance)
-        return HostCopy(buffers)
-
-    def _buffers(self, rows: int) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(
-                (rows, *self.frame[name].shape[1:]),
-                dtype=getattr(torch, str(self.frame[name].dtype)),
-                device=self.device,
-            )
-            for name in measured(self.frame)
-        }
-
-    def _read_in_full(
-        self, asked: _Asked, buffers: Mapping[str, Tensor], advance: Callable[..., None]
-    ) -> None:
-        for rows in batches(asked.lengths, self.batch_tokens):
-            longest = int(asked.lengths[rows].max())
-            tokens = upload(asked.tokens[rows, :longest], self.device)
-            places = asked.positions[rows]
-            row, slot = torch.meshgrid(
-                torch.arange(len(rows)), torch.arange(places.shape[1]), indexing="ij"
-            )
-            wanted = torch.stack([row, places, rows[row], slot], dim=-1).flatten(0, 1)
-            self._gather(
-                wanted,
-                lambda hooks, tokens=tokens: self.model.run_with_hooks(
-                    tokens, fwd_hooks=list(hooks), return_type=None, **self.arguments
-                ),
-                buffers,
-            )
-            advance(len(rows))
-
-    def _read_shared(
-        self,
-        packing: Packing,
-        asked: _Asked,
-        buffers: Mapping[str, Tensor],
-        advance: Callable[..., None],
-    ) -> bool:
-        assert self.sharing is not None
-        done = 0
-
-        def read(wanted: Tensor, forward: Forward) -> None:
-            nonlocal done
-            self._gather(wanted, forward, buffers)
-            finished = int((wanted[:, 3] == 0).sum())
-            done += finished
-            advance(finished)
-
-        def error() -> float:
-            """The largest relative difference of a layer's states at a position."""
-            row = packing.witness
-            alone = self._buffers(1)
-            self._read_in_full(asked.take(torch.tensor([row])), alone, lambda _: None)
-            differences = [
-                (buffers[name][row] - expected[0]).float().flatten(2).norm(dim=2)
-                / expected[0].float().flatten(2).norm(dim=2).clamp_min(1e-30)
-                for name, expected in alone.items()
-            ]
-            return max(float(each.nan_to_num(torch.inf).max()) for each in differences)
-
-        if self.sharing.run(packing, read, error):
-            return True
-        advance(-done)
-        return False
-
-    def _gather(
-        self, wanted: Int[Tensor, "read 4"], forward: Forward, buffers: Mapping[str, Tensor]
-    ) -> None:
-        """Copy what is wanted of a forward (row, place, prompt, slot) into the buffers."""
-        awaited = set(self.targets)
-        row, place, into, slot = upload(wanted, self.device).unbind(1)
-
-        def keep(name: str) -> Callable[[Tensor, Any], None]:
-            variable, layer, heads = self.targets[name]
-
-            def hook(value: Tensor, hook: Any) -> None:
-                if name not in awaited:
-                    raise RuntimeError(f"extract: hook {name!r} fired twice in one forward")
-                awaited.discard(name)
-                gathered = value[row.to(value.device), place.to(value.device)]
-                if heads is not None:
-                    gathered = gathered[:, heads.to(value.device)]
-                buffers[variable][into, slot, layer] = gathered.to(buffers[variable])
-                if not awaited:
-                    raise _AllSitesRead
-
-            return hook
-
-        try:
-            forward([(name, keep(name)) for name in self.targets])
-        except _AllSitesRead:
-            return
-        raise RuntimeError(
-            f"extract: {sorted(awaited)} never fired in {model_name(self.model)}; "
-            "load the model with eager attention"
-        )

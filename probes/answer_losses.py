@@ -36,7 +36,7 @@ class AnswerLoss:
     def __init__(
         self, prompts: Prompts, *, labels: Sequence[int] | None = None, caller: str
     ) -> None:
-        answers = prompts.answers or ((),)
+        answers: tuple[tuple[int, ...], ...] = prompts.answers or ((),)
         if without := [row for row, answer in enumerate(answers) if not answer]:
             raise InputError(f"{caller}: prompt {without[0]} has no answer, needed for gradients")
         first = [answer[0] for answer in answers]

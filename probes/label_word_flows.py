@@ -134,6 +134,9 @@ def label_word_flow(
             f"label_word_flow: draws={draws}, batch_tokens={batch_tokens}, expected at least 1"
         )
     require_fits(model, prompts, caller="label_word_flow")
+    labels = prompts.label_arrays()
+    if taken := [name for name in labels if name in ("prompt", "block", *FLOWS)]:
+        raise InputError(f"label_word_flow: label {taken[0]!r} of the rows is the name of an axis")
     asked = prompts.position(query).numpy()
     anchors = _anchors(prompts, words, asked)
     tokens = None if choices is None else label_tokens(model, choices, caller="label_word_flow")
@@ -161,11 +164,7 @@ def label_word_flow(
             for block, values in flows.found.items():
                 found[:, rows.numpy(), block] = values.cpu().numpy()
             advance(len(rows))
-    coords: dict[str, Any] = {
-        name: ("prompt", values)
-        for name, values in prompts.label_arrays().items()
-        if name not in ("prompt", "block", *FLOWS)
-    }
+    coords: dict[str, Any] = {name: ("prompt", values) for name, values in labels.items()}
     coords["block"] = np.arange(model.cfg.n_layers)
     return LabelWordFlow(
         xr.Dataset(
@@ -231,9 +230,12 @@ def _anchors(
     for name in names:
         start, stop = spans[name].numpy().T[..., None]
         found |= (token >= start) & (token < stop)
-    if not names or (without := ~found.any(1)).any():
-        where = f"prompt {int(without.argmax())} has none" if names else f"there are {[*spans]}"
-        raise InputError(f"label_word_flow: no label word in spans {given}: {where}")
+    if not names:
+        raise InputError(f"label_word_flow: no span {given}: these prompts have {sorted(spans)}")
+    if (without := ~found.any(1)).any():
+        raise InputError(
+            f"label_word_flow: prompt {int(without.argmax())} has no label word in spans {names}"
+        )
     if (late := (found & (token >= asked[:, None])).any(1) | found[:, 0]).any():
         row = int(late.argmax())
         raise InputError(

@@ -15,6 +15,7 @@ import torch
 
 from lensclust.run_directory import machine, write_atomically
 from tests.benchmarks import (
+    attention,
     clustering,
     components,
     device,
@@ -38,11 +39,13 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "patching": patching.rows,
     "clustering": clustering.rows,
     "components": components.rows,
+    "attention": attention.rows,
 }
 FULL = {
     "prefixes": lambda: prefixes.rows(full=True),
     "growth": lambda: growth.rows(full=True),
     "distributed": lambda: distributed.rows(full=True),
+    "attention": lambda: attention.rows(full=True),
 }
 
 

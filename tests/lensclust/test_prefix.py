@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust import costs, extraction, store
+from lensclust import costs, shard_reading, store
 from lensclust.doctor import examine
 from lensclust.packed_batches import PackedBatch
 from lensclust.packed_forwards import visible
@@ -360,7 +360,7 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
     disk = lc.extract(model, prompts, store=tmp_path / "a", **options)
     xr.testing.assert_identical(disk.load(), memory)
 
-    read, calls = extraction._Reader.read, []
+    read, calls = shard_reading._Reader.read, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -368,7 +368,7 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(self, *arguments)
 
-    monkeypatch.setattr(extraction._Reader, "read", interrupted)
+    monkeypatch.setattr(shard_reading._Reader, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lc.extract(model, prompts, store=tmp_path / "b", **options)
     resumed = lc.extract(model, prompts, store=tmp_path / "b", resume=True, **options)

@@ -65,13 +65,13 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
     program = """
         import sys, time
         import lensclust as lc
-        from lensclust import extraction
+        from lensclust import shard_reading
         from tests.lensclust.test_store import some_prompts
-        read = extraction._Reader.read
+        read = shard_reading._Reader.read
         def slowly(self, *arguments):
             time.sleep(0.2)
             return read(self, *arguments)
-        extraction._Reader.read = slowly
+        shard_reading._Reader.read = slowly
         model = lc.load("native:sif-small")
         lc.extract(model, some_prompts(60), ["resid"], store=sys.argv[1], shard=4)
     """

@@ -185,8 +185,8 @@ def test_a_head_that_looks_for_its_own_token_finds_it() -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.zero_()
-            if name.endswith(("embed.weight", "q.weight", "k.weight")) and "pos" not in name:
-                weight.copy_(torch.eye(64) * (strength if "q.weight" in name else 1))
+            if "embed" in name or ((".q." in name or ".k." in name) and weight.ndim == 2):
+                weight.copy_(torch.eye(64) * (strength if ".q." in name else 1))
     ids = [[1, 2, 3, 4, 10 + i, 5, 6, 7, 8, 10 + i] for i in range(N)]
     spans = {"relevant": [(4, 5)] * N, "irrelevant": [(6, 7)] * N}
     prompts = lc.Prompts.from_token_lists(ids, pd.DataFrame({"item": range(N)}), spans=spans)
@@ -206,7 +206,7 @@ def test_random_spans_of_a_random_model_have_ratio_one() -> None:
 
 def test_spans_at_random_places_are_rarely_called_different() -> None:
     model, found = model_of("native"), []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         places = [random_places(np.array([2, 3]), np.array([2, 10]), 1, rng) for _ in range(N)]
         spans = {
@@ -216,7 +216,7 @@ def test_spans_at_random_places_are_rarely_called_different() -> None:
         prompts = prompts_of(seed=seed, question=[(2, 10)] * N, **spans)
         frame = ratio(model, prompts, weighting="attention", draws=99, seed=seed).frame
         found.append(frame["p"].iloc[0])
-    assert np.sum(np.array(found) <= 0.05) <= stats.binom.ppf(0.9999, 60, 0.05)
+    assert np.sum(np.array(found) <= 0.05) <= stats.binom.ppf(0.9999, 40, 0.05)
 
 
 @given(
@@ -308,7 +308,7 @@ def test_a_frozen_model_has_gradients_too() -> None:
 def test_wrong_input_is_one_clear_line() -> None:
     model = model_of("native")
     training: Any = lc.load(NATIVE).train()
-    empty, late = [(4, 4)] * N, [(9, 12)] * N
+    empty, late = [(4, 4)] * N, [(9, 11)] * N
     refused: dict[str, Any] = {
         "no span 'sought'": lambda: ratio(model, prompts_of(), relevant="sought"),
         "no span 'query'": lambda: attention_ratio(model, prompts_of()),
@@ -325,7 +325,7 @@ def test_wrong_input_is_one_clear_line() -> None:
         "is 1 to 3, expected inside the block 'question', 2 to": lambda: ratio(
             model, prompts_of(relevant=[(1, 3)] * N)
         ),
-        "is 9 to 12, expected before the tokens of 'asking', 9 to 11": lambda: ratio(
+        "is 9 to 11, expected before the tokens of 'asking', 9 to 11": lambda: ratio(
             model, prompts_of(relevant=late), query="asking"
         ),
         "demonstrations of prompt 0, 0 to 3, overlap the block 'question', 2": lambda: ratio(

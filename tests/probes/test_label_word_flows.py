@@ -24,9 +24,8 @@ def prompts_of(seed: int = 0, **spans: list[tuple[int, int]]) -> lc.Prompts:
     shots = rng.integers(1, 4, N)
     tokens = rng.integers(12, D_VOCAB, (N, 20)).tolist()
     ids = [
-        [tokens[i][0], *(t for s in range(shots[i]) for t in (*tokens[i][3 * s + 1 :][:2], 7))]
-        + tokens[i][-2:]
-        for i in range(N)
+        [row[0], *(t for k in range(n) for t in (*row[3 * k + 1 : 3 * k + 3], 7)), *row[-2:]]
+        for row, n in zip(tokens, shots, strict=True)
     ]
     given = {
         f"label_words_{k}": [(3 * k + 3, 3 * k + 4) if k < shots[i] else (0, 0) for i in range(N)]
@@ -97,19 +96,22 @@ def test_batches_and_padding_change_nothing(budget: int) -> None:
 def test_wrong_input_is_one_clear_line() -> None:
     model, prompts = model_of("native"), prompts_of()
     refused: dict[str, Any] = {
-        "no label word in spans ['shown']": {"words": "shown"},
-        "prompt 0 has none": {"words": "nowhere"},
+        "no span ['shown']: these": {"words": "shown"},
+        "prompt 0 has no label word in spans ['nowhere']": {"words": "nowhere"},
         "expected after its first token and before the query at": {"words": "late"},
         "position 'middle' does not exist": {"query": "middle"},
         "expected one of the labels [7, 12]": {"choices": {"a": 7, "b": 12}},
         "draws=0": {"draws": 0},
-        "1 label words and 0 other tokens": {"words": "only", "query": "only_end"},
     }
     last = int(prompts.lengths.min())
-    prompts = prompts_of(nowhere=[(0, 0)] * N, late=[(last - 1, last)] * N, only=[(1, 2)] * N)
-    refused.pop("1 label words and 0 other tokens")
+    prompts = prompts_of(nowhere=[(0, 0)] * N, late=[(last - 1, last)] * N)
     for words, options in refused.items():
         with pytest.raises(lc.InputError) as caught:
             label_word_flow(model, prompts, progress=False, **options)
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+    rows = pd.DataFrame({"label": ["a"]})
+    spans = {"label_words": [(1, 2)]}
+    short = lc.Prompts.from_token_lists([[1, 2, 3]], rows, answers=[[7]], spans=spans)
+    with pytest.raises(lc.InputError, match="1 label words and 0 other tokens"):
+        label_word_flow(model, short, progress=False)
