@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lensclust.errors import InputError
     from lensclust.extraction import extract
     from lensclust.models import load
+    from lensclust.pooling import pooled
     from lensclust.prompts import Prompts
     from lensclust.results import Claim
     from lensclust.sharing import plan_prefixes
@@ -38,6 +39,7 @@ _HOMES = {
     "load": "lensclust.models",
     "open_activations": "lensclust.store",
     "plan_prefixes": "lensclust.sharing",
+    "pooled": "lensclust.pooling",
     "train": "lensclust.training",
 }
 _MODULES = ("figures", "report", "tasks")
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "open_activations",
     "plan_prefixes",
+    "pooled",
     "report",
     "tasks",
     "train",

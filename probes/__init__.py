@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from probes.linear import probe
     from probes.linear_maps import linear_transport
     from probes.nearest_clusters import membership
+    from probes.paired_decoding import PairedDecoding, decode
     from probes.patching import Patching, patch
-    from probes.rdm_alignment import RSA, rsa
+    from probes.piecewise_fits import PiecewiseFit, change_points
+    from probes.rdm_alignment import rsa
+    from probes.rdm_sweeps import RSA
     from probes.rdms import combined, hypothesis, with_nuisances
     from probes.reweighting import reweight, reweight_many
     from probes.similarity import nearest_neighbour, silhouettes
@@ -46,19 +49,23 @@ _HOMES = {
     "Interchange": "interchanges",
     "Intervention": "interventions",
     "LabelWordFlow": "label_word_flows",
+    "PairedDecoding": "paired_decoding",
     "Patching": "patching",
+    "PiecewiseFit": "piecewise_fits",
     "ProbeSweep": "sweeps",
-    "RSA": "rdm_alignment",
+    "RSA": "rdm_sweeps",
     "Reweighting": "component_weights",
     "Tuning": "validation",
     "add_direction": "directions",
     "attention_ratio": "attention",
     "bag_of_tokens": "baselines",
     "calibrate": "calibration",
+    "change_points": "piecewise_fits",
     "cka": "kernel_alignment",
     "cluster": "clustering",
     "combined": "rdms",
     "dealt": "interventions",
+    "decode": "paired_decoding",
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
@@ -98,7 +105,9 @@ __all__ = [
     "Interchange",
     "Intervention",
     "LabelWordFlow",
+    "PairedDecoding",
     "Patching",
+    "PiecewiseFit",
     "ProbeSweep",
     "Reweighting",
     "Tuning",
@@ -106,10 +115,12 @@ __all__ = [
     "attention_ratio",
     "bag_of_tokens",
     "calibrate",
+    "change_points",
     "cka",
     "cluster",
     "combined",
     "dealt",
+    "decode",
     "decompose",
     "erase",
     "erase_random",

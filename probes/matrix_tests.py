@@ -10,7 +10,9 @@ matrix is then relabelled, and ``Z`` taken out of it again:
 
 This is double semi-partialling (Dekker, Krackhardt & Snijders 2007): relabelling ``h`` itself
 would undo its relation to ``Z`` and so test another null. ``r`` is the partial correlation, which
-orders the relabellings as its t does. Without nuisances it is the Mantel test.
+orders the relabellings as its t does. Without nuisances it is the Mantel test, which is exact;
+with them only what is linear in their (ranked) entries is taken out. Where that is not enough,
+items may be relabelled only within groups that share the nuisance, which is exact again.
 """
 
 from __future__ import annotations
@@ -194,7 +196,8 @@ def tau_a(x: Float[np.ndarray, " entry"], y: Float[np.ndarray, " entry"]) -> flo
         counts = np.unique(side, return_counts=True)[1]
         untied *= total - (counts * (counts - 1) / 2).sum()
     # scipy's is tau-b, over the pairs that are not tied.
-    return float(stats.kendalltau(x, y, method="asymptotic").statistic * np.sqrt(untied) / total)
+    tau_b = stats.kendalltau(x, y, method="asymptotic")[0]
+    return float(tau_b * np.sqrt(untied) / total)
 
 
 def _without(

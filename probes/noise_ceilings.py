@@ -19,8 +19,8 @@ def noise_ceiling(rdms: Float[np.ndarray, "repeat pair"], compare: str) -> tuple
     """
     if (np.ptp(rdms, axis=1) == 0).any():
         return float("nan"), float("nan")
-    from rsatoolbox.inference import boot_noise_ceiling
-    from rsatoolbox.rdm import RDMs
+    from rsatoolbox.inference.noise_ceiling import boot_noise_ceiling
+    from rsatoolbox.rdm.rdms import RDMs
 
     with warnings.catch_warnings():
         # That the mean of ranks is not the best RDM for tau-a: our docstring says it.

@@ -23,9 +23,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust import figures
 from lensclust.activations import dataset_sites, prompt_labels, site_values
-from lensclust.errors import InputError
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
 from probes.matrix_tests import TRANSFORMS, MatrixTest, relabellings
@@ -36,6 +34,7 @@ from probes.rdm_checks import (
     checked_options,
     item_layout,
 )
+from probes.rdm_sweeps import RSA
 from probes.rdms import crossnobis, standardised, state_distances
 
 log = logging.getLogger(__name__)
@@ -43,77 +42,6 @@ log = logging.getLogger(__name__)
 # Entries of the RDMs held at once.
 ENTRIES = 2**24
 SCORED = ["hypothesis", "distance", "compare", "standardised", "controlled"]
-
-
-@dataclass(frozen=True, repr=False)
-class RSA:
-    """How well hypotheses fit the RDMs of each site, beside the same under permuted prompts.
-
-    Attributes:
-        frame: one row a site and way of scoring: ``site, kind, layer, head, position,
-            hypothesis, distance, compare, standardised, controlled`` (nuisances taken out),
-            ``value, null_mean, null_std, p, p_corrected, ceiling_low, ceiling_high, n,
-            permutations``.
-        notes: what a reader of the scores should know, one sentence each.
-    """
-
-    frame: pd.DataFrame
-    notes: tuple[str, ...]
-
-    def plot(self, **choice: Any) -> Any:
-        """Score by layer, a line a hypothesis; heat maps where there are heads.
-
-        Ways of scoring are chosen by column (``compare="pearson"``); the first of each
-        otherwise, with nuisances taken out where that was done.
-        """
-        rows = self._chosen(choice)
-        first = rows.iloc[0]
-        caption = (
-            f"{first['compare']}, {first['distance']} distance, "
-            f"{'standardised, ' if first['standardised'] else ''}"
-            f"nuisances {'taken out' if first['controlled'] else 'left in'}."
-        )
-        charts = []
-        for kind, group in rows.groupby("kind", sort=False):
-            if group["head"].isna().all():
-                chart = figures.curves(
-                    group,
-                    color="hypothesis",
-                    title=f"Fit of hypotheses, {kind}",
-                    caption=caption,
-                    y_title=str(first["compare"]),
-                )
-                charts.append(chart)
-                continue
-            charts += [
-                figures.head_map(each, title=f"Fit of {name}, {kind}", caption=caption)
-                for name, each in group.groupby("hypothesis", sort=False)
-            ]
-        return charts[0] if len(charts) == 1 else figures.stack(charts)
-
-    def _chosen(self, choice: Mapping[str, Any]) -> pd.DataFrame:
-        rows = self.frame
-        for column in ("distance", "compare", "standardised", "controlled"):
-            known = list(rows[column].unique())
-            value = choice.get(column, True if column == "controlled" and True in known else None)
-            value = known[0] if value is None else value
-            if value not in known:
-                raise InputError(f"plot: {column}={value!r}, expected one of {known}")
-            rows = rows[rows[column] == value]
-        return rows
-
-    def __repr__(self) -> str:
-        rows = self._chosen({}).dropna(subset=["value"])
-        best = [
-            f"{name} {group['value'].max():.2f} at {group.loc[group['value'].idxmax(), 'site']}"
-            for name, group in rows.groupby("hypothesis", sort=False)
-        ]
-        return f"RSA({self.frame['site'].nunique()} sites; best {', '.join(best) or 'none'})"
-
-    def _repr_html_(self) -> str:
-        shown = ["site", "hypothesis", "value", "null_mean", "null_std", "p", "p_corrected"]
-        table = self._chosen({}).nlargest(10, "value")[shown].to_html(index=False, border=0)
-        return f"<p>{self!r}</p>{table}{self.plot().to_html()}"
 
 
 @dataclass(frozen=True)
@@ -300,7 +228,7 @@ def _corrected(
     """How often the best site of a permuted sweep does as well as this one."""
     p = np.full(len(frame), np.nan)
     for members in frame.groupby(SCORED, sort=False).indices.values():
-        known = members[np.isfinite(statistics[members, 0])]
+        known = np.asarray(members)[np.isfinite(statistics[members, 0])]
         if known.size:
             null = statistics[known, 1:].max(0, keepdims=True)
             p[known] = permutation_p(statistics[known, 0], null)

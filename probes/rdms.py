@@ -168,9 +168,9 @@ def crossnobis(
     below 0.
     """
     # Seconds to import, and for those alone who have repeats.
-    from rsatoolbox.data import Dataset
+    from rsatoolbox.data.dataset import Dataset
     from rsatoolbox.data.noise import prec_from_measurements
-    from rsatoolbox.rdm import calc_rdm
+    from rsatoolbox.rdm.calc import calc_rdm_crossnobis
 
     repeats, items, d = x.shape
     dataset = Dataset(
@@ -180,11 +180,8 @@ def crossnobis(
             "repeat": np.repeat(np.arange(repeats), items),
         },
     )
-    noise = prec_from_measurements(dataset, obs_desc="item", method="shrinkage_diag")
-    rdm = calc_rdm(
-        dataset, method="crossnobis", descriptor="item", cv_descriptor="repeat", noise=noise
-    )
-    return np.asarray(rdm.dissimilarities[0])
+    noise = np.asarray(prec_from_measurements(dataset, obs_desc="item", method="shrinkage_diag"))
+    return calc_rdm_crossnobis(dataset, "item", noise, "repeat").dissimilarities[0]
 
 
 def _label(rows: xr.Dataset | pd.DataFrame, name: str) -> np.ndarray:

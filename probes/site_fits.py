@@ -91,6 +91,23 @@ def fit_site(rows: SiteRows, plan: Design, kind: str, penalties: Sequence[float]
     return _fit_moments(rows, plan, penalties, kind)
 
 
+def held_out_labels(
+    rows: SiteRows, plan: Design, kind: str, penalty: float
+) -> Int[np.ndarray, " row"]:
+    """The label (its index) that a probe fitted without a row's fold reads off the row."""
+    solve = SOLVERS[kind]
+    moments = Moments(n_folds=plan.n_folds, n_classes=len(plan.names))
+    for part, x in rows:
+        moments.update(x, plan.codes[part, :1], plan.fold[part])
+    readouts = [solve(moments.training(held_out=fold), penalty) for fold in range(plan.n_folds)]
+    found = np.empty(len(plan.fold), dtype=np.int64)
+    for part, x in rows:
+        for fold in np.unique(plan.fold[part]):
+            inside = np.flatnonzero(plan.fold[part] == fold)
+            found[part.start + inside] = host(readouts[fold](x[like(inside, x)]))[:, 0]
+    return found
+
+
 def class_counts(
     codes: Int[np.ndarray, "row labelling"], n_classes: int, keep: np.ndarray | None = None
 ) -> Int[np.ndarray, "class labelling"]:

@@ -360,7 +360,7 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
     disk = lc.extract(model, prompts, store=tmp_path / "a", **options)
     xr.testing.assert_identical(disk.load(), memory)
 
-    read, calls = shard_reading._Reader.read, []
+    read, calls = shard_reading.BatchReader.read, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -368,7 +368,7 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(self, *arguments)
 
-    monkeypatch.setattr(shard_reading._Reader, "read", interrupted)
+    monkeypatch.setattr(shard_reading.BatchReader, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lc.extract(model, prompts, store=tmp_path / "b", **options)
     resumed = lc.extract(model, prompts, store=tmp_path / "b", resume=True, **options)

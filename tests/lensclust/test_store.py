@@ -67,11 +67,11 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
         import lensclust as lc
         from lensclust import shard_reading
         from tests.lensclust.test_store import some_prompts
-        read = shard_reading._Reader.read
+        read = shard_reading.BatchReader.read
         def slowly(self, *arguments):
             time.sleep(0.2)
             return read(self, *arguments)
-        shard_reading._Reader.read = slowly
+        shard_reading.BatchReader.read = slowly
         model = lc.load("native:sif-small")
         lc.extract(model, some_prompts(60), ["resid"], store=sys.argv[1], shard=4)
     """
