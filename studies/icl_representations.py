@@ -159,7 +159,7 @@ class ICLRepresentations(Study):
         }.items():
             if number > half:
                 raise lc.InputError(f"{name}={number}: expected at most {half}")
-        from studies.icl_representations_questions import check_sizes
+        from studies.icl_representations_asking import check_sizes
 
         check_sizes(self)
 
