@@ -17,11 +17,11 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches
 from lensclust.errors import InputError
-from lensclust.extraction import DTYPES, BatchReader
 from lensclust.fits import require_fits
 from lensclust.host_copies import HostCopy, upload
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.shard_reading import DTYPES, BatchReader
 from lensclust.sites import SiteSelector, resolve
 from lensclust.store import shard_ranges
 from lensclust.templates import measured, rectangle, template

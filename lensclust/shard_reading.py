@@ -83,10 +83,10 @@ class ShardReader:
         if dtype not in DTYPES:
             raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
         self.frame = template(model, prompts, chosen, names, np.dtype(dtype))
-        self._start = partial(_Reader, model, chosen, self.frame, batch_tokens, share_prefixes)
+        self._start = partial(BatchReader, model, chosen, self.frame, batch_tokens, share_prefixes)
 
     @cached_property
-    def _reader(self) -> _Reader:
+    def _reader(self) -> BatchReader:
         return self._start()
 
     def read(
@@ -105,7 +105,7 @@ class ShardReader:
         return self._reader.read(self.prompts, index, self.positions[index], advance)
 
 
-class _Reader:
+class BatchReader:
     """Runs batches and gathers the wanted positions of the wanted sites in the hooks."""
 
     def __init__(
@@ -217,6 +217,10 @@ class _Reader:
         advance(-done)
         return False
 
+    def _keep(self, buffer: Tensor, into: Tensor, slot: Tensor, layer: int, values: Tensor) -> None:
+        """Put what was read at each wanted token where it belongs."""
+        buffer[into, slot, layer] = values.to(buffer)
+
     def _gather(
         self, wanted: Int[Tensor, "read 4"], forward: Forward, buffers: Mapping[str, Tensor]
     ) -> None:
@@ -234,7 +238,7 @@ class _Reader:
                 gathered = value[row.to(value.device), place.to(value.device)]
                 if heads is not None:
                     gathered = gathered[:, heads.to(value.device)]
-                buffers[variable][into, slot, layer] = gathered.to(buffers[variable])
+                self._keep(buffers[variable], into, slot, layer, gathered)
                 if not awaited:
                     raise _AllSitesRead
 

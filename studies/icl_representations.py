@@ -67,11 +67,11 @@ class ICLRepresentations(Study):
             "shots": 2,
             "names": 3,
             "activities": 2,
-            "slopes": 2,
+            "slopes": 3,
             "intercepts": 2,
             "persona_names": 2,
             "persona_activities": 2,
-            "templates": 2,
+            "templates": 1,
             "word_tasks": ("plural", "past", "opposite"),
             "word_shots": (1, 3),
             "word_queries": 3,
@@ -107,10 +107,10 @@ class ICLRepresentations(Study):
     model: str = "smollm2-135m-instruct"
     shots: int = 2
     names: int = 4
-    activities: int = 4
-    slopes: int = 4
+    activities: int = 3
+    slopes: int = 3
     intercepts: int = 3
-    persona_names: int = 3
+    persona_names: int = 2
     persona_activities: int = 2
     templates: int = 2
     word_tasks: tuple[str, ...] = (
@@ -131,7 +131,7 @@ class ICLRepresentations(Study):
     def check(self) -> None:
         """Refuse what would leave a claim without a measurement."""
         least = {"shots": 2, "names": 2, "activities": 2, "slopes": 2, "intercepts": 2}
-        least |= {"persona_names": 2, "persona_activities": 2, "templates": 2}
+        least |= {"persona_names": 2, "persona_activities": 2, "templates": 1}
         least |= {"vector_shots": 2, "top_heads": 1, "layer_stride": 1, "permutations": 2}
         for name, number in least.items():
             if getattr(self, name) < number:
@@ -158,10 +158,8 @@ class ICLRepresentations(Study):
             "word_shots": self.word_shots[-1],
         }.items():
             if number > half:
-                raise lc.InputError(
-                    f"{name}={number}: expected at most {half} of {len(words())} words"
-                )
-        from studies.icl_representations_questions import check_sizes
+                raise lc.InputError(f"{name}={number}: expected at most {half}")
+        from studies.icl_representations_asking import check_sizes
 
         check_sizes(self)
 

@@ -21,7 +21,7 @@ import lensclust as lc
 from lensclust.sites import Site
 from probes.attention_cuts import answers_cut_off
 from probes.pairing import first_answers
-from probes.replay import answers, replay
+from probes.replay import Readout, answers, replay
 from studies.icl_representations import NONE, SHOWN, ICLRepresentations
 
 
@@ -49,7 +49,14 @@ def measure_causes(
     return pd.DataFrame(rows)
 
 
-def _patched(study, model, variants, acts, confidence, before) -> list[dict[str, object]]:
+def _patched(
+    study: ICLRepresentations,
+    model: TransformerBridge,
+    variants: Mapping[str, lc.Prompts],
+    acts: Mapping[str, xr.Dataset],
+    confidence: Readout,
+    before: Mapping[str, Tensor],
+) -> list[dict[str, object]]:
     """One position: the last state of each prompt replaced, layer by layer."""
     strangers = _strangers(variants[NONE].rows)
     layers = chosen_layers(model, study.layer_stride)
@@ -90,9 +97,11 @@ def _strangers(rows: pd.DataFrame) -> Float[Tensor, "prompt prompt"]:
     return torch.from_numpy(weights / weights.sum(1, keepdims=True)).float()
 
 
-def _cut(model, prompts, confidence, before, seed: int) -> list[dict[str, object]]:
+def _cut(
+    model: TransformerBridge, prompts: lc.Prompts, confidence: Readout, before: Tensor, seed: int
+) -> list[dict[str, object]]:
     """The query sees the demonstrations' answers no more; or as many other tokens of them."""
-    spans = prompts.spans
+    spans = prompts.spans or {}
     place = torch.arange(prompts.tokens.shape[1])
 
     def within(name: str) -> Bool[Tensor, "prompt position"]:

@@ -9,7 +9,7 @@ import pandas as pd
 from lensclust import figures
 from studies.frames import where
 from studies.icl_representations import QUESTIONS, WORDS
-from studies.icl_representations_questions import KINDS
+from studies.icl_representations_asking import KINDS
 from studies.icl_representations_words import TESTED
 
 
@@ -22,19 +22,22 @@ def _questions(rows: pd.DataFrame) -> dict[str, Any]:
     answer = {task: kind.answer for task, kind in KINDS.items()}
     of_answer = rows[rows["hypothesis"] == rows["task"].map(answer)]
     links = where(rows, metric="link", controlled=True)
-    unweighted = ["alignment", "attention ratio"]
+    unweighted = ["alignment", "decodability", "attention ratio"]
     return {
         "behaviour": figures.bars(
             _means(where(rows, metric="confidence"), ["task", "seed", "variant"]),
             name="variant",
             facet="task",
             title="Right answers with and without demonstrations",
-            caption="Log probability of the whole answer, mean over wordings and conditions; "
+            caption="Log probability of the answer (of an activity: its first token), mean over "
+            "wordings and conditions; "
             "'wrong' shows answers dealt to other questions.",
             value_title="nats",
         ),
         "alignment": figures.curves(
-            _layers(where(of_answer, metric="alignment", controlled=True), ["variant"]),
+            _layers(
+                where(of_answer, metric="alignment", controlled=True, method="answer"), ["variant"]
+            ),
             color="variant",
             facet="task",
             title="Alignment with the hypothesis of the answer",

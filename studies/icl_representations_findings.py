@@ -10,18 +10,32 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.results import decide
-from studies.frames import rank_correlations, where
+from studies.frames import where
 from studies.icl_representations import NONE, SHOWN, WRONG
-from studies.icl_representations_questions import KINDS, LINES, PERSONA, READING
-from studies.icl_representations_tables import Questions, Words, at_layers, elsewhere_best
-from studies.icl_representations_words import BOTH, TOLD
+from studies.icl_representations_asking import KINDS, LINES, PERSONA, READING
+from studies.icl_representations_tables import (
+    Questions,
+    Words,
+    at_layers,
+    elsewhere_best,
+    mean,
+)
+from studies.icl_representations_word_findings import OURS, word_claims
 
 PAPER: dict[str, Any] = {
     "source": "Yousefi et al., arXiv 2310.00313",
     "origin": "reconstruction",
 }
-OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 Labels = dict[str, Any]
+POOLED: dict[str, Labels] = {
+    f"{how} of the query{words}": {
+        "hypothesis": KINDS[READING].answer,
+        "controlled": True,
+        "method": f"query_{how}{words}",
+    }
+    for how in ("max", "mean")
+    for words in ("", ", standardised")
+}
 WORDING = {
     READING: "who does what",
     LINES: "points on lines",
@@ -29,6 +43,7 @@ WORDING = {
 }
 LINKS = {
     "alignment": "alignment with the answer's hypothesis",
+    "decodability": "decodability of the answer",
     "attention ratio": "attention on what is relevant",
 }
 
@@ -41,7 +56,7 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         *_changes(seen),
         *_links(seen),
         *_causes(seen),
-        *_words(words),
+        *word_claims(words),
     ]
 
 
@@ -69,19 +84,19 @@ def _behaviour(seen: Questions) -> list[lc.Claim]:
     found = []
     for task in KINDS:
         control = {
-            "wrongly dealt answers": _mean(seen.gain("confidence", task, WRONG)),
-            "right, none": _mean(seen.behaviour("right", task, NONE)),
-            "right, shown": _mean(seen.behaviour("right", task, SHOWN)),
+            "wrongly dealt answers": mean(seen.gain("confidence", task, WRONG)),
+            "right, none": mean(seen.behaviour("right", task, NONE)),
+            "right, shown": mean(seen.behaviour("right", task, SHOWN)),
         }
         if task == LINES:
             for metric in ("error", "unreadable"):
                 control |= {
-                    f"{metric}, {name}": _mean(seen.behaviour(metric, task, name))
+                    f"{metric}, {name}": mean(seen.behaviour(metric, task, name))
                     for name in (NONE, SHOWN)
                 }
         if task == PERSONA:
             control |= {
-                f"complies, {name}": _mean(seen.behaviour("complies", task, name))
+                f"complies, {name}": mean(seen.behaviour("complies", task, name))
                 for name in (NONE, SHOWN)
             }
         found.append(
@@ -104,7 +119,7 @@ def _behaviour(seen: Questions) -> list[lc.Claim]:
             "right-demonstrations",
             "and right ones more than those whose answers are dealt wrongly (mean over tasks)",
             right - wrong,
-            control={"right": _mean(right), "wrong": _mean(wrong)},
+            control={"right": mean(right), "wrong": mean(wrong)},
             at_least=0,
             **OURS,
         )
@@ -122,8 +137,11 @@ def _changes(seen: Questions) -> list[lc.Claim]:
                 "alignment",
                 f"States line up more with the hypothesis of the {answer} behind demonstrations "
                 "(Spearman, length and wording taken out",
-                {"hypothesis": answer, "controlled": True},
-                {"left in": {"hypothesis": answer, "controlled": False}},
+                {"hypothesis": answer, "controlled": True, "method": "answer"},
+                {
+                    "left in": {"hypothesis": answer, "controlled": False, "method": "answer"},
+                    **(POOLED if task == READING else {}),
+                },
             ),
             (
                 "decodability",
@@ -144,14 +162,14 @@ def _changes(seen: Questions) -> list[lc.Claim]:
         ]
         for id, metric, what, labels, others in asked:
             control = {
-                name: _mean(seen.change(metric, task, **each)) for name, each in others.items()
+                name: mean(seen.change(metric, task, **each)) for name, each in others.items()
             }
-            control["lower half"] = _mean(seen.change(metric, task, lower=True, **labels))
+            control["lower half"] = mean(seen.change(metric, task, lower=True, **labels))
             if id != "attention":
-                control["wrongly dealt answers"] = _mean(seen.change(metric, task, WRONG, **labels))
+                control["wrongly dealt answers"] = mean(seen.change(metric, task, WRONG, **labels))
             for name in (NONE, SHOWN):
                 table = seen.by_layer(metric, task, name, **labels)
-                control[f"level, {name}"] = _mean(seen.over_layers(table))
+                control[f"level, {name}"] = mean(seen.over_layers(table))
             found.append(
                 decide(
                     f"{id}-{task}",
@@ -164,7 +182,7 @@ def _changes(seen: Questions) -> list[lc.Claim]:
             )
     closer = {
         task: {
-            name: seen.change("alignment", task, hypothesis=name, controlled=True)
+            name: seen.change("alignment", task, hypothesis=name, controlled=True, method="answer")
             for name in ("name", "activity")
         }
         for task in (READING, PERSONA)
@@ -176,9 +194,9 @@ def _changes(seen: Questions) -> list[lc.Claim]:
             "than towards that of the activity, though the answer is an activity",
             closer[PERSONA]["name"] - closer[PERSONA]["activity"],
             control={
-                **{name: _mean(values) for name, values in closer[PERSONA].items()},
+                **{name: mean(values) for name, values in closer[PERSONA].items()},
                 **{
-                    f"{name}, without persona": _mean(values)
+                    f"{name}, without persona": mean(values)
                     for name, values in closer[READING].items()
                 },
             },
@@ -246,10 +264,10 @@ def _causes(seen: Questions) -> list[lc.Claim]:
             "gained over the same mean without demonstrations, at the layer best in other seeds)",
             at_layers(shown - none, layers),
             control={
-                "demonstrations": _mean(seen.gap()),
-                "over nothing patched": _mean(at_layers(shown, layers)),
-                "own state": _mean(at_layers(seen.patched("own, shown"), layers)),
-                "own state, put back": _mean(at_layers(seen.patched("own, none"), layers)),
+                "demonstrations": mean(seen.gap()),
+                "over nothing patched": mean(at_layers(shown, layers)),
+                "own state": mean(at_layers(seen.patched("own, shown"), layers)),
+                "own state, put back": mean(at_layers(seen.patched("own, none"), layers)),
                 "mean over layers": float((shown - none).mean(axis=None)),
             },
             at_least=0,
@@ -261,114 +279,8 @@ def _causes(seen: Questions) -> list[lc.Claim]:
             "of them (log probability lost when they are out of sight, one less the other)",
             cuts["other tokens"] - cuts["answers"],
             control={
-                "demonstrations": _mean(seen.gap()),
-                **{f"hidden: {name}": _mean(values) for name, values in cuts.items()},
-            },
-            at_least=0,
-            **OURS,
-        ),
-    ]
-
-
-def _words(words: Words) -> list[lc.Claim]:
-    near = words.neighbours()
-    for name, group in {"within shots": "shots", "within tasks": "task"}.items():
-        means = near.groupby(["seed", group])[["value", "behaviour"]].transform("mean")
-        near[[f"value {name}", f"behaviour {name}"]] = near[["value", "behaviour"]] - means
-    across = {
-        f"{own} by {other}": words.nearest(f"{own} by {other}")
-        for own in (TOLD, SHOWN)
-        for other in (TOLD, SHOWN)
-        if own != other
-    }
-    chance = _mean(words.nearest(f"{TOLD} by {SHOWN}", "null_mean"))
-    sharper = words.silhouette(BOTH) - words.silhouette(TOLD)
-    vectors = []
-    for name, control, source in (
-        ("task vector", "random direction", "Hendel et al., arXiv 2310.15916"),
-        ("function vector", "other heads", "Todd et al., arXiv 2310.15213"),
-    ):
-        own, other = words.vector(name), words.vector(f"{name}, {control}", like=name)
-        vectors.append(
-            decide(
-                name.replace(" ", "-"),
-                f"A {name} makes a query without instruction or demonstrations answered as the "
-                f"task asks (accuracy over its control, {control}; words it was not made from)",
-                own - other,
-                control={
-                    name: _mean(own),
-                    control: _mean(other),
-                    "nothing": _mean(words.vector("nothing")),
-                    "demonstrations": _mean(words.vector("demonstrations")),
-                },
-                at_least=0,
-                source=source,
-                origin="reconstruction",
-            )
-        )
-    return [
-        decide(
-            "neighbours",
-            "Tasks and numbers of demonstrations whose prompts have neighbours of their own task "
-            "are answered better (rank correlation of neighbours' accuracy, mean over layers, "
-            "with the model's)",
-            rank_correlations(near, "value", "behaviour", by="seed").to_numpy(),
-            control={
-                name: _mean(
-                    rank_correlations(
-                        near, f"value {name}", f"behaviour {name}", by="seed"
-                    ).to_numpy()
-                )
-                for name in ("within shots", "within tasks")
-            }
-            | {
-                "neighbours": float(near["value"].mean()),
-                "chance": float(near["null_mean"].mean()),
-            },
-            at_least=0,
-            source="Han et al., arXiv 2412.12276",
-            origin="reconstruction",
-        ),
-        *vectors,
-        decide(
-            "one-cluster",
-            "A task that is told and the same task that is shown lie together (share of prompts "
-            "nearest to their task's mean of the other kind, over swapped names, mean over layers)",
-            np.mean(list(across.values()), axis=0) - chance,
-            control={
-                **{name: _mean(values) for name, values in across.items()},
-                **{
-                    f"{name}, kinds' means taken out": _mean(words.nearest(name, centred=True))
-                    for name in across
-                },
-                "swapped names": chance,
-                f"{BOTH} by {TOLD}": _mean(words.nearest(f"{BOTH} by {TOLD}")),
-                f"{BOTH} by {SHOWN}": _mean(words.nearest(f"{BOTH} by {SHOWN}")),
-            },
-            at_least=0,
-            **OURS,
-        ),
-        decide(
-            "kinds-apart",
-            "though the kinds lie apart: tasks are found better with the kinds' means taken out",
-            np.mean(
-                [words.nearest(name, centred=True) - values for name, values in across.items()],
-                axis=0,
-            ),
-            control={"left in": _mean(np.mean(list(across.values()), axis=0)), "chance": chance},
-            at_least=0,
-            **OURS,
-        ),
-        decide(
-            "sharper",
-            "Demonstrations behind an instruction make tasks lie further apart (silhouette, "
-            "gained over the instruction alone, mean over layers)",
-            sharper,
-            control={
-                **{kind: _mean(words.silhouette(kind)) for kind in (TOLD, SHOWN, BOTH)},
-                **{
-                    f"accuracy, {kind}": _mean(words.accuracy(kind)) for kind in (TOLD, SHOWN, BOTH)
-                },
+                "demonstrations": mean(seen.gap()),
+                **{f"hidden: {name}": mean(values) for name, values in cuts.items()},
             },
             at_least=0,
             **OURS,
@@ -379,8 +291,4 @@ def _words(words: Words) -> list[lc.Claim]:
 def _over(
     seen: Questions, tables: dict[str, pd.DataFrame], tasks: Sequence[str], *, lower: bool = False
 ) -> float:
-    return _mean(np.mean([seen.over_layers(tables[task], lower=lower) for task in tasks], axis=0))
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values))
+    return mean(np.mean([seen.over_layers(tables[task], lower=lower) for task in tasks], axis=0))

@@ -1,70 +1,28 @@
-"""Questions with and without demonstrations: answers, states and attention of one seed."""
+"""Questions with and without demonstrations: everything that is measured of one seed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import pandas as pd
-import xarray as xr
-from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
-import lensclust as lc
 import probes
-from lensclust.tasks.linear_regression import TEMPLATES, decoded
-from lensclust.tasks.reading_comprehension import data
-from lensclust.tokenization import continuation
-from probes.answer_scores import answer_scores, greedy_texts
-from probes.rdms import standardised
-from studies.frames import where
-from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
+from studies.icl_representations import NONE, SHOWN, ICLRepresentations
+from studies.icl_representations_asking import (
+    KINDS,
+    LINES,
+    READING,
+    answered,
+    behaviour,
+    variants_of,
+)
 from studies.icl_representations_causes import measure_causes
-from studies.icl_representations_links import link
-from studies.study import silenced
-
-READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
-NEW_TOKENS = 6
-# Distinct items of one name (or line) hold out what is not decoded.
-FOLDS = 5
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is asked of one task's states.
-
-    Attributes:
-        answer: the component that the answer is.
-        others: components that are in the text, too.
-        graded: the components are numbers.
-    """
-
-    answer: str
-    others: tuple[str, ...]
-    graded: bool = False
-
-
-KINDS = {
-    READING: Kind("activity", ("name",)),
-    LINES: Kind("slope", ("intercept",), graded=True),
-    PERSONA: Kind("activity", ("name",)),
-}
-
-
-def check_sizes(study: ICLRepresentations) -> None:
-    """Refuse sizes for which there are no prompts (InputError), before a model is loaded."""
-    most = len(data()["templates"])
-    if study.templates > most:
-        raise lc.InputError(f"templates={study.templates}: expected at most {most}")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    for task in KINDS:
-        _prompts(study, PreTrainedTokenizerFast(tokenizer_object=words), task, 0)
+from studies.icl_representations_changes import (
+    alignment,
+    all_links,
+    decodability,
+    log_ratios,
+    pooled_alignment,
+)
 
 
 def measure_questions(
@@ -73,18 +31,17 @@ def measure_questions(
     """All scores of the three tasks."""
     tables = []
     for task in KINDS:
-        variants = _prompts(study, model.tokenizer, task, seed)
-        answered = {name: _answers(model, prompts, task) for name, prompts in variants.items()}
-        acts = {
-            name: probes.with_nuisances(
-                lc.extract(model, prompts, "resid", progress=False), prompts
-            )
+        variants = variants_of(study, model.tokenizer, task, seed)
+        read = {
+            name: answered(model, prompts, whole=task == LINES)
             for name, prompts in variants.items()
         }
-        found = [_behaviour(variants, answered)]
+        acts = {name: states for name, (states, _) in read.items()}
+        scores = {name: each for name, (_, each) in read.items()}
+        found = [behaviour(variants, scores)]
         for name, each in acts.items():
-            found.append(_alignment(study, each, task, seed).assign(variant=name))
-            found.append(_decodability(study, each, task, seed).assign(variant=name))
+            found.append(alignment(study, each, task, seed).assign(variant=name))
+            found.append(decodability(study, each, task, seed).assign(variant=name))
         ratios = {
             name: probes.attention_ratio(
                 model,
@@ -96,227 +53,10 @@ def measure_questions(
             )
             for name in (NONE, SHOWN)
         }
-        found += [_ratios(ratio.frame).assign(variant=name) for name, ratio in ratios.items()]
-        found += _links(study, variants, answered, acts, ratios, task, seed)
+        found += [log_ratios(ratio.frame).assign(variant=name) for name, ratio in ratios.items()]
+        found += all_links(study, variants, scores, acts, ratios, task, seed)
         if task == READING:
+            found += pooled_alignment(study, model, variants, task, seed)
             found.append(measure_causes(study, model, variants, acts, seed))
         tables += [table.assign(task=task) for table in found]
     return pd.concat(tables, ignore_index=True)
-
-
-def _prompts(
-    study: ICLRepresentations, tokenizer: Any, task: str, seed: int
-) -> dict[str, lc.Prompts]:
-    """The same queries behind nothing, behind demonstrations, and behind wrongly dealt ones."""
-    shots, templates = study.shots, study.templates
-    if task == LINES:
-        options: dict[str, Any] = {"slopes": study.slopes, "intercepts": study.intercepts}
-        known = list(TEMPLATES)
-    else:
-        prefix = "persona_" if task == PERSONA else ""
-        options = {name: getattr(study, f"{prefix}{name}") for name in ("names", "activities")}
-        known = list(data()["templates"])
-    source = getattr(lc.tasks, task)
-    # Points on lines come in fewer wordings than the others.
-    options |= {"seed": seed, "templates": known[:templates]}
-    both = source(tokenizer, shots=(0, shots), **options)
-    wrong = source(tokenizer, shots=shots, shuffled=True, **options)
-    return {NONE: both.where(shots=0), SHOWN: both.where(shots=shots), WRONG: wrong}
-
-
-def _answers(model: TransformerBridge, prompts: lc.Prompts, task: str) -> pd.DataFrame:
-    """How a model answers each prompt."""
-    other = "lie" if task == PERSONA else "distractor_activity"
-    others = None if task == LINES else _continued(model, prompts, prompts.rows[other].tolist())
-    found = answer_scores(model, prompts, others=others)
-    if task == LINES:
-        said = decoded(greedy_texts(model, prompts, new_tokens=NEW_TOKENS))
-        found["error"] = np.log10(1 + np.abs(said - prompts.rows["y"].to_numpy()))
-        found["unreadable"] = np.isnan(said).astype(float)
-    if task == PERSONA:
-        lies = (prompts.rows["compliant"] == prompts.rows["lie"]).to_numpy()
-        found["complies"] = np.where(lies, found["says_other"], found["right"])
-    return found
-
-
-def _continued(
-    model: TransformerBridge, prompts: lc.Prompts, texts: Sequence[str]
-) -> list[list[int]]:
-    """Token ids of other answers."""
-    ids = [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True)]
-    return [
-        continuation(model.tokenizer, prompts.text(row), ids[row], f" {text}")
-        for row, text in enumerate(texts)
-    ]
-
-
-def _behaviour(
-    variants: Mapping[str, lc.Prompts], answered: Mapping[str, pd.DataFrame]
-) -> pd.DataFrame:
-    """Means over items, by template and condition."""
-    tables = []
-    for name, prompts in variants.items():
-        by = ["template", *(["condition"] if "condition" in prompts.rows else [])]
-        scores = answered[name]
-        means = pd.concat([prompts.rows[by], scores], axis=1).groupby(by, sort=False).mean()
-        long = means.reset_index().melt(by, var_name="metric")
-        tables.append(long.assign(variant=name))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _alignment(study: ICLRepresentations, acts: xr.Dataset, task: str, seed: int) -> pd.DataFrame:
-    """Fit of each component's hypothesis by layer, lengths and wordings left in and taken out."""
-    kind = KINDS[task]
-    components = (kind.answer, *kind.others)
-    hypotheses = {name: probes.hypothesis(acts, name, graded=kind.graded) for name in components}
-    hypotheses["combined"] = probes.combined(list(hypotheses.values()))
-    nuisance = ["length", "template", "first_token"]
-    nuisance += ["condition"] if "condition" in acts.coords else []
-    with silenced("probes.rdm_alignment"):
-        found = probes.rsa(
-            acts,
-            hypotheses,
-            compare="spearman",
-            standardise=True,
-            nuisance=nuisance,
-            permutations=study.permutations,
-            seed=seed,
-        ).frame
-    columns = ["layer", "hypothesis", "controlled", "value", "null_mean", "null_std", "p"]
-    return found[[*columns, "p_corrected"]].assign(metric="alignment")
-
-
-def _decodability(
-    study: ICLRepresentations, acts: xr.Dataset, task: str, seed: int
-) -> pd.DataFrame:
-    """Accuracy by layer of a probe for the answer, tested on names (intercepts) it has not seen."""
-    kind = KINDS[task]
-    groups = kind.others[0]
-    n = len(np.unique(acts[groups].values))
-    with silenced("probes.linear"):
-        found = probes.probe(
-            acts,
-            target=kind.answer,
-            groups=groups,
-            penalties=(1e-2,),
-            control=None,
-            folds=min(FOLDS, n),
-            permutations=min(study.permutations, 20),
-            seed=seed,
-            jobs=1,
-        ).frame
-    found = found[found["metric"] == "balanced_accuracy"]
-    columns = ["layer", "value", "null_mean", "null_std", "p", "p_corrected"]
-    return found[columns].assign(metric="decodability", hypothesis=kind.answer)
-
-
-def _ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean log ratios by layer; what block b attends to enters the states of layer b + 1."""
-    rows = frame[frame["heads"] == "mean"]
-    return pd.DataFrame(
-        {
-            "layer": rows["block"] + 1,
-            "method": rows["weighting"],
-            "value": rows["log_ratio"],
-            "null_mean": rows["null_mean"],
-            "null_std": rows["null_std"],
-            "p": rows["p"],
-            "metric": "log ratio",
-        }
-    )
-
-
-def _links(
-    study: ICLRepresentations,
-    variants: Mapping[str, lc.Prompts],
-    answered: Mapping[str, pd.DataFrame],
-    acts: Mapping[str, xr.Dataset],
-    ratios: Mapping[str, probes.AttentionRatio],
-    task: str,
-    seed: int,
-) -> list[pd.DataFrame]:
-    """Changes of states and attention against changes of the answer, prompt by prompt."""
-    rows = variants[NONE].rows
-    behaviour = (answered[SHOWN]["confidence"] - answered[NONE]["confidence"]).to_numpy()
-    covariates = pd.DataFrame(
-        {
-            "length": variants[NONE].lengths.numpy(),
-            "added": (variants[SHOWN].lengths - variants[NONE].lengths).numpy(),
-            "template": rows["template"],
-        }
-    )
-    if "condition" in rows:
-        covariates["condition"] = rows["condition"]
-    own = {name: own_alignment(each, KINDS[task].answer) for name, each in acts.items()}
-    changes = {"alignment": own[SHOWN] - own[NONE]}
-    layers = {"alignment": acts[NONE]["layer"].values}
-    for weighting in ("attention", "value"):
-        each = {
-            name: where(ratio.per_prompt(), weighting=weighting).pivot(
-                index="block", columns="prompt", values="log_ratio"
-            )
-            for name, ratio in ratios.items()
-        }
-        name = "attention ratio" if weighting == "attention" else f"attention ratio, {weighting}"
-        changes[name] = (each[SHOWN] - each[NONE]).to_numpy()
-        layers[name] = each[NONE].index.to_numpy() + 1
-    found = []
-    for name, change in changes.items():
-        table = link(
-            change,
-            behaviour,
-            items=rows["item"].to_numpy(),
-            covariates=covariates,
-            permutations=study.permutations,
-            seed=seed,
-        )
-        found.append(table.assign(layer=layers[name][table.pop("layer")], method=name))
-        found.append(_over_conditions(change, behaviour, rows).assign(method=name))
-        found[-1]["layer"] = layers[name][found[-1]["layer"]]
-    return found
-
-
-def own_alignment(acts: xr.Dataset, label: str) -> Float[np.ndarray, "layer prompt"]:
-    """How much more alike a prompt is to those of its own label than to the others.
-
-    Mean cosine with the others of the same template and label less that with those of the
-    template and other labels; features are standardised over prompts first.
-    """
-    values, template = acts[label].values, acts["template"].values
-    same = values[:, None] == values
-    within = (template[:, None] == template) & ~np.eye(len(values), dtype=bool)
-    found = []
-    for layer in acts["layer"].values:
-        states = acts["resid"].sel(layer=layer).isel(position=0).values.astype(np.float64)
-        z = standardised(states)
-        z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
-        cosine = z @ z.T
-        own, other = (
-            np.where(mask, cosine, 0).sum(1) / np.maximum(mask.sum(1), 1)
-            for mask in (within & same, within & ~same)
-        )
-        found.append(own - other)
-    return np.stack(found)
-
-
-def _over_conditions(
-    change: Float[np.ndarray, "layer prompt"],
-    behaviour: Float[np.ndarray, " prompt"],
-    rows: pd.DataFrame,
-) -> pd.DataFrame:
-    """Means of templates and conditions: what is left of a link between them."""
-    by = ["template", *(["condition"] if "condition" in rows else [])]
-    groups = [np.asarray(part) for part in rows.groupby(by, sort=False).indices.values()]
-    return pd.DataFrame(
-        [
-            {
-                "layer": layer,
-                "metric": "condition change",
-                "variant": str(number),
-                "value": float(np.nanmean(values[members])),
-                "behaviour": float(behaviour[members].mean()),
-            }
-            for layer, values in enumerate(change)
-            for number, members in enumerate(groups)
-        ]
-    )

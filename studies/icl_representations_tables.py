@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from studies.frames import where
-from studies.icl_representations import NONE, QUESTIONS, SHOWN, WORDS, WRONG
+from studies.icl_representations import NONE, QUESTIONS, SHOWN, WORDS
 from studies.icl_representations_words import FITTED, TESTED
 
 BySeed = Float[np.ndarray, " seed"]
@@ -82,7 +82,7 @@ class Questions:
         rows = where(self.scores, metric=metric, method=method)
         return rows.sort_values("seed")["value"].to_numpy()
 
-    def patched(self, method: str, layers: BySeed | None = None) -> pd.DataFrame:
+    def patched(self, method: str) -> pd.DataFrame:
         """Effect of putting in a state ``(seed, layer)``."""
         rows = where(self.scores, metric="patched", method=method)
         return rows.pivot_table("value", "seed", "layer")
@@ -155,4 +155,6 @@ def at_layers(table: pd.DataFrame, layers: dict[Any, Any]) -> BySeed:
     return np.array([table.loc[seed, layers[seed]] if layers else np.nan for seed in table.index])
 
 
-__all__ = ["NONE", "SHOWN", "WRONG", "Questions", "Words", "at_layers", "elsewhere_best"]
+def mean(values: BySeed) -> float:
+    """Over seeds."""
+    return float(np.mean(values))

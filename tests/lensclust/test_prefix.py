@@ -362,6 +362,7 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
 
     read, calls = extraction.BatchReader.read, []
     read, calls = shard_reading._Reader.read, []
+    read, calls = shard_reading.BatchReader.read, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -371,6 +372,7 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(extraction.BatchReader, "read", interrupted)
     monkeypatch.setattr(shard_reading._Reader, "read", interrupted)
+    monkeypatch.setattr(shard_reading.BatchReader, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lc.extract(model, prompts, store=tmp_path / "b", **options)
     resumed = lc.extract(model, prompts, store=tmp_path / "b", resume=True, **options)

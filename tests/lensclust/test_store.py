@@ -77,6 +77,11 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
             time.sleep(0.2)
             return read(self, *arguments)
         shard_reading._Reader.read = slowly
+        read = shard_reading.BatchReader.read
+        def slowly(self, *arguments):
+            time.sleep(0.2)
+            return read(self, *arguments)
+        shard_reading.BatchReader.read = slowly
         model = lc.load("native:sif-small")
         lc.extract(model, some_prompts(60), ["resid"], store=sys.argv[1], shard=4)
     """

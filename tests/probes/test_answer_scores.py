@@ -38,7 +38,7 @@ def some_prompts(network: PreTrainedModel, n: int = 9) -> lc.Prompts:
 
 @pytest.mark.parametrize("batch_tokens", [8, 10_000])
 def test_scores_are_those_of_one_forward_a_prompt(network: PreTrainedModel, batch_tokens: int):
-    model = lc.load(network)
+    model = lc.load(hf_model("llama"))
     prompts = some_prompts(network)
     others = [[4 + row] for row in range(len(prompts))]
     found = answer_scores(model, prompts, others=others, batch_tokens=batch_tokens)
@@ -74,7 +74,7 @@ def test_what_is_written_is_what_each_prompt_alone_would_get(network: PreTrained
 
 
 def test_what_cannot_be_scored(network: PreTrainedModel):
-    model, prompts = lc.load(network), some_prompts(network)
+    model, prompts = lc.load(hf_model("llama")), some_prompts(network)
     with pytest.raises(lc.InputError, match="expected prompts with an answer each"):
         answer_scores(
             model,

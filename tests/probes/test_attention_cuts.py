@@ -39,8 +39,7 @@ def read(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def test_as_with_a_mask_before_the_softmax(
     prompts: lc.Prompts, hidden: torch.Tensor, architecture: str, batch_tokens: int
 ):
-    network = hf_model(architecture)
-    model = lc.load(network)
+    model = lc.load(hf_model(architecture))
     found = answers_cut_off(model, prompts, read, hidden, batch_tokens=batch_tokens)
     assert hidden.any(1).all()
     for row, (length, begin) in enumerate(zip(LENGTHS, BEGINS, strict=True)):

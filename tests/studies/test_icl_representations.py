@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
 from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
+from studies.icl_representations_asking import KINDS, LINES, PERSONA, READING
+from studies.icl_representations_changes import own_alignment
 from studies.icl_representations_figures import pictures
-from studies.icl_representations_findings import claims, vanished
+from studies.icl_representations_findings import POOLED, claims, vanished
 from studies.icl_representations_links import link
-from studies.icl_representations_questions import KINDS, LINES, PERSONA, READING, own_alignment
 from tests.tiny import byte_tokenizer
 
 SEEDS, LAYERS, CONDITIONS = range(4), range(5), ("plain", "liar")
@@ -67,12 +68,15 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
                     add(0.5, **each, metric=metric, template="a")
                 for layer in LAYERS:
                     place = {**each, "layer": layer, **null}
+                    for pooled in POOLED.values() if task == READING and variant != WRONG else ():
+                        add(0.1, **place, **pooled, metric="alignment")
                     for name in (kind.answer, *kind.others, "combined"):
                         for controlled in (False, True):
                             add(
                                 rule["alignment"](task, variant, name),
                                 **place,
                                 metric="alignment",
+                                method="answer",
                                 hypothesis=name,
                                 controlled=controlled,
                             )
@@ -86,7 +90,9 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
                             metric="log ratio",
                             method=method,
                         )
-            for method in ("alignment", "attention ratio", "attention ratio, value"):
+            for method in (
+                "alignment", "decodability", "attention ratio", "attention ratio, value"
+            ):  # fmt: skip
                 for layer in LAYERS:
                     here = {**own, "layer": layer, "method": method}
                     for controlled in (False, True):
@@ -169,7 +175,7 @@ def verdicts(scores: pd.DataFrame) -> dict[str, str]:
 
 def test_a_world_in_which_every_claim_holds():
     found = verdicts(world())
-    assert len(found) == 23
+    assert len(found) == 25
     assert set(found.values()) == {"supported"}, found
 
 
@@ -180,7 +186,10 @@ def test_a_world_in_which_every_claim_holds():
             {f"behaviour-{LINES}"},
             {"confidence": lambda t, v: -5.0 if (t, v) == (LINES, SHOWN) else -4.0 + (v == SHOWN)},
         ),
-        ({"right-demonstrations"}, {"confidence": lambda t, v: {NONE: -4.0, SHOWN: -2.0}.get(v, -1)}),
+        (
+            {"right-demonstrations"},
+            {"confidence": lambda t, v: {NONE: -4.0, SHOWN: -2.0}.get(v, -1)},
+        ),
         (
             {f"alignment-{READING}"},
             {
@@ -191,7 +200,7 @@ def test_a_world_in_which_every_claim_holds():
         ),
         (
             {f"decodability-{LINES}"},
-            {"decodability": lambda t, v: 0.5 - 0.2 * (v == SHOWN) if t == LINES else GOOD["decodability"](t, v)},
+            {"decodability": lambda t, v: 0.5 + 0.2 * (v == SHOWN) * (-1 if t == LINES else 1)},
         ),
         (
             {f"attention-{READING}"},
@@ -199,12 +208,14 @@ def test_a_world_in_which_every_claim_holds():
         ),
         (
             {"name-over-activity"},
-            {"alignment": lambda t, v, name: 0.1 + 0.2 * (v == SHOWN) * (1 if name != "name" else 0.5)},
+            {"alignment": lambda t, v, name: 0.1 + (v == SHOWN) * (0.1 if name == "name" else 0.2)},
         ),
         ({"link-alignment"}, {"link": lambda t, m: -0.2 if m == "alignment" else 0.2}),
-        ({"link-attention-ratio"}, {"link": lambda t, m: -0.2 if m != "alignment" else 0.2}),
+        ({"link-decodability"}, {"link": lambda t, m: -0.2 if m == "decodability" else 0.2}),
+        ({"link-attention-ratio"}, {"link": lambda t, m: -0.2 if "attention" in m else 0.2}),
         ({"conditions-alignment"}, {"condition": lambda m, x: x if m != "alignment" else -x}),
-        ({"conditions-attention-ratio"}, {"condition": lambda m, x: -x if m != "alignment" else x}),
+        ({"conditions-decodability"}, {"condition": lambda m, x: -x if m == "decodability" else x}),
+        ({"conditions-attention-ratio"}, {"condition": lambda m, x: -x if "attention" in m else x}),
         ({"one-position"}, {"patched": lambda m, layer: -1.0 if m == "others, shown" else 0.0}),
         ({"answers-seen"}, {"cut": lambda m: -0.1 if m == "answers" else -0.9}),
         ({"neighbours"}, {"neighbours": lambda x: 1 - x}),
@@ -396,7 +407,7 @@ def test_end_to_end_and_resumed(tmp_path: Path, byte_model: str):
     study = ICLRepresentations(**TINY, model=byte_model)
     out = tmp_path / "run"
     findings = study.execute(out, seeds=2, jobs=1, progress=False)
-    assert len(findings.claims) == 23
+    assert len(findings.claims) == 25
     scores = findings.scores
     for task in KINDS:
         own = scores[scores["task"] == task]
