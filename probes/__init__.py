@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from probes.patching import Patching, patch
     from probes.pattern_changes import PatternChange, change
     from probes.pattern_composition import Composition, compose
-    from probes.rdm_alignment import RSA, rsa
     from probes.piecewise_fits import PiecewiseFit, change_points
     from probes.rdm_alignment import rsa
     from probes.rdm_sweeps import RSA
@@ -55,10 +54,10 @@ _HOMES = {
     "HeadActivation": "activation_patterns",
     "Interchange": "interchanges",
     "Intervention": "interventions",
-    "PatternChange": "pattern_changes",
     "LabelWordFlow": "label_word_flows",
     "PairedDecoding": "paired_decoding",
     "Patching": "patching",
+    "PatternChange": "pattern_changes",
     "PiecewiseFit": "piecewise_fits",
     "ProbeSweep": "sweeps",
     "RSA": "rdm_sweeps",
@@ -72,8 +71,8 @@ _HOMES = {
     "change_points": "piecewise_fits",
     "cka": "kernel_alignment",
     "cluster": "clustering",
-    "compose": "pattern_composition",
     "combined": "rdms",
+    "compose": "pattern_composition",
     "dealt": "interventions",
     "decode": "paired_decoding",
     "decompose": "components",

@@ -360,8 +360,6 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
     disk = lc.extract(model, prompts, store=tmp_path / "a", **options)
     xr.testing.assert_identical(disk.load(), memory)
 
-    read, calls = extraction.BatchReader.read, []
-    read, calls = shard_reading._Reader.read, []
     read, calls = shard_reading.BatchReader.read, []
 
     def interrupted(self, *arguments):
@@ -370,8 +368,6 @@ def test_a_resumed_store_has_the_same_bytes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(self, *arguments)
 
-    monkeypatch.setattr(extraction.BatchReader, "read", interrupted)
-    monkeypatch.setattr(shard_reading._Reader, "read", interrupted)
     monkeypatch.setattr(shard_reading.BatchReader, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lc.extract(model, prompts, store=tmp_path / "b", **options)

@@ -67,16 +67,6 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
         import lensclust as lc
         from lensclust import shard_reading
         from tests.lensclust.test_store import some_prompts
-        read = extraction.BatchReader.read
-        def slowly(self, *arguments):
-            time.sleep(0.2)
-            return read(self, *arguments)
-        extraction.BatchReader.read = slowly
-        read = shard_reading._Reader.read
-        def slowly(self, *arguments):
-            time.sleep(0.2)
-            return read(self, *arguments)
-        shard_reading._Reader.read = slowly
         read = shard_reading.BatchReader.read
         def slowly(self, *arguments):
             time.sleep(0.2)
