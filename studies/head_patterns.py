@@ -125,8 +125,8 @@ class HeadPatterns(Study):
     batch_size: int = 64
     lr: float = 4e-3
     runs: int = 2
-    tuning_steps: int = 80
-    tuning_lr: float = 2e-3
+    tuning_steps: int = 100
+    tuning_lr: float = 3e-3
     n_checkpoints: int = 6
     scarce: int = 32
     mixed: int = 1920
