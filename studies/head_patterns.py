@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -142,6 +143,10 @@ class HeadPatterns(Study):
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
+        if self.pretrained != "none" and self.rank and find_spec("peft") is None:
+            raise lc.InputError(
+                f"rank={self.rank}: adapters need peft: pip install 'lensclust[peft]', or rank 0"
+            )
         if self.pretrained != "none" and self.texts != "none":
             known = lc.tasks.data_names()
             if self.texts not in known:

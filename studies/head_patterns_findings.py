@@ -121,7 +121,9 @@ def _composition(seen: Part, suffix: str) -> list[lc.Claim]:
                     "in sample, by the parts": seen.mean(metric="r2", method="parts", form=form),
                     "in sample, by controls": seen.mean(metric="r2", method="controls", form=form),
                     **{
-                        f"mean p against {name}": seen.mean(metric="r2_out p", method=name, form=form)
+                        f"mean p against {name}": seen.mean(
+                            metric="r2_out p", method=name, form=form
+                        )
                         for name in ("shared", "random", "permuted")
                     },
                 },
