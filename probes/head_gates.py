@@ -32,9 +32,10 @@ from lensclust.sites import Site, hook_name, model_name
 RowLosses = Callable[[Float[Tensor, "place vocab"], Int[Tensor, " place"]], Float[Tensor, " row"]]
 Gates = Sequence[Float[Tensor, "row head"]]
 
-# The check moves all gates by so much that the loss should change by this many nats each way, and
-# by this share of a gate at most. What it finds may differ from the gradient by this share.
-CHANGE, FARTHEST, TOLERANCE = 0.05, 0.05, 0.05
+# The check moves all gates by so much that the loss should change by this many nats each way (or
+# by so many rounding errors, where these are large), and by this share of a gate at most. What it
+# finds may differ from the gradient by this share, and by some rounding errors.
+CHANGE, CHANGE_ROUNDING, FARTHEST, TOLERANCE, ROUNDING = 0.05, 32, 0.05, 0.05, 8
 
 _PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -136,14 +137,15 @@ def require_reach(
     found, slopes = gate_gradients(model, tokens, scored, losses)
     steepness = float(slopes[0].abs().sum())
     if torch.isfinite(found).all() and steepness > 0:
-        step = min(FARTHEST, CHANGE / steepness)
+        rounding = max(torch.finfo(kind).eps for kind in _kinds(model))
+        step = min(FARTHEST, max(CHANGE, CHANGE_ROUNDING * rounding) / steepness)
         away = step * slopes[0].sign()
         gates = torch.stack([1 + away, 1 - away]).unbind(1)
         with torch.no_grad():
             ahead, behind = gated_losses(model, tokens, scored, losses, gates)
         changed, expected = float(ahead - behind), 2 * step * steepness
-        rounding = max(torch.finfo(kind).eps for kind in _kinds(model)) * float(found[0].abs())
-        if not abs(changed - expected) <= TOLERANCE * expected + rounding:
+        allowed = TOLERANCE * expected + ROUNDING * rounding * max(1.0, float(found[0].abs()))
+        if not abs(changed - expected) <= allowed:
             raise InputError(
                 f"head gates: the gradient of {model_name(model)} is not that of its loss: gates "
                 f"moved along it change the loss by {changed:.3g}, expected {expected:.3g}; is its "
