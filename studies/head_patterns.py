@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -125,8 +126,8 @@ class HeadPatterns(Study):
     batch_size: int = 64
     lr: float = 4e-3
     runs: int = 2
-    tuning_steps: int = 80
-    tuning_lr: float = 2e-3
+    tuning_steps: int = 100
+    tuning_lr: float = 3e-3
     n_checkpoints: int = 6
     scarce: int = 32
     mixed: int = 1920
@@ -142,6 +143,10 @@ class HeadPatterns(Study):
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
+        if self.pretrained != "none" and self.rank and find_spec("peft") is None:
+            raise lc.InputError(
+                f"rank={self.rank}: adapters need peft: pip install 'lensclust[peft]', or rank 0"
+            )
         if self.pretrained != "none" and self.texts != "none":
             known = lc.tasks.data_names()
             if self.texts not in known:

@@ -2,61 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 import lensclust as lc
 from lensclust.results import decide
-from lensclust.stats import permutation_p
 from studies.frames import where
 from studies.head_patterns import BASIC, COMPLEX
-from studies.head_patterns_mixes import DRAWN, EVEN, FITTED, LEAST, OWN, PARTS, RANDOM, SIMILAR
 from studies.head_patterns_scores import FEW, RAW, SHARES
-from studies.head_patterns_tuning import AND
+from studies.head_patterns_tables import OURS, PAPER, Part
+from studies.head_patterns_uses import applications, clusters
 
-PAPER: dict[str, Any] = {"source": "Zhao et al., arXiv 2409.15820", "origin": "reconstruction"}
-OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 # What R² by the parts has to be above: none of these knows what the task is made of.
 NULLS = ("parts of other tasks", "controls", "shared", "random", "permuted")
-PERMUTATIONS = 999
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
     """Decide the claims; those of the pretrained model are left out where there is none."""
     found: list[lc.Claim] = []
     if "pretrained" in set(scores["part"]):
-        found += _patterns(_Part(scores, "pretrained", "task"), "-pretrained")
-    trained = _Part(scores, "synthetic", "seed")
-    return [*found, *_patterns(trained, ""), *_applications(trained), _clusters(trained)]
+        found += _patterns(Part(scores, "pretrained", "task"), "-pretrained")
+    trained = Part(scores, "synthetic", "seed")
+    return [*found, *_patterns(trained, ""), *applications(trained), clusters(trained)]
 
 
-class _Part:
-    """Scores of one part as one number a seed or, of one model, one a task."""
-
-    def __init__(self, scores: pd.DataFrame, part: str, unit: str) -> None:
-        self.scores = where(scores, part=part)
-        self.unit = unit
-        self.over: dict[str, Any] = {"unit": unit}
-        if unit == "task":
-            self.over["n_seeds"] = int(where(self.scores, metric="activation")["run"].nunique())
-
-    def values(self, **labels: Any) -> pd.Series:
-        """Mean of the rows with these labels by seed or task."""
-        rows = where(self.scores, **labels)
-        return rows.groupby(self.unit)["value"].mean()
-
-    def mean(self, **labels: Any) -> float:
-        return float(self.values(**labels).mean())
-
-
-def _patterns(seen: _Part, suffix: str) -> list[lc.Claim]:
+def _patterns(seen: Part, suffix: str) -> list[lc.Claim]:
     """Task against seed, concentration, composition and speed, of either part."""
     return [*_tasks(seen, suffix), *_composition(seen, suffix), *_speed(seen, suffix)]
 
 
-def _tasks(seen: _Part, suffix: str) -> list[lc.Claim]:
+def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
     gaps = {
         stage: seen.values(metric="similarity", method="same task", stage=stage)
         - seen.values(metric="similarity", method="other tasks", stage=stage)
@@ -118,7 +93,7 @@ def _tasks(seen: _Part, suffix: str) -> list[lc.Claim]:
     ]
 
 
-def _composition(seen: _Part, suffix: str) -> list[lc.Claim]:
+def _composition(seen: Part, suffix: str) -> list[lc.Claim]:
     found = []
     for form, id, words, origin in (
         (RAW, "composition", "The change of a complex task's pattern", PAPER),
@@ -146,7 +121,9 @@ def _composition(seen: _Part, suffix: str) -> list[lc.Claim]:
                     "in sample, by the parts": seen.mean(metric="r2", method="parts", form=form),
                     "in sample, by controls": seen.mean(metric="r2", method="controls", form=form),
                     **{
-                        f"p against {name}": seen.mean(metric="r2_out p", method=name, form=form)
+                        f"mean p against {name}": seen.mean(
+                            metric="r2_out p", method=name, form=form
+                        )
                         for name in ("shared", "random", "permuted")
                     },
                 },
@@ -158,7 +135,7 @@ def _composition(seen: _Part, suffix: str) -> list[lc.Claim]:
     return found
 
 
-def _speed(seen: _Part, suffix: str) -> list[lc.Claim]:
+def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
     way = {name: seen.values(metric="way", method=name) for name in ("pattern", "loss")}
     control = {
         "pattern": float(way["pattern"].mean()),
@@ -189,116 +166,7 @@ def _speed(seen: _Part, suffix: str) -> list[lc.Claim]:
     ]
 
 
-def _applications(seen: _Part) -> list[lc.Claim]:
-    gained = {
-        name: seen.values(metric="accuracy", method=name)
-        for name in (FITTED, EVEN, RANDOM, PARTS, OWN, SIMILAR, DRAWN, LEAST)
-    }
-    accuracy = {name: float(values.mean()) for name, values in gained.items()}
-    losses = {f"loss, {name}": seen.mean(metric="loss", method=name) for name in accuracy}
-    tokens = where(seen.scores, metric="tokens").groupby("method")["value"].mean()
-    share = _share_of_parts(seen)
-    mixes = {name: accuracy[name] for name in (FITTED, EVEN, RANDOM, PARTS, OWN)}
-    mixes |= {f"loss, {name}": losses[f"loss, {name}"] for name in (FITTED, EVEN, RANDOM, OWN)}
-    mixes |= {
-        "share of the parts in the fitted mix": share,
-        "tokens, most over least": float(tokens.max() / tokens.min()),
-    }
-    found = [
-        decide(
-            id,
-            f"Before a scarce complex task, basic tasks mixed by fitted coefficients are worth "
-            f"more than {words} (accuracy gained)",
-            (gained[FITTED] - gained[other]).to_numpy(),
-            control=mixes,
-            at_least=0,
-            **seen.over,
-            **PAPER,
-        )
-        for id, other, words in (
-            ("fitted-over-even", EVEN, "an even mix"),
-            ("fitted-over-random", RANDOM, "a random mix"),
-            ("fitted-over-none", OWN, "none of them, the scarce prompts seen as often instead"),
-        )
-    ]
-    found.append(
-        decide(
-            "similar-examples",
-            "Public prompts whose patterns are most like the scarce task's are worth more than "
-            "prompts drawn at random (accuracy gained)",
-            (gained[SIMILAR] - gained[DRAWN]).to_numpy(),
-            control={
-                **{name: accuracy[name] for name in (SIMILAR, DRAWN, LEAST)},
-                **{f"loss, {n}": losses[f"loss, {n}"] for n in (SIMILAR, DRAWN, LEAST)},
-            },
-            at_least=0,
-            **seen.over,
-            **PAPER,
-        )
-    )
-    return found
-
-
-def _share_of_parts(seen: _Part) -> float:
-    """How much of the fitted mix are the tasks that the complex one is made of."""
-    rows = where(seen.scores, metric="coefficient")
-    own = [
-        method in parts.split(AND)
-        for method, parts in zip(rows["method"], rows["parts"], strict=True)
-    ]
-    return float(rows[own].groupby(["seed", "task"])["value"].sum().mean())
-
-
-def _clusters(seen: _Part) -> lc.Claim:
-    heads = where(seen.scores, metric=["ari", "growth"]).pivot_table(
-        "value", ["seed", "block", "head"], "metric"
-    )
-    heads = heads.reset_index()
-    inside, nulls, plain = [], [], []
-    rng = np.random.default_rng(0)
-    for _, rows in heads.groupby("seed"):
-        growth, ari = (_within(rows, name) for name in ("growth", "ari"))
-        inside.append(_correlation(growth, ari))
-        plain.append(rows["growth"].corr(rows["ari"], method="spearman"))
-        nulls.append([_correlation(_shuffled(rows, growth, rng), ari) for _ in range(PERMUTATIONS)])
-    null = np.mean(nulls, axis=0)
-    return decide(
-        "growing-heads-cluster",
-        "Heads whose share of the activation grows as the model is tuned on all basic tasks are "
-        "those whose outputs cluster by task then (rank correlation over heads of a layer)",
-        np.array(inside),
-        control={
-            "heads permuted within layers": float(null.mean()),
-            "p of the mean": float(permutation_p(float(np.mean(inside)), null)),
-            "over all layers": float(np.mean(plain)),
-            "best ARI of a head": float(heads["ari"].max()),
-        },
-        at_least=0,
-        **seen.over,
-        **OURS,
-    )
-
-
 def _or_open(values: pd.Series) -> np.ndarray:
     """What is there, or one missing value where nothing is: the claim then stays inconclusive."""
     found = values.dropna().to_numpy()
     return found if found.size else np.array([np.nan])
-
-
-def _within(rows: pd.DataFrame, column: str) -> np.ndarray:
-    """Ranks within each layer, centred."""
-    ranks = rows.groupby("block")[column].rank()
-    return (ranks - ranks.groupby(rows["block"]).transform("mean")).to_numpy()
-
-
-def _shuffled(rows: pd.DataFrame, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    out = values.copy()
-    blocks = rows["block"].to_numpy()
-    for block in np.unique(blocks):
-        out[blocks == block] = rng.permutation(values[blocks == block])
-    return out
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size else 0.0

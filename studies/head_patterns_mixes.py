@@ -39,7 +39,7 @@ def applications(
     """Accuracy on the complex tasks after each arm, and heads of the evenly trained model."""
     simple = [task for task in tasks if task.kind != COMPLEX]
     rng = np.random.default_rng([seed, 11])
-    mix = _Mixes(simple, study.mixed, rng)
+    mix = Mixes(simple, study.mixed, rng)
     tables = []
     for task in tasks:
         if task.kind != COMPLEX:
@@ -66,7 +66,7 @@ def applications(
     return pd.concat(tables, ignore_index=True)
 
 
-class _Mixes:
+class Mixes:
     """Draws of prompts of several tasks, so many of each."""
 
     def __init__(self, tasks: Sequence[Task], n: int, rng: np.random.Generator) -> None:
@@ -125,7 +125,7 @@ def _choices(
     """Public prompts by how alike their own patterns are to that of the scarce ones."""
     pool = joined([task.train.take(rng.permutation(len(task.train))[:PUBLIC]) for task in simple])
     target = probes.head_activation(model, scarce).pattern.values
-    alike = _alike(probes.head_activation(model, pool).values.values, target)
+    alike = alike_to(probes.head_activation(model, pool).values.values, target)
     n = max(1, round(CHOSEN * len(pool)))
     chosen = {
         SIMILAR: np.argsort(-alike, kind="stable")[:n],
@@ -138,7 +138,7 @@ def _choices(
     }
 
 
-def _alike(
+def alike_to(
     values: Float[np.ndarray, "prompt block head"], target: Float[np.ndarray, "block head"]
 ) -> Float[np.ndarray, " prompt"]:
     """Pearson's correlation of each prompt's pattern with the target, over heads."""

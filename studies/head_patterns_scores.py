@@ -177,9 +177,10 @@ def _fits(
         yield _row(name, "r2", method, fit.r2) | labels
         yield _row(name, "r2_out", method, fit.r2_out) | labels
         if method == "parts":
-            for null in fit.frame.itertuples():
-                yield _row(name, null.metric, null.null, null.null_mean) | labels
-                yield _row(name, f"{null.metric} p", null.null, null.p) | labels
+            for null in fit.frame.to_dict("records"):
+                metric, method = str(null["metric"]), str(null["null"])
+                yield _row(name, metric, method, null["null_mean"]) | labels
+                yield _row(name, f"{metric} p", method, null["p"]) | labels
 
 
 def _row(task: Any, metric: str, method: str, value: float, **labels: Any) -> Row:

@@ -21,7 +21,7 @@ from lensclust.tasks.composed import composed
 from studies.head_patterns import HeadPatterns
 from studies.head_patterns_figures import pictures
 from studies.head_patterns_findings import claims
-from studies.head_patterns_mixes import _alike, _Mixes
+from studies.head_patterns_mixes import Mixes, alike_to
 from studies.head_patterns_scores import composition, concentration, derived, separation, speed
 from studies.head_patterns_synthetic import prompts_of, tasks_of
 from studies.head_patterns_tuning import Task, dealt_out, spread_counts
@@ -327,7 +327,7 @@ def test_a_mix_holds_what_its_shares_say():
     prompts = composed(n_moves=2, n_maps=1, pairs=[], strings_per_regex=4, test_strings=4)
     names = ("move 0", "move 1", "map 0")
     tasks = [Task(n, "basic", (), prompts.where(task=n, split="train"), ()) for n in names]
-    mixes = _Mixes(tasks, 120, np.random.default_rng(0))
+    mixes = Mixes(tasks, 120, np.random.default_rng(0))
     found = mixes.of([0.5, 0.0, 1.5])
     assert found.rows["task"].value_counts().to_dict() == {"map 0": 90, "move 0": 30}
     # A task that is asked for more than it has comes again, evenly.
@@ -339,7 +339,7 @@ def test_likeness_is_the_correlation_with_the_target():
     rng = np.random.default_rng(0)
     values, target = rng.random((7, 3, 4)), rng.random((3, 4))
     wanted = [np.corrcoef(row.ravel(), target.ravel())[0, 1] for row in values]
-    np.testing.assert_allclose(_alike(values, target), wanted)
+    np.testing.assert_allclose(alike_to(values, target), wanted)
 
 
 def test_runs_are_dealt_prompts_of_every_template():
