@@ -165,8 +165,13 @@ def crossnobis(
 
     The noise is what differs between the repeats of an item, its covariance shrunk towards its
     diagonal; the distances are rsatoolbox's, divided by the number of features. They can be
-    below 0.
+    below 0. Features that are the same in all repeats have no noise to measure by and are left
+    out; without any other, all distances are 0.
     """
+    noisy = (np.ptp(x, axis=0) > 0).any(0)
+    if not noisy.any():
+        return np.zeros(x.shape[1] * (x.shape[1] - 1) // 2)
+    x = x[..., noisy]
     # Seconds to import, and for those alone who have repeats.
     from rsatoolbox.data.dataset import Dataset
     from rsatoolbox.data.noise import prec_from_measurements

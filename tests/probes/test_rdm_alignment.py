@@ -18,7 +18,7 @@ from sklearn.linear_model import LinearRegression
 import lensclust as lc
 from probes import combined, hypothesis, matrix_tests, rsa, with_nuisances
 from probes.matrix_tests import MatrixTest, relabellings, tau_a
-from probes.rdms import standardised
+from probes.rdms import crossnobis, standardised
 
 NAMES, ACTIVITIES, D = 6, 6, 24
 RSATOOLBOX = {"spearman": "spearman", "tau-a": "tau-a", "pearson": "corr"}
@@ -244,6 +244,19 @@ def test_repeats_give_the_mean_of_their_scores_their_ceiling_and_crossnobis():
     # An unbiased distance: 0 on average between items that are alike.
     assert (rows.loc["crossnobis", "p"] < 0.02).all()
     assert rows.loc["crossnobis", "ceiling_low"].isna().all()
+
+
+def test_crossnobis_is_0_on_average_where_items_are_alike():
+    rng = np.random.default_rng(0)
+    means = np.concatenate(
+        [crossnobis(rng.normal(size=(3, 6, 4))).mean(keepdims=True) for _ in range(300)]
+    )
+    assert abs(means.mean()) < 4 * stats.sem(means)
+    # Repeats that agree in a feature leave it out; in all, there is no distance.
+    x = rng.normal(size=(3, 6, 4))
+    wide = np.concatenate([x, np.broadcast_to(rng.normal(size=(6, 1)), (3, 6, 1))], axis=2)
+    np.testing.assert_allclose(crossnobis(wide), crossnobis(x))
+    assert (crossnobis(np.repeat(x[:1], 3, axis=0)) == 0).all()
 
 
 def test_states_that_do_not_vary_have_no_score_and_labels_can_hold_prompts_apart():
