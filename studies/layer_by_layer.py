@@ -66,7 +66,7 @@ class LayerByLayer(Study):
         "paper": {"n_layers": 32, "n_tasks": 12, "specialists": 12, "steps": 4000},
     }
     cost: ClassVar[Mapping[str, str]] = {
-        "smoke": "a quarter of a minute",
+        "smoke": "half a minute",
         "default": "ten minutes on two cores",
         "paper": "hours on a GPU (not measured)",
     }

@@ -21,22 +21,30 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 DECIDING = "cka_debiased"
 TOGETHER = "all seeds together"
+# Models that were never trained have curves with breaks too: what training adds is placed.
+GAIN = "model of all tasks, above the untrained"
 
 
 def transitions(scores: pd.DataFrame) -> pd.DataFrame:
     """Where each pair's curves break: a row a seed and pair, and one for all seeds together.
 
-    The tasks of a seed are curves that share their breaks. Layer 0 is left out: it holds no
+    So do those of the model of all tasks less those of the untrained model. The tasks of a seed
+    are curves that share their breaks. Layer 0 is left out: it holds no
     computation. ``value`` is the number of breaks, ``first`` and ``last`` their layers.
     """
     rows = where(scores, metric=DECIDING)
-    rows = rows[rows["layer"] > 0]
+    by_pair = {
+        pair: where(rows[rows["layer"] > 0], pair=pair).pivot(
+            index="layer", columns=["seed", "task"], values="value"
+        )
+        for pair in PAIRS
+    }
+    by_pair[GAIN] = by_pair[MULTI] - by_pair[UNTRAINED]
     found = []
-    for pair in PAIRS:
-        own = where(rows, pair=pair)
-        parts = [(int(seed), part) for seed, part in own.groupby("seed")]
-        for seed, part in [*parts, (None, own)]:
-            curves = part.pivot(index="layer", columns=["seed", "task"], values="value")
+    for pair, table in by_pair.items():
+        seeds = sorted(table.columns.get_level_values("seed").unique())
+        parts = [(seed, table.xs(seed, axis=1, level="seed")) for seed in seeds]
+        for seed, curves in [*parts, (None, table)]:
             fit = change_points(curves.to_numpy(), at=curves.index.to_numpy())
             found.append(
                 {
@@ -86,7 +94,7 @@ class Curves:
         return rows[column].to_numpy(dtype=float)
 
     def together(self, column: str) -> float:
-        return float(where(self.places, pair=MULTI, over=TOGETHER)[column].item())
+        return float(where(self.places, pair=GAIN, over=TOGETHER)[column].item())
 
 
 def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
@@ -94,9 +102,9 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
     seen = Curves(scores, places)
     multi, ceiling, other, floor = (seen.mean(pair, seen.upper) for pair in PAIRS)
     shuffled = seen.mean(MULTI, seen.upper, "null_mean").mean()
-    depth = seen.breaks(MULTI, "first") / seen.layers[-1]
+    depth = seen.breaks(GAIN, "first") / seen.layers[-1]
     broken = depth[np.isfinite(depth)]
-    counted = {pair: seen.breaks(pair).mean() for pair in (CEILING, UNTRAINED)}
+    counted = {pair: seen.breaks(pair).mean() for pair in (MULTI, CEILING, UNTRAINED)}
     return [
         decide(
             "learned",
@@ -148,8 +156,9 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "transition",
-            "Layers fall into ranges with transitions between them (breaks in the curve)",
-            seen.breaks(MULTI),
+            "Layers fall into ranges with transitions between them (breaks in the curve of CKA "
+            "with the specialist, above that of an untrained model)",
+            seen.breaks(GAIN),
             control=counted | {TOGETHER: seen.together("value")},
             at_least=1,
             **PAPER,

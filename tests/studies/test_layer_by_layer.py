@@ -21,7 +21,7 @@ from studies.layer_by_layer import (
     compare,
     task_set,
 )
-from studies.layer_by_layer_findings import claims, pictures, transitions
+from studies.layer_by_layer_findings import GAIN, claims, pictures, transitions
 
 LAYERS, TASKS, SEEDS = range(13), range(3), range(4)
 LEVELS = {MULTI: 0.7, CEILING: 0.9, OTHER: 0.4, UNTRAINED: 0.2}
@@ -64,7 +64,7 @@ def test_a_world_as_the_paper_has_it_supports_the_claims():
     scores = world(stepped)
     assert set(verdicts(scores).values()) == {"supported"}
     places = transitions(scores)
-    own = places[places["pair"] == MULTI]
+    own = places[places["pair"] == GAIN]
     assert (own["first"] == 5).all()
     assert (own["last"] == 5).all()
     assert len(own) == len(SEEDS) + 1
@@ -86,6 +86,16 @@ def test_worlds_in_which_claims_fail(cka, refuted):
     assert found["learned"] == "contradicted"
     for claim in refuted:
         assert found[claim] == "contradicted", claim
+
+
+def test_a_break_that_the_untrained_model_has_too_is_no_transition():
+    def broken(pair: str, layer: int) -> float:
+        return LEVELS[pair] + 0.1 * (layer < 5)
+
+    scores = world(broken)
+    places = transitions(scores).groupby("pair")["value"].max()
+    assert places[MULTI] == places[UNTRAINED] == 1
+    assert verdicts(scores)["transition"] == "contradicted"
 
 
 def test_without_a_transition_its_place_is_left_open():
