@@ -15,9 +15,10 @@ from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
+import probes
 from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
 from studies.icl_representations_asking import KINDS, LINES, PERSONA, READING
-from studies.icl_representations_changes import own_alignment
+from studies.icl_representations_changes import in_their_span, own_alignment
 from studies.icl_representations_figures import pictures
 from studies.icl_representations_findings import POOLED, claims, vanished
 from studies.icl_representations_links import link
@@ -372,6 +373,32 @@ def test_a_prompt_is_aligned_where_its_label_is_in_its_state():
     # Neither noise nor the wording is the label.
     assert abs(found[0].mean()) < 0.1
     assert abs(found[2].mean()) < 0.1
+
+
+def test_a_probe_finds_the_same_in_the_span_of_the_states():
+    rng = np.random.default_rng(0)
+    label, group = np.repeat(list("ab"), 8), np.tile(list("stuv"), 4)
+    states = rng.normal(size=(16, 1, 3, 40)) + 0.5 * (label == "a")[:, None, None, None]
+    acts = xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), states)},
+        {
+            "label": ("prompt", label),
+            "group": ("prompt", group),
+            "layer": range(3),
+            "position": ["answer"],
+        },
+    )
+    reduced, share = in_their_span(acts)
+    assert share == 16 / 40
+    options: dict[str, Any] = {"target": "label", "groups": "group", "folds": 4, "control": None}
+    options |= {"permutations": 20, "jobs": 1}
+    full, same = (
+        probes.probe(each, penalties=[penalty], **options).frame
+        for each, penalty in ((acts, 1e-2), (reduced, 1e-2 * share))
+    )
+    columns = ["layer", "metric", "value", "null_mean", "p"]
+    pd.testing.assert_frame_equal(full[columns], same[columns])
+    assert full["value"].max() > 0.6
 
 
 # -- end to end ------------------------------------------------------------------------------------
