@@ -36,10 +36,11 @@ class AnswerLoss:
     def __init__(
         self, prompts: Prompts, *, labels: Sequence[int] | None = None, caller: str
     ) -> None:
-        answers: tuple[tuple[int, ...], ...] = prompts.answers or ((),)
-        if without := [row for row, answer in enumerate(answers) if not answer]:
+        # The first token of each, in a list that is empty where there is none.
+        first = [list(answer[:1]) for answer in prompts.answers or ((),)]
+        if without := [row for row, tokens in enumerate(first) if not tokens]:
             raise InputError(f"{caller}: prompt {without[0]} has no answer, needed for gradients")
-        first = [answer[0] for answer in answers]
+        first = [token for tokens in first for token in tokens]
         self.labels = None if labels is None else torch.tensor(list(labels))
         if labels is not None:
             place = {token: index for index, token in enumerate(labels)}

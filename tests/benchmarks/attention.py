@@ -27,7 +27,8 @@ from probes.attention import WEIGHTINGS, attention_ratio
 
 TOKENS, PROMPTS, FULL_PROMPTS, ROUNDS, LIMIT = 256, 16, 1_000, 3, 1.3
 SPANS = {"relevant": (100, 108), "irrelevant": (140, 152), "query": (64, TOKENS)}
-MEMORY_PROMPTS = (16, 64)
+# What the allocator keeps has settled after a few batches.
+MEMORY_PROMPTS = (32, 96)
 MODEL = "smollm2-135m-instruct"
 
 
