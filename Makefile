@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
-	icl_representations
+	icl_representations layer_by_layer
 
 .PHONY: study test test-slow check bench bench-full readme lock clean
 

@@ -161,12 +161,19 @@ def state_distances(
 def crossnobis(
     x: Float[np.ndarray, "repeat item d"],
 ) -> Float[np.ndarray, " pair"]:
-    """Cross-validated Mahalanobis distances between items; 0 on average where two are alike.
+    """Cross-validated Mahalanobis distances between items, over their repeats; can be below 0.
 
     The noise is what differs between the repeats of an item, its covariance shrunk towards its
-    diagonal; the distances are rsatoolbox's, divided by the number of features. They can be
-    below 0.
+    diagonal; the distances are rsatoolbox's, divided by the number of features. With the noise
+    known they would be 0 on average between items that are alike. It is estimated from the same
+    repeats, which adds a little, the less the more items there are, and to all pairs alike: no
+    correlation with a hypothesis sees it. Features that are the same in all repeats have no noise
+    to measure by and are left out; without any other, all distances are 0.
     """
+    noisy = (np.ptp(x, axis=0) > 0).any(0)
+    if not noisy.any():
+        return np.zeros(x.shape[1] * (x.shape[1] - 1) // 2)
+    x = x[..., noisy]
     # Seconds to import, and for those alone who have repeats.
     from rsatoolbox.data.dataset import Dataset
     from rsatoolbox.data.noise import prec_from_measurements

@@ -18,7 +18,7 @@ from sklearn.linear_model import LinearRegression
 import lensclust as lc
 from probes import combined, hypothesis, matrix_tests, rsa, with_nuisances
 from probes.matrix_tests import MatrixTest, relabellings, tau_a
-from probes.rdms import standardised
+from probes.rdms import crossnobis, standardised
 
 NAMES, ACTIVITIES, D = 6, 6, 24
 RSATOOLBOX = {"spearman": "spearman", "tau-a": "tau-a", "pearson": "corr"}
@@ -241,9 +241,24 @@ def test_repeats_give_the_mean_of_their_scores_their_ceiling_and_crossnobis():
         low, high = boot_noise_ceiling(rsatoolbox.rdm.RDMs(rdms), method=RSATOOLBOX[compare])
         assert (row["ceiling_low"], row["ceiling_high"]) == pytest.approx((low, high), abs=1e-6)
         assert low <= high
-    # An unbiased distance: 0 on average between items that are alike.
     assert (rows.loc["crossnobis", "p"] < 0.02).all()
     assert rows.loc["crossnobis", "ceiling_low"].isna().all()
+
+
+def test_crossnobis_hardly_sees_noise_and_what_it_sees_is_alike_for_all_pairs():
+    rng = np.random.default_rng(0)
+    # Many items: nearly 0, where the distances between means are not.
+    many = rng.normal(size=(3, 60, 4))
+    assert abs(crossnobis(many).mean()) < 0.1 * pdist(many.mean(0), "sqeuclidean").mean() / 4
+    # Few items: off 0, by the same amount for every pair.
+    few = np.stack([crossnobis(rng.normal(size=(3, 6, 4))) for _ in range(300)])
+    off = few.mean(0) - few.mean()
+    assert (np.abs(off) < 4 * stats.sem(few)).all()
+    x = rng.normal(size=(3, 6, 4))
+    # Repeats that agree in a feature leave it out; in all, there is no distance.
+    wide = np.concatenate([x, np.broadcast_to(rng.normal(size=(6, 1)), (3, 6, 1))], axis=2)
+    np.testing.assert_allclose(crossnobis(wide), crossnobis(x))
+    assert (crossnobis(np.repeat(x[:1], 3, axis=0)) == 0).all()
 
 
 def test_states_that_do_not_vary_have_no_score_and_labels_can_hold_prompts_apart():
