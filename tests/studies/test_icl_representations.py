@@ -433,14 +433,15 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_end_to_end_and_resumed(tmp_path: Path, byte_model: str):
     study = ICLRepresentations(**TINY, model=byte_model)
     out = tmp_path / "run"
-    findings = study.execute(out, seeds=2, jobs=1, progress=False)
+    findings = study.execute(out, seeds=1, jobs=1, progress=False)
     assert len(findings.claims) == 25
+    assert {claim.verdict for claim in findings.claims} == {"inconclusive"}
     scores = findings.scores
     for task in KINDS:
         own = scores[scores["task"] == task]
         for metric in ("confidence", "alignment", "decodability", "log ratio", "link"):
             rows = own[own["metric"] == metric]
-            assert set(rows["seed"]) == {0, 1}, (task, metric)
+            assert set(rows["seed"]) == {0}, (task, metric)
         assert own[own["metric"] == "confidence"]["value"].lt(0).all()
     errors = scores[scores["metric"] == "unreadable"]["value"]
     assert errors.between(0, 1).all()
@@ -450,7 +451,7 @@ def test_end_to_end_and_resumed(tmp_path: Path, byte_model: str):
     np.testing.assert_allclose(last.set_index("seed")["value"], gap, atol=1e-4)
     assert (out / "report.html").exists()
     before = (out / "claims.json").read_bytes()
-    study.execute(out, seeds=2, jobs=1, progress=False, resume=True)
+    study.execute(out, seeds=1, jobs=1, progress=False, resume=True)
     assert (out / "claims.json").read_bytes() == before
 
 
