@@ -252,7 +252,9 @@ def _links(seen: Questions) -> list[lc.Claim]:
 
 def _causes(seen: Questions) -> list[lc.Claim]:
     shown, none = seen.patched("others, shown"), seen.patched("others, none")
-    layers = elsewhere_best(shown - none)
+    # A mean that only does less harm than another brings nothing.
+    brought = shown - none.clip(lower=0)
+    layers = elsewhere_best(brought)
     cuts = {
         name: seen.causes("cut", name) for name in ("answers", "other tokens", "all but the first")
     }
@@ -261,14 +263,16 @@ def _causes(seen: Questions) -> list[lc.Claim]:
             "one-position",
             "The last state behind demonstrations, averaged over prompts that ask something else, "
             "makes the right answer more probable in a prompt without any (log probability "
-            "gained over the same mean without demonstrations, at the layer best in other seeds)",
-            at_layers(shown - none, layers),
+            "gained over nothing put in, or over the same mean without demonstrations if that is "
+            "more; at the layer best in other seeds)",
+            at_layers(brought, layers),
             control={
                 "demonstrations": mean(seen.gap()),
-                "over nothing patched": mean(at_layers(shown, layers)),
+                "over nothing put in": mean(at_layers(shown, layers)),
+                "the mean without": mean(at_layers(none, layers)),
                 "own state": mean(at_layers(seen.patched("own, shown"), layers)),
                 "own state, put back": mean(at_layers(seen.patched("own, none"), layers)),
-                "mean over layers": float((shown - none).mean(axis=None)),
+                "mean over layers": float(brought.mean(axis=None)),
             },
             at_least=0,
             **OURS,

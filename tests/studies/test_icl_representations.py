@@ -15,9 +15,10 @@ from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
+import probes
 from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
 from studies.icl_representations_asking import KINDS, LINES, PERSONA, READING
-from studies.icl_representations_changes import own_alignment
+from studies.icl_representations_changes import in_their_span, own_alignment
 from studies.icl_representations_figures import pictures
 from studies.icl_representations_findings import POOLED, claims, vanished
 from studies.icl_representations_links import link
@@ -374,6 +375,32 @@ def test_a_prompt_is_aligned_where_its_label_is_in_its_state():
     assert abs(found[2].mean()) < 0.1
 
 
+def test_a_probe_finds_the_same_in_the_span_of_the_states():
+    rng = np.random.default_rng(0)
+    label, group = np.repeat(list("ab"), 8), np.tile(list("stuv"), 4)
+    states = rng.normal(size=(16, 1, 3, 40)) + 0.5 * (label == "a")[:, None, None, None]
+    acts = xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), states)},
+        {
+            "label": ("prompt", label),
+            "group": ("prompt", group),
+            "layer": range(3),
+            "position": ["answer"],
+        },
+    )
+    reduced, share = in_their_span(acts)
+    assert share == 16 / 40
+    options: dict[str, Any] = {"target": "label", "groups": "group", "folds": 4, "control": None}
+    options |= {"permutations": 20, "jobs": 1}
+    full, same = (
+        probes.probe(each, penalties=[penalty], **options).frame
+        for each, penalty in ((acts, 1e-2), (reduced, 1e-2 * share))
+    )
+    columns = ["layer", "metric", "value", "null_mean", "p"]
+    pd.testing.assert_frame_equal(full[columns], same[columns])
+    assert full["value"].max() > 0.6
+
+
 # -- end to end ------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
@@ -406,14 +433,15 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_end_to_end_and_resumed(tmp_path: Path, byte_model: str):
     study = ICLRepresentations(**TINY, model=byte_model)
     out = tmp_path / "run"
-    findings = study.execute(out, seeds=2, jobs=1, progress=False)
+    findings = study.execute(out, seeds=1, jobs=1, progress=False)
     assert len(findings.claims) == 25
+    assert {claim.verdict for claim in findings.claims} == {"inconclusive"}
     scores = findings.scores
     for task in KINDS:
         own = scores[scores["task"] == task]
         for metric in ("confidence", "alignment", "decodability", "log ratio", "link"):
             rows = own[own["metric"] == metric]
-            assert set(rows["seed"]) == {0, 1}, (task, metric)
+            assert set(rows["seed"]) == {0}, (task, metric)
         assert own[own["metric"] == "confidence"]["value"].lt(0).all()
     errors = scores[scores["metric"] == "unreadable"]["value"]
     assert errors.between(0, 1).all()
@@ -423,7 +451,7 @@ def test_end_to_end_and_resumed(tmp_path: Path, byte_model: str):
     np.testing.assert_allclose(last.set_index("seed")["value"], gap, atol=1e-4)
     assert (out / "report.html").exists()
     before = (out / "claims.json").read_bytes()
-    study.execute(out, seeds=2, jobs=1, progress=False, resume=True)
+    study.execute(out, seeds=1, jobs=1, progress=False, resume=True)
     assert (out / "claims.json").read_bytes() == before
 
 
