@@ -112,9 +112,9 @@ def brought_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return values
 
 
-def _offloaded(model: nn.Module) -> dict[int, tuple[Mapping[str, Tensor], str]]:
+def _offloaded(model: nn.Module) -> dict[int, tuple[Any, str]]:
     """For each weight that is brought in when it is needed: where from, under which name."""
-    kept: dict[int, tuple[Mapping[str, Tensor], str]] = {}
+    kept: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)
         for each in (hook, *getattr(hook, "hooks", ())):

@@ -15,7 +15,7 @@ from studies.study import Study
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if ">>>" not in b]
-PRETRAINED, COMPONENTS, PROBE, STUDY = BLOCKS
+PRETRAINED, SHOWN, COMPONENTS, PROBE, STUDY = BLOCKS
 
 
 @pytest.fixture
@@ -50,7 +50,12 @@ def test_the_study_of_your_own(module, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("block", "says"), [(PRETRAINED, "best ARI"), (COMPONENTS, "weights.accuracy(asked)=0.")]
+    ("block", "says"),
+    [
+        (PRETRAINED, "best ARI"),
+        (SHOWN, "AttentionRatio("),
+        (COMPONENTS, "weights.accuracy(asked)=0."),
+    ],
 )
 def test_the_pretrained_sessions(module, capsys, block, says):
     try:
