@@ -227,6 +227,7 @@ def test_a_world_in_which_every_claim_holds():
             {"task-vector", "function-vector"},
             {"vector": lambda m, half, layer: 0.5 if "," in m else 0.1},
         ),
+        ({"task-vector", "function-vector"}, {"vector": lambda m, half, layer: 0.0}),
     ],
 )  # fmt: skip
 def test_worlds_in_which_a_claim_fails(refuted, changes):
