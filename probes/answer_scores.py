@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.batching import batches, default_budget, model_device
 from lensclust.errors import InputError
-from lensclust.fits import require_fits
+from lensclust.fits import require_answers, require_fits
+from lensclust.partial_forwards import scored_logits
 from lensclust.prompts import Prompts
 
 
 def answer_scores(
-    model: TransformerLensModel,
+    model: TransformerBridge,
     prompts: Prompts,
     *,
     others: Sequence[Sequence[int]] | None = None,
@@ -50,8 +51,7 @@ def answer_scores(
     (True, ['confidence', 'right'])
     """
     require_fits(model, prompts, caller="answer_scores")
-    if prompts.answers is None or not all(prompts.answers):
-        raise InputError("answer_scores: expected prompts with an answer each, given some without")
+    require_answers(model, prompts, caller="answer_scores")
     if others is not None and (len(others) != len(prompts) or not all(map(len, others))):
         raise InputError(
             f"answer_scores: {len(others)} other answers to {len(prompts)} prompts, expected one "
@@ -59,23 +59,18 @@ def answer_scores(
         )
     tokens, lengths, asked = prompts.with_answers()
     columns = ["confidence", "right", *(["choice", "says_other"] if others is not None else [])]
+    device = model_device(model)
     table = torch.empty((len(prompts), len(columns)), dtype=torch.float64)
-    hooked: Any = model
     for rows in batches(lengths, batch_tokens or default_budget(model)):
         longest = int(lengths[rows].max())
         # The logits at a token are about the next one.
         row, place = asked[rows, 1:longest].nonzero().unbind(1)
 
-        def wanted(states: Tensor, hook: Any, row: Tensor = row, place: Tensor = place) -> Tensor:
-            return states[row.to(states.device), place.to(states.device)][None]
-
         with torch.no_grad():
-            logits = hooked.run_with_hooks(
-                tokens[rows, :longest].to(model_device(model)),
-                fwd_hooks=[("unembed.hook_in", wanted)],
-                return_type="logits",
-                **without_cache(model),
-            )[0]
+            # The last token of an answer is predicted, never read.
+            logits = scored_logits(
+                model, tokens[rows, : longest - 1].to(device), asked[rows, 1:longest].to(device)
+            )
         told = logits.float().log_softmax(-1).double().cpu()
         right = tokens[rows][row, place + 1]
         each = told.gather(1, right[:, None])[:, 0]

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import in_random_order
-from lensclust.tasks.questions import UNNAMED, Piece, Question, few_shot, filled
+from lensclust.tasks.questions import UNNAMED, Piece, Question, chosen_names, few_shot, filled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,13 +89,7 @@ def linear_regression(
     For x = 2, line A has y = -21
     """
     _check(slopes, intercepts, points, distractors)
-    wordings = list(TEMPLATES) if templates is None else list(templates)
-    if unknown := [name for name in wordings if name not in TEMPLATES]:
-        raise InputError(f"{TASK}: no template {unknown[0]!r}: there are {', '.join(TEMPLATES)}")
-    if not wordings or len(set(wordings)) < len(wordings):
-        raise InputError(
-            f"{TASK}: templates={wordings}, expected different ones of {list(TEMPLATES)}"
-        )
+    wordings = chosen_names(templates, TEMPLATES, kind="template", task=TASK)
     generator = np.random.default_rng([seed, 3])
     rising, starting = in_random_order(SLOPES, seed), in_random_order(INTERCEPTS, seed)
     sides = [

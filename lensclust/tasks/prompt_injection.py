@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lensclust.errors import InputError
 from lensclust.prompts import Prompts
-from lensclust.tasks.questions import Piece, Question, few_shot
+from lensclust.tasks.questions import Piece, Question, chosen_names, few_shot
 from lensclust.tasks.reading_comprehension import Scene, data, divided, question, wordings_of
 
 if TYPE_CHECKING:
@@ -72,13 +71,7 @@ def prompt_injection(
     Question: What is Peter doing?
     Answer: Peter is counting coins
     """
-    chosen = list(CONDITIONS) if conditions is None else list(conditions)
-    if unknown := [name for name in chosen if name not in CONDITIONS]:
-        raise InputError(f"{TASK}: no condition {unknown[0]!r}: there are {list(CONDITIONS)}")
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(
-            f"{TASK}: conditions={chosen}, expected different ones of {list(CONDITIONS)}"
-        )
+    chosen = chosen_names(conditions, CONDITIONS, kind="condition", task=TASK)
     scenes, wordings = (
         divided(names, activities, 1, seed, task=TASK),
         wordings_of(templates, task=TASK),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -69,6 +69,28 @@ def filled(layout: str, fields: Mapping[str, Sequence[Piece]]) -> tuple[Piece, .
         pieces += [(UNNAMED, literal)] if literal else []
         pieces += fields[slot] if slot is not None else []
     return tuple(pieces)
+
+
+def chosen_names(
+    given: Sequence[str] | None, known: Iterable[str], *, kind: str, task: str
+) -> list[str]:
+    """The names asked for, in their order; all that are known unless given.
+
+    Raises:
+        InputError: in the name of ``task``, if one is not known, there is none, or one comes twice.
+
+    >>> chosen_names(None, ["points", "lines"], kind="template", task="example")
+    ['points', 'lines']
+    """
+    there = list(known)
+    chosen = there if given is None else list(given)
+    if unknown := [name for name in chosen if name not in there]:
+        # Names with a comma in them need their quotes.
+        listed = there if any("," in name for name in there) else ", ".join(there)
+        raise InputError(f"{task}: no {kind} {unknown[0]!r}: there are {listed}")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"{task}: {kind}s={chosen}, expected different ones of {there}")
+    return chosen
 
 
 def few_shot(

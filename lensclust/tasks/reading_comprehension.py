@@ -21,7 +21,7 @@ import numpy as np
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import in_random_order
-from lensclust.tasks.questions import UNNAMED, Piece, Question, few_shot, filled
+from lensclust.tasks.questions import UNNAMED, Piece, Question, chosen_names, few_shot, filled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,13 +140,7 @@ def wordings_of(templates: Sequence[str] | None, *, task: str) -> list[str]:
     Raises:
         InputError: in the name of ``task``, if one is not in the set or there is none.
     """
-    known = list(data()["templates"])
-    chosen = known if templates is None else list(templates)
-    if unknown := [name for name in chosen if name not in known]:
-        raise InputError(f"{task}: no template {unknown[0]!r}: there are {', '.join(known)}")
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise InputError(f"{task}: templates={chosen}, expected different ones of {known}")
-    return chosen
+    return chosen_names(templates, data()["templates"], kind="template", task=task)
 
 
 def question(scene: Scene, template: str, persona: Sequence[Piece] = ()) -> Question:
