@@ -14,7 +14,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal -m slow tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 20 -m slow tests
 
 check: .venv/installed-test
 	$(BIN)/ruff check $(SOURCES)

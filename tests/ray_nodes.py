@@ -19,12 +19,12 @@ SYSTEM = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
 class Nodes:
     """Nodes of one CPU each; the first, which asks, has none."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self) -> None:
         import ray
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
-        head |= {"object_store_memory": MEMORY, "_system_config": SYSTEM}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM}
+        head |= {"object_store_memory": MEMORY}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.workers: list[Any] = []
         ray.init(self.cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -53,12 +53,20 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'lensclust[ray]'")
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
+    # All that Ray writes lies there, the address of the cluster too: nothing has to be there
+    # before, and no cluster of the user's is touched.
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder
     started = None
     try:
-        started = Nodes(folder)
+        started = Nodes()
         yield started
     finally:
         ray.shutdown()
         if started is not None:
             started.cluster.shutdown()
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
         shutil.rmtree(folder, ignore_errors=True)

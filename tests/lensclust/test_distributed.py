@@ -129,13 +129,23 @@ def test_prefixes_resuming_and_appending_are_those_of_one_process(nodes, tmp_pat
 
 
 class Unsteady(dict):
-    """The configuration of a model that has another seed in every process that receives it."""
+    """The configuration of a model that has another seed in every process that receives it.
+
+    Whoever receives it waits until two have: or else the first has done all the work before the
+    second has started.
+    """
+
+    meeting: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _seeded_here, (dict(self),)
+        return _seeded_here, (dict(self), self.meeting)
 
 
-def _seeded_here(fields: dict[str, Any]) -> dict[str, Any]:
+def _seeded_here(fields: dict[str, Any], meeting: Path) -> dict[str, Any]:
+    (meeting / str(os.getpid())).touch()
+    until = time.monotonic() + 60
+    while len(list(meeting.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
     return {**fields, "seed": os.getpid()}
 
 
@@ -145,6 +155,8 @@ def test_what_goes_wrong_at_a_worker_is_one_line_here(nodes, tmp_path):
     options: dict[str, Any] = {"store": tmp_path / "a", "threads": 1, "shard": 4}
     sizes = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "n_ctx": 16, "d_vocab": 100}
     unsteady = Unsteady(sizes, d_mlp=32, act_fn="gelu", normalization_type="LN")
+    unsteady.meeting = tmp_path / "meeting"
+    unsteady.meeting.mkdir()
     with pytest.raises(lc.InputError, match=r"workers differ in weights: '\w+' and '\w+'"):
         lc.extract_with_ray(unsteady, some_prompts(400), "resid 2", workers=2, **options)
     shutil.rmtree(tmp_path / "a", ignore_errors=True)
