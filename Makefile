@@ -55,3 +55,7 @@ clean:
 .venv/installed-bench: .venv/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[bench]"
 	touch $@
+
+.venv/installed-docs: .venv/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[docs]"
+	touch $@
