@@ -23,6 +23,8 @@ from lensclust.progress import progress_bar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lensclust.views import View
+
 Frames = Mapping[str, "pd.DataFrame"]
 
 
@@ -34,6 +36,7 @@ class Findings:
         scores: one tidy frame of everything measured.
         claims: statements decided from it.
         figures: file name -> Altair chart.
+        views: file name -> what the page lets its reader explore.
         notes: sentences that the reader of the page must not miss.
         provenance: what was run on (fingerprints, digests, sizes).
     """
@@ -41,6 +44,7 @@ class Findings:
     scores: pd.DataFrame
     claims: Sequence[lc.Claim]
     figures: Mapping[str, Any]
+    views: Mapping[str, View] = field(default_factory=dict)
     notes: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -138,6 +142,7 @@ class Study:
                 scores=findings.scores,
                 claims=findings.claims,
                 figures=findings.figures,
+                views=findings.views,
                 notes=findings.notes,
                 provenance=findings.provenance,
             )

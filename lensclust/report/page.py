@@ -21,7 +21,8 @@ from markupsafe import Markup
 
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
-from lensclust.report.run_content import read_run
+from lensclust.report.run_content import Run, read_run
+from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
 
 _HERE = Path(__file__).parent
@@ -63,8 +64,19 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     if out.is_dir():
         raise InputError(f"report: cannot write {out}: it is a directory, expected a file")
     read = [read_run(Path(run), f"run{index}") for index, run in enumerate(runs)]
-    live = any(figure.spec is not None for run in read for figure in run.figures)
-    scripts = [_vega(), _text("page.js")] if live else []
+    html = _render(read)
+    with writing(f"report {out}", "put that right, then try again"):
+        write_atomically(out, html)
+    return out
+
+
+def _render(read: Sequence[Run]) -> str:
+    scripts = [_text("tables.js")]
+    if any(figure.spec is not None for run in read for figure in run.figures):
+        scripts += [_vega(), _text("page.js")]
+    kinds = {view.kind for run in read for view in run.views}
+    if kinds:
+        scripts += [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -72,7 +84,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         runs=read,
         title=", ".join(dict.fromkeys(run.study for run in read)),
         style=Markup(_text("page.css")),
@@ -80,10 +92,8 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         policy=_policy(scripts),
         symbols=_SYMBOLS,
         number=number,
+        whiskers=whiskers,
     )
-    with writing(f"report {out}", "put that right, then try again"):
-        write_atomically(out, html)
-    return out
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,42 @@
+"""What a page lets its reader explore: data of a picture that the browser draws.
+
+A run directory holds views as ``views/NAME.json`` beside its figures; the page draws each with
+the script of its kind. Numbers are packed, so that a view stays far below a megabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from lensclust.errors import InputError
+from lensclust.views.cluster_views import ClusterView
+
+__all__ = ["KINDS", "ClusterView", "View", "check_view"]
+
+
+class View(Protocol):
+    """Anything that a page can let explore."""
+
+    @property
+    def title(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ``kind``, ``title`` and ``caption`` among them."""
+        ...
+
+
+KINDS: Mapping[str, Any] = {"clusters": ClusterView}
+
+
+def check_view(held: Mapping[str, Any], *, where: str) -> None:
+    """Refuse what no script of the page could draw.
+
+    Raises:
+        InputError: if the kind is not known, or a part is missing or of the wrong size; names
+            ``where`` it stands.
+    """
+    kind = held.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{where}: kind {kind!r} is not known: expected one of {list(KINDS)}")
+    KINDS[kind].from_json(held, where=where)
