@@ -137,6 +137,8 @@ def fill(
         ]
         if missing:
             work(Destination(path, start), missing)
+            if isinstance(path, Path):  # a worker that was killed left half a chunk
+                remove_partial(path, *path.iterdir())
         with damage_named(path), writing(what):
             whole = bool(rows_done(store, slice(start, stop)).all())
             if whole and stop == rows_expected(store) != int(store.attrs["written"]):

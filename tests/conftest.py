@@ -1,9 +1,10 @@
-"""Settings for every test, and the cluster that some of them ask for."""
+"""Settings for every test, and the browser and the cluster that some of them ask for."""
 
 from __future__ import annotations
 
 import os
 
+from tests.browser import browser  # noqa: F401
 from tests.ray_nodes import nodes  # noqa: F401
 
 # Tiny models: a second thread only waits for the first. Set before torch is imported.

@@ -14,8 +14,8 @@ from markupsafe import Markup
 def number(value: Any) -> str:
     """A cell of a table: three decimals, more only where all three would be zero.
 
-    >>> number(0.91234), number(0.00012), number(None), number(3), number(12.0)
-    ('0.912', '0.00012', '–', '3', '12')
+    >>> number(0.91234), number(0.00012), number(None), number(3), number(12.0), number(-math.inf)
+    ('0.912', '0.00012', '–', '3', '12', '−∞')
     """
     if value is None or value is pd.NA or value is pd.NaT:
         return "–"
@@ -23,6 +23,8 @@ def number(value: Any) -> str:
         return str(value)
     if math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if value == round(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.2g}" if abs(value) < 5e-4 or abs(value) >= 1e6 else f"{value:.3f}"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# More of them: LENSCLUST_KILLS=50 make test-slow.
+KILLS = int(os.environ.get("LENSCLUST_KILLS", "10"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and kills with SIGKILL")
@@ -38,7 +40,7 @@ def test_a_store_survives_a_few_kills() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("work", "kills"), [("extract", 50), ("train", 50), ("run", 50), ("emergence", 2)]
+    ("work", "kills"), [("extract", KILLS), ("train", KILLS), ("run", KILLS), ("emergence", 2)]
 )
 def test_work_survives_many_kills(work: str, kills: int) -> None:
     killed(work, kills, seed=0)

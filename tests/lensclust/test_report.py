@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lensclust import figures
 from lensclust.errors import InputError
 from lensclust.report import write_page
+from lensclust.report.score_tables import score_table
 from lensclust.results import decide
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -144,7 +150,7 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(html: str) -> None
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     scripts = [text for attributes, text in page.scripts if "type" not in attributes]
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     for script in scripts:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
@@ -171,29 +177,69 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_is_written(
     assert len(html) < 2_000_000
 
 
-def test_all_scores_are_downloaded_and_the_first_are_shown(tmp_path: Path) -> None:
+def packed(page: Page) -> dict[str, Any]:
+    (text,) = [
+        text for attributes, text in page.scripts if attributes.get("type", "").endswith("gzip")
+    ]
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
+def test_all_scores_travel_and_the_first_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", n_rows=1200)
     page = Page(write_page([run]).read_text(encoding="utf-8"))
-    assert "The first 500 of 1,200 rows" in page.text
-    (link,) = [a for a in page.all("a") if "download" in a]
-    csv = base64.b64decode((link["href"] or "").partition("base64,")[2]).decode()
-    assert len(csv.splitlines()) == 1201
+    assert "1,200 rows" in page.text
+    assert len(page.all("td")) < 200
+    task, layer, value = packed(page)["columns"]
+    assert task == {"name": "task", "words": [HOSTILE], "codes": [0] * 1200}
+    assert layer["values"] == list(range(1200))
+    assert value["values"] == [0.25] * 1200
 
 
 def test_scores_too_large_for_the_page_are_left_in_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lensclust.report.run_content._MAX_CSV_BYTES", 10)
-    page = Page(write_page([make_run(tmp_path / "run")]).read_text(encoding="utf-8"))
-    assert not [a for a in page.all("a") if "download" in a]
-    assert "too large for this page" in page.text
+    monkeypatch.setattr("lensclust.report.score_tables._MAX_CELLS", 30)
+    page = Page(write_page([make_run(tmp_path / "run", n_rows=12)]).read_text(encoding="utf-8"))
+    assert packed(page)["rows"] == 10
+    assert "12 rows of scores.parquet; the first 10 are in this page" in page.text
+
+
+@given(
+    st.lists(st.floats() | st.none(), min_size=1),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
+)
+def test_any_scores_come_back_from_the_page(numbers: list[Any], words: list[str]) -> None:
+    n = min(len(numbers), len(words))
+    frame = pd.DataFrame({"x": pd.Series(numbers[:n], dtype=float), "word": words[:n]})
+    table = score_table(frame)
+    held = json.loads(gzip.decompress(base64.b64decode(table.packed)))["columns"]
+    assert [held[1]["words"][code] for code in held[1]["codes"]] == words[:n]
+    for place, (value, kept) in enumerate(zip(frame["x"], held[0]["values"], strict=True)):
+        if math.isinf(value):
+            assert held[0]["infinite"][str(place)] == ("∞" if value > 0 else "−∞")
+        elif math.isnan(value):
+            assert kept is None
+        else:
+            assert kept == pytest.approx(value, rel=1e-5)
+
+
+def test_a_claim_leads_to_its_figures_and_back(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    claims = json.loads((run / "claims.json").read_text())
+    claims[0]["figures"] = ["clusters", "of another study"]
+    (run / "claims.json").write_text(json.dumps(claims))
+    page = Page(write_page([run]).read_text(encoding="utf-8"))
+    (link,) = [a for a in page.all("a") if a.get("class") == "picture"]
+    (figure,) = page.all("figure")
+    assert link["href"] == f"#{figure['id']}"
+    assert "Shows rises." in re.sub(r"\s+", " ", page.text)
 
 
 def test_several_runs_share_one_page_and_one_copy_of_vega(run: Path, tmp_path: Path) -> None:
     second = make_run(tmp_path / "second", study="realistic")
     page = Page(write_page([run, second], tmp_path / "both.html").read_text(encoding="utf-8"))
     assert page.text.index("emergence") < page.text.index("realistic")
-    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 2
+    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 3
     assert len(page.all("figure")) == 2
     anchors = [a["id"] for _, a in page.tags if "id" in a]
     assert len(anchors) == len(set(anchors))
@@ -201,13 +247,14 @@ def test_several_runs_share_one_page_and_one_copy_of_vega(run: Path, tmp_path: P
         write_page([run, second])
 
 
-def test_a_run_without_figures_notes_and_claims_carries_no_script(tmp_path: Path) -> None:
+def test_a_run_without_figures_notes_and_claims_carries_no_vega(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for path in [*(run / "figures").iterdir(), run / "notes.json"]:
         path.unlink()
     (run / "claims.json").write_text("[]")
-    page = Page(write_page([run]).read_text(encoding="utf-8"))
-    assert page.scripts == []
+    html = write_page([run]).read_text(encoding="utf-8")
+    page = Page(html)
+    assert len(html) < 60_000
     assert "no claims" in page.text
     assert "no figures" in page.text
 
@@ -223,7 +270,7 @@ def test_a_figure_needs_only_one_of_its_files(tmp_path: Path) -> None:
     spec.unlink()
     page = Page(write_page([run]).read_text(encoding="utf-8"))
     assert [image["alt"] for image in page.all("img")] == ["clusters"]
-    assert page.scripts == []
+    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 1
 
 
 def claim_without(key: str) -> Callable[[Path], object]:
@@ -231,6 +278,14 @@ def claim_without(key: str) -> Callable[[Path], object]:
         claims = json.loads((run / "claims.json").read_text())
         del claims[1][key]
         return (run / "claims.json").write_text(json.dumps(claims))
+
+    return spoil
+
+
+def view_that_is(content: Any) -> Callable[[Path], object]:
+    def spoil(run: Path) -> object:
+        (run / "views").mkdir()
+        return (run / "views" / "1_a.json").write_text(json.dumps(content))
 
     return spoil
 
@@ -247,6 +302,9 @@ def claim_without(key: str) -> Callable[[Path], object]:
         (lambda run: (run / "scores.parquet").write_bytes(b"no"), "scores.parquet is not a read"),
         (lambda run: (run / "figures/clusters.svg").write_text("x"), "clusters.svg is not an SVG"),
         (lambda run: (run / "figures/clusters.vl.json").write_text("x"), "clusters.vl.json is not"),
+        (view_that_is({"kind": "movie"}), "views/1_a.json: kind 'movie' is not known"),
+        (view_that_is({"kind": ["clusters"]}), "views/1_a.json: kind ['clusters'] is not known"),
+        (view_that_is({"kind": "clusters", "layers": [0]}), "views/1_a.json: 'steps' is not what"),
     ],
 )
 def test_a_broken_run_is_one_line_naming_the_file(
