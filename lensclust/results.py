@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
@@ -112,22 +113,34 @@ def decide(
     )
 
 
-def shown_by(claims: Sequence[Claim], figures: Mapping[str, str | Sequence[str]]) -> list[Claim]:
-    """The claims, each with the figures that show it, by the claim's id.
+def shown_by(
+    claims: Sequence[Claim], figures: Iterable[str], shows: Mapping[str, Sequence[str]]
+) -> list[Claim]:
+    """The claims, each with the names of the figures that show it.
 
-    Raises:
-        ValueError: if an id is no claim's.
+    Args:
+        figures: names of the figures that were drawn.
+        shows: patterns of claims' ids by a pattern of figures' names, as of file names
+            (``over-*``); what matches nothing was not measured or not drawn.
 
-    >>> claim = decide("rise", "ARI rises", [0.8, 0.9], source="here", origin="extension",
+    >>> claim = decide("over-12-shot", "It gains", [0.8, 0.9], source="here", origin="extension",
     ...                control={}, at_least=0.5)
-    >>> shown_by([claim], {"rise": "ari_by_layer"})[0].figures
-    ('ari_by_layer',)
+    >>> shown_by([claim], ["methods", "kinds"], {"methods": ["over-*"]})[0].figures
+    ('methods',)
     """
-    unknown = figures.keys() - {claim.id for claim in claims}
-    if unknown:
-        raise ValueError(f"shown_by: no claim {sorted(unknown)[0]!r}")
-    names = {id: (each,) if isinstance(each, str) else tuple(each) for id, each in figures.items()}
-    return [replace(claim, figures=names.get(claim.id, claim.figures)) for claim in claims]
+    drawn = list(figures)
+
+    def of(id: str) -> tuple[str, ...]:
+        shown = [
+            figure
+            for pattern, ids in shows.items()
+            if any(fnmatchcase(id, each) for each in ids)
+            for figure in drawn
+            if fnmatchcase(figure, pattern)
+        ]
+        return tuple(dict.fromkeys(shown))
+
+    return [replace(claim, figures=of(claim.id)) for claim in claims]
 
 
 def _plain(value: Any) -> Any:

@@ -209,7 +209,7 @@ def _neighbourhoods(
     size = float(np.abs(start).max())
     fitted = umap.UMAP(
         n_neighbors=min(15, len(values) - 1),
-        init=10 * start / size if size > 0 else "random",
+        init=10 * start / size if size > 0 else "random",  # type: ignore[arg-type]
         random_state=seed,
         n_jobs=1,
     )

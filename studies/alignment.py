@@ -180,13 +180,14 @@ class Alignment(Study):
         found = context.sweep(partial(measure, self), items, "part")
         import pandas as pd
 
-        from studies.alignment_findings import claims, pictures, said, table
+        from studies.alignment_findings import SHOWS, claims, pictures, said, table
 
         scores = found["scores"]
         return Findings(
             scores=pd.concat([scores, table(scores)], ignore_index=True),
             claims=claims(scores),
             figures=pictures(scores),
+            shows=SHOWS,
             notes=[
                 *NOTES,
                 *([ONE_SEED] if len(context.seeds) == 1 else []),

@@ -39,6 +39,26 @@ ENOUGH = 0.9
 BEYOND = 4
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "synthetic_examples": ["moved", "gate-of-examples", "pull-examples", "fewer-than-training"],
+    "synthetic_trade_off": [
+        "moved-damage",
+        "gate-of-examples",
+        "needs-a-gate",
+        "pull-damage",
+        "heads-damage",
+    ],
+    "pretrained_examples": [
+        "pretrained-moved",
+        "pretrained-random",
+        "pretrained-against-training",
+        "pretrained-pull",
+    ],
+    "pretrained_trade_off": ["pretrained-damage", "pretrained-against-training"],
+}
+
+
 class Part:
     """The scores of one part as one number an ordered pair of tasks (of a seed).
 

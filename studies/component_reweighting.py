@@ -178,7 +178,7 @@ class ComponentReweighting(Study):
                 lc.tasks.labelled_texts(name, progress=context.progress)
             items = [*self.data, HEADS, *items]
         found = context.sweep(partial(measure, self, context.seeds), items, "part")
-        from studies.component_reweighting_figures import pictures
+        from studies.component_reweighting_figures import SHOWS, pictures
         from studies.component_reweighting_findings import claims
 
         scores = found["scores"]
@@ -186,6 +186,7 @@ class ComponentReweighting(Study):
             scores=scores,
             claims=claims(scores),
             figures=pictures(scores),
+            shows=SHOWS,
             notes=[
                 *NOTES,
                 *([ONE_SEED] if len(context.seeds) == 1 else []),

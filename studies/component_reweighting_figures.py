@@ -9,6 +9,17 @@ import pandas as pd
 from lensclust import figures
 from studies.frames import where
 
+# Which claims a figure shows.
+SHOWS = {
+    "kinds": ["kinds", "best-component", "worst-component"],
+    "heads": ["best-component", "worst-component"],
+    "steadiness": ["steady-*", "twins-differ"],
+    "methods": ["over-*", "labels-matter", "converged", "muted"],
+    "head_clusters": ["task-heads"],
+    "over_training": ["none-untrained", "components-first", "reweighting-half-trained"],
+    "trained_*": ["task-heads-trained"],
+}
+
 
 def pictures(scores: pd.DataFrame) -> dict[str, Any]:
     """The study's figures, by file name."""

@@ -107,13 +107,14 @@ class Emergence(Study):
     def run(self, context: Context) -> Findings:
         """Train and measure each seed, then decide the claims over seeds."""
         found = context.sweep(partial(measure, self), context.seeds, "seed")
-        from studies.emergence_findings import claims, pictures, views
+        from studies.emergence_findings import SHOWS, claims, pictures, views
 
         scores, states = found["scores"], found["states"]
         return Findings(
             scores=scores,
             claims=claims(scores),
             figures=pictures(scores, states),
+            shows=SHOWS,
             views=views(scores, found["map"]),
             notes=[
                 "The paper's sizes and hyper-parameters are not known to us: tasks, model and "

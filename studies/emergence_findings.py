@@ -21,6 +21,16 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "ari_over_training": ["rises", "saturates", "embedding-flat", "tracks-accuracy"],
+    "ari_by_layer": ["clusters", "deeper", "embedding-flat"],
+    "splits": ["clusters", "unclustered-expressions"],
+    "accuracy": ["unseen-*", "tracks-accuracy"],
+    "heads": ["heads"],
+}
+
+
 class Curves:
     """The scores as one number a seed."""
 

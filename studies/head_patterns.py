@@ -171,7 +171,7 @@ class HeadPatterns(Study):
         found = context.sweep(partial(measure, self), items, "part")
         import pandas as pd
 
-        from studies.head_patterns_figures import pictures
+        from studies.head_patterns_figures import SHOWS, pictures
         from studies.head_patterns_findings import claims
         from studies.head_patterns_scores import derived
 
@@ -183,6 +183,7 @@ class HeadPatterns(Study):
             scores=scores,
             claims=claims(scores),
             figures=pictures(scores),
+            shows=SHOWS,
             notes=[
                 *NOTES,
                 *([ONE_SEED] if len(context.seeds) == 1 else []),

@@ -14,6 +14,17 @@ from studies.head_patterns_scores import RAW
 BASES = ("parts", "parts of other tasks", "controls", "shared", "random", "permuted")
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "alike": ["task-over-seed*", "tuning-separates*"],
+    "growth": ["less-concentrated*", "growing-heads-cluster*"],
+    "composition": ["composition*"],
+    "speed": ["few-samples*", "pattern-before-loss*"],
+    "applications": ["fitted-over-*", "similar-examples"],
+    "clusters": ["growing-heads-cluster*"],
+}
+
+
 def pictures(scores: pd.DataFrame) -> dict[str, Any]:
     """The study's figures, by file name."""
     names = {"synthetic": "trained here", "pretrained": "pretrained"}

@@ -171,7 +171,7 @@ class ICLRepresentations(Study):
             raise lc.InputError(f"model={self.model!r}: has no tokenizer, needed for questions")
         parts = [f"{part}-{seed}" for seed in context.seeds for part in (QUESTIONS, WORDS)]
         found = context.sweep(partial(measure, self), parts, "part")
-        from studies.icl_representations_figures import pictures
+        from studies.icl_representations_figures import SHOWS, pictures
         from studies.icl_representations_findings import claims, vanished
 
         scores = found["scores"]
@@ -179,6 +179,7 @@ class ICLRepresentations(Study):
             scores=scores,
             claims=claims(scores),
             figures=pictures(scores),
+            shows=SHOWS,
             notes=[*NOTES, *vanished(scores), *([ONE_SEED] if len(context.seeds) == 1 else [])],
             provenance={"weights": dict(found["weights"].itertuples(index=False))},
         )

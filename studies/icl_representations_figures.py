@@ -12,6 +12,20 @@ from studies.icl_representations import QUESTIONS, WORDS
 from studies.icl_representations_asking import KINDS
 from studies.icl_representations_words import TESTED
 
+# Which claims a figure shows.
+SHOWS = {
+    "behaviour": ["behaviour-*", "right-demonstrations"],
+    "alignment": ["alignment-*"],
+    "decodability": ["decodability-*", "name-over-activity"],
+    "attention": ["attention-*"],
+    "links": ["link-*", "conditions-*"],
+    "patching": ["one-position"],
+    "cuts": ["answers-seen"],
+    "neighbours": ["neighbours"],
+    "kinds": ["one-cluster", "kinds-apart", "sharper"],
+    "vectors": ["*-vector"],
+}
+
 
 def pictures(scores: pd.DataFrame) -> dict[str, Any]:
     """The study's figures, by file name."""

@@ -159,7 +159,7 @@ class IdentityPretraining(Study):
         import pandas as pd
 
         from studies.identity_pretraining_arms import measure
-        from studies.identity_pretraining_figures import pictures
+        from studies.identity_pretraining_figures import SHOWS, pictures
         from studies.identity_pretraining_findings import claims, notes, summary
 
         found = context.sweep(partial(measure, self), parts(self, context.seeds), "part")
@@ -170,6 +170,7 @@ class IdentityPretraining(Study):
             scores=pd.concat([scores, table], ignore_index=True),
             claims=decided,
             figures=pictures(scores, table),
+            shows=SHOWS,
             notes=notes(decided, table),
             provenance={"weights": dict(found["weights"].itertuples(index=False))},
         )

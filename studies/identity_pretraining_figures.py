@@ -21,6 +21,30 @@ from studies.phases import TASK
 _CELL = 52
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "steps_to_threshold": [
+        "sooner-*",
+        "after-instruction",
+        "auxiliary",
+        "own-clusters",
+        "true-names",
+    ],
+    "accuracy": ["sooner-*", "higher"],
+    "accuracy_in_phase_2": ["*-in-phase-2", "higher-throughout-phase-2"],
+    "final_accuracy": [
+        "higher",
+        "higher-in-phase-2",
+        "pairs",
+        "auxiliary-pairs",
+        "unknown-expressions",
+    ],
+    "ari_over_steps": ["named-clusters", "clusters-*"],
+    "examples": ["few-examples", "fewer-examples"],
+    "conditions": ["conditions"],
+}
+
+
 def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     """The study's figures, by file name."""
     runs = where(scores, metric="accuracy", kind=TASK, split=UNSEEN, purpose="arms")

@@ -99,7 +99,7 @@ class LayerByLayer(Study):
     def run(self, context: Context) -> Findings:
         """Train and compare each seed, then place the transitions and decide the claims."""
         found = context.sweep(partial(measure, self), context.seeds, "seed")
-        from studies.layer_by_layer_findings import claims, pictures, transitions
+        from studies.layer_by_layer_findings import SHOWS, claims, pictures, transitions
 
         scores = found["scores"]
         places = transitions(scores)
@@ -109,6 +109,7 @@ class LayerByLayer(Study):
             scores=pd.concat([scores, places], ignore_index=True),
             claims=claims(scores, places),
             figures=pictures(scores, places),
+            shows=SHOWS,
             notes=[
                 "The paper tunes one language model of 32 layers on instructions; these are small "
                 "models trained from nothing on a synthetic task. Directions are tested, not "

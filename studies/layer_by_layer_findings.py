@@ -25,6 +25,14 @@ TOGETHER = "all seeds together"
 GAIN = "model of all tasks, above the untrained"
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "*cka*": ["holds", "own-task", "not-all", "lower-shared"],
+    "transitions": ["transition", "early"],
+    "accuracy": ["learned"],
+}
+
+
 def transitions(scores: pd.DataFrame) -> pd.DataFrame:
     """Where each pair's curves break: a row a seed and pair, and one for all seeds together.
 

@@ -27,6 +27,15 @@ HIGH_BASELINE = 0.5
 MOST_POINTS = 800
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "ari_by_layer": ["above-*", "deeper"],
+    "neighbours": ["paraphrase-neighbours"],
+    "task_input_template": ["not-template"],
+    "heads": ["heads"],
+}
+
+
 def best_by_group(groups: pd.DataFrame, metric: str, *, kind: str = "resid") -> pd.DataFrame:
     """Each group's score at the best site, the site chosen on the other half of the groups.
 

@@ -19,6 +19,7 @@ import lensclust as lc
 from lensclust import run_directory
 from lensclust.disk import check_files, locked, seal_files, writing
 from lensclust.progress import progress_bar
+from lensclust.results import shown_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,7 @@ class Findings:
         scores: one tidy frame of everything measured.
         claims: statements decided from it.
         figures: file name -> Altair chart.
+        shows: which claims a figure shows, as patterns: `lensclust.results.shown_by`.
         views: file name -> what the page lets its reader explore.
         notes: sentences that the reader of the page must not miss.
         provenance: what was run on (fingerprints, digests, sizes).
@@ -44,6 +46,7 @@ class Findings:
     scores: pd.DataFrame
     claims: Sequence[lc.Claim]
     figures: Mapping[str, Any]
+    shows: Mapping[str, Sequence[str]] = field(default_factory=dict)
     views: Mapping[str, View] = field(default_factory=dict)
     notes: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +143,7 @@ class Study:
             run_directory.finish(
                 out,
                 scores=findings.scores,
-                claims=findings.claims,
+                claims=shown_by(findings.claims, findings.figures, findings.shows),
                 figures=findings.figures,
                 views=findings.views,
                 notes=findings.notes,

@@ -25,6 +25,17 @@ MEMBER = "another member"
 FEWEST = 5
 
 
+# Which claims a figure shows.
+SHOWS = {
+    "membership": ["nearest-centroid", "membership-*", "tracks-accuracy"],
+    "inside_and_outside": ["margin", "new-pairs-elsewhere", "nearest-centroid"],
+    "moved": ["transport", "random-moves", "input-conditional"],
+    "moved_early": ["instruction-end"],
+    "pretrained_moved": ["pretrained-*"],
+    "pretrained_clusters": ["pretrained-layers"],
+}
+
+
 class Synthetic:
     """The scores of the trained models as one number a seed."""
 

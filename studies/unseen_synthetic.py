@@ -45,6 +45,7 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
         asked = clustered_prompts(prompts, study.rows_per_mapping)
         tables, followed = [], []
+        right = np.zeros(len(asked), dtype=bool)
         shown = np.flatnonzero(asked.rows["split"] == UNSEEN)
         for step, model in run.models():
             found, states, right = _checkpoint(model, known, asked, study.permutations)

@@ -23,7 +23,8 @@ from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
 from lensclust.report.run_content import Run, read_run
 from lensclust.report.whiskers import whiskers
-from lensclust.report.wording import number
+from lensclust.report.wording import embedded_json, number
+from lensclust.views import View, check_view
 
 _HERE = Path(__file__).parent
 _SYMBOLS = {"supported": "✓", "contradicted": "✗", "inconclusive": "?"}
@@ -77,23 +78,60 @@ def _render(read: Sequence[Run]) -> str:
     kinds = {view.kind for run in read for view in run.views}
     if kinds:
         scripts += [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
-    environment = jinja2.Environment(
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            runs=read,
+            title=", ".join(dict.fromkeys(run.study for run in read)),
+            style=Markup(_text("page.css")),
+            scripts=[Markup(script) for script in scripts],
+            policy=_policy(scripts),
+            symbols=_SYMBOLS,
+            number=number,
+            whiskers=whiskers,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
-        runs=read,
-        title=", ".join(dict.fromkeys(run.study for run in read)),
-        style=Markup(_text("page.css")),
-        scripts=[Markup(script) for script in scripts],
-        policy=_policy(scripts),
-        symbols=_SYMBOLS,
-        number=number,
-        whiskers=whiskers,
+
+
+def view_frame(view: View) -> str:
+    """A view alone, for a notebook: a frame that can reach neither the network nor the notebook.
+
+    >>> import numpy as np
+    >>> from lensclust.views import ClusterView
+    >>> view = ClusterView("t", "c", (0,), (0,), np.eye(2)[None, None], np.ones((1, 1)),
+    ...                    np.ones((1, 1)), "ARI", {"task": ("a", "b")}, ("x", "</iframe>"))
+    >>> view_frame(view)[:32], "</iframe>" in view_frame(view)[:-9]
+    ('<iframe sandbox="allow-scripts" ', False)
+    """
+    content = view.to_json()
+    check_view(content, where="view")
+    scripts = [_text(f"{name}.js") for name in ("scatter", content["kind"], "views")]
+    html = (
+        _environment()
+        .get_template("view.html.j2")
+        .render(
+            view=content,
+            content=embedded_json(content),
+            style=Markup(_text("page.css")),
+            scripts=[Markup(script) for script in scripts],
+            policy=_policy(scripts),
+        )
     )
+    return Markup(
+        '<iframe sandbox="allow-scripts" style="width: 100%; height: 46rem; border: 0" '
+        'title="{}" srcdoc="{}"></iframe>'
+    ).format(content["title"], html)
 
 
 @lru_cache(maxsize=1)
