@@ -60,6 +60,19 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """Show a run in the browser while it works, on this machine alone; its page at the end.
+
+    Attributes:
+        run: a run directory, finished or not.
+        port: where to listen; 0 takes any that is free.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    port: int = 8765
+
+
+@dataclass(frozen=True)
 class ExtractOptions:
     """Read activations of a model on a task set into a zarr store.
 
@@ -195,6 +208,19 @@ def _report(given: list[str]) -> int:
     return DONE
 
 
+def _serve(given: list[str]) -> int:
+    from lensclust.serving import HOST, served
+
+    options = _parse(ServeOptions, given, "serve")
+    with served(options.run, options.port) as server:
+        print(f"serving: http://{HOST}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+    return DONE
+
+
 def _extract(given: list[str]) -> int:
     options = _parse(ExtractOptions, given, "extract")
     import torch
@@ -242,6 +268,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "studies": (_studies, "what there is, which paper, what it costs"),
     "run": (_run, "run a study: lensclust run STUDY [--preset smoke|default|paper] ..."),
     "report": (_report, "one page over one or several run directories"),
+    "serve": (_serve, "show a run in the browser while it works (this machine only)"),
     "extract": (_extract, "read activations into a zarr store"),
     "doctor": (_doctor, "versions, devices, and what a model really supports"),
 }

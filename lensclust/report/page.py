@@ -111,7 +111,7 @@ def view_frame(view: View) -> str:
     >>> from lensclust.views import ClusterView
     >>> view = ClusterView("t", "c", (0,), (0,), np.eye(2)[None, None], np.ones((1, 1)),
     ...                    np.ones((1, 1)), "ARI", {"task": ("a", "b")}, ("x", "</iframe>"))
-    >>> view_frame(view)[:32], "</iframe>" in view_frame(view)[:-9]
+    >>> str(view_frame(view))[:32], "</iframe>" in view_frame(view)[:-9]
     ('<iframe sandbox="allow-scripts" ', False)
     """
     content = view.to_json()
