@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lensclust.errors import InputError
+from lensclust.showing import as_html
 from lensclust.tokenization import (
     TokenSpan,
     added_bos,
@@ -184,8 +185,7 @@ class Prompts:
         return f"Prompts({len(self)} prompts{tasks}, up to {longest} tokens)"
 
     def _repr_html_(self) -> str:
-        table = self.rows.head(10).to_html(index=False, border=0)
-        return f"<p>{self!r}</p>{table}"
+        return as_html(repr(self), self.rows)
 
     def text(self, index: int) -> str:
         """The text of one prompt, special tokens included, without the answer."""

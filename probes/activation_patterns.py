@@ -22,13 +22,14 @@ from scipy import stats
 
 from lensclust import figures
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.stats import mean_interval
 
 AXES = ("prompt", "block", "head")
 
 
 @dataclass(frozen=True, repr=False)
-class HeadActivation:
+class HeadActivation(Shown):
     """How much each head is engaged by each of some prompts.
 
     Attributes:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from lensclust import figures
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.stats import mean_interval, permutation_p
 
 # Over the heads of a block, each span apart, before the ratio is taken.
@@ -20,7 +21,7 @@ OVER_HEADS = ("mean", "max")
 
 
 @dataclass(frozen=True, repr=False)
-class AttentionRatio:
+class AttentionRatio(Shown):
     """Mean weight on a relevant and on an irrelevant token, at every head and for every prompt.
 
     Attributes:

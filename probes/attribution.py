@@ -34,6 +34,7 @@ from lensclust.batching import batches, default_budget, model_device
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
+from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, hook_name
 from probes.metrics import DIFFERENCE, metric_of
 from probes.patching import Patching, patch, require_pairs
@@ -44,7 +45,7 @@ BACKWARD = 4
 
 
 @dataclass(frozen=True, repr=False)
-class AttributionCheck:
+class AttributionCheck(Shown):
     """First-order effects of all sites, and exact ones of the best ranked and of random ones.
 
     Attributes:
@@ -72,9 +73,8 @@ class AttributionCheck:
             f"attributed against exact effects, {says})"
         )
 
-    def _repr_html_(self) -> str:
-        tables = (self.correlation, self.frame[self.frame["chosen"] != "none"])
-        return f"<p>{self!r}</p>" + "".join(t.to_html(index=False, border=0) for t in tables)
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
+        return self.correlation, self.frame[self.frame["chosen"] != "none"]
 
 
 def rank(

@@ -25,13 +25,14 @@ from sklearn.decomposition import PCA
 from lensclust import figures
 from lensclust.activations import dataset_sites, site_values
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.views import ClusterView
 
 METHODS = ("pca", "umap")
 
 
 @dataclass(frozen=True, repr=False)
-class ClusterMap:
+class ClusterMap(Shown):
     """Prompts as points, by training step and layer.
 
     Attributes:

@@ -27,6 +27,7 @@ from lensclust.activations import dataset_sites, prompt_labels, select, site_val
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
+from lensclust.showing import Shown
 from lensclust.sites import Site
 from lensclust.sweeping import in_parallel
 from probes.batched_kmeans import group_partitions
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
-class Clustering:
+class Clustering(Shown):
     """k-means partitions of the activations at each site, scored against labellings.
 
     Attributes:
@@ -116,12 +117,9 @@ class Clustering:
             f"permuted labels {best['null_mean']:.2f})"
         )
 
-    def _repr_html_(self) -> str:
-        metric = self._first()
-        rows = self._scores(metric).nlargest(10, "value")
-        table = rows[["site", "metric", "value", "null_mean", "null_std", "p"]]
-        html = table.to_html(index=False, border=0)
-        return f"<p>{self!r}</p>{html}{self.plot(metric).to_html()}"
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
+        rows = self._scores(self._first()).nlargest(10, "value")
+        return (rows[["site", "metric", "value", "null_mean", "null_std", "p"]],)
 
     def _first(self) -> str:
         return str(self.frame["metric"].iloc[0])

@@ -15,13 +15,14 @@ from scipy import stats
 
 from lensclust import figures
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 
 # What the source counts as components.
 WRITERS = ("head", "mlp")
 
 
 @dataclass(frozen=True, repr=False)
-class ComponentLogits:
+class ComponentLogits(Shown):
     """What each component of a model would answer alone, for labels of one token each.
 
     Attributes:
@@ -210,8 +211,8 @@ class ComponentLogits:
         return xr.DataArray(values, dims=("component",), coords=coords, name=name)
 
 
-@dataclass(frozen=True)
-class Transfer:
+@dataclass(frozen=True, repr=False)
+class Transfer(Shown):
     """How alike two sets of component accuracies are.
 
     Attributes:
@@ -225,3 +226,9 @@ class Transfer:
     jaccard: float
     top: int
     frame: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return (
+            f"Transfer(correlation {self.correlation:.2f}, Jaccard {self.jaccard:.2f} of the top "
+            f"{self.top})"
+        )

@@ -18,6 +18,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.sites import Site
 from probes.component_logits import ComponentLogits
 from probes.direct_paths import direct_paths
@@ -26,7 +27,7 @@ from probes.steering import Positions, steer
 
 
 @dataclass(frozen=True, repr=False)
-class Reweighting:
+class Reweighting(Shown):
     """One weight a component, to predict with and to run a model with.
 
     Attributes:

@@ -32,6 +32,7 @@ from lensclust.activations import head_residual, select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
+from lensclust.showing import Shown
 from lensclust.sites import Site, resolve
 from lensclust.stats import mean_interval
 from probes.directions import add_direction
@@ -42,7 +43,7 @@ from probes.replay import answers, replay
 
 
 @dataclass(frozen=True, repr=False)
-class FunctionVector:
+class FunctionVector(Shown):
     """The mean contribution of a task's top heads, and how every head ranked.
 
     Attributes:
@@ -124,10 +125,6 @@ class FunctionVector:
             f"{np.linalg.norm(self.vector):.3g}; largest effect {best['value']:.3g} "
             f"[{best['ci_low']:.3g}, {best['ci_high']:.3g}] at {best['site']})"
         )
-
-    def _repr_html_(self) -> str:
-        table = self.frame.nlargest(10, "value").drop(columns=["kind", "layer", "head"])
-        return f"<p>{self!r}</p>{table.to_html(index=False, border=0)}{self.plot().to_html()}"
 
     def _sum(self, heads: Sequence[Site]) -> Float[np.ndarray, " d_model"]:
         places = [self.contributions.sel(block=site.layer, head=site.head) for site in heads]

@@ -27,6 +27,7 @@ from lensclust.activations import select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
+from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
 from probes.interventions import Intervention
 from probes.pairing import answer_table, draw_members, draw_targets, first_answers, prompt_strings
@@ -39,7 +40,7 @@ OUTCOMES = ["target", "source", "other"]
 
 
 @dataclass(frozen=True, repr=False)
-class Interchange:
+class Interchange(Shown):
     """Answers after states were moved from one label's cluster to another's.
 
     Attributes:
@@ -94,9 +95,8 @@ class Interchange:
         found = ", ".join(f"{r.method} {r.value:.2f} at {r.site}" for r in best.itertuples())
         return f"Interchange(target answers, best site of each method: {found})"
 
-    def _repr_html_(self) -> str:
-        rows = self.by_site().pivot_table("value", "site", "method", sort=False)
-        return f"<p>{self!r}</p>{rows.to_html(border=0)}{self.plot().to_html()}"
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
+        return (self.by_site().pivot_table("value", "site", "method", sort=False),)
 
 
 def interchange(

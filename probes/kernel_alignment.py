@@ -32,12 +32,13 @@ from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
 from lensclust.figures.style import Picture, finish
 from lensclust.placement import found_device
+from lensclust.showing import Shown
 from lensclust.sites import Site
 from probes.gram_matrices import Side, products, shuffled
 
 
 @dataclass(frozen=True, repr=False)
-class CKA:
+class CKA(Shown):
     """Linear CKA of every pair of sites, beside the same score for shuffled prompts.
 
     Attributes:
@@ -100,8 +101,8 @@ class CKA:
             f"{self.frame['null_mean'].mean():.2f})"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.plot().to_html()}"
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
+        return ()
 
 
 def cka(

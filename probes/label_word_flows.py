@@ -36,6 +36,7 @@ from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
+from lensclust.showing import Shown
 from lensclust.stats import mean_interval
 from probes.answer_losses import AnswerLoss
 from probes.attention_patterns import Lengths, Pattern, PatternReader, ShowGradient
@@ -47,7 +48,7 @@ FLOWS = ("wp", "pq", "ww", "wp_random", "pq_random")
 
 
 @dataclass(frozen=True, repr=False)
-class LabelWordFlow:
+class LabelWordFlow(Shown):
     """Saliency of what flows to and from label words, by block.
 
     Attributes:

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from lensclust.activations import dataset_sites, prompt_labels
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.stats import permutation_p
 from probes.folds import design
 from probes.moments import SOLVERS
@@ -29,7 +30,7 @@ CONDITIONS = ("without", "with")
 
 
 @dataclass(frozen=True, repr=False)
-class PairedDecoding:
+class PairedDecoding(Shown):
     """Held-out accuracy of one target at each site, in two conditions of the same prompts.
 
     Attributes:

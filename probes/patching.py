@@ -32,6 +32,7 @@ from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.fits import require_fits
 from lensclust.prompts import Prompts
+from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
 from probes.metrics import DIFFERENCE, metric_of
 from probes.replay import Readout, answers, replay
@@ -40,7 +41,7 @@ EVERY = "every"
 
 
 @dataclass(frozen=True, repr=False)
-class Patching:
+class Patching(Shown):
     """Exact effects of patching each site at each position, for every pair of prompts.
 
     Attributes:
@@ -110,10 +111,6 @@ class Patching:
             f"[{best['ci_low']:.3g}, {best['ci_high']:.3g}] at {best['site']}, "
             f"{best['position']}, {best['normalized']:.0%} of the gap)"
         )
-
-    def _repr_html_(self) -> str:
-        table = self.frame.nlargest(10, "value").drop(columns=["kind", "layer", "head"])
-        return f"<p>{self!r}</p>{table.to_html(index=False, border=0)}{self.plot().to_html()}"
 
 
 def patch(

@@ -18,6 +18,7 @@ from lensclust import figures
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
+from lensclust.showing import Shown
 from probes.activation_patterns import HeadActivation, pattern_similarity
 from probes.head_activations import head_activation
 
@@ -25,7 +26,7 @@ METRICS = ("mse", "1 - pearson")
 
 
 @dataclass(frozen=True, repr=False)
-class PatternChange:
+class PatternChange(Shown):
     """Distance of every pattern of a series to the first and to the last.
 
     Attributes:

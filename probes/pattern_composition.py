@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.stats import permutation_p
 from probes.composition_fits import Fit, Fits
 
@@ -41,7 +42,7 @@ Bases = Mapping[str, Given] | Sequence[Given]
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(Shown):
     """A change of a pattern as a combination of others.
 
     Attributes:

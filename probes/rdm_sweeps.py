@@ -10,10 +10,11 @@ import pandas as pd
 
 from lensclust import figures
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 
 
 @dataclass(frozen=True, repr=False)
-class RSA:
+class RSA(Shown):
     """How well hypotheses fit the RDMs of each site, beside the same under permuted prompts.
 
     Attributes:
@@ -77,7 +78,6 @@ class RSA:
         ]
         return f"RSA({self.frame['site'].nunique()} sites; best {', '.join(best) or 'none'})"
 
-    def _repr_html_(self) -> str:
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
         shown = ["site", "hypothesis", "value", "null_mean", "null_std", "p", "p_corrected"]
-        table = self._chosen({}).nlargest(10, "value")[shown].to_html(index=False, border=0)
-        return f"<p>{self!r}</p>{table}{self.plot().to_html()}"
+        return (self._chosen({}).nlargest(10, "value")[shown],)

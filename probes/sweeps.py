@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 from lensclust import figures
 from lensclust.activations import VARIABLES, select
 from lensclust.errors import InputError
+from lensclust.showing import Shown
 from lensclust.sites import Site
 
 
 @dataclass(frozen=True, repr=False)
-class ProbeSweep:
+class ProbeSweep(Shown):
     """Held-out scores of one kind of linear probe at each site, and the probes themselves.
 
     Attributes:
@@ -122,11 +123,9 @@ class ProbeSweep:
             f"{best['null_mean']:.2f}, corrected p {best['p_corrected']:.2g})"
         )
 
-    def _repr_html_(self) -> str:
-        rows = self._scores("accuracy").nlargest(10, "value")
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
         shown = ["site", "value", "ci_low", "ci_high", "null_mean", "null_std", "p", "p_corrected"]
-        table = rows[shown].to_html(index=False, border=0)
-        return f"<p>{self!r}</p>{table}{self.plot().to_html()}"
+        return (self._scores("accuracy").nlargest(10, "value")[shown],)
 
     def _scores(self, metric: str) -> pd.DataFrame:
         known = list(self.frame["metric"].unique())

@@ -23,6 +23,7 @@ from lensclust.activations import select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
+from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
 from probes.interventions import Intervention
 from probes.metrics import METRICS
@@ -32,7 +33,7 @@ Make = Callable[[Site, float], Intervention]
 
 
 @dataclass(frozen=True, repr=False)
-class Tuning:
+class Tuning(Shown):
     """Every site and strength that was tried, and the one that did best.
 
     Attributes:
@@ -78,9 +79,8 @@ class Tuning:
             f"{self.baseline:.2f} with nothing moved)"
         )
 
-    def _repr_html_(self) -> str:
-        rows = self.frame.pivot_table("value", "site", "strength", sort=False)
-        return f"<p>{self!r}</p>{rows.to_html(border=0)}{self.plot().to_html()}"
+    def _tables(self) -> tuple[pd.DataFrame, ...]:
+        return (self.frame.pivot_table("value", "site", "strength", sort=False),)
 
 
 def tune(
