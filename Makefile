@@ -5,7 +5,7 @@ SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
 	head_patterns icl_representations layer_by_layer
 
-.PHONY: study test test-slow check bench bench-full readme lock clean
+.PHONY: study test test-slow notebooks docs check bench bench-full readme lock clean
 
 study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
@@ -15,6 +15,14 @@ test: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 20 -m slow tests
+
+# Every notebook from its first cell to its last; outputs go nowhere.
+notebooks: .venv/installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --nbmake-timeout=900 --durations 6 studies/notebooks
+
+# The site, in docs/_build/index.html.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 check: .venv/installed-test
 	$(BIN)/ruff check $(SOURCES)
@@ -39,7 +47,7 @@ lock: .venv/installed-test
 		--all-extras --no-annotate --no-header --constraint - pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv docs/_build .ruff_cache .pytest_cache .hypothesis dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock is a constraint: it pins every package, and pip takes those that the platform needs.

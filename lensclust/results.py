@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lensclust.stats import mean_interval
 
@@ -55,7 +56,7 @@ class Claim:
 def decide(
     id: str,
     statement: str,
-    values: Sequence[float] | np.ndarray,
+    values: ArrayLike,
     *,
     source: str,
     origin: Origin,

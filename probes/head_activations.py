@@ -49,7 +49,7 @@ def head_activation(
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> HeadActivation:
-    """The activation of every head by prompts: |attention x gradient of the loss|.
+    """The activation of every head by prompts: attention times gradient of the loss, absolute.
 
     Args:
         model: a hooked model, in eval mode. Its parameters are frozen meanwhile, and then as

@@ -31,6 +31,7 @@ SHOWS = {
     "inside_and_outside": ["margin", "new-pairs-elsewhere", "nearest-centroid"],
     "moved": ["transport", "random-moves", "input-conditional"],
     "moved_early": ["instruction-end"],
+    "erased": ["erase*"],
     "pretrained_moved": ["pretrained-*"],
     "pretrained_clusters": ["pretrained-layers"],
 }
