@@ -1,0 +1,1 @@
+"""What a page lets its reader look around in."""
