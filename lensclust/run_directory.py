@@ -1,6 +1,6 @@
 """The run directory: what a study leaves behind, and the contract everything else reads.
 
-``config.json provenance.json scores.parquet claims.json notes.json figures/ report.html``,
+``config.json provenance.json scores.parquet claims.json notes.json figures/ views/ report.html``,
 and ``parts/``, from which a killed run continues. ``claims.json`` is written when all that it
 rests on is there; the page is made from it.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lensclust.results import Claim
+    from lensclust.views import View
 
 _LOCK = ".lock"
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-learn", "numpy")
@@ -64,7 +65,7 @@ def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
             raise InputError(f"output {out}: holds another run ({_difference(held, wanted)})")
         if not resume:
             raise InputError(f"output {out}: holds this run already; continue it with --resume")
-        remove_partial(out, out / "figures")
+        remove_partial(out, out / "figures", out / "views")
     else:
         with writing(f"output {out}"):
             write_atomically(known, _encode(config))
@@ -98,6 +99,7 @@ def finish(
     figures: Mapping[str, Any],
     notes: Sequence[str],
     provenance: Mapping[str, Any],
+    views: Mapping[str, View] | None = None,
 ) -> None:
     """Write everything a finished run consists of, the page included.
 
@@ -116,6 +118,9 @@ def finish(
         for number, (name, chart) in enumerate(figures.items(), start=1):
             # The page shows figures by file name; the number keeps the order the study gave.
             drawing.save(chart, out / "figures", f"{number}_{name}")
+        for number, (name, view) in enumerate((views or {}).items(), start=1):
+            (out / "views").mkdir(exist_ok=True)
+            write_atomically(out / "views" / f"{number}_{name}.json", _compact(view.to_json()))
         write_atomically(out / "notes.json", _encode(list(notes)))
         write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
         write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))
@@ -139,6 +144,10 @@ def machine() -> dict[str, Any]:
 def _encode(value: Any) -> str:
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
     return f"{text}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

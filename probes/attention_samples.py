@@ -37,7 +37,7 @@ class AttentionSamples:
 
     heads: tuple[Site, ...]
     tokens: tuple[tuple[str, ...], ...]
-    patterns: tuple[Float[np.ndarray, "head query key"], ...]
+    patterns: tuple[Float[np.ndarray, "head _ _"], ...]
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -57,7 +57,7 @@ class AttentionSamples:
         order = ["prompt", "site", "block", "head", "query", "key", "query_token", "key_token"]
         return pd.concat(parts, ignore_index=True)[[*order, "weight"]]
 
-    def of(self, head: str | Site) -> tuple[Float[np.ndarray, "query key"], ...]:
+    def of(self, head: str | Site) -> tuple[Float[np.ndarray, "_ _"], ...]:
         """One head's pattern on each prompt.
 
         Raises:

@@ -72,6 +72,8 @@ def head_view(
     >>> list(view.scores), view.scores["ari"].shape, len(view.opened), view.points.shape[1:]
     (['ari', 'ami'], (6, 4), 24, (300, 2))
     """
+    if not labels:
+        raise InputError("head_view: no label to colour by, expected at least one")
     grids = _grids(scores, score)
     sites = _ranked(acts, next(iter(grids.values())), attention)
     every = acts.sizes["prompt"]

@@ -23,6 +23,8 @@ from lensclust.progress import progress_bar
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lensclust.views import View
+
 Frames = Mapping[str, "pd.DataFrame"]
 
 
@@ -36,6 +38,7 @@ class Findings:
         figures: file name -> Altair chart.
         notes: sentences that the reader of the page must not miss.
         provenance: what was run on (fingerprints, digests, sizes).
+        views: file name -> what the reader of the page can look around in.
     """
 
     scores: pd.DataFrame
@@ -43,6 +46,7 @@ class Findings:
     figures: Mapping[str, Any]
     notes: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    views: Mapping[str, View] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class Study:
                 figures=findings.figures,
                 notes=findings.notes,
                 provenance=findings.provenance,
+                views=findings.views,
             )
         return findings
 

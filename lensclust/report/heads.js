@@ -191,7 +191,7 @@
 
   class Pattern {
     constructor(prompts) {
-      this.prompts = prompts.map((prompt) => ({ ...prompt, bytes: bytes(prompt.patterns) }));
+      this.prompts = prompts.map((prompt) => ({ ...prompt, bytes: bytes(prompt.weights) }));
       this.at = 0;
       this.row = new TokenRow();
       this.chart = make("div", { class: "pattern", "aria-hidden": "true" });
@@ -230,7 +230,65 @@
     }
   }
 
+  // -- the view --------------------------------------------------------------------------
+
+  const coordinates = ({ shape, low, step, data }) => {
+    const held = bytes(data);
+    const counts = new DataView(held.buffer);
+    const size = shape[1] * shape[2] * 2;
+    return (index) =>
+      Array.from({ length: shape[1] }, (_, row) =>
+        [0, 2].map((axis) => low + step * counts.getUint16(index * size + 4 * row + axis, true)),
+      );
+  };
+
+  const mount = (node, data) => {
+    const opened = new Map(data.opened.map(([b, h], index) => [b * data.shape[1] + h, index]));
+    const points = coordinates(data.points);
+    const state = make("p", { class: "state", "aria-live": "polite" });
+    const bar = scale();
+    let [score, at] = [0, null];
+
+    const open = (b, h) => {
+      const index = opened.get(b * data.shape[1] + h);
+      if (index === undefined) {
+        state.textContent = `Block ${b}, head ${h} cannot be opened: only its scores are in this page.`;
+        return;
+      }
+      at = b * data.shape[1] + h;
+      heat.mark(at);
+      detail.hidden = false;
+      say();
+      clusters.show(points(index), `block ${b}, head ${h}`);
+      if (pattern) pattern.show(index, `block ${b}, head ${h}`);
+    };
+    const say = () => {
+      const [b, h] = [Math.floor(at / data.shape[1]), at % data.shape[1]];
+      const all = data.scores.map(({ name, values }) => `${name} ${short(values[at])}`).join(", ");
+      heading.textContent = `Block ${b}, head ${h}`;
+      const share = Math.round(100 * data.explained[opened.get(at)]);
+      state.textContent = `Block ${b}, head ${h} is open: ${all}; the plane holds ${share}% of the variance.`;
+    };
+    const paint = () => bar.say(...heat.paint(data.scores[score].name, data.scores[score].values));
+
+    const heat = new HeatMap(data, opened, open);
+    const heading = make("h4");
+    const clusters = new lensclust.Scatter(data);
+    const pattern = data.samples.length ? new Pattern(data.samples) : null;
+    const names = data.scores.map(({ name }) => name);
+    const chosen = choice("Score", names, (index) => {
+      score = index;
+      paint();
+    });
+    const detail = make("div", { class: "opened" }, heading, clusters.node);
+    if (pattern) detail.append(pattern.node);
+    const help = make("p", { class: "help" }, "Choose a head to open it: click, or arrow keys and Enter.");
+    const map = make("div", { class: "heads", tabindex: "-1" }, heat.node);
+    node.append(make("p", { class: "controls" }, ...chosen), help, map, bar.node, state, detail);
+    paint();
+    open(...data.opened[0]);
+  };
+
   window.lensclust = window.lensclust ?? {};
-  window.lensclust.views = window.lensclust.views ?? {};
-  window.lensclust.heads = { HeatMap, Pattern, TokenRow, choice, make, scale, short };
+  window.lensclust.views = { ...window.lensclust.views, heads: mount };
 })();

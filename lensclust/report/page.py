@@ -22,6 +22,7 @@ from markupsafe import Markup
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
 from lensclust.report.run_content import read_run
+from lensclust.report.view_scripts import view_scripts, view_styles
 from lensclust.report.wording import number
 
 _HERE = Path(__file__).parent
@@ -32,8 +33,8 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write one page over one or several run directories; return its path.
 
     Reads ``config.json``, ``provenance.json``, ``claims.json``, ``scores.parquet``, every
-    ``figures/NAME.vl.json`` and ``figures/NAME.svg``, and ``notes.json`` where there is one (a
-    list of sentences that the study wants said plainly).
+    ``figures/NAME.vl.json`` and ``figures/NAME.svg``, every ``views/NAME.json``, and
+    ``notes.json`` where there is one (a list of sentences that the study wants said plainly).
 
     Args:
         runs: run directories, in the order of the page.
@@ -64,7 +65,9 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise InputError(f"report: cannot write {out}: it is a directory, expected a file")
     read = [read_run(Path(run), f"run{index}") for index, run in enumerate(runs)]
     live = any(figure.spec is not None for run in read for figure in run.figures)
+    kinds = sorted({view.kind for run in read for view in run.views})
     scripts = [_vega(), _text("page.js")] if live else []
+    scripts += view_scripts(kinds)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -75,7 +78,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     html = environment.get_template("page.html.j2").render(
         runs=read,
         title=", ".join(dict.fromkeys(run.study for run in read)),
-        style=Markup(_text("page.css")),
+        style=Markup("\n".join([_text("page.css"), *view_styles(kinds)])),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
         symbols=_SYMBOLS,

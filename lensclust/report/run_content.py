@@ -16,6 +16,7 @@ from lensclust.errors import InputError
 from lensclust.figures import render_svg
 from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped, number
 from lensclust.results import Claim, Verdict
+from lensclust.views import read_view
 
 _FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
 _MAX_ROWS = 500
@@ -39,6 +40,17 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A view of a run: its kind, its words and its data."""
+
+    anchor: str
+    kind: str
+    title: str
+    caption: str
+    data: Markup
+
+
+@dataclass(frozen=True)
 class Run:
     """What one run directory says, ready to be laid out."""
 
@@ -49,6 +61,7 @@ class Run:
     claims: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     figures: tuple[Figure, ...]
+    views: tuple[Shown, ...]
     columns: tuple[tuple[str, bool], ...]
     rows: tuple[tuple[str, ...], ...]
     n_rows: int
@@ -84,6 +97,7 @@ def read_run(folder: Path, anchor: str) -> Run:
         claims=claims,
         notes=tuple(str(note) for note in notes),
         figures=tuple(_read_figures(folder / "figures", anchor)),
+        views=tuple(_read_views(folder / "views", anchor)),
         columns=tuple((str(name), is_numeric_dtype(scores[name])) for name in scores),
         rows=tuple(
             tuple(number(item) for item in row)
@@ -147,6 +161,15 @@ def _read_figures(folder: Path, anchor: str) -> list[Figure]:
         _read_figure(name, specs.get(name), stills.get(name), f"{anchor}-{index}")
         for index, name in enumerate(sorted(stills.keys() | specs.keys()))
     ]
+
+
+def _read_views(folder: Path, anchor: str) -> list[Shown]:
+    found = []
+    for index, path in enumerate(sorted(folder.glob("*.json"))):
+        view = read_view(_read_json(path, dict), where=f"report: {path}")
+        data = embedded_json(view.to_json())
+        found.append(Shown(f"{anchor}-view{index}", view.kind, view.title, view.caption, data))
+    return found
 
 
 def _read_figure(name: str, spec_file: Path | None, svg_file: Path | None, anchor: str) -> Figure:

@@ -102,9 +102,8 @@ class HeadView:
             raise parts.error(
                 "'scores', 'labels' or 'shape'", f"some, of 1 to {MOST_HEADS:,} heads"
             )
-        opened = tuple(
-            Parts({"opened": item}, where).whole("opened", 2) for item in parts.list("opened")
-        )
+        pairs = [Parts({"opened": pair}, where).whole("opened", 2) for pair in parts.list("opened")]
+        opened = tuple((block, head) for block, head in pairs)
         if not opened or any(b >= shape[0] or h >= shape[1] for b, h in opened):
             raise parts.error("'opened'", f"block and head of one or more of {shape} heads")
         return cls(
