@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ class Claim:
         rule: the rule in words; the verdict follows from it alone.
         verdict: ``supported``, ``contradicted`` or ``inconclusive``.
         n_seeds: number of independent runs behind the estimate.
+        figures: names of the figures that show it, the most telling first.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Claim:
     rule: str
     verdict: Verdict
     n_seeds: int
+    figures: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``claims.json``; NaN becomes null."""
@@ -108,6 +110,24 @@ def decide(
         verdict=verdict,
         n_seeds=int(measured.size) if n_seeds is None else n_seeds,
     )
+
+
+def shown_by(claims: Sequence[Claim], figures: Mapping[str, str | Sequence[str]]) -> list[Claim]:
+    """The claims, each with the figures that show it, by the claim's id.
+
+    Raises:
+        ValueError: if an id is no claim's.
+
+    >>> claim = decide("rise", "ARI rises", [0.8, 0.9], source="here", origin="extension",
+    ...                control={}, at_least=0.5)
+    >>> shown_by([claim], {"rise": "ari_by_layer"})[0].figures
+    ('ari_by_layer',)
+    """
+    unknown = figures.keys() - {claim.id for claim in claims}
+    if unknown:
+        raise ValueError(f"shown_by: no claim {sorted(unknown)[0]!r}")
+    names = {id: (each,) if isinstance(each, str) else tuple(each) for id, each in figures.items()}
+    return [replace(claim, figures=names.get(claim.id, claim.figures)) for claim in claims]
 
 
 def _plain(value: Any) -> Any:

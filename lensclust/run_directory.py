@@ -112,6 +112,9 @@ def finish(
     ids = [claim.id for claim in claims]
     if len(set(ids)) != len(ids):
         raise ValueError(f"claims: ids must differ, given {ids}")
+    for claim in claims:
+        if lost := [name for name in claim.figures if name not in figures]:
+            raise ValueError(f"claim {claim.id!r}: no figure {lost[0]!r}, only {list(figures)}")
     with writing(f"output {out}"):
         with replacing(out / "scores.parquet") as partial:
             scores.to_parquet(partial, index=False)
@@ -119,8 +122,8 @@ def finish(
             # The page shows figures by file name; the number keeps the order the study gave.
             drawing.save(chart, out / "figures", f"{number}_{name}")
         for number, (name, view) in enumerate((views or {}).items(), start=1):
-            (out / "views").mkdir(exist_ok=True)
-            write_atomically(out / "views" / f"{number}_{name}.json", _compact(view.to_json()))
+            content = json.dumps(view.to_json(), sort_keys=True, ensure_ascii=False)
+            write_atomically(out / "views" / f"{number}_{name}.json", content + "\n")
         write_atomically(out / "notes.json", _encode(list(notes)))
         write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
         write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))
@@ -144,10 +147,6 @@ def machine() -> dict[str, Any]:
 def _encode(value: Any) -> str:
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
     return f"{text}\n"
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from probes.baselines import bag_of_tokens
     from probes.calibration import calibrate, select_prompt
     from probes.centroids import mean_states
+    from probes.cluster_maps import ClusterMap, cluster_map
     from probes.clustering import Clustering, cluster
     from probes.component_logits import ComponentLogits
     from probes.component_weights import Reweighting
@@ -47,6 +48,7 @@ _HOMES = {
     "AttentionRatio": "attention_ratios",
     "AttributionCheck": "attribution",
     "CKA": "kernel_alignment",
+    "ClusterMap": "cluster_maps",
     "Clustering": "clustering",
     "ComponentLogits": "component_logits",
     "Composition": "pattern_composition",
@@ -71,6 +73,7 @@ _HOMES = {
     "change_points": "piecewise_fits",
     "cka": "kernel_alignment",
     "cluster": "clustering",
+    "cluster_map": "cluster_maps",
     "combined": "rdms",
     "compose": "pattern_composition",
     "dealt": "interventions",
@@ -109,6 +112,7 @@ __all__ = [
     "RSA",
     "AttentionRatio",
     "AttributionCheck",
+    "ClusterMap",
     "Clustering",
     "ComponentLogits",
     "Composition",
@@ -132,6 +136,7 @@ __all__ = [
     "change_points",
     "cka",
     "cluster",
+    "cluster_map",
     "combined",
     "compose",
     "dealt",

@@ -14,6 +14,7 @@ from lensclust.errors import InputError
 from lensclust.sites import Site
 from lensclust.views.head_views import MOST_TOKENS, AttentionSample, HeadView
 from probes.attention_samples import AttentionSamples
+from probes.cluster_maps import plane_of
 
 # Bytes of what opens, as they stand in a page.
 _MOST_BYTES = 600_000
@@ -72,6 +73,8 @@ def head_view(
     >>> list(view.scores), view.scores["ari"].shape, len(view.opened), view.points.shape[1:]
     (['ari', 'ami'], (6, 4), 24, (300, 2))
     """
+    if acts.sizes["prompt"] < 2:
+        raise InputError("head_view: one prompt given, expected at least two to lay in a plane")
     if not labels:
         raise InputError("head_view: no label to colour by, expected at least one")
     grids = _grids(scores, score)
@@ -81,7 +84,7 @@ def head_view(
     pairs = [n * (n + 1) // 2 for n in map(len, attention.tokens if attention else ())]
     opened = sites[: max(1, int(most_bytes / (4 / 3 * (4 * len(rows) + sum(pairs)))))]
     shown = acts.isel(prompt=rows)
-    planes = [_plane(site_values(shown, site, position=position)) for site in opened]
+    planes = [plane_of(site_values(shown, site, position=position)) for site in opened]
     columns = {name: tuple(prompt_labels(shown, name).tolist()) for name in labels}
     notes = [caption] if caption else []
     if len(opened) < len(sites):
@@ -139,23 +142,6 @@ def _ranked(
     if np.isnan(list(values.values())).all():
         raise InputError("head_view: no head has activations, a score and, where asked, a pattern")
     return sorted(sites, key=lambda site: -np.nan_to_num(values[site], nan=-np.inf))
-
-
-def _plane(
-    states: Float[np.ndarray, "prompt d"],
-) -> tuple[Float[np.ndarray, "prompt 2"], float]:
-    """Two principal components, and the share of the variance that they hold."""
-    centred = states.astype(np.float64) - states.mean(0)
-    left, size, _ = np.linalg.svd(centred, full_matrices=False)
-    points = np.zeros((len(states), 2))
-    k = min(2, len(size))
-    points[:, :k] = left[:, :k] * size[:k]
-    # An axis has no direction of its own: its longest reach is made positive.
-    far = np.take_along_axis(points, np.abs(points).argmax(0)[None], axis=0)
-    total = float((size**2).sum())
-    return np.where(far < 0, -points, points), float(
-        (size[:2] ** 2).sum()
-    ) / total if total else 0.0
 
 
 def _texts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 UNSEEN = "new_string"
+# What the page's points can be coloured by.
+LABELS = ("task", "input", "output", "template")
 # Heads are chosen on one split and reported on another: the best of many is biased upwards.
 CHOOSING = "train"
 LAYER_0 = (
@@ -105,13 +107,14 @@ class Emergence(Study):
     def run(self, context: Context) -> Findings:
         """Train and measure each seed, then decide the claims over seeds."""
         found = context.sweep(partial(measure, self), context.seeds, "seed")
-        from studies.emergence_findings import claims, pictures
+        from studies.emergence_findings import claims, pictures, views
 
         scores, states = found["scores"], found["states"]
         return Findings(
             scores=scores,
             claims=claims(scores),
             figures=pictures(scores, states),
+            views=views(scores, found["map"]),
             notes=[
                 "The paper's sizes and hyper-parameters are not known to us: tasks, model and "
                 "training are a reconstruction, so directions are tested, not values.",
@@ -124,6 +127,7 @@ class Emergence(Study):
 
 def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train one seed and score every checkpoint: the work of one process."""
+    import numpy as np
     import pandas as pd
 
     from lensclust.threads import one_thread
@@ -135,16 +139,30 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         held_out = clustered_prompts(prompts, study.rows_per_mapping)
         tables, states = [training_scores(run.frame, prompts)], pd.DataFrame()
+        unseen = held_out.where(split=UNSEEN)
+        followed: list[tuple[int, Any]] = []
         for step, model in run.models():
             acts = lc.extract(model, held_out, ["resid", "head"], progress=False)
             is_last = step == study.steps
+            if seed == 0:
+                rows = np.flatnonzero(acts["split"].values == UNSEEN)
+                followed.append((step, acts[["resid"]].isel(prompt=rows)))
             with silenced("probes.clustering"):  # the notes say what layer 0 cannot hold
                 tables.append(cluster_scores(acts, study, is_last=is_last).assign(step=step))
             if is_last:
                 states = plane_by_layer(acts).assign(step=step)
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
-    return {"scores": scores, "states": states.assign(seed=seed), "weights": weights}
+    found = {"scores": scores, "states": states.assign(seed=seed), "weights": weights}
+    return found | {"map": states_over_training(followed, unseen) if seed == 0 else pd.DataFrame()}
+
+
+def states_over_training(followed: Sequence[tuple[int, Any]], prompts: lc.Prompts) -> pd.DataFrame:
+    """The same prompts in two dimensions, by checkpoint and layer."""
+    texts = [prompts.text(row) for row in range(len(prompts))]
+    wanted = ["step", "layer", "x", "y", "explained", *LABELS]
+    found = probes.cluster_map(followed).frame[wanted]
+    return found.assign(text=texts * (len(found) // len(texts)))
 
 
 def task_set(study: Emergence, seed: int) -> lc.Prompts:

@@ -10,7 +10,8 @@ import pandas as pd
 import lensclust as lc
 from lensclust import figures
 from lensclust.results import decide
-from studies.emergence import CHOOSING, UNSEEN
+from lensclust.views import ClusterView
+from studies.emergence import CHOOSING, LABELS, UNSEEN
 from studies.frames import rank_correlations, where
 
 PAPER: dict[str, Any] = {
@@ -254,3 +255,20 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
             y_title="ARI",
         )
     return found
+
+
+def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
+    """What the page lets its reader explore, by file name."""
+    ari = where(scores, metric="ari", kind="resid", given="input", by="task", split=UNSEEN, seed=0)
+    return {
+        "clusters": ClusterView.from_frame(
+            states,
+            labels=LABELS,
+            title="The states of unseen strings, by layer and over training",
+            caption="Two principal components of each layer at each checkpoint (first seed), "
+            "turned onto those before them by an orthogonal map. A picture is no measure: the "
+            "score is that of k-means in all dimensions, given the input.",
+            scores=ari,
+            score_name="ARI with task",
+        )
+    }

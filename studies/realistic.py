@@ -76,7 +76,7 @@ class Realistic(Study):
         """Read both models, cluster, compare with the wording, decide."""
         import pandas as pd
 
-        from studies.realistic_findings import claims, notes, pictures
+        from studies.realistic_findings import claims, notes, pictures, views
 
         model = lc.load(self.model, progress=context.progress)
         prompts = self.prompts(model.tokenizer)
@@ -103,6 +103,7 @@ class Realistic(Study):
             scores=scores,
             claims=claims(scores, groups, given),
             figures=pictures(scores, own, given),
+            views=views(scores, own, given),
             notes=notes(scores, groups, given),
             provenance={"weights": weights, "prompts": prompts.digest(), "n": len(prompts)},
         )

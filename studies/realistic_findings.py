@@ -9,8 +9,10 @@ import pandas as pd
 import xarray as xr
 
 import lensclust as lc
+import probes
 from lensclust import figures
 from lensclust.results import decide
+from lensclust.views import ClusterView
 from studies.frames import means, plane, rank_correlations, where
 
 PAPER: dict[str, Any] = {
@@ -21,6 +23,8 @@ OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 MODEL, WORDS, RANDOM = "model", "bag of tokens", "random weights"
 # A baseline this close to the model leaves little to be explained by the model.
 HIGH_BASELINE = 0.5
+# So many points a page still moves at once.
+MOST_POINTS = 800
 
 
 def best_by_group(groups: pd.DataFrame, metric: str, *, kind: str = "resid") -> pd.DataFrame:
@@ -200,6 +204,29 @@ def pictures(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, An
             caption=f"ARI of each head's contribution to the residual stream, given the {given}.",
         )
     return found
+
+
+def views(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, ClusterView]:
+    """What the page lets its reader explore, by file name."""
+    groups = list(dict.fromkeys(acts[given].values.tolist()))
+    largest = max(1, int(pd.Series(acts[given].values).value_counts().max()))
+    shown = groups[: max(1, MOST_POINTS // largest)]
+    part = acts.isel(prompt=np.flatnonzero(np.isin(acts[given].values, shown)))
+    ari = where(scores, metric="ari", kind="resid", by="task", given=given, source=MODEL)
+    caption = (
+        f"Two principal components of each layer, turned onto those of the layer before by an "
+        f"orthogonal map; {part.sizes['prompt']:,} of {acts.sizes['prompt']:,} prompts. A picture "
+        f"is no measure: the score is that of k-means in all dimensions, given the {given}."
+    )
+    return {
+        "clusters": probes.cluster_map(part).view(
+            labels=("task", "template", "input"),
+            title="The prompts, by layer",
+            caption=caption,
+            scores=ari.assign(step=0),
+            score_name="ARI with task",
+        )
+    }
 
 
 def _level(rows: pd.DataFrame) -> pd.DataFrame:

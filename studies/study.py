@@ -36,17 +36,17 @@ class Findings:
         scores: one tidy frame of everything measured.
         claims: statements decided from it.
         figures: file name -> Altair chart.
+        views: file name -> what the page lets its reader explore.
         notes: sentences that the reader of the page must not miss.
         provenance: what was run on (fingerprints, digests, sizes).
-        views: file name -> what the reader of the page can look around in.
     """
 
     scores: pd.DataFrame
     claims: Sequence[lc.Claim]
     figures: Mapping[str, Any]
+    views: Mapping[str, View] = field(default_factory=dict)
     notes: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    views: Mapping[str, View] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class Study:
                 scores=findings.scores,
                 claims=findings.claims,
                 figures=findings.figures,
+                views=findings.views,
                 notes=findings.notes,
                 provenance=findings.provenance,
-                views=findings.views,
             )
         return findings
 

@@ -138,13 +138,14 @@ class Unseen(Study):
             # The longest item first, so that no core is left waiting for it.
             items.insert(0, "pretrained")
         found = context.sweep(partial(measure, self), items, "part")
-        from studies.unseen_findings import claims, pictures
+        from studies.unseen_findings import claims, pictures, views
 
         scores = found["scores"]
         return Findings(
             scores=scores,
             claims=claims(scores),
             figures=pictures(scores),
+            views=views(scores, found["map"]),
             notes=[
                 *NOTES,
                 *([ONE_SEED] if len(context.seeds) == 1 else []),

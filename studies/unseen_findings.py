@@ -10,7 +10,8 @@ import pandas as pd
 import lensclust as lc
 from lensclust import figures
 from lensclust.results import decide
-from studies.emergence import UNSEEN
+from lensclust.views import ClusterView
+from studies.emergence import LABELS, UNSEEN
 from studies.frames import rank_correlations, where
 from studies.unseen import ANSWER, INSTRUCTION, MEANS
 
@@ -322,6 +323,24 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
             **over,
         ),
     ]
+
+
+def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
+    """What the page lets its reader explore, by file name."""
+    ari = where(scores, metric="ari", split=UNSEEN, seed=0, part="synthetic")
+    return {
+        "clusters": ClusterView.from_frame(
+            states,
+            labels=("answered", *LABELS),
+            title="Unseen strings by layer and over training, and how they are answered at the end",
+            caption="Two principal components of each layer at each checkpoint (first seed), "
+            "turned onto those before them by an orthogonal map. Answered: after training. A "
+            "picture is no measure: the score is that of k-means in all dimensions, given the "
+            "input.",
+            scores=ari,
+            score_name="ARI with task",
+        )
+    }
 
 
 def pictures(scores: pd.DataFrame) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from sklearn.metrics import roc_auc_score
 
 import lensclust as lc
@@ -23,7 +24,13 @@ from probes.interventions import Intervention, dealt, shift, transport
 from probes.nearest_clusters import membership
 from probes.pairing import first_answers
 from probes.replay import answers, replay
-from studies.emergence import SPLITS, UNSEEN, clustered_prompts, input_only_accuracy
+from studies.emergence import (
+    SPLITS,
+    UNSEEN,
+    clustered_prompts,
+    input_only_accuracy,
+    states_over_training,
+)
 from studies.small_models import trained
 from studies.study import silenced
 from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
@@ -37,10 +44,12 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         # Centroids come from training prompts, the first of each task and input.
         known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
         asked = clustered_prompts(prompts, study.rows_per_mapping)
-        tables = [
-            _checkpoint(model, known, asked, study.permutations).assign(step=step)
-            for step, model in run.models()
-        ]
+        tables, followed = [], []
+        shown = np.flatnonzero(asked.rows["split"] == UNSEEN)
+        for step, model in run.models():
+            found, states, right = _checkpoint(model, known, asked, study.permutations)
+            tables.append(found.assign(step=step))
+            followed.append((step, states.isel(prompt=shown)))
         model = run.model()
         unseen = prompts.where(split=UNSEEN)
         moving = [
@@ -51,7 +60,17 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         tables.append(pd.concat(moving).assign(step=study.steps))
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed, part="synthetic")
     weights = pd.DataFrame({"name": [f"seed {seed}"], "fingerprint": [lc.fingerprint(model)]})
-    return {"scores": scores, "weights": weights}
+    answered = np.where(right[shown], "right", "wrong")
+    points = _followed(followed, asked.take(shown), answered) if seed == 0 else pd.DataFrame()
+    return {"scores": scores, "weights": weights, "map": points}
+
+
+def _followed(
+    followed: Sequence[tuple[int, Any]], prompts: lc.Prompts, answered: np.ndarray
+) -> pd.DataFrame:
+    """Unseen strings in two dimensions, by checkpoint and layer, and how they end: right or not."""
+    states = states_over_training(followed, prompts)
+    return states.assign(answered=np.tile(answered, len(states) // len(answered)))
 
 
 def _first(prompts: lc.Prompts, n: int) -> lc.Prompts:
@@ -62,8 +81,11 @@ def _first(prompts: lc.Prompts, n: int) -> lc.Prompts:
 
 def _checkpoint(
     model: Any, known: lc.Prompts, asked: lc.Prompts, permutations: int
-) -> pd.DataFrame:
-    """Accuracy, clustering and nearest centroid on each split at one checkpoint."""
+) -> tuple[pd.DataFrame, xr.Dataset, np.ndarray]:
+    """Accuracy, clustering and nearest centroid on each split at one checkpoint.
+
+    With the states that they come from, and which prompts are answered right.
+    """
     right = answers(model, asked, first_token).numpy() == first_answers(asked)
     chance = input_only_accuracy(asked.rows)
     states = lc.extract(model, asked, "resid", progress=False)
@@ -83,7 +105,7 @@ def _checkpoint(
             table.assign(split=split, n=len(rows))
             for table in (found, pd.DataFrame([accuracy]), _prediction(of_split, right))
         ]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True), states, right
 
 
 def _prediction(near: pd.DataFrame, right: np.ndarray) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 "use strict";
+// A view of heads: a heat map of scores, and of the head that is open its clusters and attention.
 (() => {
+  const { element, panels, scatter } = window.lensclust;
   // Ten steps of viridis; what lies between two of them is mixed.
   const VIRIDIS = [
     [68, 1, 84], [72, 40, 120], [62, 73, 137], [49, 104, 142], [38, 130, 142],
@@ -17,20 +19,11 @@
   // Black on what is bright and white on what is not: whichever has the greater contrast.
   const ink = (rgb) => (luminance(rgb) > 0.179 ? "#000" : "#fff");
   const short = (value) => (value === null ? "–" : value.toFixed(3));
-  const make = (tag, attributes = {}, ...children) => {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    node.append(...children);
-    return node;
-  };
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  let made = 0;
-  const fresh = (what) => `head-${what}-${made++}`;
   const choice = (label, options, chosen) => {
-    const select = make("select", { id: fresh("choice") });
-    options.forEach((text, value) => select.append(make("option", { value }, text)));
-    select.addEventListener("change", () => chosen(Number(select.value)));
-    return [make("label", { for: select.id }, label, " "), select];
+    const select = element("select", {}, ...options.map((text) => element("option", {}, text)));
+    select.addEventListener("change", () => chosen(select.selectedIndex));
+    return element("label", {}, `${label} `, select);
   };
   // What a key of a grid or row of things does to the place in it.
   const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
@@ -42,13 +35,13 @@
     constructor(data, opened, open) {
       [this.blocks, this.heads] = data.shape;
       this.cells = [];
-      const head = make("tr", {}, make("th", { scope: "col" }, "block"));
-      for (let h = 0; h < this.heads; h++) head.append(make("th", { scope: "col" }, String(h)));
-      const body = make("tbody");
+      const head = element("tr", {}, element("th", { scope: "col" }, "block"));
+      for (let h = 0; h < this.heads; h++) head.append(element("th", { scope: "col" }, String(h)));
+      const body = element("tbody");
       for (let b = 0; b < this.blocks; b++) {
-        const row = make("tr", {}, make("th", { scope: "row" }, String(b)));
+        const row = element("tr", {}, element("th", { scope: "row" }, String(b)));
         for (let h = 0; h < this.heads; h++) {
-          const cell = make("td", { role: "gridcell", tabindex: "-1" });
+          const cell = element("td", { role: "gridcell", tabindex: "-1" });
           if (!opened.has(b * this.heads + h)) cell.setAttribute("aria-disabled", "true");
           cell.addEventListener("click", () => open(b, h));
           this.cells.push(cell);
@@ -56,7 +49,7 @@
         }
         body.append(row);
       }
-      this.node = make("table", { role: "grid", class: "heat" }, make("thead", {}, head), body);
+      this.node = element("table", { role: "grid", class: "heat" }, element("thead", {}, head), body);
       this.node.addEventListener("keydown", (event) => this.key(event, open));
       this.node.addEventListener("focusin", (event) => this.rove(this.cells.indexOf(event.target)));
       this.at = 0;
@@ -114,10 +107,10 @@
 
   const scale = () => {
     const stops = VIRIDIS.map((rgb) => `rgb(${rgb})`).join(", ");
-    const bar = make("span", { class: "bar", "aria-hidden": "true" });
+    const bar = element("span", { class: "bar", "aria-hidden": "true" });
     bar.style.backgroundImage = `linear-gradient(to right, ${stops})`;
-    const [low, high] = [make("span"), make("span")];
-    const node = make("p", { class: "scale" }, low, bar, high);
+    const [low, high] = [element("span"), element("span")];
+    const node = element("p", { class: "scale" }, low, bar, high);
     return { node, say: (from, to) => ([low.textContent, high.textContent] = [short(from), short(to)]) };
   };
 
@@ -144,8 +137,8 @@
   // at them. All that the picture beside it shows is here for keyboards and screen readers too.
   class TokenRow {
     constructor() {
-      this.node = make("div", { class: "tokens", role: "listbox", "aria-orientation": "horizontal" });
-      this.said = make("p", { class: "looks", "aria-live": "polite" });
+      this.node = element("div", { class: "tokens", role: "listbox", "aria-orientation": "horizontal" });
+      this.said = element("p", { class: "looks", "aria-live": "polite" });
       this.node.addEventListener("keydown", (event) => {
         const to = { Home: 0, End: this.cells.length - 1 }[event.key];
         const step = STEPS[event.key];
@@ -162,7 +155,7 @@
       [this.tokens, this.rows] = [tokens, rows];
       this.node.setAttribute("aria-label", `Tokens of the prompt: choose which one looks (${name})`);
       this.cells = tokens.map((token, index) => {
-        const cell = make("span", { role: "option", tabindex: "-1" }, visible(token));
+        const cell = element("span", { role: "option", tabindex: "-1" }, visible(token));
         cell.addEventListener("click", () => this.look(index));
         return cell;
       });
@@ -189,20 +182,21 @@
     }
   }
 
+  let drawings = 0;
   class Pattern {
     constructor(prompts) {
       this.prompts = prompts.map((prompt) => ({ ...prompt, bytes: bytes(prompt.weights) }));
       this.at = 0;
       this.row = new TokenRow();
-      this.chart = make("div", { class: "pattern", "aria-hidden": "true" });
+      this.chart = element("div", { class: "pattern", "aria-hidden": "true" });
       const names = prompts.map((prompt) => prompt.name);
       const chosen = choice("Prompt", names, (index) => {
         this.at = index;
         this.draw();
       });
-      this.node = make(
-        "div", { class: "attention" }, make("h4", {}, "Attention pattern"),
-        make("p", { class: "controls" }, ...chosen), this.row.node, this.row.said, this.chart,
+      this.node = element(
+        "div", { class: "attention" }, element("h4", {}, "Attention pattern"),
+        element("p", { class: "controls" }, chosen), this.row.node, this.row.said, this.chart,
       );
     }
 
@@ -216,7 +210,7 @@
       const attention = weights(prompt, this.index);
       this.row.show(prompt.tokens, attention, this.name);
       // The component takes no new values: it is drawn anew, in a place of its own.
-      const place = make("div", { id: fresh("pattern") });
+      const place = element("div", { id: `pattern-${drawings++}` });
       place.style.maxWidth = `${Math.min(40, 12 + 2 * prompt.tokens.length)}rem`;
       this.chart.replaceChildren(place);
       CircuitsVis.render(place.id, CircuitsVis.AttentionPattern, {
@@ -232,20 +226,10 @@
 
   // -- the view --------------------------------------------------------------------------
 
-  const coordinates = ({ shape, low, step, data }) => {
-    const held = bytes(data);
-    const counts = new DataView(held.buffer);
-    const size = shape[1] * shape[2] * 2;
-    return (index) =>
-      Array.from({ length: shape[1] }, (_, row) =>
-        [0, 2].map((axis) => low + step * counts.getUint16(index * size + 4 * row + axis, true)),
-      );
-  };
-
   const mount = (node, data) => {
     const opened = new Map(data.opened.map(([b, h], index) => [b * data.shape[1] + h, index]));
-    const points = coordinates(data.points);
-    const state = make("p", { class: "state", "aria-live": "polite" });
+    const points = panels(data.points);
+    const state = element("p", { class: "status", role: "status" });
     const bar = scale();
     let [score, at] = [0, null];
 
@@ -259,7 +243,7 @@
       heat.mark(at);
       detail.hidden = false;
       say();
-      clusters.show(points(index), `block ${b}, head ${h}`);
+      clusters.show(points(index), `Block ${b}, head ${h}.`);
       if (pattern) pattern.show(index, `block ${b}, head ${h}`);
     };
     const say = () => {
@@ -272,23 +256,22 @@
     const paint = () => bar.say(...heat.paint(data.scores[score].name, data.scores[score].values));
 
     const heat = new HeatMap(data, opened, open);
-    const heading = make("h4");
-    const clusters = new lensclust.Scatter(data);
+    const heading = element("h4");
+    const clusters = scatter({ ...data, title: "Prompts in the plane of one head" });
     const pattern = data.samples.length ? new Pattern(data.samples) : null;
     const names = data.scores.map(({ name }) => name);
     const chosen = choice("Score", names, (index) => {
       score = index;
       paint();
     });
-    const detail = make("div", { class: "opened" }, heading, clusters.node);
+    const detail = element("div", { class: "opened" }, heading, clusters.node);
     if (pattern) detail.append(pattern.node);
-    const help = make("p", { class: "help" }, "Choose a head to open it: click, or arrow keys and Enter.");
-    const map = make("div", { class: "heads", tabindex: "-1" }, heat.node);
-    node.append(make("p", { class: "controls" }, ...chosen), help, map, bar.node, state, detail);
+    const help = element("p", { class: "help" }, "Choose a head to open it: click, or arrow keys and Enter.");
+    const map = element("div", { class: "heads", tabindex: "-1" }, heat.node);
+    node.replaceChildren(element("p", { class: "controls" }, chosen), help, map, bar.node, state, detail);
     paint();
     open(...data.opened[0]);
   };
 
-  window.lensclust = window.lensclust ?? {};
-  window.lensclust.views = { ...window.lensclust.views, heads: mount };
+  window.lensclust.views.heads = mount;
 })();

@@ -66,8 +66,22 @@
       console.error(`figure ${name}: ${error.message}`);
     }
   };
-  const drawAll = async () => {
-    for (const node of document.querySelectorAll(".live")) await draw(node);
+  // A page over many runs has many figures: each is drawn when it comes near.
+  const waitingFor = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (!isIntersecting) continue;
+        waitingFor.unobserve(target);
+        draw(target.querySelector(".live"));
+      }
+    },
+    { rootMargin: "800px" },
+  );
+  const drawAll = () => {
+    for (const node of document.querySelectorAll(".live")) {
+      if (node.view) draw(node);
+      else waitingFor.observe(node.closest("figure"));
+    }
   };
 
   let drawnAt = innerWidth;

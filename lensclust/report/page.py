@@ -21,8 +21,9 @@ from markupsafe import Markup
 
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
-from lensclust.report.run_content import read_run
-from lensclust.report.view_scripts import view_scripts, view_styles
+from lensclust.report.circuits import circuitsvis_script
+from lensclust.report.run_content import Run, read_run
+from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
 
 _HERE = Path(__file__).parent
@@ -33,8 +34,8 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write one page over one or several run directories; return its path.
 
     Reads ``config.json``, ``provenance.json``, ``claims.json``, ``scores.parquet``, every
-    ``figures/NAME.vl.json`` and ``figures/NAME.svg``, every ``views/NAME.json``, and
-    ``notes.json`` where there is one (a list of sentences that the study wants said plainly).
+    ``figures/NAME.vl.json`` and ``figures/NAME.svg``, and ``notes.json`` where there is one (a
+    list of sentences that the study wants said plainly).
 
     Args:
         runs: run directories, in the order of the page.
@@ -64,10 +65,20 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     if out.is_dir():
         raise InputError(f"report: cannot write {out}: it is a directory, expected a file")
     read = [read_run(Path(run), f"run{index}") for index, run in enumerate(runs)]
-    live = any(figure.spec is not None for run in read for figure in run.figures)
-    kinds = sorted({view.kind for run in read for view in run.views})
-    scripts = [_vega(), _text("page.js")] if live else []
-    scripts += view_scripts(kinds)
+    html = _render(read)
+    with writing(f"report {out}", "put that right, then try again"):
+        write_atomically(out, html)
+    return out
+
+
+def _render(read: Sequence[Run]) -> str:
+    scripts = [_text("tables.js")]
+    if any(figure.spec is not None for run in read for figure in run.figures):
+        scripts += [_vega(), _text("page.js")]
+    kinds = {view.kind for run in read for view in run.views}
+    if kinds:
+        scripts += [circuitsvis_script()] if "heads" in kinds else []
+        scripts += [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -75,18 +86,16 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         runs=read,
         title=", ".join(dict.fromkeys(run.study for run in read)),
-        style=Markup("\n".join([_text("page.css"), *view_styles(kinds)])),
+        style=Markup("".join([_text("page.css"), _text("heads.css") if "heads" in kinds else ""])),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
         symbols=_SYMBOLS,
         number=number,
+        whiskers=whiskers,
     )
-    with writing(f"report {out}", "put that right, then try again"):
-        write_atomically(out, html)
-    return out
 
 
 @lru_cache(maxsize=1)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 from markupsafe import Markup
-from pandas.api.types import is_numeric_dtype
 from pyarrow import parquet
 
 from lensclust.disk import read_json
 from lensclust.errors import InputError
 from lensclust.figures import render_svg
-from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped, number
+from lensclust.report.score_tables import ScoreTable, score_table
+from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped
 from lensclust.results import Claim, Verdict
-from lensclust.views import read_view
+from lensclust.views import check_view
 
 _FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
-_MAX_ROWS = 500
 # A hundred times what the largest run writes.
 _MAX_CELLS = 100_000_000
-_MAX_CSV_BYTES = 2_000_000
-_CLAIM_KEYS = tuple(field.name for field in fields(Claim))
+# Runs from before claims named their figures have none.
+_CLAIM_KEYS = tuple(field.name for field in fields(Claim) if field.name != "figures")
 _VERDICTS = get_args(Verdict)
 
 
@@ -31,23 +32,25 @@ _VERDICTS = get_args(Verdict)
 class Figure:
     """A figure of a run: its still, and its interactive specification where there is one."""
 
+    name: str
     anchor: str
     title: str
     caption: str
     description: str
     still: str
     spec: Markup | None
+    claims: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A view of a run: its kind, its words and its data."""
+class ExploredView:
+    """A view of a run: its data, for the script of its kind."""
 
-    anchor: str
     kind: str
+    anchor: str
     title: str
     caption: str
-    data: Markup
+    content: Markup
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,19 @@ class Run:
     claims: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     figures: tuple[Figure, ...]
-    views: tuple[Shown, ...]
-    columns: tuple[tuple[str, bool], ...]
-    rows: tuple[tuple[str, ...], ...]
-    n_rows: int
-    csv: str | None
+    views: tuple[ExploredView, ...]
+    table: ScoreTable
     settings: tuple[tuple[str, str], ...]
     provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 
     def count(self, verdict: str) -> int:
         """How many claims ended with a verdict."""
         return sum(claim["verdict"] == verdict for claim in self.claims)
+
+    def pictures(self, claim: dict[str, Any]) -> list[tuple[str, str]]:
+        """Anchor and title of the figures that show a claim."""
+        found = {figure.name: (figure.anchor, figure.title) for figure in self.figures}
+        return [found[name] for name in claim.get("figures", []) if name in found]
 
 
 def read_run(folder: Path, anchor: str) -> Run:
@@ -88,7 +93,6 @@ def read_run(folder: Path, anchor: str) -> Run:
     notes_file = folder / "notes.json"
     notes = _read_json(notes_file, list) if notes_file.is_file() else []
     scores = _read_scores(folder / "scores.parquet")
-    shown = scores.head(_MAX_ROWS)
     return Run(
         anchor=anchor,
         name=folder.resolve().name,
@@ -96,15 +100,9 @@ def read_run(folder: Path, anchor: str) -> Run:
         facts=facts(config, provenance),
         claims=claims,
         notes=tuple(str(note) for note in notes),
-        figures=tuple(_read_figures(folder / "figures", anchor)),
+        figures=tuple(_read_figures(folder / "figures", anchor, claims)),
         views=tuple(_read_views(folder / "views", anchor)),
-        columns=tuple((str(name), is_numeric_dtype(scores[name])) for name in scores),
-        rows=tuple(
-            tuple(number(item) for item in row)
-            for row in zip(*(shown[name].tolist() for name in shown), strict=True)
-        ),
-        n_rows=len(scores),
-        csv=data_uri(scores.to_csv(index=False), "text/csv", limit=_MAX_CSV_BYTES),
+        table=score_table(scores),
         settings=tuple(flatten(config)),
         provenance=tuple(grouped(provenance)),
     )
@@ -136,6 +134,8 @@ def _read_claims(path: Path) -> tuple[dict[str, Any], ...]:
             raise InputError(f"report: {path}: claim {index} has ci95 {interval!r}, expected two")
         if not isinstance(claim["control"], dict):
             raise InputError(f"report: {path}: claim {index} has a control that is no object")
+        if not isinstance(claim.get("figures", []), list):
+            raise InputError(f"report: {path}: claim {index} has figures that are no list")
     return tuple(claims)
 
 
@@ -154,25 +154,41 @@ def _read_scores(path: Path) -> pd.DataFrame:
     )
 
 
-def _read_figures(folder: Path, anchor: str) -> list[Figure]:
+def _read_views(folder: Path, anchor: str) -> list[ExploredView]:
+    found = []
+    for index, path in enumerate(sorted(folder.glob("*.json"))):
+        content = _read_json(path, dict)
+        check_view(content, where=f"report: {path}")
+        found.append(
+            ExploredView(
+                kind=content["kind"],
+                anchor=f"{anchor}-view{index}",
+                title=content["title"],
+                caption=content["caption"],
+                content=embedded_json(content),
+            )
+        )
+    return found
+
+
+def _read_figures(folder: Path, anchor: str, claims: Sequence[dict[str, Any]]) -> list[Figure]:
     stills = {path.name.removesuffix(".svg"): path for path in folder.glob("*.svg")}
     specs = {path.name.removesuffix(".vl.json"): path for path in folder.glob("*.vl.json")}
     return [
-        _read_figure(name, specs.get(name), stills.get(name), f"{anchor}-{index}")
+        _read_figure(name, specs.get(name), stills.get(name), f"{anchor}-{index}", claims)
         for index, name in enumerate(sorted(stills.keys() | specs.keys()))
     ]
 
 
-def _read_views(folder: Path, anchor: str) -> list[Shown]:
-    found = []
-    for index, path in enumerate(sorted(folder.glob("*.json"))):
-        view = read_view(_read_json(path, dict), where=f"report: {path}")
-        data = embedded_json(view.to_json())
-        found.append(Shown(f"{anchor}-view{index}", view.kind, view.title, view.caption, data))
-    return found
-
-
-def _read_figure(name: str, spec_file: Path | None, svg_file: Path | None, anchor: str) -> Figure:
+def _read_figure(
+    file: str,
+    spec_file: Path | None,
+    svg_file: Path | None,
+    anchor: str,
+    claims: Sequence[dict[str, Any]],
+) -> Figure:
+    # A number in front keeps the order that the study gave.
+    name = re.sub(r"^\d+_", "", file)
     spec = _read_json(spec_file, dict) if spec_file else {}
     try:
         svg = svg_file.read_text(encoding="utf-8") if svg_file else render_svg(spec)
@@ -187,10 +203,12 @@ def _read_figure(name: str, spec_file: Path | None, svg_file: Path | None, ancho
     spec = {**spec, "usermeta": meta} if spec else {}
     title = str(meta.get("title", name.replace("_", " ")))
     return Figure(
+        name=name,
         anchor=anchor,
         title=title,
         caption=str(meta.get("caption", "")),
         description=str(spec.get("description", title)),
-        still=data_uri(svg, "image/svg+xml") or "",
+        still=data_uri(svg, "image/svg+xml"),
         spec=embedded_json(spec) if spec else None,
+        claims=tuple(str(claim["id"]) for claim in claims if name in claim.get("figures", [])),
     )

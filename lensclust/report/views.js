@@ -1,14 +1,25 @@
 "use strict";
+// Mounts every view of the page with the script of its kind, when it comes near.
 (() => {
-  for (const node of document.querySelectorAll("section.view")) {
-    const stage = node.querySelector(".stage");
-    const data = JSON.parse(node.querySelector("script[type='application/json']").textContent);
+  const mount = (section) => {
+    const data = JSON.parse(section.querySelector("script[type='application/json']").textContent);
+    const node = section.querySelector(".stage");
     try {
-      lensclust.views[node.dataset.kind](stage, data);
-      node.classList.add("is-live");
+      window.lensclust.views[section.dataset.kind](node, data);
+      section.classList.add("is-live");
     } catch (error) {
-      stage.replaceChildren();
       console.error(`view ${data.title}: ${error.message}`);
     }
-  }
+  };
+  const watcher = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (!entry.isIntersecting) continue;
+        watcher.unobserve(entry.target);
+        mount(entry.target);
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  for (const section of document.querySelectorAll("section.view")) watcher.observe(section);
 })();

@@ -75,11 +75,8 @@ def grouped(provenance: dict[str, Any]) -> list[tuple[str, tuple[tuple[str, str]
     return [(name, tuple(flatten(part))) for name, part in groups.items() if part]
 
 
-def data_uri(text: str, kind: str, *, limit: int | None = None) -> str | None:
-    content = text.encode()
-    if limit is not None and len(content) > limit:
-        return None
-    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(content).decode()}"
+def data_uri(text: str, kind: str) -> str:
+    return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 
 def embedded_json(spec: dict[str, Any]) -> Markup:

@@ -1,4 +1,8 @@
-"""Views: what the page of a run lets its reader look around in, as files of the run directory."""
+"""What a page lets its reader explore: data of a picture that the browser draws.
+
+A run directory holds views as ``views/NAME.json`` beside its figures; the page draws each with
+the script of its kind. Numbers are packed, so that a view stays far below a megabyte.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,34 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lensclust.errors import InputError
+from lensclust.views.cluster_views import ClusterView
 from lensclust.views.head_views import HeadView
+
+__all__ = ["KINDS", "ClusterView", "HeadView", "View", "check_view"]
 
 
 class View(Protocol):
-    """What every kind of view has; `report/KIND.js` shows it."""
-
-    kind: str
+    """Anything that a page can let explore."""
 
     @property
     def title(self) -> str: ...
-    @property
-    def caption(self) -> str: ...
-    def to_json(self) -> dict[str, Any]: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ``kind``, ``title`` and ``caption`` among them."""
+        ...
 
 
-KINDS: Mapping[str, Any] = {"heads": HeadView}
+KINDS: Mapping[str, Any] = {"clusters": ClusterView, "heads": HeadView}
 
 
-def read_view(held: Mapping[str, Any], *, where: str) -> View:
-    """A view from its JSON.
+def check_view(held: Mapping[str, Any], *, where: str) -> None:
+    """Refuse what no script of the page could draw.
 
     Raises:
-        InputError: if it is of no known kind or not what its kind has to be; names ``where``.
+        InputError: if the kind is not known, or a part is missing or of the wrong size; names
+            ``where`` it stands.
     """
     kind = held.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{where}: view of kind {kind!r}, expected one of {list(KINDS)}")
-    return KINDS[kind].from_json(held, where=where)
-
-
-__all__ = ["KINDS", "HeadView", "View", "read_view"]
+        raise InputError(f"{where}: kind {kind!r} is not known: expected one of {list(KINDS)}")
+    KINDS[kind].from_json(held, where=where)

@@ -118,6 +118,11 @@ class HeadView:
             samples=tuple(_sample(item, len(opened)) for item in parts.each("samples")),
         )
 
+    def _repr_html_(self) -> str:
+        from lensclust.report import view_frame
+
+        return view_frame(self)
+
 
 def _sample(parts: Parts, opened: int) -> AttentionSample:
     tokens = parts.texts("tokens")

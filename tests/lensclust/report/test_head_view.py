@@ -91,6 +91,7 @@ def page(browser: Any, file: Path) -> Iterator[Any]:
     browser.get_log("performance")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.get(file.as_uri())
+    near(browser)
     WebDriverWait(browser, 60).until(lambda b: all_of(b, ".pattern canvas"))
     yield browser
     assert browser.get_log("browser") == []
@@ -102,6 +103,11 @@ def page(browser: Any, file: Path) -> Iterator[Any]:
     ]
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
     assert not browser.find_elements("css selector", ".view img")
+
+
+def near(page: Any) -> None:
+    """Views are made when they come near."""
+    page.execute_script("document.querySelector('section.view').scrollIntoView()")
 
 
 def one(page: Any, selector: str) -> Any:
@@ -135,7 +141,7 @@ def colours(page: Any) -> list[str]:
 def test_the_best_head_is_open_at_first(page: Any) -> None:
     assert opened(page) == "Block 2, head 3"
     assert cell(page, 2, 3).get_attribute("aria-selected") == "true"
-    said = one(page, ".state").text
+    said = one(page, ".view .status").text
     assert "ari 0.917" in said
     assert "90% of the variance" in said
     assert HOSTILE in one(page, ".view h3").text
@@ -208,13 +214,13 @@ def test_a_head_that_does_not_open_says_so(page: Any) -> None:
     closed = cell(page, 0, 0)
     assert closed.get_attribute("aria-disabled") == "true"
     closed.click()
-    assert one(page, ".state").text.startswith("Block 0, head 0 cannot be opened")
+    assert one(page, ".view .status").text.startswith("Block 0, head 0 cannot be opened")
     assert opened(page) == "Block 2, head 3"
     assert len(all_of(page, ".heat td[aria-disabled]")) == 12 - OPENED
 
 
 def places(page: Any) -> np.ndarray:
-    script = """return [...document.querySelectorAll('.plane path')].map((mark) =>
+    script = """return [...document.querySelectorAll('.points path')].map((mark) =>
         mark.style.transform.match(/-?[\\d.]+/g).map(Number))"""
     return np.array(page.execute_script(script))
 
@@ -229,44 +235,15 @@ def test_the_plane_is_that_of_the_open_head(page: Any) -> None:
         np.testing.assert_allclose(moved, wanted - wanted.mean(0), atol=0.02)
 
 
-def fills(page: Any) -> list[str]:
-    return [mark.get_attribute("fill") for mark in all_of(page, ".plane path")]
-
-
-def test_points_are_coloured_by_the_label_that_is_chosen(page: Any) -> None:
-    assert [fills(page)[i] == fills(page)[0] for i in range(PROMPTS)] == [
-        i % 3 == 0 for i in range(PROMPTS)
-    ]
-    assert len(all_of(page, ".legend button")) == 3
-    assert HOSTILE in one(page, ".legend button").text
+def test_points_are_read_and_coloured_as_in_any_plane(page: Any) -> None:
+    assert [b.text for b in all_of(page, ".legend button")][1] == f"task 1 {HOSTILE}"
     Select(one(page, ".scatter select")).select_by_visible_text("input")
     assert [b.text for b in all_of(page, ".legend button")] == ["a", "b"]
-    assert [fills(page)[i] == fills(page)[0] for i in range(PROMPTS)] == [
-        i % 2 == 0 for i in range(PROMPTS)
-    ]
-    button = all_of(page, ".legend button")[1]
-    button.click()
-    assert button.get_attribute("aria-pressed") == "true"
-    faded = ["faded" in (m.get_attribute("class") or "") for m in all_of(page, ".plane path")]
-    assert faded == [i % 2 == 0 for i in range(PROMPTS)]
-    button.click()
-    assert button.get_attribute("aria-pressed") == "false"
-    assert not all_of(page, ".plane .faded")
-
-
-def test_a_prompt_is_read_by_pointing_and_by_keys(page: Any) -> None:
-    page.execute_script(
-        "document.querySelectorAll('.plane path')[4].dispatchEvent(new Event('pointerenter'))"
-    )
-    assert one(page, "p.pointed").text == f"prompt 4 {HOSTILE} (task task 1 {HOSTILE} · input a)"
-    page.execute_script("document.querySelector('.plane').dispatchEvent(new Event('pointerleave'))")
-    one(page, ".plane").send_keys(Keys.ARROW_RIGHT)
-    order = np.argsort(places(page)[:, 0], kind="stable")
-    for index in order[:4]:
-        assert one(page, "p.pointed").text.startswith(f"prompt {index} ")
-        press(page, Keys.ARROW_RIGHT)
-    press(page, Keys.ARROW_LEFT)
-    assert one(page, "p.pointed").text.startswith(f"prompt {order[3]} ")
+    cell(page, 1, 1).click()
+    assert [b.text for b in all_of(page, ".legend button")] == ["a", "b"], "the colour is kept"
+    one(page, ".points").send_keys(Keys.HOME)
+    assert f"prompt 0 {HOSTILE}" in one(page, ".said").text
+    assert one(page, ".points").get_attribute("aria-label").endswith("Block 1, head 1.")
 
 
 def shown_weights(page: Any) -> list[str]:
@@ -333,6 +310,7 @@ def test_the_page_is_no_wider_than_its_window(page: Any, width: int) -> None:
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     page.refresh()
+    near(page)
     WebDriverWait(page, 60).until(lambda b: all_of(b, ".pattern canvas"))
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     tops = [one(page, f".opened {part}").rect for part in (".scatter", ".attention")]
