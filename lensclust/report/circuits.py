@@ -10,7 +10,7 @@ from importlib.resources import files
 @lru_cache(maxsize=1)
 def circuitsvis_script() -> str:
     """The library as one script that sets ``CircuitsVis``, safe inside a script element."""
-    script = files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text(encoding="utf-8")
+    script = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
     # The map lies in another file, which a browser's tools would ask for.
     script = re.sub(r"^//# sourceMappingURL=.*$", "", script, flags=re.MULTILINE)
     return re.sub(r"</(script)", r"<\\/\1", script, flags=re.IGNORECASE)

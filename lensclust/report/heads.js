@@ -32,8 +32,8 @@
 
   // Rows are blocks, columns heads. One cell takes part in the order of tabs; arrows move it.
   class HeatMap {
-    constructor(data, opened, open) {
-      [this.blocks, this.heads] = data.shape;
+    constructor(shape, opened, open) {
+      [this.blocks, this.heads] = shape;
       this.cells = [];
       const head = element("tr", {}, element("th", { scope: "col" }, "block"));
       for (let h = 0; h < this.heads; h++) head.append(element("th", { scope: "col" }, String(h)));
@@ -227,49 +227,42 @@
   // -- the view --------------------------------------------------------------------------
 
   const mount = (node, data) => {
-    const opened = new Map(data.opened.map(([b, h], index) => [b * data.shape[1] + h, index]));
+    const { shape, scores, explained } = data;
+    const opened = new Map(data.opened.map(([b, h], index) => [b * shape[1] + h, index]));
     const points = panels(data.points);
-    const state = element("p", { class: "status", role: "status" });
-    const bar = scale();
-    let [score, at] = [0, null];
-
-    const open = (b, h) => {
-      const index = opened.get(b * data.shape[1] + h);
-      if (index === undefined) {
-        state.textContent = `Block ${b}, head ${h} cannot be opened: only its scores are in this page.`;
-        return;
-      }
-      at = b * data.shape[1] + h;
-      heat.mark(at);
-      detail.hidden = false;
-      say();
-      clusters.show(points(index), `Block ${b}, head ${h}.`);
-      if (pattern) pattern.show(index, `block ${b}, head ${h}`);
-    };
-    const say = () => {
-      const [b, h] = [Math.floor(at / data.shape[1]), at % data.shape[1]];
-      const all = data.scores.map(({ name, values }) => `${name} ${short(values[at])}`).join(", ");
-      heading.textContent = `Block ${b}, head ${h}`;
-      const share = Math.round(100 * data.explained[opened.get(at)]);
-      state.textContent = `Block ${b}, head ${h} is open: ${all}; the plane holds ${share}% of the variance.`;
-    };
-    const paint = () => bar.say(...heat.paint(data.scores[score].name, data.scores[score].values));
-
-    const heat = new HeatMap(data, opened, open);
+    const status = element("p", { class: "status", role: "status" });
     const heading = element("h4");
+    const bar = scale();
     const clusters = scatter({ ...data, title: "Prompts in the plane of one head" });
     const pattern = data.samples.length ? new Pattern(data.samples) : null;
-    const names = data.scores.map(({ name }) => name);
-    const chosen = choice("Score", names, (index) => {
-      score = index;
-      paint();
-    });
+
+    const open = (b, h) => {
+      const [place, at] = [`Block ${b}, head ${h}`, b * shape[1] + h];
+      const index = opened.get(at);
+      if (index === undefined) {
+        status.textContent = `${place} cannot be opened: only its scores are in this page.`;
+        return;
+      }
+      heat.mark(at);
+      heading.textContent = place;
+      const all = scores.map(({ name, values }) => `${name} ${short(values[at])}`).join(", ");
+      const share = Math.round(100 * explained[index]);
+      status.textContent = `${place} is open: ${all}; the plane holds ${share} % of the variance.`;
+      clusters.show(points(index), `${place}.`);
+      pattern?.show(index, place);
+    };
+    const heat = new HeatMap(shape, opened, open);
+    const paint = (score) => bar.say(...heat.paint(scores[score].name, scores[score].values));
+
+    const chosen = choice("Score", scores.map(({ name }) => name), paint);
+    const help = element("p", { class: "help" }, "Choose a head to open it: click, or arrow keys and Enter.");
     const detail = element("div", { class: "opened" }, heading, clusters.node);
     if (pattern) detail.append(pattern.node);
-    const help = element("p", { class: "help" }, "Choose a head to open it: click, or arrow keys and Enter.");
-    const map = element("div", { class: "heads", tabindex: "-1" }, heat.node);
-    node.replaceChildren(element("p", { class: "controls" }, chosen), help, map, bar.node, state, detail);
-    paint();
+    node.replaceChildren(
+      element("p", { class: "controls" }, chosen), help,
+      element("div", { class: "heads" }, heat.node), bar.node, status, detail,
+    );
+    paint(0);
     open(...data.opened[0]);
   };
 
