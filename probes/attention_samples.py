@@ -23,6 +23,9 @@ from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, model_name, resolve
 from probes.attention_patterns import Lengths, Pattern, PatternReader
 
+# Heads side by side in a notebook.
+MOST_SHOWN = 16
+
 
 @dataclass(frozen=True, repr=False)
 class AttentionSamples:
@@ -63,10 +66,48 @@ class AttentionSamples:
         Raises:
             InputError: if the head is not among them.
         """
-        site = head if isinstance(head, Site) else Site.parse(head)
+        place = self._place(head if isinstance(head, Site) else Site.parse(head))
+        return tuple(pattern[place] for pattern in self.patterns)
+
+    def only(
+        self, *, heads: SiteSelector | None = None, prompts: Sequence[int] | None = None
+    ) -> AttentionSamples:
+        """Some of the heads, some of the prompts.
+
+        Raises:
+            InputError: if a head or prompt is not among them.
+        """
+        given = list(self.heads) if heads is None else heads
+        names = [given] if isinstance(given, (str, Site)) else list(given)
+        sites = [item if isinstance(item, Site) else Site.parse(item) for item in names]
+        rows = list(range(len(self.tokens)) if prompts is None else prompts)
+        if outside := [row for row in rows if not 0 <= row < len(self.tokens)]:
+            raise InputError(f"prompt {outside[0]} is not among the {len(self.tokens)} read")
+        places = [self._place(site) for site in sites]
+        if not places or not rows:
+            raise InputError("only: no head or no prompt given, expected at least one of each")
+        return AttentionSamples(
+            tuple(sites),
+            tuple(self.tokens[row] for row in rows),
+            tuple(self.patterns[row][places] for row in rows),
+        )
+
+    def _place(self, site: Site) -> int:
         if site not in self.heads:
-            raise InputError(f"head {str(site)!r} is not among the {len(self.heads)} read")
-        return tuple(pattern[self.heads.index(site)] for pattern in self.patterns)
+            raise InputError(f"{str(site)!r} is not among the {len(self.heads)} heads read")
+        return self.heads.index(site)
+
+    def _repr_html_(self) -> str:
+        """The first prompt, by CircuitsVis."""
+        from lensclust.report.circuits import attention_frame
+
+        heads = self.heads[:MOST_SHOWN]
+        names = [f"{site.layer}.{site.head}" for site in heads]
+        hidden = [f"{len(self.heads) - len(heads)} more heads"] if self.heads[MOST_SHOWN:] else []
+        hidden += [f"{len(self.tokens) - 1} more prompts"] if self.tokens[1:] else []
+        said = f"; {' and '.join(hidden)}: see <code>only</code>" if hidden else ""
+        frame = attention_frame(self.tokens[0], self.patterns[0][: len(heads)], names)
+        return f"<p>{self!r}, prompt 0{said}</p>{frame}"
 
     def __repr__(self) -> str:
         lengths = [len(tokens) for tokens in self.tokens]

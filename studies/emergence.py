@@ -161,13 +161,9 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
                 heads = pd.DataFrame({"view": [json.dumps(view.to_json())]})
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
-    found = {
-        "scores": scores,
-        "states": states.assign(seed=seed),
-        "weights": weights,
-        "heads": heads,
-    }
-    return found | {"map": states_over_training(followed, unseen) if seed == 0 else pd.DataFrame()}
+    found = {"scores": scores, "states": states.assign(seed=seed), "weights": weights}
+    found |= {"map": states_over_training(followed, unseen) if seed == 0 else pd.DataFrame()}
+    return found | {"heads": heads}
 
 
 def states_over_training(followed: Sequence[tuple[int, Any]], prompts: lc.Prompts) -> pd.DataFrame:
@@ -190,15 +186,16 @@ def heads_of_last(
     unseen = prompts.take(rows)
     samples = sample_prompts(unseen, "input")
     names = vocabulary(n_inputs=study.n_inputs, n_outputs=study.n_outputs)
-    steps = scores[(scores["kind"] == "head") & (scores["split"] == UNSEEN)]
-    steps = steps[
-        (steps["by"] == "task") & ((steps["step"] == study.steps) | (steps["metric"] == "ari"))
-    ]
-    steps = steps.sort_values(["step", "metric"], ascending=[False, True], kind="stable")
+    mine = scores[(scores["kind"] == "head") & (scores["split"] == UNSEEN)]
+    ari, last = mine["metric"] == "ari", mine["step"] == study.steps
+    # ARI first, from the last checkpoint back; of the others the last checkpoint.
+    mine = mine[(mine["by"] == "task") & (ari | last)]
+    mine = mine.assign(other=mine["metric"] != "ari", before=-mine["step"])
+    mine = mine.sort_values(["other", "before"], kind="stable")
     return opened_heads(
         acts.isel(prompt=rows),
         unseen,
-        steps.assign(score=steps["metric"] + " at step " + steps["step"].astype(int).astype(str)),
+        mine.assign(score=mine["metric"] + " at step " + mine["step"].astype(int).astype(str)),
         None if samples is None else probes.sample_attention(model, samples, names=names),
         given="input",
         labels=LABELS,

@@ -37,7 +37,7 @@ def sample_prompts(prompts: lc.Prompts, given: str) -> lc.Prompts | None:
 
     group = prompts.take(one_group(prompts.rows, given))
     firsts = group.rows[(group.lengths <= MOST_TOKENS).numpy()].drop_duplicates("task").index
-    return group.take(firsts[:SAMPLES].to_numpy()) if len(firsts) else None
+    return group.take(firsts[:SAMPLES].tolist()) if len(firsts) else None
 
 
 def opened_heads(
@@ -56,17 +56,24 @@ def opened_heads(
     Args:
         acts: activations of all prompts, with heads.
         prompts: behind them, in their order.
-        scores: of the heads, given the label ``given``.
+        scores: of the heads, given the label ``given``, with ``null_mean``: the mean of the first
+            score under permuted labels is shown as well.
         attention: of `sample_prompts`.
         score: the column that tells scores apart.
     """
+    import pandas as pd
+
+    first = scores[scores[score] == scores[score].iloc[0]]
+    chance = first.assign(
+        **{score: f"{first[score].iloc[0]}, permuted labels", "value": first["null_mean"]}
+    )
     rows = one_group(prompts.rows, given)
     shown = prompts.take(rows)
     samples = sample_prompts(prompts, given) if attention else None
     texts = [shown.text(row) for row in range(len(shown))]
     return probes.head_view(
         acts.isel(prompt=rows).assign_coords(text=("prompt", texts)),
-        scores,
+        pd.concat([scores, chance], ignore_index=True),
         attention=attention,
         sample_names=[
             f"{task}: {samples.text(row)}" for row, task in enumerate(samples.rows["task"])

@@ -8,8 +8,6 @@ escaped wherever they appear. The same run directories give the same bytes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,6 +20,7 @@ from markupsafe import Markup
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
 from lensclust.report.circuits import circuitsvis_script
+from lensclust.report.policy import content_policy
 from lensclust.report.run_content import Run, read_run
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
@@ -91,7 +90,7 @@ def _render(read: Sequence[Run]) -> str:
         title=", ".join(dict.fromkeys(run.study for run in read)),
         style=Markup("".join([_text("page.css"), _text("heads.css") if "heads" in kinds else ""])),
         scripts=[Markup(script) for script in scripts],
-        policy=_policy(scripts),
+        policy=content_policy(scripts),
         symbols=_SYMBOLS,
         number=number,
         whiskers=whiskers,
@@ -107,17 +106,3 @@ def _vega() -> str:
 
 def _text(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """A content security policy: no network at all, and no script but ours.
-
-    Vega compiles its expressions, hence ``unsafe-eval``.
-    """
-    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
-    hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-    allowed = [*hashes, "'unsafe-eval'"] if scripts else ["'none'"]
-    return (
-        f"default-src 'none'; script-src {' '.join(allowed)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )

@@ -108,3 +108,20 @@ def test_the_frame_holds_each_weight_once() -> None:
 def test_what_is_no_head_is_refused(heads: Any, said: str) -> None:
     with pytest.raises(lc.InputError, match=said):
         sample_attention(MODEL, prompts_of([4]), heads=heads)
+
+
+def test_some_heads_and_prompts_are_taken_out() -> None:
+    found = sample_attention(MODEL, prompts_of([3, 5, 4]))
+    some = found.only(heads=["head 1.2", "head 0.3"], prompts=[2, 0])
+    assert [len(tokens) for tokens in some.tokens] == [4, 3]
+    assert (some.of("head 0.3")[0] == found.of("head 0.3")[2]).all()
+    assert (some.patterns[1][0] == found.of("head 1.2")[0]).all()
+    for options, said in (
+        ({"prompts": [3]}, "prompt 3 is not among the 3 read"),
+        ({"heads": "resid 2"}, "'resid 2' is not among the 24 heads read"),
+        ({"prompts": []}, "no prompt given"),
+    ):
+        with pytest.raises(lc.InputError, match=said):
+            found.only(**options)
+    assert "8 more heads and 2 more prompts" in found._repr_html_()
+    assert "more" not in some.only(prompts=[0])._repr_html_().partition("<iframe")[0]

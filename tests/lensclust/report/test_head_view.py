@@ -16,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from lensclust.report import write_page
+from lensclust.report.circuits import attention_frame
 from lensclust.views.head_views import AttentionSample, HeadView
 from tests.lensclust.test_report import HOSTILE, make_run
 
@@ -95,14 +96,17 @@ def page(browser: Any, file: Path) -> Iterator[Any]:
     WebDriverWait(browser, 60).until(lambda b: all_of(b, ".pattern canvas"))
     yield browser
     assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [
-        m["params"]["request"]["url"]
-        for m in messages
-        if m["method"] == "Network.requestWillBeSent"
-    ]
-    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    assert requests(browser) == [file.as_uri()]
     assert not browser.find_elements("css selector", ".view img")
+
+
+def requests(browser: Any) -> list[str]:
+    """What the browser has asked for."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [
+        each["request"]["url"] for each in asked if not each["request"]["url"].startswith("data:")
+    ]
 
 
 def near(page: Any) -> None:
@@ -341,3 +345,20 @@ def test_the_page_holds_circuitsvis_once(file: Path, tmp_path: Path) -> None:
     text = write_page([run, run], tmp_path / "both.html").read_text(encoding="utf-8")
     assert text.count("var CircuitsVis=") == 1
     assert len(text) < 2_000_000
+
+
+def test_a_notebook_shows_attention_without_asking_anybody(browser: Any, tmp_path: Path) -> None:
+    patterns = np.tril(np.random.default_rng(0).random((3, 6, 6)))
+    frame = attention_frame(TOKENS[1], patterns, [f"head {HOSTILE} {i}" for i in range(3)])
+    file = tmp_path / "notebook.html"
+    file.write_text(f"<!DOCTYPE html><meta charset=utf-8>{frame}", encoding="utf-8")
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(file.as_uri())
+    browser.switch_to.frame(0)
+    WebDriverWait(browser, 60).until(lambda b: len(all_of(b, "canvas")) == 4)
+    assert one(browser, "h2").text == f"head {HOSTILE} 0"
+    assert not all_of(browser, "img")
+    browser.switch_to.default_content()
+    assert browser.get_log("browser") == []
+    assert [url for url in requests(browser) if url != "about:srcdoc"] == [file.as_uri()]
