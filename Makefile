@@ -18,7 +18,7 @@ test-slow: .venv/installed-test
 
 # Every notebook from its first cell to its last; outputs go nowhere.
 notebooks: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --nbmake-timeout=900 --durations 6 studies/notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --nbmake-timeout=900 --durations 6 studies/notebooks
 
 # The site, in docs/_build/index.html.
 docs: .venv/installed-docs

@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         if self.headers.get("Host") not in {f"{name}:{port}" for name in (HOST, "localhost")}:
             self.send_error(HTTPStatus.FORBIDDEN, "by this address only")
             return

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from probes.activation_patterns import HeadActivation
     from probes.attention import attention_ratio
     from probes.attention_ratios import AttentionRatio
+    from probes.attention_samples import AttentionSamples, sample_attention
     from probes.attribution import AttributionCheck, rank
     from probes.baselines import bag_of_tokens
     from probes.calibration import calibrate, select_prompt
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from probes.erasure import erase, erase_random
     from probes.function_vectors import FunctionVector, function_vector
     from probes.head_activations import head_activation
+    from probes.head_views import head_view
     from probes.interchanges import Interchange, interchange
     from probes.interventions import Intervention, dealt, replace, shift, transport
     from probes.kernel_alignment import CKA, cka
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 # Name -> module. No module shares its name with what it exports.
 _HOMES = {
     "AttentionRatio": "attention_ratios",
+    "AttentionSamples": "attention_samples",
     "AttributionCheck": "attribution",
     "CKA": "kernel_alignment",
     "ClusterMap": "cluster_maps",
@@ -83,6 +86,7 @@ _HOMES = {
     "erase_random": "erasure",
     "function_vector": "function_vectors",
     "head_activation": "head_activations",
+    "head_view": "head_views",
     "hypothesis": "rdms",
     "interchange": "interchanges",
     "label_word_flow": "label_word_flows",
@@ -98,6 +102,7 @@ _HOMES = {
     "reweight": "reweighting",
     "reweight_many": "reweighting",
     "rsa": "rdm_alignment",
+    "sample_attention": "attention_samples",
     "select_prompt": "calibration",
     "shift": "interventions",
     "silhouettes": "similarity",
@@ -111,6 +116,7 @@ __all__ = [
     "CKA",
     "RSA",
     "AttentionRatio",
+    "AttentionSamples",
     "AttributionCheck",
     "ClusterMap",
     "Clustering",
@@ -146,6 +152,7 @@ __all__ = [
     "erase_random",
     "function_vector",
     "head_activation",
+    "head_view",
     "hypothesis",
     "interchange",
     "label_word_flow",
@@ -161,6 +168,7 @@ __all__ = [
     "reweight",
     "reweight_many",
     "rsa",
+    "sample_attention",
     "select_prompt",
     "shift",
     "silhouettes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lensclust as lc
 import probes
 from studies.frames import plane
+from studies.opened_heads import one_group, opened_heads, sample_prompts
 from studies.study import Context, Findings, Study, check_clusters, silenced
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lensclust.views import HeadView
 
 SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 UNSEEN = "new_string"
@@ -115,7 +119,7 @@ class Emergence(Study):
             claims=claims(scores),
             figures=pictures(scores, states),
             shows=SHOWS,
-            views=views(scores, found["map"]),
+            views=views(scores, found["map"], found["heads"]),
             notes=[
                 "The paper's sizes and hyper-parameters are not known to us: tasks, model and "
                 "training are a reconstruction, so directions are tested, not values.",
@@ -140,6 +144,7 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         held_out = clustered_prompts(prompts, study.rows_per_mapping)
         tables, states = [training_scores(run.frame, prompts)], pd.DataFrame()
+        heads = pd.DataFrame({"view": []}, dtype=object)
         unseen = held_out.where(split=UNSEEN)
         followed: list[tuple[int, Any]] = []
         for step, model in run.models():
@@ -152,10 +157,14 @@ def measure(study: Emergence, seed: int, folder: Path) -> dict[str, pd.DataFrame
                 tables.append(cluster_scores(acts, study, is_last=is_last).assign(step=step))
             if is_last:
                 states = plane_by_layer(acts).assign(step=step)
+            if is_last and seed == 0:
+                view = heads_of_last(model, acts, held_out, pd.concat(tables), study)
+                heads = pd.DataFrame({"view": [json.dumps(view.to_json())]})
         weights = pd.DataFrame({"seed": [seed], "fingerprint": [lc.fingerprint(run.model())]})
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed)
     found = {"scores": scores, "states": states.assign(seed=seed), "weights": weights}
-    return found | {"map": states_over_training(followed, unseen) if seed == 0 else pd.DataFrame()}
+    found |= {"map": states_over_training(followed, unseen) if seed == 0 else pd.DataFrame()}
+    return found | {"heads": heads}
 
 
 def states_over_training(followed: Sequence[tuple[int, Any]], prompts: lc.Prompts) -> pd.DataFrame:
@@ -164,6 +173,36 @@ def states_over_training(followed: Sequence[tuple[int, Any]], prompts: lc.Prompt
     wanted = ["step", "layer", "x", "y", "explained", *LABELS]
     found = probes.cluster_map(followed).frame[wanted]
     return found.assign(text=texts * (len(found) // len(texts)))
+
+
+def heads_of_last(
+    model: Any, acts: Any, prompts: lc.Prompts, scores: pd.DataFrame, study: Emergence
+) -> HeadView:
+    """The heads of the last checkpoint, beside their scores at those before."""
+    import numpy as np
+
+    from lensclust.tasks.sif import vocabulary
+
+    rows = np.flatnonzero((prompts.rows["split"] == UNSEEN).to_numpy())
+    unseen = prompts.take(rows)
+    samples = sample_prompts(unseen, "input")
+    names = vocabulary(n_inputs=study.n_inputs, n_outputs=study.n_outputs)
+    mine = scores[(scores["kind"] == "head") & (scores["split"] == UNSEEN)]
+    ari, last = mine["metric"] == "ari", mine["step"] == study.steps
+    # ARI first, from the last checkpoint back; of the others the last checkpoint.
+    mine = mine[(mine["by"] == "task") & (ari | last)]
+    mine = mine.assign(other=mine["metric"] != "ari", before=-mine["step"])
+    mine = mine.sort_values(["other", "before"], kind="stable")
+    return opened_heads(
+        acts.isel(prompt=rows),
+        unseen,
+        mine.assign(score=mine["metric"] + " at step " + mine["step"].astype(int).astype(str)),
+        None if samples is None else probes.sample_attention(model, samples, names=names),
+        given="input",
+        labels=LABELS,
+        title="The heads after training, on unseen strings",
+        score="score",
+    )
 
 
 def task_set(study: Emergence, seed: int) -> lc.Prompts:
@@ -242,8 +281,8 @@ def plane_by_layer(acts: Any) -> pd.DataFrame:
     import pandas as pd
 
     part = acts.isel(prompt=np.flatnonzero(acts["split"].values == UNSEEN))
-    tasks = pd.Series(part["task"].values).groupby(part["input"].values).nunique()
-    part = part.isel(prompt=np.flatnonzero(part["input"].values == tasks.idxmax()))
+    tasks = pd.DataFrame({name: part[name].values for name in ("input", "task")})
+    part = part.isel(prompt=one_group(tasks, "input"))
     labels = {name: part[name].values for name in ("instruction", "template", "input")}
     labels["task"] = [f"task {number}" for number in part["task"].values]
     return pd.concat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 import lensclust as lc
 from lensclust import figures
 from lensclust.results import decide
-from lensclust.views import ClusterView
+from lensclust.views import ClusterView, HeadView, View
 from studies.emergence import CHOOSING, LABELS, UNSEEN
 from studies.frames import rank_correlations, where
 
@@ -267,7 +268,7 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
     return found
 
 
-def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
+def views(scores: pd.DataFrame, states: pd.DataFrame, heads: pd.DataFrame) -> dict[str, View]:
     """What the page lets its reader explore, by file name."""
     ari = where(scores, metric="ari", kind="resid", given="input", by="task", split=UNSEEN, seed=0)
     return {
@@ -280,5 +281,6 @@ def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
             "score is that of k-means in all dimensions, given the input.",
             scores=ari,
             score_name="ARI with task",
-        )
+        ),
+        "heads": HeadView.from_json(json.loads(heads["view"].iloc[0]), where="emergence"),
     }

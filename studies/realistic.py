@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 import probes
+from studies.frames import where
 from studies.study import Context, Findings, Study, check_clusters, silenced
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Realistic(Study):
         """Read both models, cluster, compare with the wording, decide."""
         import pandas as pd
 
-        from studies.realistic_findings import SHOWS, claims, notes, pictures, views
+        from studies.opened_heads import opened_heads, sample_prompts
+        from studies.realistic_findings import MODEL, SHOWS, claims, notes, pictures, views
 
         model = lc.load(self.model, progress=context.progress)
         prompts = self.prompts(model.tokenizer)
@@ -86,6 +88,8 @@ class Realistic(Study):
         sites = ["resid", "head"] if self.heads else ["resid"]
         own = self.read(model, prompts, sites, context, "activations")
         weights = {"model": own.attrs["weights"]}
+        samples = sample_prompts(prompts, given) if self.heads else None
+        attention = None if samples is None else probes.sample_attention(model, samples)
         del model
         measured = [self.measure(own, "model", given, context)]
         words = probes.bag_of_tokens(prompts)
@@ -99,12 +103,23 @@ class Realistic(Study):
         scores, groups = (
             pd.concat(tables, ignore_index=True) for tables in zip(*measured, strict=True)
         )
+        shown: dict[str, Any] = dict(views(scores, own, given))
+        if self.heads:
+            shown["heads"] = opened_heads(
+                own,
+                prompts,
+                where(scores, source=MODEL, kind="head", by="task", given=given),
+                attention,
+                given=given,
+                labels=("task", "template", "input"),
+                title="The heads, by how well what they add clusters by task",
+            )
         return Findings(
             scores=scores,
             claims=claims(scores, groups, given),
             figures=pictures(scores, own, given),
             shows=SHOWS,
-            views=views(scores, own, given),
+            views=shown,
             notes=notes(scores, groups, given),
             provenance={"weights": weights, "prompts": prompts.digest(), "n": len(prompts)},
         )

@@ -1,18 +1,7 @@
 "use strict";
 // A view of clusters: sliders for layer and training step over one set of points.
 (() => {
-  const { element, scatter } = window.lensclust;
-
-  // Panel by panel the pairs that lensclust.views.view_parts.quantised packed.
-  const panels = ({ shape, low, step, data }) => {
-    const held = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
-    const counts = new DataView(held.buffer);
-    const n = shape[2];
-    return (panel) =>
-      Array.from({ length: n }, (_, row) =>
-        [0, 2].map((axis) => low + step * counts.getUint16(4 * (panel * n + row) + axis, true)),
-      );
-  };
+  const { element, panels, scatter } = window.lensclust;
 
   const slider = (label, values, start) => {
     const input = element("input", { type: "range", min: "0", max: String(values.length - 1), step: "1" });

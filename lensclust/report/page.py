@@ -8,8 +8,6 @@ escaped wherever they appear. The same run directories give the same bytes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,6 +19,8 @@ from markupsafe import Markup
 
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
+from lensclust.report.circuits import circuitsvis_script
+from lensclust.report.policy import content_policy
 from lensclust.report.run_content import Run, read_run
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import embedded_json, number
@@ -77,16 +77,16 @@ def _render(read: Sequence[Run]) -> str:
         scripts += [_vega(), _text("page.js")]
     kinds = {view.kind for run in read for view in run.views}
     if kinds:
-        scripts += [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
+        scripts += _view_scripts(kinds)
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
             runs=read,
             title=", ".join(dict.fromkeys(run.study for run in read)),
-            style=Markup(_text("page.css")),
+            style=_style(kinds),
             scripts=[Markup(script) for script in scripts],
-            policy=_policy(scripts),
+            policy=content_policy(scripts),
             symbols=_SYMBOLS,
             number=number,
             whiskers=whiskers,
@@ -116,22 +116,31 @@ def view_frame(view: View) -> str:
     """
     content = view.to_json()
     check_view(content, where="view")
-    scripts = [_text(f"{name}.js") for name in ("scatter", content["kind"], "views")]
+    scripts = _view_scripts({content["kind"]})
     html = (
         _environment()
         .get_template("view.html.j2")
         .render(
             view=content,
             content=embedded_json(content),
-            style=Markup(_text("page.css")),
+            style=_style({content["kind"]}),
             scripts=[Markup(script) for script in scripts],
-            policy=_policy(scripts),
+            policy=content_policy(scripts),
         )
     )
     return Markup(
         '<iframe sandbox="allow-scripts" style="width: 100%; height: 46rem; border: 0" '
         'title="{}" srcdoc="{}"></iframe>'
     ).format(content["title"], html)
+
+
+def _view_scripts(kinds: set[str]) -> list[str]:
+    drawing = [circuitsvis_script()] if "heads" in kinds else []
+    return drawing + [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
+
+
+def _style(kinds: set[str]) -> Markup:
+    return Markup(_text("page.css") + (_text("heads.css") if "heads" in kinds else ""))
 
 
 @lru_cache(maxsize=1)
@@ -143,17 +152,3 @@ def _vega() -> str:
 
 def _text(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """A content security policy: no network at all, and no script but ours.
-
-    Vega compiles its expressions, hence ``unsafe-eval``.
-    """
-    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
-    hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-    allowed = [*hashes, "'unsafe-eval'"] if scripts else ["'none'"]
-    return (
-        f"default-src 'none'; script-src {' '.join(allowed)}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )

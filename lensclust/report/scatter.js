@@ -29,6 +29,17 @@
     return node;
   };
 
+  // Panel by panel the pairs that lensclust.views.view_parts.quantised packed.
+  const panels = ({ shape, low, step, data }) => {
+    const held = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+    const counts = new DataView(held.buffer);
+    const n = shape.at(-2);
+    return (panel) =>
+      Array.from({ length: n }, (_, row) =>
+        [0, 2].map((axis) => low + step * counts.getUint16(4 * (panel * n + row) + axis, true)),
+      );
+  };
+
   let count = 0;
   // data: title, labels [{name, values}] and texts of the points. Returns the drawing as a node,
   // and show(points, sentence), which moves the points to pairs of coordinates on a scale of
@@ -138,5 +149,5 @@
     };
     return { node, controls, show };
   };
-  Object.assign(window.lensclust, { scatter, element });
+  Object.assign(window.lensclust, { element, panels, scatter });
 })();

@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from lensclust.errors import InputError
 from lensclust.views.cluster_views import ClusterView
+from lensclust.views.head_views import HeadView
 
-__all__ = ["KINDS", "ClusterView", "View", "check_view"]
+__all__ = ["KINDS", "ClusterView", "HeadView", "View", "check_view"]
 
 
 @runtime_checkable
@@ -27,7 +28,7 @@ class View(Protocol):
         ...
 
 
-KINDS: Mapping[str, Any] = {"clusters": ClusterView}
+KINDS: Mapping[str, Any] = {"clusters": ClusterView, "heads": HeadView}
 
 
 def check_view(held: Mapping[str, Any], *, where: str) -> None:
