@@ -19,6 +19,7 @@
   // Black on what is bright and white on what is not: whichever has the greater contrast.
   const ink = (rgb) => (luminance(rgb) > 0.179 ? "#000" : "#fff");
   const short = (value) => (value === null ? "–" : value.toFixed(3));
+  const brief = (value) => value.toFixed(2).replace(/^-(0\.00)$/, "$1").replace(/^(-?)0\./, "$1.");
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const choice = (label, options, chosen) => {
     const select = element("select", {}, ...options.map((text) => element("option", {}, text)));
@@ -35,6 +36,8 @@
     constructor(shape, opened, open) {
       [this.blocks, this.heads] = shape;
       this.cells = [];
+      // Numbers fit into the cells of few heads only.
+      this.dense = this.heads > 16;
       const head = element("tr", {}, element("th", { scope: "col" }, "block"));
       for (let h = 0; h < this.heads; h++) head.append(element("th", { scope: "col" }, String(h)));
       const body = element("tbody");
@@ -49,7 +52,7 @@
         }
         body.append(row);
       }
-      this.node = element("table", { role: "grid", class: "heat" }, element("thead", {}, head), body);
+      this.node = element("table", { role: "grid", class: this.dense ? "heat dense" : "heat" }, element("thead", {}, head), body);
       this.node.addEventListener("keydown", (event) => this.key(event, open));
       this.node.addEventListener("focusin", (event) => this.rove(this.cells.indexOf(event.target)));
       this.at = 0;
@@ -99,7 +102,7 @@
         cell.classList.toggle("unmeasured", value === null);
         cell.style.backgroundColor = color ? `rgb(${color})` : "";
         cell.style.color = color ? ink(color) : "";
-        cell.textContent = this.heads > 16 ? "" : value === null ? "–" : value.toFixed(2).replace(/^(-?)0\./, "$1.");
+        cell.textContent = this.dense ? "" : value === null ? "–" : brief(value);
       });
       return [low, high];
     }
@@ -128,7 +131,7 @@
     return rows;
   };
   const visible = (token) => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "∅";
-  const brief = (token) => {
+  const clipped = (token) => {
     const letters = Array.from(visible(token));
     return letters.length > 14 ? `${letters.slice(0, 13).join("")}…` : letters.join("");
   };
@@ -214,7 +217,7 @@
       place.style.maxWidth = `${Math.min(40, 12 + 2 * prompt.tokens.length)}rem`;
       this.chart.replaceChildren(place);
       CircuitsVis.render(place.id, CircuitsVis.AttentionPattern, {
-        tokens: prompt.tokens.map(brief),
+        tokens: prompt.tokens.map(clipped),
         attention,
         minValue: 0,
         maxValue: 1,
@@ -258,9 +261,10 @@
     const help = element("p", { class: "help" }, "Choose a head to open it: click, or arrow keys and Enter.");
     const detail = element("div", { class: "opened" }, heading, clusters.node);
     if (pattern) detail.append(pattern.node);
+    const map = element("div", { class: "map" }, element("div", { class: "heads" }, heat.node), bar.node);
     node.replaceChildren(
       element("p", { class: "controls" }, chosen), help,
-      element("div", { class: "heads" }, heat.node), bar.node, status, detail,
+      element("div", { class: "beside" }, map, element("div", {}, status, detail)),
     );
     paint(0);
     open(...data.opened[0]);

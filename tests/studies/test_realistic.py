@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import lensclust as lc
+from lensclust.views import HeadView
 from studies.realistic import Realistic
 from studies.realistic_findings import best_by_group, claims, notes
 from tests.tiny import hf_model, tiny_tokenizer
@@ -43,9 +44,33 @@ def test_a_folder_and_a_model_directory_give_a_run(sources, tmp_path):
     # The task's own word stands in every instruction: the page must say that the words suffice.
     assert any("bag of tokens baseline is high" in note for note in findings.notes)
     assert (tmp_path / "run" / "report.html").exists()
-    before = (tmp_path / "run" / "claims.json").read_bytes()
+    kept = ["claims.json", "views/2_heads.json"]
+    before = [(tmp_path / "run" / name).read_bytes() for name in kept]
     study.execute(tmp_path / "run", resume=True, jobs=1, progress=False)
-    assert (tmp_path / "run" / "claims.json").read_bytes() == before
+    assert [(tmp_path / "run" / name).read_bytes() for name in kept] == before
+    check_heads(study, tmp_path / "run", findings.scores)
+
+
+def check_heads(study, run, scores):
+    """What opens is the model's: scores, and attention on prompts of one fold."""
+    view = HeadView.from_json(json.loads((run / "views" / "2_heads.json").read_text()), where="run")
+    ari = scores[(scores["metric"] == "ari") & (scores["kind"] == "head")]
+    ari = ari[(ari["by"] == "task") & (ari["source"] == "model")].set_index(["layer", "head"])
+    assert len(view.opened) == view.scores["ari"].size == len(ari)
+    for place, row in ari.iterrows():
+        assert view.scores["ari"][place] == pytest.approx(row["value"], abs=1e-4)
+        assert view.scores["ari, permuted labels"][place] == pytest.approx(
+            row["null_mean"], abs=1e-4
+        )
+    model = lc.load(study.model)
+    assert {sample.name.partition(":")[0] for sample in view.samples} == set(view.labels["task"])
+    for sample in view.samples:
+        text = sample.name.partition(": ")[2]
+        _, cache = model.run_with_cache(model.to_tokens(text))
+        for (block, head), weights in zip(view.opened, sample.weights, strict=True):
+            pattern = cache[f"blocks.{block}.attn.hook_pattern"][0, head].detach().numpy()
+            wanted = pattern[np.tril_indices(len(sample.tokens))]
+            assert np.abs(weights / 255 - wanted).max() <= 0.5 / 255 + 1e-5
 
 
 def test_folds_hold_every_instruction_once_and_mix_inputs(sources):

@@ -328,9 +328,9 @@ def test_the_page_is_no_wider_than_its_window(page: Any, width: int) -> None:
     near(page)
     WebDriverWait(page, 60).until(lambda b: all_of(b, ".pattern canvas"))
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    tops = [one(page, f".opened {part}").rect for part in (".scatter", ".attention")]
-    beside = tops[0]["y"] < tops[1]["y"] + tops[1]["height"] and tops[0]["x"] != tops[1]["x"]
-    assert beside == (width > 500)
+    heat, detail = one(page, ".map").rect, one(page, ".opened").rect
+    assert (heat["x"] + heat["width"] <= detail["x"]) == (width > 500), "beside each other"
+    assert (heat["y"] + heat["height"] <= detail["y"]) == (width < 500), "or one below the other"
     page.get_log("performance")  # the page was asked for twice
     page.get(page.current_url)
 
