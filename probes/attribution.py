@@ -88,7 +88,7 @@ def rank(
     m: int = 16,
     seed: int = 0,
     batch_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> AttributionCheck:
     """Rank sites by their first-order effect and patch the top ``m`` and ``m`` random ones.
 

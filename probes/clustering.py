@@ -145,7 +145,7 @@ def cluster(
     seed: int = 0,
     device: str | torch.device | None = None,
     jobs: int = -1,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Clustering:
     """Cluster the prompts at every site of an activation set and score it against a label.
 

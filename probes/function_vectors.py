@@ -138,7 +138,7 @@ def function_vector(
     *,
     top: int = 10,
     batch_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> FunctionVector:
     """Rank every head by its indirect effect on a task and sum the top ones' mean outputs.
 

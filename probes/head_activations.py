@@ -47,7 +47,7 @@ def head_activation(
     *,
     loss: str | Readout = "answer",
     batch_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> HeadActivation:
     """The activation of every head by prompts: attention times gradient of the loss, absolute.
 

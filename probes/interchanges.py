@@ -113,7 +113,7 @@ def interchange(
     answers: Mapping[tuple[str, str], int] | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Interchange:
     """Move the states of every prompt to other labels' clusters and read the answers.
 

@@ -59,7 +59,7 @@ def probe(
     seed: int = 0,
     device: Any = None,
     jobs: int = -1,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ProbeSweep:
     """Fit a linear probe for a label at every site and score it on groups it has not seen.
 

@@ -124,7 +124,7 @@ def patch(
     resamples: int = 1000,
     seed: int = 0,
     batch_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Patching:
     """Replace states of each base prompt by those of its source, one site at a time.
 

@@ -24,6 +24,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values
+from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
 from probes.matrix_tests import TRANSFORMS, MatrixTest, relabellings
@@ -73,6 +74,7 @@ def rsa(
     within: str | None = None,
     permutations: int = 1000,
     seed: int = 0,
+    progress: bool = True,
 ) -> RSA:
     """Compare the RDM of every site with hypotheses, with and without nuisances taken out.
 
@@ -97,6 +99,7 @@ def rsa(
         within: permute only prompts that share this label, where others are not exchangeable.
         permutations: in the null; p is at least 1 / (permutations + 1).
         seed: of permutations.
+        progress: show a bar.
 
     Returns:
         Scores of each site; one-sided p: more alike than permuted prompts are. A site whose
@@ -134,13 +137,17 @@ def rsa(
     }
     for note in notes:
         log.warning("rsa: %s", note)
-    columns = _columns(acts, dataset_sites(acts, kinds), position, distances, scales, layout)
+    sites = dataset_sites(acts, kinds)
+    columns = _columns(acts, sites, position, distances, scales, layout)
     rows, nulls = [], []
     pairs = layout.shape[1] * (layout.shape[1] - 1) // 2
-    for chunk in _chunks(columns, max(1, ENTRIES // (pairs * len(layout)))):
-        for row, null in _scored(chunk, tests, orders, seed):
-            rows.append(row)
-            nulls.append(null)
+    total = len(sites) * len(distances) * len(scales)
+    with progress_bar("rsa", total, enabled=progress) as advance:
+        for chunk in _chunks(columns, max(1, ENTRIES // (pairs * len(layout)))):
+            for row, null in _scored(chunk, tests, orders, seed):
+                rows.append(row)
+                nulls.append(null)
+            advance(len(chunk))
     frame = pd.DataFrame(rows)
     frame["p_corrected"] = _corrected(frame, np.stack(nulls))
     frame["position"] = position or str(acts["position"].values[0])

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.errors import InputError
 from lensclust.placement import found_device
+from lensclust.progress import followed
 from lensclust.stats import permutation_p
 from probes.devices import host, namespace, placed
 from probes.groups import against_null, label_groups, require_two_values
@@ -41,6 +42,7 @@ def nearest_neighbour(
     permutations: int = 100,
     seed: int = 0,
     device: Any = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """k-nearest-neighbour accuracy for a label at every site, neighbours held apart.
 
@@ -53,7 +55,7 @@ def nearest_neighbour(
 
     With ``per``, the accuracy of the prompts of each value of that label stands apart (the
     neighbours still come from all prompts). With ``device`` neighbours are looked for there
-    (`probes.devices`), in the same precision.
+    (`probes.devices`), in the same precision. ``progress`` shows a bar.
 
     Returns:
         One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
@@ -90,7 +92,8 @@ def nearest_neighbour(
     labellings = np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])
     there = None if device is None else found_device(device)
     rows: list[dict[str, Any]] = []
-    for site in dataset_sites(acts, kinds):
+    sites = dataset_sites(acts, kinds)
+    for site in followed("nearest_neighbour", sites, enabled=progress):
         nearest = neighbours(site_values(acts, site, position=position), groups, k, there)
         right = np.stack([vote(codes[nearest]) == codes for codes in labellings])
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
@@ -121,6 +124,7 @@ def silhouettes(
     scale: str = "none",
     permutations: int = 100,
     seed: int = 0,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Silhouette of a label at every site, without any k-means: how apart its states lie.
 
@@ -133,6 +137,7 @@ def silhouettes(
             prompts together.
         scale: ``none``, ``unit`` (rows to unit norm: cosine geometry) or ``standard``.
         permutations: labellings in the null; p is at least 1 / (permutations + 1).
+        progress: show a bar.
 
     Returns:
         One row a site: ``site, kind, layer, head, by, given, metric, value, null_mean, null_std,
@@ -165,7 +170,8 @@ def silhouettes(
     for reason in left_out:
         log.warning("silhouettes: %s", reason)
     rows: list[dict[str, Any]] = []
-    for site in dataset_sites(acts, kinds):
+    sites = dataset_sites(acts, kinds)
+    for site in followed("silhouettes", sites, enabled=progress):
         x = site_values(acts, site, position=position)
         scores = [label_silhouettes(SCALES[scale](x[group.rows]), group)[by] for group in groups]
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}

@@ -93,7 +93,7 @@ def tune(
     wanted: Sequence[int] | np.ndarray | Tensor,
     at: str = "answer",
     batch_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Tuning:
     """Try an intervention at every site and strength and count the wanted answers.
 

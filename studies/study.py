@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lensclust as lc
 from lensclust import run_directory
 from lensclust.disk import check_files, locked, seal_files, writing
-from lensclust.progress import progress_bar
+from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ class Study:
         config = {"study": type(self).name(), "preset": preset, "seeds": len(numbers)}
         config |= {"fields": asdict(self)}
         self.check()
-        with run_directory.claimed(out, config, resume=resume):
+        quiet = nullcontext() if progress else no_bars()
+        with quiet, run_directory.claimed(out, config, resume=resume):
             findings = self.run(Context(out, numbers, jobs, progress))
             run_directory.finish(
                 out,
