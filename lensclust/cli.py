@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it, so that ``--help`` answers a
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lensclust.claim_table import print_claims
 from lensclust.errors import InputError
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
@@ -119,9 +121,11 @@ class DoctorOptions:
 
     Attributes:
         model: a model to examine; anything `lensclust.load` takes.
+        json: for machines.
     """
 
     model: str | None = None
+    json: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,9 +169,10 @@ def _studies(given: list[str]) -> int:
 def _run(given: list[str]) -> int:
     studies = _load_studies()
     if not given or given[0] in ("-h", "--help"):
-        print(
-            f"usage: lensclust run STUDY [--preset NAME] [options]\n\nSTUDY: {', '.join(studies)}"
-        )
+        lines = [f"  {name:22} {study.title}" for name, study in studies.items()]
+        print("\n".join(["usage: lensclust run STUDY [--preset NAME] [options]", "", *lines, "",
+                         "lensclust run STUDY --help explains each option; lensclust studies says "
+                         "what a preset costs."]))  # fmt: skip
         return DONE if given else UNUSABLE
     name, rest = given[0], given[1:]
     if name not in studies:
@@ -195,7 +200,9 @@ def _run(given: list[str]) -> int:
             jobs=options.jobs,
             progress=not options.quiet,
         )
-    _print_claims(findings)
+    print_claims(findings.claims, Console())
+    for note in findings.notes:
+        print(f"note: {note}")
     print(f"page: {out / 'report.html'}")
     return DONE
 
@@ -253,10 +260,24 @@ def _extract(given: list[str]) -> int:
     return DONE
 
 
+def _completion(given: list[str]) -> int:
+    from lensclust.completion import SHELLS, completion
+
+    if given in ([], ["-h"], ["--help"]):
+        print(f"usage: lensclust completion {'|'.join(SHELLS)}\n\nIn ~/.bashrc or ~/.zshrc:\n"
+              '  eval "$(lensclust completion bash)"')  # fmt: skip
+        return DONE if given else UNUSABLE
+    print(completion(" ".join(given), OPTIONS, _load_studies()), end="")
+    return DONE
+
+
 def _doctor(given: list[str]) -> int:
     options = _parse(DoctorOptions, given, "doctor")
     from lensclust.doctor import examine
 
+    if options.json:
+        print(json.dumps(examine(options.model), indent=2, ensure_ascii=False))
+        return DONE
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, state in examine(options.model).items():
         table.add_row(name, state)
@@ -271,6 +292,16 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "serve": (_serve, "show a run in the browser while it works (this machine only)"),
     "extract": (_extract, "read activations into a zarr store"),
     "doctor": (_doctor, "versions, devices, and what a model really supports"),
+    "completion": (_completion, "completion for bash or zsh"),
+}
+OPTIONS: dict[str, Any] = {
+    "studies": None,
+    "run": RunOptions,
+    "report": ReportOptions,
+    "serve": ServeOptions,
+    "extract": ExtractOptions,
+    "doctor": DoctorOptions,
+    "completion": None,
 }
 
 
@@ -284,7 +315,7 @@ def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
 
 
 def _usage() -> str:
-    lines = [f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:11} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lensclust COMMAND [options]",
@@ -335,20 +366,6 @@ def _command(study: Any) -> Any:
         frozen=True,
         namespace={"__doc__": study.__doc__},
     )
-
-
-def _print_claims(findings: Any) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("verdict", "claim", "estimate", "95% interval", "control"):
-        table.add_column(column, overflow="fold")
-    for claim in findings.claims:
-        control = ", ".join(f"{name} {value:.2f}" for name, value in claim.control.items())
-        low, high = claim.ci95
-        interval = "one value" if low != low else f"{low:.2f} .. {high:.2f}"
-        table.add_row(claim.verdict, claim.statement, f"{claim.estimate:.2f}", interval, control)
-    Console().print(table)
-    for note in findings.notes:
-        print(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.downloads import PINS, cache_folder
 from lensclust.run_directory import machine
 from lensclust.sharing import trial
 from lensclust.sites import KINDS, additivity_error, first_site, heads_add_up, hook_name
 
+EXTRAS = {"peft": "peft", "ray": "ray", "umap": "umap"}
+# The prompts that an estimate is made from.
+_ROWS, _LENGTH = 4, 64
 EDITS = {
     "residual stream": "blocks.0.hook_resid_post",
     "head outputs": "blocks.0.attn.hook_z",
@@ -35,6 +42,8 @@ def examine(source: Any = None) -> dict[str, str]:
     report = {name: str(number) for name, number in found["versions"].items()}
     report["machine"] = found["machine"]
     report["devices"] = ", ".join(_devices())
+    report |= {f"extra {name}": _extra(module, name) for name, module in EXTRAS.items()}
+    report |= _downloads()
     if source is None:
         return report
     from lensclust.models import load
@@ -51,7 +60,62 @@ def examine(source: Any = None) -> dict[str, str]:
         report["site head"] = f"no: heads do not add up to the attention output (error {error:.2g})"
     why_not = trial(model)
     report["shared prefixes"] = "yes" if why_not is None else f"no: {why_not}"
-    return report | {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
+    report |= {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
+    report["gradients"] = _try_gradient(model)
+    report["texts"] = "yes" if model.tokenizer is not None else "no tokenizer: token ids only"
+    return report | _estimate(model)
+
+
+def _extra(module: str, name: str) -> str:
+    there = importlib.util.find_spec(module) is not None
+    return "installed" if there else f"no: pip install 'lensclust[{name}]'"
+
+
+def _downloads() -> dict[str, str]:
+    """Which pinned downloads are there already, and how much room there is for others."""
+    folder = cache_folder()
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(above).free / 1e9
+    models = folder / "models"
+    there = {name: (models / f"{name}-{pin.version}").exists() for name, pin in PINS.items()}
+    return {
+        "cache": f"{folder} ({free:.0f} GB free)",
+        **{
+            f"download {name}": "there" if found else "not yet: made when asked for"
+            for name, found in there.items()
+        },
+    }
+
+
+def _try_gradient(model: TransformerBridge) -> str:
+    """Does a gradient reach the residual stream of block 0?"""
+    nudge = torch.zeros(1, device=model.cfg.device, requires_grad=True)
+    tokens = torch.arange(4, device=model.cfg.device)[None] % model.cfg.d_vocab
+    hook = (EDITS["residual stream"], lambda value, hook: value + nudge.to(value.dtype))
+    try:
+        with torch.enable_grad():
+            logits = model.run_with_hooks(tokens, fwd_hooks=[hook])
+            (slope,) = torch.autograd.grad(logits.float().square().mean(), nudge)
+    except RuntimeError as error:
+        return f"no: {str(error).splitlines()[0]}"
+    return "reach the residual stream" if float(slope) != 0 else "do not reach the residual stream"
+
+
+@torch.no_grad()
+def _estimate(model: TransformerBridge) -> dict[str, str]:
+    """Time and room for the residual streams of 1,000 prompts, from a few of them."""
+    length = min(_LENGTH, model.cfg.n_ctx or _LENGTH)
+    tokens = torch.arange(_ROWS * length, device=model.cfg.device).view(_ROWS, length)
+    tokens = tokens % model.cfg.d_vocab
+    model(tokens[:1])
+    start = time.perf_counter()
+    model(tokens)
+    seconds = 1000 / _ROWS * (time.perf_counter() - start)
+    room = 1000 * (model.cfg.n_layers + 1) * model.cfg.d_model * 4 / 1e6
+    return {
+        f"1,000 prompts of {length} tokens": f"about {seconds:.0f} s without shared prefixes; "
+        f"{room:.0f} MB for one position of every layer"
+    }
 
 
 def _devices() -> list[str]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import io
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from lensclust.claim_table import print_claims
 from lensclust.cli import main
+from lensclust.results import decide
 from tests.tiny import hf_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +71,72 @@ def test_options_of_a_study_explain_every_field():
     assert shown.returncode == 0
     for word in ("--n-tasks", "tasks to learn", "--resume", "--preset", "--out"):
         assert word in shown.stdout
+
+
+@pytest.mark.parametrize("point", entry_points(group="lensclust.studies"), ids=lambda p: p.name)
+def test_every_field_of_every_study_is_explained(point):
+    study = point.load()
+    explained = inspect.getdoc(study).partition("Attributes:")[2]
+    for field in dataclasses.fields(study):
+        assert re.search(rf"^\s+{field.name}: \w", explained, re.M), field.name
+    assert set(study.presets) <= set(study.cost), "what a preset costs"
+    assert study.title
+
+
+def completed(line: str) -> list[str]:
+    """What bash offers at the end of a line."""
+    program = f"""
+        eval "$({sys.executable} -m lensclust.cli completion bash)"
+        complete -p lensclust > /dev/null || exit 1
+        COMP_WORDS=({line} ''); [[ {shlex.quote(line)} == *' ' ]] || unset 'COMP_WORDS[-1]'
+        COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _lensclust
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("lensclust re", ["report"]),
+        ("lensclust run em", ["emergence"]),
+        ("lensclust run emergence --preset ", ["smoke", "default", "paper"]),
+        ("lensclust run emergence --n-t", ["--n-tasks"]),
+        ("lensclust run realistic --da", ["--data"]),
+        ("lensclust extract --share", ["--share-prefixes"]),
+        ("lensclust extract --out ", []),
+    ],
+)
+def test_bash_completes_commands_studies_presets_and_options(line, offered):
+    assert completed(line) == offered
+
+
+def test_a_shell_without_completion_is_one_line(capsys):
+    assert "shell 'tcsh', expected one of bash, zsh" in one_line_error(
+        capsys, ["completion", "tcsh"]
+    )
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_claims_are_readable_at_any_width_and_without_colour(width):
+    claims = [
+        decide(name, f"Statement of {name}, which goes on for quite a while as they do", values,
+               source="here", origin="extension", control={"permuted labels": 0.0123}, at_least=0.5)
+        for name, values in
+        {"yes": [0.9, 0.91], "no": [0.1, 0.11], "one": [0.8]}.items()
+    ]  # fmt: skip
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_claims(claims, console)
+    said = console.export_text()
+    assert max(map(len, said.splitlines())) <= width
+    flat = re.sub(r"\s+", " ", said)
+    for part in ("✓ supported", "✗ contradicted", "? inconclusive", "permuted labels", "0.5"):
+        assert part in flat
+    if width >= 80:
+        assert "0.80 [one value]" in flat
 
 
 @pytest.mark.parametrize(
@@ -190,7 +266,7 @@ def test_run_ends_with_the_claims_and_the_page_and_is_not_overwritten(capsys, tm
         assert (out / name).stat().st_size > 0
     claims = json.loads((out / "claims.json").read_text())
     keys = ["id", "statement", "source", "origin", "estimate", "ci95", "control", "rule"]
-    assert list(claims[0]) == [*keys, "verdict", "n_seeds"]
+    assert list(claims[0]) == [*keys, "verdict", "n_seeds", "figures"]
     before = (out / "claims.json").read_bytes()
     again = ["run", "emergence", *QUICK, "1", "--out", str(out)]
     assert "holds this run already; continue it with --resume" in one_line_error(capsys, again)
