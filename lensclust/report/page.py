@@ -19,9 +19,9 @@ from markupsafe import Markup
 
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
-from lensclust.report.circuits import circuitsvis_script
 from lensclust.report.policy import content_policy
 from lensclust.report.run_content import Run, read_run
+from lensclust.report.scripts import own_text, view_scripts, view_style
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
 
@@ -71,13 +71,11 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _render(read: Sequence[Run]) -> str:
-    scripts = [_text("tables.js")]
+    scripts = [own_text("tables.js")]
     if any(figure.spec is not None for run in read for figure in run.figures):
-        scripts += [_vega(), _text("page.js")]
+        scripts += [_vega(), own_text("page.js")]
     kinds = {view.kind for run in read for view in run.views}
-    if kinds:
-        scripts += [circuitsvis_script()] if "heads" in kinds else []
-        scripts += [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
+    scripts += view_scripts(kinds)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -88,7 +86,7 @@ def _render(read: Sequence[Run]) -> str:
     return environment.get_template("page.html.j2").render(
         runs=read,
         title=", ".join(dict.fromkeys(run.study for run in read)),
-        style=Markup("".join([_text("page.css"), _text("heads.css") if "heads" in kinds else ""])),
+        style=Markup(view_style(kinds)),
         scripts=[Markup(script) for script in scripts],
         policy=content_policy(scripts),
         symbols=_SYMBOLS,
@@ -102,7 +100,3 @@ def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets ``vegaEmbed``."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return re.sub(r"</(script)", r"<\\/\1", bundle, flags=re.IGNORECASE)
-
-
-def _text(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
