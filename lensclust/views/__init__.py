@@ -7,7 +7,7 @@ the script of its kind. Numbers are packed, so that a view stays far below a meg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lensclust.errors import InputError
 from lensclust.views.cluster_views import ClusterView
@@ -16,6 +16,7 @@ from lensclust.views.head_views import HeadView
 __all__ = ["KINDS", "ClusterView", "HeadView", "View", "check_view"]
 
 
+@runtime_checkable
 class View(Protocol):
     """Anything that a page can let explore."""
 
