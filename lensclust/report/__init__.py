@@ -1,5 +1,6 @@
-"""Run directories -> one self-contained page; a view -> a frame for a notebook."""
+"""Run directories -> one self-contained page."""
 
-from lensclust.report.page import view_frame, write_page
+from lensclust.report.frames import view_frame
+from lensclust.report.page import write_page
 
 __all__ = ["view_frame", "write_page"]

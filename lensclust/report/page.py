@@ -19,12 +19,11 @@ from markupsafe import Markup
 
 from lensclust.disk import write_atomically, writing
 from lensclust.errors import InputError
-from lensclust.report.circuits import circuitsvis_script
 from lensclust.report.policy import content_policy
 from lensclust.report.run_content import Run, read_run
+from lensclust.report.scripts import own_text, view_scripts, view_style
 from lensclust.report.whiskers import whiskers
-from lensclust.report.wording import embedded_json, number
-from lensclust.views import View, check_view
+from lensclust.report.wording import number
 
 _HERE = Path(__file__).parent
 _SYMBOLS = {"supported": "✓", "contradicted": "✗", "inconclusive": "?"}
@@ -72,75 +71,28 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _render(read: Sequence[Run]) -> str:
-    scripts = [_text("tables.js")]
+    scripts = [own_text("tables.js")]
     if any(figure.spec is not None for run in read for figure in run.figures):
-        scripts += [_vega(), _text("page.js")]
+        scripts += [_vega(), own_text("page.js")]
     kinds = {view.kind for run in read for view in run.views}
-    if kinds:
-        scripts += _view_scripts(kinds)
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            runs=read,
-            title=", ".join(dict.fromkeys(run.study for run in read)),
-            style=_style(kinds),
-            scripts=[Markup(script) for script in scripts],
-            policy=content_policy(scripts),
-            symbols=_SYMBOLS,
-            number=number,
-            whiskers=whiskers,
-        )
-    )
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    scripts += view_scripts(kinds)
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def view_frame(view: View) -> str:
-    """A view alone, for a notebook: a frame that can reach neither the network nor the notebook.
-
-    >>> import numpy as np
-    >>> from lensclust.views import ClusterView
-    >>> view = ClusterView("t", "c", (0,), (0,), np.eye(2)[None, None], np.ones((1, 1)),
-    ...                    np.ones((1, 1)), "ARI", {"task": ("a", "b")}, ("x", "</iframe>"))
-    >>> str(view_frame(view))[:32], "</iframe>" in view_frame(view)[:-9]
-    ('<iframe sandbox="allow-scripts" ', False)
-    """
-    content = view.to_json()
-    check_view(content, where="view")
-    scripts = _view_scripts({content["kind"]})
-    html = (
-        _environment()
-        .get_template("view.html.j2")
-        .render(
-            view=content,
-            content=embedded_json(content),
-            style=_style({content["kind"]}),
-            scripts=[Markup(script) for script in scripts],
-            policy=content_policy(scripts),
-        )
+    return environment.get_template("page.html.j2").render(
+        runs=read,
+        title=", ".join(dict.fromkeys(run.study for run in read)),
+        style=Markup(view_style(kinds)),
+        scripts=[Markup(script) for script in scripts],
+        policy=content_policy(scripts),
+        symbols=_SYMBOLS,
+        number=number,
+        whiskers=whiskers,
     )
-    return Markup(
-        '<iframe sandbox="allow-scripts" style="width: 100%; height: 46rem; border: 0" '
-        'title="{}" srcdoc="{}"></iframe>'
-    ).format(content["title"], html)
-
-
-def _view_scripts(kinds: set[str]) -> list[str]:
-    drawing = [circuitsvis_script()] if "heads" in kinds else []
-    return drawing + [_text(f"{name}.js") for name in ("scatter", *sorted(kinds), "views")]
-
-
-def _style(kinds: set[str]) -> Markup:
-    return Markup(_text("page.css") + (_text("heads.css") if "heads" in kinds else ""))
 
 
 @lru_cache(maxsize=1)
@@ -148,7 +100,3 @@ def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets ``vegaEmbed``."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return re.sub(r"</(script)", r"<\\/\1", bundle, flags=re.IGNORECASE)
-
-
-def _text(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")

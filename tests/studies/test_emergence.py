@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import lensclust as lc
-from studies.emergence import SPLITS, UNSEEN, Emergence, clustered_prompts, input_only_accuracy
+from lensclust.tasks.sif import vocabulary
+from lensclust.views import HeadView
+from studies.emergence import (
+    SPLITS,
+    UNSEEN,
+    Emergence,
+    clustered_prompts,
+    input_only_accuracy,
+    measure,
+)
 from studies.emergence_findings import claims, pictures
 from studies.frames import plane, rank_correlations, where
 
@@ -118,3 +129,27 @@ def test_fields_reach_the_config_only_by_name():
     assert set(Emergence.presets) == {"smoke", "default", "paper"}
     for preset in Emergence.presets.values():
         Emergence(**preset)
+
+
+def test_the_heads_that_open_are_those_of_the_last_checkpoint(tmp_path):
+    study = Emergence(
+        **Emergence.presets["smoke"] | {"steps": 4, "n_checkpoints": 2, "permutations": 2}
+    )
+    found = measure(study, 0, tmp_path)
+    view = HeadView.from_json(json.loads(found["heads"]["view"].iloc[0]), where="here")
+    assert next(iter(view.scores)) == "ari at step 4"
+    assert "ari at step 0" in view.scores
+    ari = where(found["scores"], kind="head", metric="ari", by="task", split=UNSEEN)
+    for step in (0, 4):
+        for row in where(ari, step=step).itertuples():
+            value = view.scores[f"ari at step {step}"][int(row.layer), int(row.head)]
+            assert value == pytest.approx(row.value, abs=1e-4)
+    model = lc.load(sorted((tmp_path / "checkpoints").glob("*.safetensors"))[-1])
+    assert len(set(view.labels["input"])) == 1
+    for sample in view.samples:
+        ids = [vocabulary(n_inputs=5).index(token) for token in sample.tokens]
+        _, cache = model.run_with_cache(torch.tensor([ids]))
+        for (block, head), weights in zip(view.opened, sample.weights, strict=True):
+            pattern = cache[f"blocks.{block}.attn.hook_pattern"][0, head].detach().numpy()
+            wanted = pattern[np.tril_indices(len(ids))]
+            assert np.abs(weights / 255 - wanted).max() <= 0.5 / 255 + 1e-5

@@ -362,3 +362,20 @@ def test_a_notebook_shows_attention_without_asking_anybody(browser: Any, tmp_pat
     browser.switch_to.default_content()
     assert browser.get_log("browser") == []
     assert [url for url in requests(browser) if url != "about:srcdoc"] == [file.as_uri()]
+
+
+def test_a_notebook_shows_the_view_as_the_page_does(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "notebook.html"
+    file.write_text(f"<!DOCTYPE html><meta charset=utf-8>{VIEW._repr_html_()}", encoding="utf-8")
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(file.as_uri())
+    browser.switch_to.frame(0)
+    WebDriverWait(browser, 60).until(lambda b: all_of(b, ".pattern canvas"))
+    cell(browser, 1, 1).click()
+    assert opened(browser) == "Block 1, head 1"
+    assert HOSTILE in one(browser, "h3").text
+    assert not all_of(browser, "img")
+    browser.switch_to.default_content()
+    assert browser.get_log("browser") == []
+    assert [url for url in requests(browser) if url != "about:srcdoc"] == [file.as_uri()]
