@@ -50,13 +50,15 @@
   const draw = async (node) => {
     const figure = node.closest("figure");
     const text = document.getElementById(node.dataset.spec).textContent;
-    const spec = fit(JSON.parse(dark.matches ? brighten(text) : text), node.parentElement.clientWidth);
-    if (dark.matches) spec.config = merge(spec.config, night);
     const name = figure.querySelector("h3").textContent.replace(/[^\w-]+/g, "_");
     const actions = { export: true, source: false, compiled: false, editor: false };
-    const options = { renderer: "svg", actions, downloadFileName: name };
+    // Expressions are interpreted, not compiled: the policy of the page allows no code from text.
+    const options = { renderer: "svg", actions, downloadFileName: name, ast: true };
     if (dark.matches) options.tooltip = { theme: "dark" };
     try {
+      const room = node.parentElement.clientWidth;
+      const spec = fit(JSON.parse(dark.matches ? brighten(text) : text), room);
+      if (dark.matches) spec.config = merge(spec.config, night);
       if (node.view) node.view.finalize();
       node.view = (await vegaEmbed(node, spec, options)).view;
       figure.classList.add("is-live");

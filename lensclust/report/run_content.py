@@ -134,8 +134,9 @@ def _read_claims(path: Path) -> tuple[dict[str, Any], ...]:
             raise InputError(f"report: {path}: claim {index} has ci95 {interval!r}, expected two")
         if not isinstance(claim["control"], dict):
             raise InputError(f"report: {path}: claim {index} has a control that is no object")
-        if not isinstance(claim.get("figures", []), list):
-            raise InputError(f"report: {path}: claim {index} has figures that are no list")
+        figures = claim.get("figures", [])
+        if not (isinstance(figures, list) and all(isinstance(name, str) for name in figures)):
+            raise InputError(f"report: {path}: claim {index} has figures that are no list of names")
     return tuple(claims)
 
 
@@ -193,7 +194,7 @@ def _read_figure(
     try:
         svg = svg_file.read_text(encoding="utf-8") if svg_file else render_svg(spec)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise InputError(f"report: {svg_file or spec_file} cannot be drawn: {reason}") from error
     if "<svg" not in svg[:1000]:
         raise InputError(f"report: {svg_file} is not an SVG file")
@@ -202,13 +203,33 @@ def _read_figure(
     # Other metadata could set options of the drawing library, styles of the whole page included.
     spec = {**spec, "usermeta": meta} if spec else {}
     title = str(meta.get("title", name.replace("_", " ")))
+    description = str(spec.get("description", title))
+    caption = str(meta.get("caption", ""))
+    if _reaches_out(spec):
+        spec = {}
+        caption = f"{caption or title} (Its data lie elsewhere: only its still is shown.)"
     return Figure(
         name=name,
         anchor=anchor,
         title=title,
-        caption=str(meta.get("caption", "")),
-        description=str(spec.get("description", title)),
+        caption=caption,
+        description=description,
         still=data_uri(svg, "image/svg+xml"),
         spec=embedded_json(spec) if spec else None,
         claims=tuple(str(claim["id"]) for claim in claims if name in claim.get("figures", [])),
     )
+
+
+def _reaches_out(spec: dict[str, Any]) -> bool:
+    """Whether a specification asks for anything by address: data, an image, a link."""
+    left: list[Any] = [spec]  # no recursion: it may be nested as deeply as JSON can be
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            if not {"url", "href"}.isdisjoint(node):
+                return True
+            # What stands under these is data: a column may have any name.
+            left += [item for key, item in node.items() if key not in ("values", "datasets")]
+    return False

@@ -25,6 +25,8 @@ _MAX_CELLS = 3_000_000
 # Shown where no script runs, and until the table is opened.
 _STILL_ROWS = 20
 _MAX_COLUMNS = 200
+# A whole prompt may stand in a cell; a file with a book in one still gives a page.
+_MAX_LETTERS = 2_000
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,17 @@ def score_table(scores: pd.DataFrame) -> ScoreTable:
         packed = _pack(columns, rows)
     return ScoreTable(
         columns=named,
-        still=tuple(tuple(number(item) for item in row) for row in still),
+        still=tuple(tuple(_text(item) for item in row) for row in still),
         packed=packed,
         n_packed=rows if columns else 0,
         n_rows=len(scores),
         n_columns=scores.shape[1],
     )
+
+
+def _text(value: Any) -> str:
+    text = number(value)
+    return text if len(text) <= _MAX_LETTERS else f"{text[:_MAX_LETTERS]}…"
 
 
 def _is_number(column: pd.Series) -> bool:
@@ -87,7 +94,7 @@ def _pack(columns: list[pd.Series], rows: int) -> str:
 
 def _column(column: pd.Series) -> dict[str, Any]:
     if not _is_number(column):
-        words = column.map(number)
+        words = column.map(_text)
         codes, known = pd.factorize(words)
         return {"name": str(column.name), "codes": codes.tolist(), "words": known.tolist()}
     values = column.astype("Float64").to_numpy(dtype=float, na_value=np.nan)

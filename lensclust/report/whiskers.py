@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from markupsafe import Markup
@@ -52,5 +53,7 @@ def whiskers(claim: dict[str, Any]) -> Markup:
 
 
 def _finite(value: Any) -> float | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    # A whole number of a file may be larger than any float.
+    return float(value) if abs(value) <= sys.float_info.max else None

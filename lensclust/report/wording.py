@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,8 @@ def number(value: Any) -> str:
     """
     if value is None or value is pd.NA or value is pd.NaT:
         return "–"
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"{Decimal(value):.3g}"
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):
@@ -82,6 +85,16 @@ def data_uri(text: str, kind: str) -> str:
 
 
 def embedded_json(spec: dict[str, Any]) -> Markup:
-    """JSON for a script element, where ``</`` and ``<!--`` would end or change the element."""
-    content = json.dumps(spec, sort_keys=True, ensure_ascii=False)
+    """JSON for a script element, where ``</`` and ``<!--`` would end or change the element.
+
+    Numbers that JSON has no word for are null.
+
+    >>> embedded_json({"a": "</script>", "b": [math.nan, math.inf]})
+    Markup('{"a": "\\u003c/script>", "b": [null, null]}')
+    """
+    try:
+        content = json.dumps(spec, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        known = json.loads(json.dumps(spec), parse_constant=lambda _: None)
+        content = json.dumps(known, sort_keys=True, ensure_ascii=False)
     return Markup(content.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
