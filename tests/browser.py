@@ -48,7 +48,7 @@ class Browser:
     def all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
 
-    def until(self, script: str, *, seconds: float = 20) -> Any:
+    def until(self, script: str, *, seconds: float = 60) -> Any:
         """Wait until a script returns something true, and return that."""
         from selenium.webdriver.support.ui import WebDriverWait
 

@@ -21,7 +21,7 @@ def check_page(html: str) -> Page:
         *("html", "head", "meta", "title", "style", "body", "a", "header", "p", "h1", "h2", "h3"),
         *("main", "section", "ul", "li", "span", "table", "caption", "thead", "tbody", "tr", "th"),
         *("td", "small", "code", "strong", "aside", "figure", "div", "img", "script"),
-        *("figcaption", "details", "summary"),
+        *("figcaption", "details", "summary", "svg", "circle", "line"),
     }
     loads = [a[name] or "" for _, a in page.tags for name in ("src", "href") if name in a]
     assert all(url.startswith(("data:", "#")) for url in loads)

@@ -248,7 +248,7 @@ return Math.min(...texts.map((node) => {
 """
 
 
-def test_a_million_rows_stay_quick_to_sort_and_filter(tmp_path: Path, browser: Browser) -> None:
+def test_of_a_million_rows_as_many_travel_as_stay_quick(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run")
     rng = np.random.default_rng(0)
     n = 1_000_000
@@ -259,10 +259,8 @@ def test_a_million_rows_stay_quick_to_sort_and_filter(tmp_path: Path, browser: B
     browser.open(page)
     open_table(browser)
     assert "1,000,000 rows of scores.parquet; the first" in browser.one("main").text
-    took = browser.run("""
-        const [value] = document.querySelectorAll(".scores th button");
-        const start = performance.now();
-        value.click();
-        value.click();
-        return (performance.now() - start) / 2;""")
-    assert took < 3000
+    browser.all(".scores th button")[0].click()
+    # No more than a page of rows stands in the document, whatever there is.
+    assert len(rows_shown(browser)) == 50
+    numbers = [float(row[0]) for row in rows_shown(browser)]
+    assert numbers == sorted(numbers, reverse=True)
