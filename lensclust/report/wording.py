@@ -85,7 +85,7 @@ def data_uri(text: str, kind: str) -> str:
 
 
 def embedded_json(spec: dict[str, Any]) -> Markup:
-    """JSON for a script element, where ``</`` and ``<!--`` would end or change the element.
+    r"""JSON for a script element, where ``</`` and ``<!--`` would end or change the element.
 
     Numbers that JSON has no word for are null.
 
