@@ -88,8 +88,13 @@ class Clustering(Shown):
             return shift(self.centroids, source, target, by=self.by)
         return transport(self.centroids, source, target, by=self.by, given=self.given)
 
-    def plot(self, metric: str = "ari") -> Any:
-        """Score by layer over its permuted-label band; a heat map where there are heads."""
+    def plot(self, metric: str | None = None) -> Any:
+        """Score by layer over its permuted-label band; a heat map where there are heads.
+
+        Args:
+            metric: one of those computed; by default the first.
+        """
+        metric = metric or self._first()
         rows = self._scores(metric)
         charts = [
             figures.curves(

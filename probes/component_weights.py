@@ -82,7 +82,7 @@ class Reweighting(Shown):
 
     @contextmanager
     def through(
-        self, model: TransformerLensModel, *, positions: Positions = "last"
+        self, model: TransformerLensModel, *, positions: Positions | None = None
     ) -> Iterator[TransformerLensModel]:
         """Run a model whose heads and MLPs write what they write times their weight.
 

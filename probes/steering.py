@@ -25,7 +25,7 @@ def steer(
     intervention: Intervention,
     *,
     at: SiteSelector,
-    positions: Positions = "last",
+    positions: Positions | None = None,
 ) -> Iterator[TransformerLensModel]:
     """Run a model with its states changed, for scoring and for generation.
 
@@ -37,14 +37,16 @@ def steer(
         at: one site or several; at each it acts as fitted there.
         positions: ``"last"``: the last position of every forward, so with a key/value cache
             each generated token in turn; ``"all"``; or one token index for each row of the
-            batch, as `Prompts.position` gives it (right-padded prompts need this).
+            batch, as `Prompts.position` gives it (right-padded prompts need this). By default
+            the last of a single row; a batch has to say, because its last column may be padding.
 
     Yields:
         The model itself.
 
     Raises:
         InputError: if a site does not exist, or the model is in training mode.
-        ValueError: if the indices given do not fit the batch that is run.
+        ValueError: if the indices given do not fit the batch that is run, or a batch of several
+            rows is run and no positions were given.
 
     >>> import lensclust as lc
     >>> from probes.centroids import mean_states
@@ -60,7 +62,7 @@ def steer(
     """
     if getattr(model, "training", False):
         raise InputError(f"steer: {model_name(model)} is in training mode; call model.eval()")
-    if not isinstance(positions, Tensor) and str(positions) not in NAMED:
+    if not isinstance(positions, Tensor) and positions not in (None, *NAMED):
         raise InputError(
             f"steer: positions={positions!r}, expected one of {NAMED} or a tensor of indices"
         )
@@ -73,7 +75,7 @@ def steer(
         yield model
 
 
-def _hook(site: Site, intervention: Intervention, positions: Positions) -> Any:
+def _hook(site: Site, intervention: Intervention, positions: Positions | None) -> Any:
     edit = intervention.edit_at(site)
 
     def hook(value: Tensor, hook: Any) -> Tensor:
@@ -93,7 +95,13 @@ def _hook(site: Site, intervention: Intervention, positions: Positions) -> Any:
             rows = torch.arange(len(value), device=value.device)
             place = (rows, positions.to(value.device))
             states[place] = edit(states[place])
-        elif positions == "last":
+        elif positions is None and len(value) > 1:
+            raise ValueError(
+                f"steer: a batch of {len(value)} rows was run and no positions were given: "
+                "expected one index a row, as prompts.position('answer') gives them, or 'last' "
+                "where no row is padded on the right"
+            )
+        elif positions in (None, "last"):
             states[:, -1] = edit(states[:, -1])
         else:
             states[:] = edit(states.flatten(0, 1)).reshape(states.shape)

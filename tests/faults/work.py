@@ -143,7 +143,7 @@ class Small(Study):
             control={"zero": 0.0},
             at_least=0.1,
         )
-        return Findings(scores, [claim], {}, ["Only a test."])
+        return Findings(scores, [claim], {}, notes=["Only a test."])
 
 
 def measure(study: Small, seed: int, folder: Path) -> dict[str, pd.DataFrame]:

@@ -145,7 +145,7 @@ def test_steering_and_replay_agree_and_leave_the_model_alone() -> None:
         add_direction(rng.normal(size=D_MODEL)),
     ):
         before = model(prompts.tokens)
-        with steer(model, move, at=site):
+        with steer(model, move, at=site, positions="last"):
             steered = model(prompts.tokens)[:, -1]
         moved = move.edit_at(site)(torch.from_numpy(select(acts, site).values))
         replayed = replay(model, prompts, [(site, moved)], lambda logits, rows: logits)[0]

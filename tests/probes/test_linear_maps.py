@@ -246,7 +246,8 @@ def test_in_a_running_model(options: dict, kind: str) -> None:
     move, site = linear_transport(acts, "a", "b", **options), Site.parse(kind)
     before = model(prompts.tokens)
     seen = []
-    with steer(model, move, at=kind), steer(model, _spy(seen), at=kind):
+    spied = steer(model, _spy(seen), at=kind, positions="last")
+    with steer(model, move, at=kind, positions="last"), spied:
         after = model(prompts.tokens)
     expected = move.edit_at(site)(torch.from_numpy(select(acts, site).values))
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)

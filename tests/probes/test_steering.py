@@ -135,7 +135,9 @@ def test_nothing_is_left_behind(name, error, during_forward):
         return edit
 
     def use() -> None:
-        with steer(bridge, Intervention("plus one", edit_at), at=["resid 1", "head 0.1"]):
+        with steer(
+            bridge, Intervention("plus one", edit_at), at=["resid 1", "head 0.1"], positions="last"
+        ):
             assert hooks_of(bridge) == 2
             assert not torch.equal(bridge(tokens), before)
             if error is not None:
@@ -226,6 +228,11 @@ def test_what_cannot_be_steered_is_refused():
     with (
         pytest.raises(ValueError, match="3 positions given, but a batch of 4 was run"),
         steer(bridge, add(), at="resid 1", positions=torch.tensor([1, 2, 3])),
+    ):
+        bridge(some_tokens(4))
+    with (
+        pytest.raises(ValueError, match="a batch of 4 rows was run and no positions were given"),
+        steer(bridge, add(), at="resid 1"),
     ):
         bridge(some_tokens(4))
     with (
