@@ -3,7 +3,8 @@
     c_ilh = sum_qk A_ilh[q, k] dL_i/dA_ilh[q, k]        L_i the loss of prompt i
     activation of head h of block l = mean over prompts of |c_ilh|
 
-computed as the gradient of a gate on the head (`probes.head_gates`), without attention matrices.
+computed as the gradient of a gate on the head (`probes.head_gates`), without attention matrices
+(by the model's own fused kernel, where it has one: `lensclust.fused_attention`).
 
 L_i is the mean cross-entropy of the answer's tokens, and prompts are summed: numbers do not
 depend on how prompts are batched. (The authors' script takes the mean over all answer tokens of
@@ -32,6 +33,7 @@ from lensclust.batching import batches, default_budget, model_device
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
+from lensclust.fused_attention import fused_attention
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
@@ -81,12 +83,16 @@ def head_activation(
         raise InputError(f"head_activation: batch_tokens={batch_tokens}, expected at least 1")
     scoring = _scoring(model, prompts, loss)
     resolve(model, "z")
-    require_reach(model, *scoring.batch(scoring.lengths.argmin().repeat(2)))
+    trial = scoring.batch(scoring.lengths.argmin().repeat(2))
     losses = torch.empty(len(prompts), dtype=torch.float64)
     signed: list[Tensor] = []
     order: list[Tensor] = []
     budget = batch_tokens or max(1, default_budget(model) // BACKWARD)
-    with progress_bar("head_activation", len(prompts), enabled=progress) as advance:
+    with (
+        fused_attention(model, trial[0]),
+        progress_bar("head_activation", len(prompts), enabled=progress) as advance,
+    ):
+        require_reach(model, *trial)
         for rows in batches(scoring.lengths, budget):
             found, gradients = gate_gradients(model, *scoring.batch(rows))
             _require_finite(rows, found, "loss")

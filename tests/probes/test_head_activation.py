@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,20 @@ IN_GRAPH = ("native", "gpt2", "llama", "neox", "gemma2", "qwen2")
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
     if name == "native":
         return lc.load(native_config("sif-small"), dtype=dtype)
-    return lc.load(hf_model(name).to(dtype))
+    network: Any = hf_model(name)
+    network.to(dtype)
+    if dtype == torch.float64:
+        for part in network.modules():
+            if type(part).__name__.endswith("RMSNorm"):
+                part.forward = partial(_rms_norm, part)
+    return lc.load(network)
+
+
+def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """In the precision of x: transformers takes it in single precision whatever it is given."""
+    gemma = type(norm).__name__.startswith("Gemma")
+    eps = norm.eps if gemma else norm.variance_epsilon
+    return F.rms_norm(x, x.shape[-1:], norm.weight + gemma, eps)
 
 
 def prompts_of(n: int = 6, seed: int = 0, longest: int = 9) -> lc.Prompts:
@@ -76,6 +90,18 @@ def by_hooks(model: Any, prompt: list[int], answer: list[int], point: str) -> to
     ).detach()
 
 
+@pytest.fixture
+def softmax_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes its softmax in single precision, also of doubles."""
+    plain = F.softmax
+
+    def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return plain(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(F, "softmax", softmax)
+
+
+@pytest.mark.usefixtures("softmax_in_double")
 @pytest.mark.parametrize("name", IN_GRAPH)
 def test_the_three_forms_are_one_in_double_precision(name: str) -> None:
     model, prompts = model_of(name, torch.float64), prompts_of()

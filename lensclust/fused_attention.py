@@ -1,0 +1,131 @@
+"""Attention by the model's own fused kernel, for work in which nobody looks at a pattern.
+
+The bridge computes attention step by step, so that scores and patterns have hooks; their matrices
+then take most of the memory of a long prompt's backward, and much of its time. The code of the
+model itself can do without them (`torch.nn.functional.scaled_dot_product_attention`), and the
+bridge's output projection stands in it: the hook of ``z`` fires all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from lensclust.batching import without_cache
+
+# Logits of the two ways may differ by so many rounding errors, and by this share at most.
+ROUNDING, SHARE = 512, 0.05
+
+_ALIKE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) -> Iterator[bool]:
+    """Inside, no attention matrix is made, if the model has such code and gives the same with it.
+
+    Whether it gives the same is tried once for each model, by the logits of ``trial``. Attention is
+    left as it is where a hook is on any part of it but its output projection, and where the model
+    has no such code (native models; soft-capped scores).
+
+    Args:
+        model: a hooked model, in eval mode.
+        trial: sequences to try it on, without padding.
+
+    Yields:
+        Whether attention is fused.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")  # has no code but the bridge's
+    >>> with fused_attention(model, torch.tensor([[1, 2, 3]])) as fused:
+    ...     fused
+    False
+    """
+    attentions = _own_code(model)
+    if not attentions:
+        yield False
+        return
+    if model not in _ALIKE:
+        plain = _logits(model, trial)
+        with _swapped(model, attentions):
+            _ALIKE[model] = _alike(plain, _logits(model, trial))
+        if not _ALIKE[model]:
+            _log.info("attention is not fused: the model's own code gives other logits")
+    if not _ALIKE[model]:
+        yield False
+        return
+    with _swapped(model, attentions):
+        yield True
+
+
+def _own_code(model: Any) -> list[Any]:
+    """The attention of every block, if all of it can be run by the model's own code."""
+    network = model.original_model
+    eager = getattr(getattr(network, "config", None), "_attn_implementation", None) == "eager"
+    if not (eager and getattr(network, "_supports_sdpa", False)):
+        return []
+    attentions = [getattr(block, "attn", None) for block in model.blocks]
+    return attentions if all(map(_can_run, attentions)) else []
+
+
+def _can_run(attention: Any) -> bool:
+    original = getattr(attention, "original_component", None)
+    output = getattr(attention, "o", None)
+    if original is None or output is None or not hasattr(original, "config"):
+        return False
+    heard = set(attention.modules()) - set(output.modules())
+    if any(part.fwd_hooks or part.bwd_hooks for part in heard if isinstance(part, HookPoint)):
+        return False
+    return _place(original, output) is not None
+
+
+def _place(original: nn.Module, output: Any) -> str | None:
+    """Under which name the model's own code finds its output projection."""
+    same = (output, output.original_component)
+    return next((name for name, part in original.named_children() if part in same), None)
+
+
+@contextmanager
+def _swapped(model: Any, attentions: list[Any]) -> Iterator[None]:
+    given: list[Any] = [model.original_model.config, *map(_config, attentions)]
+    configs = {id(config): config for config in given}
+    with ExitStack() as undo:
+        for config in configs.values():
+            undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = "sdpa"
+        for attention in attentions:
+            original, output = attention.original_component, attention.o
+            name = _place(original, output)
+            # Its input is ``z``: the bridge's projection, whose hooks see it.
+            undo.callback(original._modules.__setitem__, name, original._modules[name])
+            original._modules[name] = output
+            # Set past the bridge, which would hand the attribute on to what it wraps.
+            attention.__dict__["forward"] = original.forward
+            undo.callback(attention.__dict__.pop, "forward")
+        yield
+
+
+def _config(attention: Any) -> Any:
+    return attention.original_component.config
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model.original_model(tokens, **without_cache(model))
+    return getattr(out, "logits", out)
+
+
+def _alike(plain: Tensor, fused: Tensor) -> bool:
+    rounding = torch.finfo(plain.dtype).eps
+    scale, apart = plain.abs().max(), (plain - fused).abs().max()
+    # False also where either holds NaN.
+    return bool(apart <= min(ROUNDING * rounding, SHARE) * scale)
