@@ -185,6 +185,11 @@ def test_the_rule_is_read_by_pointer_and_by_keyboard_and_printed(page: Browser) 
         "return [...document.querySelectorAll('.rule')].filter(r => r.offsetParent !== null).length"
     )
     assert page.run(shown) == 0
+    # A screen reader says it with the verdict.
+    described = "e => document.getElementById(e.getAttribute('aria-describedby')).textContent"
+    rules = page.run(f"return [...document.querySelectorAll('.ruled')].map({described})")
+    assert len(rules) == 3
+    assert all("95% interval over seeds at least 0.5" in rule for rule in rules)
     page.run("document.querySelector('.ruled').focus()")
     assert page.run(shown) == 1
     assert "95% interval over seeds at least 0.5" in page.all(".rule")[0].text

@@ -241,6 +241,14 @@ def test_several_runs_share_one_page_and_one_copy_of_vega(run: Path, tmp_path: P
     assert page.text.index("emergence") < page.text.index("realistic")
     assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 3
     assert len(page.all("figure")) == 2
+    # What is in it stands at its head, with verdicts that lead to the claims.
+    head = re.sub(r"\s+", " ", page.text).partition("Skip to the claims")[2].partition("Claims")[0]
+    assert head.count("✓ 1 supported ✗ 1 contradicted ? 1 inconclusive") == 2
+    linked = [a.get("href") for a in page.all("a")]
+    assert {"#run0", "#run1", "#run0-claims", "#run1-claims"} <= set(linked)
+    assert {str(link).removeprefix("#") for link in linked} <= {
+        str(a["id"]) for _, a in page.tags if "id" in a
+    }
     anchors = [a["id"] for _, a in page.tags if "id" in a]
     assert len(anchors) == len(set(anchors))
     with pytest.raises(InputError, match="2 runs need a file to write to"):

@@ -121,13 +121,23 @@ def test_the_script_of_the_waiting_page_is_the_one_that_its_policy_allows() -> N
     assert f"script-src 'sha256-{digest}'" in html
 
 
+# What is started in the background ignores interrupts, and so would what it starts.
+LISTENING = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from lensclust.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
 def test_the_command_says_where_and_ends_by_an_interrupt(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "lensclust.cli", "serve", str(run), "--port", "0"]
+    command = [sys.executable, "-c", LISTENING, "serve", str(run), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        port = int(re.search(r"http://127.0.0.1:(\d+)/", said)[1])  # type: ignore[index]
-        assert asked(port, "/state.json")[0] == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            port = int(re.search(r"http://127.0.0.1:(\d+)/", said)[1])  # type: ignore[index]
+            assert asked(port, "/state.json")[0] == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
