@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,24 +79,36 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("no chromium and chromedriver (Debian: chromium, chromium-driver)")
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if reason := why_not():
+        pytest.skip(reason)
+    with started(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+def why_not() -> str | None:
+    """What is missing on this machine, if anything is."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        return "no chromium and chromedriver (Debian: chromium, chromium-driver)"
+    return None if find_spec("selenium") else "selenium is not installed"
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Browser]:
+    """A browser of its own, which keeps its profile and what it downloads in a folder."""
+    from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    options = selenium.ChromeOptions()
-    options.binary_location = chromium
-    folder = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
                      f"--user-data-dir={folder}"):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     downloads = {"download.default_directory": str(folder), "download.prompt_for_download": False}
     options.add_experimental_option("prefs", downloads)
-    started = selenium.Chrome(options, Service(driver))
-    started.downloads = folder  # type: ignore[attr-defined]
+    driver = webdriver.Chrome(options, Service(str(shutil.which("chromedriver"))))
+    driver.downloads = folder  # type: ignore[attr-defined]
     try:
-        yield Browser(started)
+        yield Browser(driver)
     finally:
-        started.quit()
+        driver.quit()

@@ -24,6 +24,7 @@ from tests.benchmarks import (
     growth,
     head_activation,
     linear,
+    page,
     patching,
     prefixes,
 )
@@ -42,6 +43,7 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "components": components.rows,
     "head_activation": head_activation.rows,
     "attention": attention.rows,
+    "page": page.rows,
 }
 FULL = {
     "prefixes": lambda: prefixes.rows(full=True),
@@ -95,11 +97,14 @@ def tables(results: dict[str, dict]) -> str:
             grown.append(f"| {row['what']} | {row['sizes']} | {steps} | {most} |")
         else:
             limit = f"{row['share of limit']:.2f} of {row['limit']:.3g}" if "limit" in row else ""
+            if seconds := row.get("load, seconds"):
+                limit = f"{seconds:.2f} s, {row['slowest, seconds']:.2f} s at most"
             if share := row.get("share of the matrix rate"):
                 limit = f"{share:.2f} of the matrix rate"
+            difference = row["largest difference"]
             compared.append(
                 f"| {row['what']} | {row['peer']} | {row['ours / peer']:.2g} | {limit} "
-                f"| {row['largest difference']:.0e} |"
+                f"| {'' if difference is None else f'{difference:.0e}'} |"
             )
     peaks = results["extraction"]["peak memory while storing, MB by prompts"]
     few, many = peaks
