@@ -42,6 +42,9 @@ from probes.activation_patterns import AXES, HeadActivation
 from probes.attribution import BACKWARD
 from probes.head_gates import RowLosses, gate_gradients, require_reach
 
+# One forward's tokens over those of one with a backward, where attention is fused.
+FUSED = 2
+
 
 def head_activation(
     model: TransformerBridge,
@@ -61,7 +64,8 @@ def head_activation(
             function of the logits at the last token of prompts ``(row, vocab)`` and the numbers
             of the prompts to one differentiable loss a row, each of its own row alone.
         batch_tokens: upper bound of the tokens of one forward and backward; default a quarter of
-            that of `lensclust.extract`, since a backward holds every layer's states.
+            that of `lensclust.extract`, since a backward holds every layer's states, and half of
+            it where no attention matrices are among them.
         progress: show a bar.
 
     Returns:
@@ -87,11 +91,11 @@ def head_activation(
     losses = torch.empty(len(prompts), dtype=torch.float64)
     signed: list[Tensor] = []
     order: list[Tensor] = []
-    budget = batch_tokens or max(1, default_budget(model) // BACKWARD)
     with (
-        fused_attention(model, trial[0]),
+        fused_attention(model, trial[0]) as fused,
         progress_bar("head_activation", len(prompts), enabled=progress) as advance,
     ):
+        budget = batch_tokens or max(1, default_budget(model) // (FUSED if fused else BACKWARD))
         require_reach(model, *trial)
         for rows in batches(scoring.lengths, budget):
             found, gradients = gate_gradients(model, *scoring.batch(rows))

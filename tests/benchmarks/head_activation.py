@@ -5,7 +5,7 @@ gradients retained on every attention matrix, the mean loss of a batch of four, 
 all parameters on the way, which are thrown away. The script changes the source of a model for
 that; `output_attentions` gives the same matrices. It pads to a fixed length, which is spared the
 peer here: all prompts are equally long. A second peer has its parameters frozen, a third also
-takes a prompt at a time, as ours does at this length. Rounds are interleaved.
+takes a prompt at a time; ours takes two at this length. Rounds are interleaved.
 """
 
 from __future__ import annotations
