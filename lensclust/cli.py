@@ -177,19 +177,8 @@ def _run(given: list[str]) -> int:
     name, rest = given[0], given[1:]
     if name not in studies:
         raise InputError(f"study {name!r} is not known: expected one of {', '.join(studies)}")
-    study_class = studies[name]
-    preset = _preset(rest, study_class)
-    # The preset sets the defaults, so it must be known before the options are read.
-    command = tyro.conf.OmitArgPrefixes[_command(study_class)]
-    parsed: Any = _parse(
-        command,
-        rest,
-        f"run {name}",
-        default=_command(study_class)(
-            RunOptions(preset=preset), study_class(**study_class.presets[preset])
-        ),
-    )
-    options, study = parsed.options, parsed.study
+    options, study = _run_options(studies[name], rest)
+    preset = options.preset
     out = options.out or Path("runs") / f"{name}-{preset}"
     with _sweeps(options.engine):
         findings = study.execute(
@@ -205,6 +194,16 @@ def _run(given: list[str]) -> int:
         print(f"note: {note}")
     print(f"page: {out / 'report.html'}")
     return DONE
+
+
+def _run_options(study: Any, given: list[str]) -> tuple[RunOptions, Any]:
+    """How to run, and the study with its fields as given."""
+    preset = _preset(given, study)
+    # The preset sets the defaults, so it must be known before the options are read.
+    default = _command(study)(RunOptions(preset=preset), study(**study.presets[preset]))
+    kind = tyro.conf.OmitArgPrefixes[_command(study)]
+    parsed: Any = _parse(kind, given, f"run {study.name()}", default=default)
+    return parsed.options, parsed.study
 
 
 def _report(given: list[str]) -> int:
@@ -330,8 +329,18 @@ def _usage() -> str:
 
 
 def _load_studies() -> dict[str, Any]:
-    found = {point.name: point for point in entry_points(group="lensclust.studies")}
-    return {name: found[name].load() for name in sorted(found)}
+    """Every study that packages here offer; one that cannot be loaded is said, and left out."""
+    studies = {}
+    for point in sorted(entry_points(group="lensclust.studies"), key=lambda point: point.name):
+        try:
+            studies[point.name] = point.load()
+        except Exception as error:  # whatever somebody's package raises
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(
+                f"lensclust: study {point.name!r} ({point.value}) cannot be loaded: {said}",
+                file=sys.stderr,
+            )
+    return studies
 
 
 def _sweeps(engine: str) -> AbstractContextManager[None]:

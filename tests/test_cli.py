@@ -304,3 +304,20 @@ def test_a_killed_run_resumes_to_the_same_claims(tmp_path):
         done = subprocess.run(command(out), cwd=ROOT, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
     assert (killed / "claims.json").read_bytes() == (whole / "claims.json").read_bytes()
+
+
+def test_a_broken_study_of_another_package_leaves_the_others(tmp_path, monkeypatch, capsys):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lensclust.studies]\nbroken = broken_study:Broken\n")
+    (tmp_path / "broken_study.py").write_text("raise RuntimeError('no licence\\nbuy one')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["studies"]) == 0
+    captured = capsys.readouterr()
+    assert "emergence" in captured.out
+    said = "study 'broken' (broken_study:Broken) cannot be loaded: RuntimeError: no licence"
+    assert captured.err == f"lensclust: {said}\n"
+    assert main(["run", "emergence", "--preset", "huge"]) == 2
+    assert main(["run", "broken"]) == 2
+    assert "study 'broken' is not known" in capsys.readouterr().err
