@@ -198,10 +198,10 @@ def _run(given: list[str]) -> int:
 
 def _run_options(study: Any, given: list[str]) -> tuple[RunOptions, Any]:
     """How to run, and the study with its fields as given."""
-    preset = _preset(given, study)
+    preset, command = _preset(given, study), _command(study)
     # The preset sets the defaults, so it must be known before the options are read.
-    default = _command(study)(RunOptions(preset=preset), study(**study.presets[preset]))
-    kind = tyro.conf.OmitArgPrefixes[_command(study)]
+    default = command(RunOptions(preset=preset), study(**study.presets[preset]))
+    kind = tyro.conf.OmitArgPrefixes[command]
     parsed: Any = _parse(kind, given, f"run {study.name()}", default=default)
     return parsed.options, parsed.study
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from lensclust.batching import without_cache
+from lensclust.partial_forwards import forward_logits, running
 
 # Logits of the two ways may differ by so many rounding errors, and by this share at most.
 ROUNDING, SHARE = 512, 0.05
@@ -55,9 +55,10 @@ def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) 
         yield False
         return
     if model not in _ALIKE:
-        plain = _logits(model, trial)
-        with _swapped(model, attentions):
-            _ALIKE[model] = _alike(plain, _logits(model, trial))
+        with torch.no_grad():
+            plain = forward_logits(model, trial)
+            with _swapped(model, attentions):
+                _ALIKE[model] = _alike(plain, forward_logits(model, trial))
         if not _ALIKE[model]:
             _log.info("attention is not fused: the model's own code gives other logits")
     if not _ALIKE[model]:
@@ -96,8 +97,9 @@ def _place(original: nn.Module, output: Any) -> str | None:
 
 @contextmanager
 def _swapped(model: Any, attentions: list[Any]) -> Iterator[None]:
-    given: list[Any] = [model.original_model.config, *map(_config, attentions)]
-    configs = {id(config): config for config in given}
+    owners = [model.original_model, *(each.original_component for each in attentions)]
+    configs = {id(owner.config): owner.config for owner in owners}
+    own = {attention: attention.original_component.forward for attention in attentions}
     with ExitStack() as undo:
         for config in configs.values():
             undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
@@ -108,20 +110,8 @@ def _swapped(model: Any, attentions: list[Any]) -> Iterator[None]:
             # Its input is ``z``: the bridge's projection, whose hooks see it.
             undo.callback(original._modules.__setitem__, name, original._modules[name])
             original._modules[name] = output
-            # Set past the bridge, which would hand the attribute on to what it wraps.
-            attention.__dict__["forward"] = original.forward
-            undo.callback(attention.__dict__.pop, "forward")
+        undo.enter_context(running(own))
         yield
-
-
-def _config(attention: Any) -> Any:
-    return attention.original_component.config
-
-
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = model.original_model(tokens, **without_cache(model))
-    return getattr(out, "logits", out)
 
 
 def _alike(plain: Tensor, fused: Tensor) -> bool:

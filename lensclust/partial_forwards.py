@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ class FrozenBlocks:
             for some in tokens.split(rows):
                 try:
                     with torch.no_grad():
-                        _forward(model, some)
+                        forward_logits(model, some)
                 except _Read:
                     continue
         finally:
@@ -63,15 +63,22 @@ class FrozenBlocks:
     def reused(self, rows: Int[Tensor, " row"] | None = None) -> Iterator[None]:
         """Inside, the model runs these rows' sequences from the first block that is not frozen."""
         output = self.output if rows is None else _rows(self.output, rows)
-        try:
-            for block in self.blocks:
-                # Only the last one's output is read; the others have to give something. Set past
-                # the bridge, which would hand the attribute on to the block it wraps.
-                block.__dict__["forward"] = lambda *_given, **_named: output
+        # Only the last one's output is read; the others have to give something.
+        with running({block: lambda *_given, **_named: output for block in self.blocks}):
             yield
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+
+
+@contextmanager
+def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these parts of a bridge compute by other functions."""
+    try:
+        for part, forward in forwards.items():
+            # Set past the bridge, which would hand the attribute on to what it wraps.
+            part.__dict__["forward"] = forward
+        yield
+    finally:
+        for part in forwards:
+            part.__dict__.pop("forward", None)
 
 
 def scored_logits(
@@ -92,14 +99,17 @@ def scored_logits(
     # One sequence of the chosen states: unembedding sees no order.
     chosen = ("unembed.hook_in", lambda value, hook: value[scored.to(value.device)][None])
     with model.hooks(fwd_hooks=[chosen]):
-        return _forward(model, tokens)[0]
+        return forward_logits(model, tokens)[0]
 
 
 class _Read(Exception):
     """Raised to leave a forward when what is wanted has been read."""
 
 
-def _forward(model: TransformerBridge, tokens: Tensor) -> Tensor:
+def forward_logits(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt length"]
+) -> Float[Tensor, "row place vocab"]:
+    """Logits of right-padded sequences, where hooks leave them; no key/value cache is built."""
     network: Any = model.original_model
     out = network(tokens, **without_cache(model))
     return getattr(out, "logits", out)

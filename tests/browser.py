@@ -107,7 +107,6 @@ def started(folder: Path) -> Iterator[Browser]:
     downloads = {"download.default_directory": str(folder), "download.prompt_for_download": False}
     options.add_experimental_option("prefs", downloads)
     driver = webdriver.Chrome(options, Service(str(shutil.which("chromedriver"))))
-    driver.downloads = folder  # type: ignore[attr-defined]
     try:
         yield Browser(driver)
     finally:
