@@ -9,123 +9,27 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, make_dataclass
+from dataclasses import make_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from lensclust.claim_table import print_claims
+from lensclust.command_options import (
+    DoctorOptions,
+    ExtractOptions,
+    NoOptions,
+    ReportOptions,
+    RunOptions,
+    ServeOptions,
+)
 from lensclust.errors import InputError
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run a study.
-
-    Attributes:
-        preset: smoke (seconds), default (minutes on two cores) or paper (for a GPU).
-        seeds: number of independent repetitions; default the study's own.
-        out: run directory; default runs/STUDY-PRESET.
-        resume: continue a run that was interrupted.
-        jobs: worker processes; -1 uses all cores.
-        engine: local (processes on this machine) or ray (seeds, checkpoints and sites on all
-            nodes of a Ray cluster; the run directory must lie on a file system that they see).
-        quiet: no progress bars.
-    """
-
-    preset: str = "default"
-    seeds: int | None = None
-    out: Path | None = None
-    resume: bool = False
-    jobs: int = -1
-    engine: Literal["local", "ray"] = "local"
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """One page over one or several run directories.
-
-    Attributes:
-        runs: run directories.
-        out: the page; default report.html in the only directory.
-    """
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    out: Path | None = None
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """Show a run in the browser while it works, on this machine alone; its page at the end.
-
-    Attributes:
-        run: a run directory, finished or not.
-        port: where to listen; 0 takes any that is free.
-    """
-
-    run: Annotated[Path, tyro.conf.Positional]
-    port: int = 8765
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """Read activations of a model on a task set into a zarr store.
-
-    Attributes:
-        model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
-            directory, a hub id, a GGUF file, a checkpoint.
-        tasks: sif, natural, classification:DATA, or instruction_induction:DIR.
-        out: the store's folder, or its URL such as s3://bucket/a.
-        sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
-        at: read positions: answer, instruction_end, ...
-        batch_tokens: upper bound of a batch's size, padding included; default by device.
-        share_prefixes: compute what prompts have in common at their beginning once.
-        dtype: numpy type of what is kept.
-        device: where the model runs, such as cuda:1; default an accelerator if there is one.
-        model_dtype: of the model's weights; default float32, or a checkpoint's own.
-        resume: continue a store that was interrupted.
-        engine: local (this process) or ray (replicas of the model on all nodes of a Ray cluster,
-            one GPU each where there are GPUs; the store must lie on a file system that they see).
-        workers: replicas of the model (ray); default as many as there is room for.
-        threads: CPU threads of a replica (ray); default those of this process.
-        quiet: no progress bars.
-    """
-
-    model: str
-    tasks: str
-    out: str
-    sites: tuple[str, ...] = ("resid", "head")
-    at: tuple[str, ...] = ("answer",)
-    batch_tokens: int | None = None
-    share_prefixes: bool = True
-    dtype: Literal["float16", "float32", "float64"] = "float32"
-    device: str | None = None
-    model_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
-    resume: bool = False
-    engine: Literal["local", "ray"] = "local"
-    workers: int | None = None
-    threads: int | None = None
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class DoctorOptions:
-    """Versions, devices, and what a model really supports.
-
-    Attributes:
-        model: a model to examine; anything `lensclust.load` takes.
-        json: for machines.
-    """
-
-    model: str | None = None
-    json: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,7 +59,7 @@ def _dispatch(given: list[str]) -> int:
 
 
 def _studies(given: list[str]) -> int:
-    _parse(_NoOptions, given, "studies")
+    _parse(NoOptions, given, "studies")
     table = Table(box=None, pad_edge=False)
     for column in ("study", "what it shows", "after", "presets"):
         table.add_column(column, overflow="fold")
@@ -302,11 +206,6 @@ OPTIONS: dict[str, Any] = {
     "doctor": DoctorOptions,
     "completion": None,
 }
-
-
-@dataclass(frozen=True)
-class _NoOptions:
-    """What studies there are, which paper each follows, and what each preset costs."""
 
 
 def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
