@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from lensclust.partial_forwards import forward_logits, running
-
-# Logits of the two ways may differ by so many rounding errors, and by this share at most.
-ROUNDING, SHARE = 512, 0.05
+from lensclust.partial_forwards import alike, forward_logits, running
 
 _ALIKE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _log = logging.getLogger(__name__)
@@ -58,7 +55,7 @@ def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) 
         with torch.no_grad():
             plain = forward_logits(model, trial)
             with _swapped(model, attentions):
-                _ALIKE[model] = _alike(plain, forward_logits(model, trial))
+                _ALIKE[model] = alike(plain, forward_logits(model, trial))
         if not _ALIKE[model]:
             _log.info("attention is not fused: the model's own code gives other logits")
     if not _ALIKE[model]:
@@ -112,10 +109,3 @@ def _swapped(model: Any, attentions: list[Any]) -> Iterator[None]:
             original._modules[name] = output
         undo.enter_context(running(own))
         yield
-
-
-def _alike(plain: Tensor, fused: Tensor) -> bool:
-    rounding = torch.finfo(plain.dtype).eps
-    scale, apart = plain.abs().max(), (plain - fused).abs().max()
-    # False also where either holds NaN.
-    return bool(apart <= min(ROUNDING * rounding, SHARE) * scale)

@@ -6,15 +6,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
+from transformer_lens.model_bridge.generalized_components.mlp import MLPBridge
 
 from lensclust.batching import default_budget, without_cache
 
 Output = Tensor | tuple[Any, ...]
+
+# Two ways to one result may differ by so many rounding errors, and by this share at most.
+ROUNDING, SHARE = 512, 0.05
+
+_PLACEWISE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +97,8 @@ def scored_logits(
 ) -> Float[Tensor, "token vocab"]:
     """Logits at the chosen places of right-padded sequences, row by row; no others are made.
 
+    Nor does the last block's MLP run at other places, where no hook looks at what comes of it.
+
     >>> import lensclust as lc
     >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3], [4, 5, 0]])
     >>> scored = torch.tensor([[False, True, True], [False, True, False]])
@@ -98,8 +109,50 @@ def scored_logits(
     """
     # One sequence of the chosen states: unembedding sees no order.
     chosen = ("unembed.hook_in", lambda value, hook: value[scored.to(value.device)][None])
-    with model.hooks(fwd_hooks=[chosen]):
+    with _last_mlp_at(model, scored), model.hooks(fwd_hooks=[chosen]):
         return forward_logits(model, tokens)[0]
+
+
+@contextmanager
+def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[None]:
+    """Inside, the last block's MLP runs at these places alone; what it adds elsewhere is zero."""
+    block = model.blocks[-1]
+    mlp, attention = getattr(block, "mlp", None), getattr(block, "attn", None)
+    later = {*block.modules(), *model.ln_final.modules()}
+    later -= set(attention.modules() if attention else ())
+    heard = any(part.fwd_hooks or part.bwd_hooks for part in later if isinstance(part, HookPoint))
+    if heard or type(mlp) not in (MLPBridge, GatedMLPBridge):
+        yield
+        return
+    whole = mlp.forward
+
+    def forward(states: Any, *given: Any, **named: Any) -> Any:
+        if given or named or not _placewise(mlp, whole, states):
+            return whole(states, *given, **named)
+        places = scored.to(states.device)
+        found = whole(states[places][None])[0]
+        return found.new_zeros(*states.shape[:-1], found.shape[-1]).index_put((places,), found)
+
+    with running({mlp: forward}):
+        yield
+
+
+def _placewise(mlp: nn.Module, whole: Callable[..., Any], states: Tensor) -> bool:
+    """Whether an MLP makes the same of a token whatever stands beside it; asked once for each."""
+    if states.shape[1] == 1:
+        return True
+    if mlp not in _PLACEWISE:
+        with torch.no_grad():
+            together, alone = whole(states), whole(states[:, -1:])
+        _PLACEWISE[mlp] = isinstance(together, Tensor) and alike(together[:, -1:], alone)
+    return _PLACEWISE[mlp]
+
+
+def alike(found: Tensor, other: Tensor) -> bool:
+    """Whether two ways to one result differ by rounding alone; not where either holds NaN."""
+    rounding = torch.finfo(found.dtype).eps
+    scale, apart = found.abs().max(), (found - other).abs().max()
+    return bool(apart <= min(ROUNDING * rounding, SHARE) * scale)
 
 
 class _Read(Exception):

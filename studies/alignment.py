@@ -180,7 +180,8 @@ class Alignment(Study):
         found = context.sweep(partial(measure, self), items, "part")
         import pandas as pd
 
-        from studies.alignment_findings import SHOWS, claims, pictures, said, table
+        from studies.alignment_figures import SHOWS, pictures
+        from studies.alignment_findings import claims, said, table
 
         scores = found["scores"]
         return Findings(

@@ -1,4 +1,4 @@
-"""What the scores of the alignment study say: its table, its claims and its figures."""
+"""What the scores of the alignment study say: its table and its claims."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust import figures
-from lensclust.figures.trade_offs import trade_off
 from lensclust.results import decide
 from lensclust.stats import mean_interval
 from studies.alignment_methods import (
@@ -37,26 +35,6 @@ TABLE = "table"
 ENOUGH = 0.9
 # A pair that no number of examples suffices for counts as if so many times the most did.
 BEYOND = 4
-
-
-# Which claims a figure shows.
-SHOWS = {
-    "synthetic_examples": ["moved", "gate-of-examples", "pull-examples", "fewer-than-training"],
-    "synthetic_trade_off": [
-        "moved-damage",
-        "gate-of-examples",
-        "needs-a-gate",
-        "pull-damage",
-        "heads-damage",
-    ],
-    "pretrained_examples": [
-        "pretrained-moved",
-        "pretrained-random",
-        "pretrained-against-training",
-        "pretrained-pull",
-    ],
-    "pretrained_trade_off": ["pretrained-damage", "pretrained-against-training"],
-}
 
 
 class Part:
@@ -292,48 +270,5 @@ def said(scores: pd.DataFrame) -> list[str]:
     ]
 
 
-def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over pairs of tasks, of each seed."""
-    keys = ["seed", "method", "examples", "metric"]
-    return rows.groupby(keys, sort=False)["value"].mean().reset_index()
-
-
 def _ending(prompt: object) -> str:
     return repr(str(prompt).rpartition("\n")[2])
-
-
-def pictures(scores: pd.DataFrame) -> dict[str, Any]:
-    """The study's figures, by file name."""
-    found: dict[str, Any] = {}
-    for part in ("synthetic", "pretrained"):
-        rows = where(scores, part=part)
-        if rows.empty:
-            continue
-        name = "synthetic task" if part == "synthetic" else "pretrained model"
-        careful, eager = (_means(where(rows, chosen_by=by)) for by in (MERIT, SUCCESS))
-        most = careful[~careful["method"].isin(eager["method"])]
-        curves = where(pd.concat([most, eager]), metric=WANTED).sort_values("examples")
-        if curves["examples"].nunique() > 1:
-            found[f"{part}_examples"] = figures.curves(
-                curves.assign(examples=curves["examples"].astype(str)),
-                x="examples",
-                color="method",
-                band=None,
-                title=f"Wanted answers from few examples, {name}",
-                caption="Share of prompts with unseen instructions answered as the wanted task"
-                + ("; learning rates chosen by that share alone." if len(eager) else "."),
-                y_title="wanted answers",
-            )
-        keys = ["method", "examples", "metric"]
-        wide = careful.groupby(keys, sort=False)["value"].mean().unstack("metric").reset_index()
-        found[f"{part}_trade_off"] = trade_off(
-            wide,
-            cost=LOSS,
-            gain=WANTED,
-            label="examples",
-            title=f"Success against damage, {name}",
-            caption="Means over pairs of tasks; numbers are labelled examples.",
-            cost_title="accuracy lost on untouched tasks",
-            gain_title="wanted answers",
-        )
-    return found

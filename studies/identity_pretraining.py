@@ -160,7 +160,8 @@ class IdentityPretraining(Study):
 
         from studies.identity_pretraining_arms import measure
         from studies.identity_pretraining_figures import SHOWS, pictures
-        from studies.identity_pretraining_findings import claims, notes, summary
+        from studies.identity_pretraining_findings import claims, notes
+        from studies.identity_pretraining_tables import summary
 
         found = context.sweep(partial(measure, self), parts(self, context.seeds), "part")
         scores = found["scores"]

@@ -15,7 +15,8 @@ from lensclust.figures.style import Picture, finish, how_to_read
 from studies.emergence import UNSEEN
 from studies.frames import where
 from studies.identity_pretraining import ARMS, COMPARED
-from studies.identity_pretraining_findings import BUDGETS, OF_TASK, TOTAL, conditions, percent
+from studies.identity_pretraining_findings import percent
+from studies.identity_pretraining_tables import BUDGETS, OF_TASK, TOTAL, conditions
 from studies.phases import TASK
 
 _CELL = 52

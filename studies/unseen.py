@@ -138,7 +138,8 @@ class Unseen(Study):
             # The longest item first, so that no core is left waiting for it.
             items.insert(0, "pretrained")
         found = context.sweep(partial(measure, self), items, "part")
-        from studies.unseen_findings import SHOWS, claims, pictures, views
+        from studies.unseen_figures import SHOWS, pictures, views
+        from studies.unseen_findings import claims
 
         scores = found["scores"]
         return Findings(

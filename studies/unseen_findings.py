@@ -1,4 +1,4 @@
-"""What the scores of the study of unseen instances say: its claims and its figures."""
+"""What the scores of the study of unseen instances say: its claims."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust import figures
 from lensclust.results import decide
-from lensclust.views import ClusterView
-from studies.emergence import LABELS, UNSEEN
-from studies.frames import rank_correlations, where
+from studies.emergence import UNSEEN
+from studies.frames import where
 from studies.unseen import ANSWER, INSTRUCTION, MEANS
+from studies.unseen_tables import Pretrained, Synthetic
 
 PAPER: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",
@@ -21,121 +20,6 @@ PAPER: dict[str, Any] = {
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 MEMBER = "another member"
-# Fewer prompts than this inside or outside their cluster say nothing about a checkpoint.
-FEWEST = 5
-
-
-# Which claims a figure shows.
-SHOWS = {
-    "membership": ["nearest-centroid", "membership-*", "tracks-accuracy"],
-    "inside_and_outside": ["margin", "new-pairs-elsewhere", "nearest-centroid"],
-    "moved": ["transport", "random-moves", "input-conditional"],
-    "moved_early": ["instruction-end"],
-    "erased": ["erase*"],
-    "pretrained_moved": ["pretrained-*"],
-    "pretrained_clusters": ["pretrained-layers"],
-}
-
-
-class Synthetic:
-    """The scores of the trained models as one number a seed."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = where(scores, part="synthetic")
-        self.layers = sorted(int(x) for x in self.scores["layer"].dropna().unique())
-        self.top, self.middle = self.layers[-1], self.layers[len(self.layers) // 2]
-        self.steps = sorted(int(x) for x in self.scores["step"].unique())
-
-    def final(self, metric: str, split: str, layer: int | None = None) -> np.ndarray:
-        """A score after training."""
-        return self.at(self.steps[-1], metric, split, layer)
-
-    def at(self, step: int, metric: str, split: str, layer: int | None = None) -> np.ndarray:
-        """A score at a checkpoint."""
-        rows = where(self.scores, metric=metric, split=split, step=step)
-        rows = rows if layer is None else where(rows, layer=layer)
-        return rows.sort_values(by="seed")["value"].to_numpy()
-
-    def with_accuracy(self, split: str, layer: int) -> np.ndarray:
-        """Rank correlation of ARI with accuracy over checkpoints."""
-        rows = where(self.scores, split=split)
-        accuracy = where(rows, metric="accuracy")[["seed", "step", "value"]]
-        ari = where(rows, metric="ari", layer=layer)
-        both = ari.merge(accuracy, on=["seed", "step"], suffixes=("", "_accuracy"))
-        return rank_correlations(both, "value_accuracy", "value", by="seed").to_numpy()
-
-    def inside_minus_outside(self, split: str, layer: int) -> np.ndarray:
-        """Accuracy of prompts in their task's cluster minus that of the others, within checkpoints.
-
-        Differences of single checkpoints are weighted as Mantel and Haenszel weigh strata.
-        """
-        rows = where(self.scores, split=split, layer=layer)
-        table = rows.pivot_table("value", ["seed", "step"], "metric", dropna=False)
-        outside = table["in wrong cluster"]
-        inside = where(rows, metric="membership").set_index(["seed", "step"])["n"] - outside
-        counted = (inside >= FEWEST) & (outside >= FEWEST)
-        weight = (inside * outside / (inside + outside)).where(counted, 0)
-        gain = table["accuracy, right cluster"] - table["accuracy, wrong cluster"]
-        total = (gain.fillna(0) * weight).groupby("seed").sum()
-        return (total / weight.groupby("seed").sum().replace(0, np.nan)).dropna().to_numpy()
-
-    def margin(self, split: str, layer: int) -> np.ndarray:
-        """Mean over checkpoints of the AUC with which the margin tells right answers."""
-        rows = where(self.scores, split=split, layer=layer, metric="margin AUC")
-        rows = rows[rows["step"] > 0].dropna(subset="value")
-        return rows.groupby("seed")["value"].mean().to_numpy()
-
-    def moved(
-        self, method: str, position: str = ANSWER, metric: str = "target", best: str | None = None
-    ) -> np.ndarray:
-        """Rate at the layer where ``best`` moves most answers of the other half of the prompts."""
-        rows = where(self.scores, position=position)
-        chosen = where(rows, fold="choose", metric="target", method=best or method)
-        layer = chosen.loc[chosen.groupby("seed")["value"].idxmax()].set_index("seed")["layer"]
-        rows = where(rows, fold="report", metric=metric, method=method).set_index("seed")
-        return rows.loc[rows["layer"] == layer.reindex(rows.index), "value"].to_numpy()
-
-    def erased(self, method: str) -> np.ndarray:
-        """Accuracy lost by an erasure at the middle layer, beyond that of random dimensions."""
-        rows = where(self.scores, metric="accuracy left", position=ANSWER, fold="report")
-        table = where(rows, layer=self.middle).pivot_table("value", "seed", "method")
-        return (table[f"{method}, random subspace"] - table[method]).to_numpy()
-
-    def left(self, method: str) -> float:
-        """Accuracy left after an erasure at the middle layer."""
-        rows = where(self.scores, metric="accuracy left", position=ANSWER, fold="report")
-        return float(where(rows, layer=self.middle, method=method)["value"].mean())
-
-
-class Pretrained:
-    """The scores of the pretrained model as one number an ordered pair of tasks."""
-
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = where(scores, part="pretrained")
-        self.moves = self.scores[self.scores["fold"].notna()]
-
-    def at_best(self, method: str, best: str = "shift") -> np.ndarray:
-        """Rate at the layer where ``best`` moves most, chosen on the other half of the queries."""
-        found = []
-        rows = where(self.moves, metric="target")
-        for fold, other in (("0", "1"), ("1", "0")):
-            by_layer = where(rows, method=best, fold=other).groupby("layer")["value"].mean()
-            found.append(where(rows, method=method, fold=fold, layer=by_layer.idxmax()))
-        both = pd.concat(found)
-        weighted = (both["value"] * both["n"]).groupby([both["source"], both["target"]]).sum()
-        return (weighted / both["n"].groupby([both["source"], both["target"]]).sum()).to_numpy()
-
-    def with_clusters(self, metric: str, source: str = "model") -> np.ndarray:
-        """Rank correlation over layers of moved answers with a clustering score, by pair."""
-        score = where(self.scores, metric=metric, method=source).set_index("layer")["value"]
-        rows = where(self.moves, metric="target", method="shift")
-        rows = rows.assign(score=rows["layer"].map(score), pair=rows["source"] + rows["target"])
-        return rank_correlations(rows, "score", "value", by="pair").to_numpy()
-
-    def peak(self, metric: str, method: str) -> int:
-        """The first layer at which a curve reaches nine tenths of its largest value."""
-        curve = where(self.scores, metric=metric, method=method).groupby("layer")["value"].mean()
-        return int(curve.index[curve >= 0.9 * curve.max()][0])
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
@@ -335,99 +219,6 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
             **over,
         ),
     ]
-
-
-def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
-    """What the page lets its reader explore, by file name."""
-    ari = where(scores, metric="ari", split=UNSEEN, seed=0, part="synthetic")
-    return {
-        "clusters": ClusterView.from_frame(
-            states,
-            labels=("answered", *LABELS),
-            title="Unseen strings by layer and over training, and how they are answered at the end",
-            caption="Two principal components of each layer at each checkpoint (first seed), "
-            "turned onto those before them by an orthogonal map. Answered: after training. A "
-            "picture is no measure: the score is that of k-means in all dimensions, given the "
-            "input.",
-            scores=ari,
-            score_name="ARI with task",
-        )
-    }
-
-
-def pictures(scores: pd.DataFrame) -> dict[str, Any]:
-    """The study's figures, by file name."""
-    own = where(scores, part="synthetic")
-    last = where(own, step=own["step"].max())
-    moved = where(last, metric="target", fold="report")
-    found = {
-        "moved": figures.curves(
-            where(moved, position=ANSWER),
-            color="method",
-            band=None,
-            title="States moved to another task's cluster",
-            caption="Share of answers that the other task gives; unseen strings, answering token.",
-            y_title="target answers",
-        ),
-        "moved_early": figures.curves(
-            where(moved, position=INSTRUCTION),
-            color="method",
-            band=None,
-            title="Moved at the end of the instruction",
-            caption="Share of answers that the other task gives; the input is not read yet there.",
-            y_title="target answers",
-        ),
-        "erased": figures.curves(
-            where(last, metric="accuracy left", position=ANSWER, fold="report"),
-            color="method",
-            band=None,
-            title="What is left when task identity is erased",
-            caption="Accuracy on unseen strings after LEACE at one layer, answering token.",
-            y_title="accuracy",
-        ),
-        "membership": figures.curves(
-            where(last, metric="membership"),
-            color="split",
-            band=None,
-            title="Is the nearest training centroid the right one?",
-            caption="Share of prompts, given the input, after training.",
-            y_title="in own cluster",
-        ),
-        "inside_and_outside": figures.curves(
-            where(
-                where(own, split=UNSEEN, layer=own["layer"].max()),
-                metric=["accuracy, right cluster", "accuracy, wrong cluster"],
-            ),
-            x="step",
-            color="metric",
-            band=None,
-            title="Accuracy inside and outside the task's cluster",
-            caption="Unseen strings over training, last layer.",
-            y_title="accuracy",
-        ),
-    }
-    if "pretrained" in set(scores["part"]):
-        theirs = where(scores, part="pretrained")
-        found["pretrained_moved"] = figures.curves(
-            where(theirs, metric="target")
-            .groupby(["method", "layer"], sort=False)["value"]
-            .mean()
-            .reset_index(),
-            color="method",
-            band=None,
-            title="Few-shot word tasks moved into each other",
-            caption="Share of answers that the other task gives, mean over ordered pairs.",
-            y_title="target answers",
-        )
-        found["pretrained_clusters"] = figures.curves(
-            where(theirs, metric=["ari", "1nn_accuracy"], method="model"),
-            color="metric",
-            title="Where few-shot prompts cluster by task",
-            caption="ARI given the query, and accuracy of the nearest neighbour with another "
-            "query; bands: permuted labels.",
-            y_title="score",
-        )
-    return found
 
 
 def _random(seen: Synthetic, like: str, position: str = ANSWER) -> np.ndarray:

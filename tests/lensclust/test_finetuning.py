@@ -252,6 +252,43 @@ def test_frozen_blocks_give_what_a_whole_forward_gives(name):
         torch.testing.assert_close(model(asked.tokens)[scored], whole)
 
 
+@pytest.mark.parametrize("name", ["native", "llama", "gpt2", "neox"])
+def test_the_last_mlp_runs_only_where_logits_are_read(name):
+    model, asked = load(name), prompts(5)
+    scored = torch.arange(asked.tokens.shape[1]) == (asked.lengths - 1)[:, None]
+    mlp = model.blocks[-1].mlp
+    seen: list[int] = []
+
+    def count(_part: Any, given: Any) -> None:
+        seen.append(given[0].shape[:-1].numel())
+
+    with torch.no_grad():
+        whole = model(asked.tokens)[scored]
+        scored_logits(model, asked.tokens, scored)  # asks whether the MLP sees one token at a time
+        handle = mlp.original_component.register_forward_pre_hook(count)
+        torch.testing.assert_close(scored_logits(model, asked.tokens, scored), whole)
+        assert seen == [5]
+        found: list[torch.Tensor] = []
+        for hook in (mlp.hook_out, model.blocks[-1].hook_out, model.ln_final.hook_in):
+            with model.hooks(fwd_hooks=[(hook.name, lambda value, hook: found.append(value))]):
+                scored_logits(model, asked.tokens, scored)
+            assert seen.pop() == asked.tokens.numel()
+            assert bool((found.pop().abs().sum(-1) > 0).all())
+        handle.remove()
+
+
+def test_an_mlp_that_sees_other_tokens_runs_whole():
+    model, asked = load("llama"), prompts(5)
+    scored = torch.arange(asked.tokens.shape[1]) == (asked.lengths - 1)[:, None]
+    network = model.blocks[-1].mlp.original_component
+    own = network.forward
+    network.forward = lambda states: own(states + states.cumsum(1))
+    with torch.no_grad():
+        whole = model(asked.tokens)[scored]
+        torch.testing.assert_close(scored_logits(model, asked.tokens, scored), whole)
+        torch.testing.assert_close(scored_logits(model, asked.tokens, scored), whole)
+
+
 def test_batches_go_through_all_prompts_and_follow_the_seed():
     model, asked = load("native"), prompts(9)
 

@@ -23,7 +23,8 @@ from lensclust.finetuning import finetuned
 from probes.pairing import first_answers
 from studies import alignment_scores
 from studies.alignment import Alignment
-from studies.alignment_findings import LOSS, WANTED, Part, claims, pictures, said, table
+from studies.alignment_figures import pictures
+from studies.alignment_findings import LOSS, WANTED, Part, claims, said, table
 from studies.alignment_methods import (
     HEADS,
     MERIT,

@@ -22,15 +22,8 @@ from studies.emergence import SPLITS, UNSEEN
 from studies.identity_pretraining import ARMS, COMPARED, SEARCHED, IdentityPretraining, parts
 from studies.identity_pretraining_arms import plan
 from studies.identity_pretraining_figures import condition_map, pictures
-from studies.identity_pretraining_findings import (
-    OF_TASK,
-    TOTAL,
-    Runs,
-    claims,
-    conditions,
-    notes,
-    summary,
-)
+from studies.identity_pretraining_findings import claims, notes
+from studies.identity_pretraining_tables import OF_TASK, TOTAL, Runs, conditions, summary
 from studies.phases import (
     NAMING,
     TASK,

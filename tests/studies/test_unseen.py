@@ -18,8 +18,10 @@ from lensclust.cli import main
 from probes.interchanges import MEMBER
 from studies.emergence import SPLITS, UNSEEN
 from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
-from studies.unseen_findings import Pretrained, Synthetic, claims, pictures
+from studies.unseen_figures import pictures
+from studies.unseen_findings import claims
 from studies.unseen_pretrained import measure_pretrained
+from studies.unseen_tables import Pretrained, Synthetic
 
 STEPS, LAYERS, SEEDS, N = (0, 50, 400, 800), range(5), range(4), 40
 TASKS = ("plural", "past", "upper_case")
