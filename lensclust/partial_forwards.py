@@ -117,7 +117,8 @@ def scored_logits(
 def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[None]:
     """Inside, the last block's MLP runs at these places alone; what it adds elsewhere is zero."""
     block = model.blocks[-1]
-    mlp, attention = getattr(block, "mlp", None), getattr(block, "attn", None)
+    mlp: Any = getattr(block, "mlp", None)
+    attention = getattr(block, "attn", None)
     later = {*block.modules(), *model.ln_final.modules()}
     later -= set(attention.modules() if attention else ())
     heard = any(part.fwd_hooks or part.bwd_hooks for part in later if isinstance(part, HookPoint))
