@@ -73,6 +73,8 @@ class Context:
     ) -> dict[str, pd.DataFrame]:
         """``function(item, folder)`` for each item, in worker processes; frames concatenated.
 
+        A frame of a name is that of all items which gave one.
+
         What an item returned is kept in the run directory as soon as it is done, so that a
         resumed run computes only what is missing. ``folder`` is the item's own, for checkpoints
         and the like; it is there again on resume.
@@ -87,12 +89,13 @@ class Context:
             delayed(_once)(function, item, folder)
             for item, folder in zip(items, folders, strict=True)
         )
-        found = []
+        found: dict[str, list[pd.DataFrame]] = {}
         with progress_bar(title, len(items), enabled=self.progress) as advance:
             for frames in in_parallel(calls, jobs=self.jobs):
-                found.append(frames)
+                for name, frame in frames.items():
+                    found.setdefault(name, []).append(frame)
                 advance()
-        return {name: pd.concat([f[name] for f in found], ignore_index=True) for name in found[0]}
+        return {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
 
 
 @dataclass(frozen=True)

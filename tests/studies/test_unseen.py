@@ -223,20 +223,30 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_tiny_run_leaves_claims_and_a_page_and_resumes_to_the_same(tmp_path):
-    out = tmp_path / "run"
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+@pytest.mark.parametrize("parts", ["synthetic alone", "both"])
+def test_a_tiny_run_leaves_claims_and_a_page_and_resumes_to_the_same(tmp_path, parts):
+    out, fields = tmp_path / "run", dict(TINY)
+    if parts == "both":
+        fields |= {"pretrained": word_model(tmp_path / "model", taught=True), "layer_stride": 2}
+        fields |= {"shots": 2, "draws": 2}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    options += ["--tasks", *TASKS] if parts == "both" else []
     command = ["run", "unseen", *options, "--seeds", "1", "--jobs", "1", "--quiet"]
     assert main([*command, "--out", str(out)]) == 0
     found = json.loads((out / "claims.json").read_text())
-    assert {"transport", "erase", "nearest-centroid", "instruction-end"} <= {c["id"] for c in found}
-    assert {claim["verdict"] for claim in found} == {"inconclusive"}
+    ids = {claim["id"] for claim in found}
+    assert {"transport", "erase", "nearest-centroid", "instruction-end"} <= ids
+    assert ("pretrained-shift" in ids) == (parts == "both")
+    ours = [claim for claim in found if not claim["id"].startswith("pretrained")]
+    assert {claim["verdict"] for claim in ours} == {"inconclusive"}
     scores = pd.read_parquet(out / "scores.parquet")
     rates = scores[scores["metric"].isin(["target", "source", "other"])]
+    rates = rates[rates["part"] == "synthetic"]
     total = rates.groupby(["position", "fold", "layer", "method"])["value"].sum()
     np.testing.assert_allclose(total, 1)
     assert set(rates["position"]) == {ANSWER, INSTRUCTION}
-    assert "No pretrained model was run" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert ("No pretrained model was run" in page) == (parts == "synthetic alone")
     before = (out / "claims.json").read_bytes()
     assert main([*command, "--out", str(out), "--resume"]) == 0
     assert (out / "claims.json").read_bytes() == before
