@@ -71,7 +71,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _render(read: Sequence[Run]) -> str:
-    scripts = [own_text("tables.js")]
+    scripts = [own_text("stills.js"), own_text("tables.js")]
     if any(figure.spec is not None for run in read for figure in run.figures):
         scripts += [_vega(), own_text("page.js")]
     kinds = {view.kind for run in read for view in run.views}

@@ -1,8 +1,8 @@
 """The page over every run in ``runs/``: how long a browser takes to open it from disk.
 
 Each round starts a browser that has opened nothing yet. The floor is a page without a script
-that holds as many bytes of text. What is timed ends with the load event; figures are drawn when
-they come near.
+that holds as many bytes of text. What is timed ends with the load event; stills come in after
+it, and figures are drawn when they come near.
 """
 
 from __future__ import annotations

@@ -68,6 +68,15 @@ def page(run: Path, browser: Browser) -> Iterator[Browser]:
     )
 
 
+def test_every_figure_has_its_still_once_the_page_is_there(page: Browser) -> None:
+    figures = len(page.all("figure"))
+    assert figures > 0
+    page.until(f"return document.querySelectorAll('figure .still').length === {figures}")
+    page.until("return [...document.images].every(each => each.complete)")
+    assert page.run("return [...document.images].every(each => each.naturalWidth > 0 && each.alt)")
+    assert not page.all(".canvas > noscript")
+
+
 def rows_shown(page: Browser) -> list[list[str]]:
     return page.run(
         "return [...document.querySelectorAll('.table-box tbody tr')]"

@@ -150,7 +150,7 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(html: str) -> None
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     scripts = [text for attributes, text in page.scripts if "type" not in attributes]
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
@@ -239,7 +239,7 @@ def test_several_runs_share_one_page_and_one_copy_of_vega(run: Path, tmp_path: P
     second = make_run(tmp_path / "second", study="realistic")
     page = Page(write_page([run, second], tmp_path / "both.html").read_text(encoding="utf-8"))
     assert page.text.index("emergence") < page.text.index("realistic")
-    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 3
+    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 4
     assert len(page.all("figure")) == 2
     # What is in it stands at its head, with verdicts that lead to the claims.
     head = re.sub(r"\s+", " ", page.text).partition("Skip to the claims")[2].partition("Claims")[0]
@@ -278,7 +278,7 @@ def test_a_figure_needs_only_one_of_its_files(tmp_path: Path) -> None:
     spec.unlink()
     page = Page(write_page([run]).read_text(encoding="utf-8"))
     assert [image["alt"] for image in page.all("img")] == ["clusters"]
-    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 1
+    assert len([1 for attributes, _ in page.scripts if "type" not in attributes]) == 2
 
 
 def claim_without(key: str) -> Callable[[Path], object]:
