@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +22,11 @@ def check_page(html: str) -> Page:
         *("html", "head", "meta", "title", "style", "body", "a", "header", "p", "h1", "h2", "h3"),
         *("main", "section", "ul", "li", "span", "table", "caption", "thead", "tbody", "tr", "th"),
         *("td", "small", "code", "strong", "aside", "figure", "div", "img", "script"),
-        *("figcaption", "details", "summary", "svg", "circle", "line"),
+        *("figcaption", "details", "summary", "svg", "circle", "line", "noscript"),
     }
+    # What a script finds there as text becomes markup: a still, and nothing after it.
+    for held in re.findall(r"<noscript>(.*?)</noscript", html, re.DOTALL | re.IGNORECASE):
+        assert [(tag, a["class"]) for tag, a in Page(held).tags] == [("img", "still")]
     loads = [a[name] or "" for _, a in page.tags for name in ("src", "href") if name in a]
     assert all(url.startswith(("data:", "#")) for url in loads)
     return page
