@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import make_dataclass
@@ -35,6 +36,8 @@ DONE, FAILED, UNUSABLE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``lensclust`` command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # A worker that has grown is replaced between two jobs, which loky tells as if it had failed.
+    warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
     try:
         return _dispatch(given)
     except InputError as error:

@@ -221,7 +221,8 @@ def save_converted(source: Path, folder: Path) -> None:
     """Write the model in a GGUF file as a directory of float32 safetensors, with its tokenizer."""
     model = read_pretrained(str(source.parent), gguf=source.name)
     tokenizer = read_tokenizer(str(source.parent), gguf=source.name)
-    model.save_pretrained(folder)
+    with _quiet(bars=False):
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

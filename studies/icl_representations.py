@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 QUESTIONS, WORDS = "questions", "words"
+# What is asked questions about; the longest first, so that no process is left with it at the end.
+READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
 # What stands before a query: nothing, demonstrations, or such whose answers are dealt wrongly.
 NONE, SHOWN, WRONG = "none", "shown", "wrong"
 NOTES = (
@@ -130,7 +132,8 @@ class ICLRepresentations(Study):
 
     def check(self) -> None:
         """Refuse what would leave a claim without a measurement."""
-        least = {"shots": 2, "names": 2, "activities": 2, "slopes": 2, "intercepts": 2}
+        # Of two names and two activities, lengths of prompts may tell all that is asked.
+        least = {"shots": 2, "names": 3, "activities": 2, "slopes": 2, "intercepts": 2}
         least |= {"persona_names": 2, "persona_activities": 2, "templates": 1}
         least |= {"vector_shots": 2, "top_heads": 1, "layer_stride": 1, "permutations": 2}
         for name, number in least.items():
@@ -169,7 +172,8 @@ class ICLRepresentations(Study):
         model = lc.load(self.model, progress=context.progress)
         if model.tokenizer is None:
             raise lc.InputError(f"model={self.model!r}: has no tokenizer, needed for questions")
-        parts = [f"{part}-{seed}" for seed in context.seeds for part in (QUESTIONS, WORDS)]
+        tasks = (READING, LINES, WORDS, PERSONA)
+        parts = [f"{task}-{seed}" for seed in context.seeds for task in tasks]
         found = context.sweep(partial(measure, self), parts, "part")
         from studies.icl_representations_figures import SHOWS, pictures
         from studies.icl_representations_findings import claims, vanished
@@ -186,15 +190,18 @@ class ICLRepresentations(Study):
 
 
 def measure(study: ICLRepresentations, part: str, folder: Path) -> dict[str, pd.DataFrame]:
-    """Questions or words of one seed: the work of one process."""
+    """One task's questions, or the words, of one seed: the work of one process."""
     import pandas as pd
 
     from studies.icl_representations_questions import measure_questions
     from studies.icl_representations_words import measure_words
 
-    kind, _, seed = part.partition("-")
+    task, _, seed = part.partition("-")
     model = lc.load(study.model, progress=False)
-    measured = {QUESTIONS: measure_questions, WORDS: measure_words}[kind]
-    scores = measured(study, model, int(seed)).assign(part=kind, seed=int(seed))
+    if task == WORDS:
+        scores = measure_words(study, model, int(seed)).assign(part=WORDS)
+    else:
+        scores = measure_questions(study, model, task, int(seed)).assign(part=QUESTIONS, task=task)
+    scores["seed"] = int(seed)
     weights = pd.DataFrame({"name": [study.model], "fingerprint": [lc.fingerprint(model)]})
     return {"scores": scores, "weights": weights}

@@ -21,10 +21,17 @@ from lensclust.tasks.reading_comprehension import data
 from lensclust.tokenization import continuation
 from probes.answer_scores import answer_scores, greedy_texts
 from probes.pairing import first_answers
-from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
+from studies.icl_representations import (
+    LINES,
+    NONE,
+    PERSONA,
+    READING,
+    SHOWN,
+    WRONG,
+    ICLRepresentations,
+)
 from studies.icl_representations_states import states_and_answers
 
-READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
 NEW_TOKENS = 6
 Options = dict[str, Any]
 

@@ -16,8 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
 import probes
-from studies.icl_representations import NONE, SHOWN, WRONG, ICLRepresentations
-from studies.icl_representations_asking import KINDS, LINES, PERSONA, READING
+from studies.icl_representations import (
+    LINES,
+    NONE,
+    PERSONA,
+    READING,
+    SHOWN,
+    WRONG,
+    ICLRepresentations,
+)
+from studies.icl_representations_asking import KINDS
 from studies.icl_representations_changes import in_their_span, own_alignment
 from studies.icl_representations_figures import pictures
 from studies.icl_representations_findings import POOLED, claims, vanished
@@ -405,7 +413,7 @@ def test_a_probe_finds_the_same_in_the_span_of_the_states():
 # -- end to end ------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
-    "shots": 2, "names": 2, "activities": 2, "slopes": 2, "intercepts": 2, "persona_names": 2,
+    "shots": 2, "names": 3, "activities": 2, "slopes": 2, "intercepts": 2, "persona_names": 2,
     "persona_activities": 2, "templates": 2, "word_tasks": ("plural", "past", "opposite"),
     "word_shots": (1, 2), "word_queries": 3, "vector_shots": 2, "top_heads": 2, "layer_stride": 1,
     "permutations": 5,
@@ -460,6 +468,7 @@ def test_end_to_end_and_resumed(tmp_path: Path, byte_model: str):
     ("fields", "message"),
     [
         ({"shots": 1}, "shots=1: expected at least 2"),
+        ({"names": 2}, "names=2: expected at least 3"),
         ({"names": 23}, "names=23 with distractors=1, expected 2 to 22"),
         ({"persona_activities": 1}, "persona_activities=1: expected at least 2"),
         ({"slopes": 17}, "slopes=17 with distractors=1, expected 2 to 16"),
