@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -27,11 +25,10 @@ from transformer_lens.utilities.statistics import derive_generator
 from lensclust.disk import writing
 from lensclust.errors import InputError
 from lensclust.evaluation import LogitsAt, score_answers
-from lensclust.native import config_to_json, native_bridge, native_bridge_with, native_config
+from lensclust.native import config_to_json, native_bridge, native_config
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.schedules import check_rate, checkpoint_steps, rate
-from lensclust.sealed import tensors_digest
 from lensclust.training_data import (
     SCORED,
     Auxiliary,
@@ -46,6 +43,7 @@ from lensclust.training_data import (
     split_prompts,
     training_sequences,
 )
+from lensclust.training_run import Checkpoint, TrainingRun
 from lensclust.training_state import (
     check_checkpoints,
     checkpoint_path,
@@ -54,14 +52,7 @@ from lensclust.training_state import (
     open_folder,
     save_state,
 )
-from lensclust.weights import (
-    checkpoint_fingerprint,
-    fingerprint,
-    load_checkpoint,
-    named_weights,
-    report_repeats,
-    save_checkpoint,
-)
+from lensclust.weights import fingerprint, named_weights, report_repeats, save_checkpoint
 
 __all__ = [
     "Auxiliary",
@@ -71,61 +62,6 @@ __all__ = [
     "sequence_loss",
     "train",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """The model after so many steps, in a file or, without one, in memory."""
-
-    step: int
-    config: TransformerBridgeConfig
-    path: Path | None = None
-    weights: dict[str, Tensor] | None = None
-
-    def model(self) -> TransformerBridge:
-        """A fresh model with these weights, in eval mode.
-
-        Raises:
-            InputError: if the file is gone or damaged.
-        """
-        if self.path is not None:
-            return load_checkpoint(self.path)
-        # Copied, so that no edit of the model reaches the checkpoint.
-        weights = {name: tensor.clone() for name, tensor in (self.weights or {}).items()}
-        return native_bridge_with(self.config, weights, name=f"step {self.step}")
-
-    def fingerprint(self) -> str:
-        """What `lensclust.fingerprint` says of the model, without building it.
-
-        Raises:
-            InputError: if the file is gone or damaged.
-        """
-        if self.path is not None:
-            return checkpoint_fingerprint(self.path)
-        return tensors_digest((self.weights or {}).items())
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingRun:
-    """A finished training.
-
-    Attributes:
-        frame: ``step, split, accuracy, loss`` at every checkpoint and wherever else it was
-            asked for (``evaluate_every``); accuracy is the share of prompts whose whole answer
-            is the argmax, loss the mean cross-entropy of the answer in nats.
-        checkpoints: by step, the untrained model first.
-    """
-
-    frame: pd.DataFrame
-    checkpoints: tuple[Checkpoint, ...]
-
-    def model(self) -> TransformerBridge:
-        """The trained model."""
-        return self.checkpoints[-1].model()
-
-    def models(self) -> Iterator[tuple[int, TransformerBridge]]:
-        """Step and model of each checkpoint, loaded one at a time."""
-        return ((checkpoint.step, checkpoint.model()) for checkpoint in self.checkpoints)
 
 
 def train(

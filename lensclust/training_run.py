@@ -1,0 +1,71 @@
+"""What a training leaves: its scores, and the model at each checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from lensclust.native import native_bridge_with
+from lensclust.sealed import tensors_digest
+from lensclust.weights import checkpoint_fingerprint, load_checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The model after so many steps, in a file or, without one, in memory."""
+
+    step: int
+    config: TransformerBridgeConfig
+    path: Path | None = None
+    weights: dict[str, Tensor] | None = None
+
+    def model(self) -> TransformerBridge:
+        """A fresh model with these weights, in eval mode.
+
+        Raises:
+            InputError: if the file is gone or damaged.
+        """
+        if self.path is not None:
+            return load_checkpoint(self.path)
+        # Copied, so that no edit of the model reaches the checkpoint.
+        weights = {name: tensor.clone() for name, tensor in (self.weights or {}).items()}
+        return native_bridge_with(self.config, weights, name=f"step {self.step}")
+
+    def fingerprint(self) -> str:
+        """What `lensclust.fingerprint` says of the model, without building it.
+
+        Raises:
+            InputError: if the file is gone or damaged.
+        """
+        if self.path is not None:
+            return checkpoint_fingerprint(self.path)
+        return tensors_digest((self.weights or {}).items())
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A finished training.
+
+    Attributes:
+        frame: ``step, split, accuracy, loss`` at every checkpoint and wherever else it was
+            asked for (``evaluate_every``); accuracy is the share of prompts whose whole answer
+            is the argmax, loss the mean cross-entropy of the answer in nats.
+        checkpoints: by step, the untrained model first.
+    """
+
+    frame: pd.DataFrame
+    checkpoints: tuple[Checkpoint, ...]
+
+    def model(self) -> TransformerBridge:
+        """The trained model."""
+        return self.checkpoints[-1].model()
+
+    def models(self) -> Iterator[tuple[int, TransformerBridge]]:
+        """Step and model of each checkpoint, loaded one at a time."""
+        return ((checkpoint.step, checkpoint.model()) for checkpoint in self.checkpoints)
