@@ -38,6 +38,10 @@ def extract(
 ) -> xr.Dataset:
     """Read activations at named positions of every prompt in one pass.
 
+    Where a prompt of a shard is 256 tokens long or longer, no attention matrix is made, if the
+    model's own code can do without, gives the same up to rounding (tried once), and no hook
+    looks at a part of attention but ``z``.
+
     Args:
         model: a hooked model, in eval mode.
         prompts: what to run; its ``rows`` become coordinates of ``prompt``.

@@ -3,12 +3,14 @@
 The forward ends as soon as the last wanted site has fired; only the wanted positions are
 copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
 the model's own activations and the rows that are kept. Of prompts that begin alike each distinct
-token is run once (`lensclust.sharing`), where the model allows it and where it pays.
+token is run once (`lensclust.sharing`), and for long ones no attention matrix is made
+(`lensclust.fused_attention`), where the model allows it and where it pays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,12 +20,14 @@ import torch
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
 from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.fused_attention import fused_attention
 from lensclust.host_copies import HostCopy, arrived, upload
 from lensclust.prefix import Packing
 from lensclust.prompts import Prompts
@@ -32,6 +36,8 @@ from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from lensclust.templates import measured, rectangle, template
 
 DTYPES = ("float16", "float32", "float64")
+# Tokens of a prompt from which on attention matrices take a fifth of a forward's time.
+LONG = 256
 
 
 class _AllSitesRead(Exception):
@@ -137,6 +143,8 @@ class BatchReader:
                 model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
             )
         self.arguments = without_cache(model)
+        # What leaves a block's attention is seen by a hook of the code that is replaced.
+        self.fusable = isinstance(model, TransformerBridge) and "attn_out" not in frame
 
     def read(
         self,
@@ -149,9 +157,17 @@ class BatchReader:
         buffers = self._buffers(len(index))
         asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
         packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
-        if packing is None or not self._read_shared(packing, asked, buffers, advance):
-            self._read_in_full(asked, buffers, advance)
+        with self._fused(asked):
+            if packing is None or not self._read_shared(packing, asked, buffers, advance):
+                self._read_in_full(asked, buffers, advance)
         return HostCopy(buffers)
+
+    def _fused(self, asked: _Asked) -> AbstractContextManager[Any]:
+        """The model's own fused attention, if a prompt is long."""
+        longest = int(asked.lengths.argmax())
+        if not self.fusable or asked.lengths[longest] < LONG:
+            return nullcontext()
+        return fused_attention(self.model, upload(asked.tokens[[longest], :LONG], self.device))
 
     def _buffers(self, rows: int) -> dict[str, Tensor]:
         return {

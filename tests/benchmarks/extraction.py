@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -30,7 +31,7 @@ from lensclust.downloads import PINS, fetch
 from lensclust.pretrained import save_converted
 
 # The small model takes a second a round, and its ratios scatter more.
-REPETITIONS = {"SmolLM2-135M": 3, "GPT-2, 6 layers": 9}
+REPETITIONS = {"SmolLM2-135M": 3, "SmolLM2-135M, 512 tokens": 3, "GPT-2, 6 layers": 9}
 # Caching everything for 150 prompts of SmolLM2 at once would take 27 GB (0.9 GB for five).
 FITS_AT_ONCE = ("GPT-2, 6 layers",)
 Read = Callable[[], np.ndarray]
@@ -38,7 +39,13 @@ Read = Callable[[], np.ndarray]
 
 def rows() -> list[dict[str, object]]:
     """One row for each model and peer."""
-    return [*_compare("SmolLM2-135M", *_smollm2()), *_compare("GPT-2, 6 layers", *_six_layers())]
+    model, bare, prompts = _smollm2()
+    long = _random_prompts(8, lengths=(512, 513), tokens=bare.config.vocab_size)
+    return [
+        *_compare("SmolLM2-135M", model, bare, prompts),
+        *_compare("SmolLM2-135M, 512 tokens", model, bare, long),
+        *_compare("GPT-2, 6 layers", *_six_layers()),
+    ]
 
 
 def memory(n_prompts: int) -> float:
@@ -71,18 +78,20 @@ def _smollm2() -> tuple[object, PreTrainedModel, lc.Prompts]:
 
 
 def _six_layers(n: int = 1000) -> tuple[object, PreTrainedModel, lc.Prompts]:
-    import pandas as pd
-
     config = GPT2Config(
         vocab_size=1000, n_positions=64, n_embd=128, n_layer=6, n_head=4, bos_token_id=0,
         eos_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
     bare = GPT2LMHeadModel(config).eval()
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(0, 1000, rng.integers(10, 33)).tolist() for _ in range(n)]
-    prompts = lc.Prompts.from_token_lists(ids, pd.DataFrame({"task": rng.integers(0, 5, n)}))
+    prompts = _random_prompts(n, lengths=(10, 33), tokens=1000)
     return lc.load(copy.deepcopy(bare)), bare, prompts
+
+
+def _random_prompts(n: int, *, lengths: tuple[int, int], tokens: int) -> lc.Prompts:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, tokens, rng.integers(*lengths)).tolist() for _ in range(n)]
+    return lc.Prompts.from_token_lists(ids, pd.DataFrame({"task": rng.integers(0, 5, n)}))
 
 
 @torch.no_grad()

@@ -217,6 +217,30 @@ def test_every_site_equals_the_plain_route_and_hugging_face(name, caplog, tokens
             assert error.max() < 1e-5
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ODD, *UNSHARED])
+def test_no_attention_matrix_of_long_prompts_is_made_nor_missed(name, share, monkeypatch):
+    model, prompts = build(name), nested_prompts()
+    kinds = [kind for kind in KINDS if kind != "attn_out" and (kind, name) != ("resid_mid", "neox")]
+    options = {"at": ["answer", "middle_start"], "progress": False}
+    plain = lc.extract(model, prompts, kinds, share_prefixes=False, **options)
+    monkeypatch.setattr(shard_reading, "LONG", 8)
+    lc.extract(model, prompts, "resid", **options)  # tries it, which makes matrices
+    made: list[str] = []
+    for block in model.blocks:
+        block.attn.hook_pattern.register_forward_hook(lambda *_: made.append("pattern"))
+    found = lc.extract(model, prompts, kinds, share_prefixes=share, **options)
+    assert worst_error(found, plain) < 1e-5
+    capped = getattr(model.original_model.config, "attn_logit_softcapping", None)
+    before = len(made)
+    # These have no such code.
+    assert (before > 0) == (capped is not None or name in UNSHARED)
+    # What leaves a block's attention is asked for: its hook has to fire.
+    out = lc.extract(model, prompts, "attn_out", share_prefixes=share, **options)
+    assert len(made) > before
+    assert (out.attn_out != 0).any()
+
+
 MODELS = {name: build(name) for name in ("llama", "gemma2, window 5")}
 
 
