@@ -144,7 +144,7 @@ class BatchReader:
             )
         self.arguments = without_cache(model)
         # What leaves a block's attention is seen by a hook of the code that is replaced.
-        self.fusable = isinstance(model, TransformerBridge) and "attn_out" not in frame
+        self.fusable = "attn_out" not in frame
 
     def read(
         self,
@@ -164,10 +164,12 @@ class BatchReader:
 
     def _fused(self, asked: _Asked) -> AbstractContextManager[Any]:
         """The model's own fused attention, if a prompt is long."""
-        longest = int(asked.lengths.argmax())
-        if not self.fusable or asked.lengths[longest] < LONG:
+        model, longest = self.model, int(asked.lengths.argmax())
+        if not (self.fusable and isinstance(model, TransformerBridge)):
             return nullcontext()
-        return fused_attention(self.model, upload(asked.tokens[[longest], :LONG], self.device))
+        if asked.lengths[longest] < LONG:
+            return nullcontext()
+        return fused_attention(model, upload(asked.tokens[[longest], :LONG], self.device))
 
     def _buffers(self, rows: int) -> dict[str, Tensor]:
         return {
