@@ -65,12 +65,14 @@ class Browser:
         ]
 
     def requests(self) -> list[str]:
-        """Addresses asked for since the page was opened, the page itself among them."""
+        """Addresses asked for since the page was opened, the page itself among them.
+
+        What the tab that a browser starts with still asks for does not count.
+        """
         said = [json.loads(entry["message"])["message"] for entry in self._log()]
+        sent = [one["params"] for one in said if one["method"] == "Network.requestWillBeSent"]
         return [
-            one["params"]["request"]["url"]
-            for one in said
-            if one["method"] == "Network.requestWillBeSent"
+            one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome:")
         ]
 
     def _log(self) -> list[dict[str, Any]]:
