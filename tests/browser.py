@@ -71,9 +71,8 @@ class Browser:
         """
         said = [json.loads(entry["message"])["message"] for entry in self._log()]
         sent = [one["params"] for one in said if one["method"] == "Network.requestWillBeSent"]
-        return [
-            one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome:")
-        ]
+        own = ("chrome://", "chrome-untrusted://")
+        return [one["request"]["url"] for one in sent if not one["documentURL"].startswith(own)]
 
     def _log(self) -> list[dict[str, Any]]:
         return self.driver.get_log("performance")
