@@ -9,7 +9,7 @@ bridge's output projection stands in it: the hook of ``z`` fires all the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +27,9 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) -> Iterator[bool]:
+def fused_attention(
+    model: TransformerBridge, trial: Int[Tensor, "row length"], *, hooks: Iterable[str] = ()
+) -> Iterator[bool]:
     """Inside, no attention matrix is made, if the model has such code and gives the same with it.
 
     Whether it gives the same is tried once for each model, by the logits of ``trial``. Attention is
@@ -37,6 +39,7 @@ def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) 
     Args:
         model: a hooked model, in eval mode.
         trial: sequences to try it on, without padding.
+        hooks: names of those that will be placed inside; they count as if they were there.
 
     Yields:
         Whether attention is fused.
@@ -47,7 +50,7 @@ def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) 
     ...     fused
     False
     """
-    attentions = _own_code(model)
+    attentions = _own_code(model, hooks)
     if not attentions:
         yield False
         return
@@ -65,23 +68,26 @@ def fused_attention(model: TransformerBridge, trial: Int[Tensor, "row length"]) 
         yield True
 
 
-def _own_code(model: Any) -> list[Any]:
+def _own_code(model: Any, hooks: Iterable[str]) -> list[Any]:
     """The attention of every block, if all of it can be run by the model's own code."""
     network = model.original_model
     eager = getattr(getattr(network, "config", None), "_attn_implementation", None) == "eager"
     if not (eager and getattr(network, "_supports_sdpa", False)):
         return []
     attentions = [getattr(block, "attn", None) for block in model.blocks]
-    return attentions if all(map(_can_run, attentions)) else []
+    points = model.hook_dict
+    awaited = {points[name] for name in hooks}
+    return attentions if all(_can_run(attention, awaited) for attention in attentions) else []
 
 
-def _can_run(attention: Any) -> bool:
+def _can_run(attention: Any, awaited: Set[HookPoint]) -> bool:
     original = getattr(attention, "original_component", None)
     output = getattr(attention, "o", None)
     if original is None or output is None or not hasattr(original, "config"):
         return False
-    heard = set(attention.modules()) - set(output.modules())
-    if any(part.fwd_hooks or part.bwd_hooks for part in heard if isinstance(part, HookPoint)):
+    unseen = set(attention.modules()) - set(output.modules())
+    points = {part for part in unseen if isinstance(part, HookPoint)}
+    if points & awaited or any(point.fwd_hooks or point.bwd_hooks for point in points):
         return False
     return _place(original, output) is not None
 

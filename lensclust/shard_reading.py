@@ -143,8 +143,6 @@ class BatchReader:
                 model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
             )
         self.arguments = without_cache(model)
-        # What leaves a block's attention is seen by a hook of the code that is replaced.
-        self.fusable = "attn_out" not in frame
 
     def read(
         self,
@@ -165,11 +163,10 @@ class BatchReader:
     def _fused(self, asked: _Asked) -> AbstractContextManager[Any]:
         """The model's own fused attention, if a prompt is long."""
         model, longest = self.model, int(asked.lengths.argmax())
-        if not (self.fusable and isinstance(model, TransformerBridge)):
+        if asked.lengths[longest] < LONG or not isinstance(model, TransformerBridge):
             return nullcontext()
-        if asked.lengths[longest] < LONG:
-            return nullcontext()
-        return fused_attention(model, upload(asked.tokens[[longest], :LONG], self.device))
+        trial = upload(asked.tokens[[longest], :LONG], self.device)
+        return fused_attention(model, trial, hooks=self.targets)
 
     def _buffers(self, rows: int) -> dict[str, Tensor]:
         return {

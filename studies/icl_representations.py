@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 QUESTIONS, WORDS = "questions", "words"
-# What is asked questions about; the longest first, so that no process is left with it at the end.
+# What is asked questions about.
 READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
 # What stands before a query: nothing, demonstrations, or such whose answers are dealt wrongly.
 NONE, SHOWN, WRONG = "none", "shown", "wrong"
@@ -172,6 +172,7 @@ class ICLRepresentations(Study):
         model = lc.load(self.model, progress=context.progress)
         if model.tokenizer is None:
             raise lc.InputError(f"model={self.model!r}: has no tokenizer, needed for questions")
+        # The longest first, so that no process is left with it at the end.
         tasks = (READING, LINES, WORDS, PERSONA)
         parts = [f"{task}-{seed}" for seed in context.seeds for task in tasks]
         found = context.sweep(partial(measure, self), parts, "part")
