@@ -204,8 +204,9 @@ def _callers_hooks(network: torch.nn.Module) -> bool:
         hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if isinstance(module, HookPoint):
             hooks += [handle.user_hook for handle in module.fwd_hooks]
-    homes = {str(getattr(hook, "__module__", "")).partition(".")[0] for hook in hooks}
-    return not homes <= {"transformer_lens", "transformers", "accelerate"}
+    homes = {str(getattr(hook, "__module__", "")) for hook in hooks} - {"lensclust.wrapping"}
+    libraries = {"transformer_lens", "transformers", "accelerate"}
+    return not {home.partition(".")[0] for home in homes} <= libraries
 
 
 @torch.no_grad()
