@@ -199,6 +199,7 @@ class Split:
         module: the network's own module that holds the joint projection.
         split: makes parts of it.
         parts: those that the bridge runs.
+        joint: names in that module of what is split.
         views: whether they share the memory of the joint weights.
         ahead: the parts were trained, and the joint weights do not know yet.
     """
@@ -206,6 +207,7 @@ class Split:
     module: nn.Module
     split: Callable[[nn.Module], Sequence[nn.Module]]
     parts: list[nn.Module]
+    joint: list[str]
     views: bool = False
     ahead: bool = False
     _sources: Marks = field(default_factory=list)
@@ -251,8 +253,9 @@ class Split:
         if not self.ahead:
             return
         # Splitting weights that are numbered tells where each part's weights lie.
-        weights = {id(weight): weight for weight in self.module.parameters()}
-        starts, total, memo = {}, 0, {}
+        weights = {id(weight): weight for weight in self._joint()}
+        memo: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
+        starts, total = {}, 0
         for key, weight in weights.items():
             numbers = torch.arange(total, total + weight.numel(), dtype=torch.float64)
             memo[key] = nn.Parameter(numbers.view(weight.shape))
@@ -277,14 +280,17 @@ class Split:
 
     def _marks_now(self) -> tuple[Marks, Marks]:
         version = not self.views
-        sources = [_mark(tensor, version) for tensor in self.module.parameters()]
+        sources = [_mark(tensor, version) for tensor in self._joint()]
         return sources, [_mark(tensor, version) for tensor in _tensors(self.parts)]
 
     def _digest_now(self) -> list[bytes | Tensor]:
-        return [mark(weight.detach()) for weight in self.module.parameters()]
+        return [mark(weight.detach()) for weight in self._joint()]
+
+    def _joint(self) -> list[nn.Parameter]:
+        return [self.module.get_parameter(name) for name in self.joint]
 
     def _share_memory(self) -> bool:
-        storages = {weight.untyped_storage().data_ptr() for weight in self.module.parameters()}
+        storages = {weight.untyped_storage().data_ptr() for weight in self._joint()}
         made = {tensor.untyped_storage().data_ptr() for tensor in _tensors(self.parts)}
         return made <= storages
 
@@ -387,8 +393,7 @@ class Link:
                 "converted or cast), which cannot follow: load the network again"
             )
         if self._home_now() != self._home:
-            self._home = self._home_now()
-            self.config.device, self.config.dtype = str(self._home[0]), self._home[1]
+            self._move()
         if not self.detached:
             for split in self.splits:
                 split.settle(name, by_value=by_value)
@@ -441,6 +446,18 @@ class Link:
             if hasattr(owner, "_refresh_from_original_container"):
                 owner._refresh_from_original_container()
 
+    def _move(self) -> None:
+        """The network was moved or cast."""
+        dtype_before = self._home[1]
+        self._home = device, dtype = self._home_now()
+        self.config.device, self.config.dtype = str(device), dtype
+        # What TransformerLens has added, such as a bias of zeros.
+        for module, copied in self.modules:
+            for name, buffer in copied._buffers.items():
+                if name not in module._buffers and buffer is not None:
+                    cast = dtype if buffer.dtype == dtype_before else buffer.dtype
+                    copied._buffers[name] = buffer.to(device, cast)
+
     def _versions_now(self) -> Marks:
         parameters = (slot[0].get(slot[2]) for slot in self._slots)
         return [_mark(p, True) for p in parameters if isinstance(p, nn.Parameter)]
@@ -473,14 +490,21 @@ def _splits(
         module = own.get(id(getattr(known, "original_component", None)))
         if module is None or id(component) in found:
             continue
-        for how, names in (
-            ("split_qkv_matrix", ("q", "k", "v")),
-            ("split_gate_up_matrix", ("gate", "in")),
+        for how, joint, names in (
+            ("split_qkv_matrix", "qkv", ("q", "k", "v")),
+            ("split_gate_up_matrix", "gate_up", ("gate", "in")),
         ):
             split = getattr(known, how, None)
             parts = [getattr(getattr(known, n, None), "original_component", None) for n in names]
             if callable(split) and all(isinstance(part, nn.Module) for part in parts):
-                found[id(component)] = Split(module, split, parts)
+                others = {
+                    id(weight)
+                    for name, other in known.submodules.items()
+                    if name not in (joint, *names)
+                    for weight in other.parameters()
+                }
+                names = [n for n, w in module.named_parameters() if id(w) not in others]
+                found[id(component)] = Split(module, split, parts, names)
     return list(found.values())
 
 
