@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from lensclust.batching import default_budget
 from lensclust.costs import Cost, forward_cost, most_cached
+from lensclust.fits import require_given
 from lensclust.packed_batches import Layout
 from lensclust.packed_forwards import Hooks, PackedForwards
 from lensclust.prefix import Packing, PrefixPlan, pack
@@ -164,6 +165,7 @@ def plan_prefixes(
     share a prefix    50 prompts
     estimated cost    ... of running all in full
     """
+    require_given(model, prompts, caller="plan_prefixes")
     names = [at] if isinstance(at, str) else list(at)
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
     allowed = obstacle(model) is None

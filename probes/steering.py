@@ -12,7 +12,8 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.fits import require_model
+from lensclust.sites import Site, SiteSelector, hook_name, resolve
 from probes.interventions import Intervention
 
 Positions = Int[Tensor, " row"] | str
@@ -60,8 +61,7 @@ def steer(
     >>> bool((before == after).all()), bool((model(tokens) == before).all())
     (False, True)
     """
-    if getattr(model, "training", False):
-        raise InputError(f"steer: {model_name(model)} is in training mode; call model.eval()")
+    require_model(model, caller="steer")
     if not isinstance(positions, Tensor) and positions not in (None, *NAMED):
         raise InputError(
             f"steer: positions={positions!r}, expected one of {NAMED} or a tensor of indices"
