@@ -80,7 +80,9 @@ def _instead_of_a_model(given: Any, caller: str) -> str:
     if isinstance(given, Prompts):
         return f"Prompts given as model: the model comes first, {caller}(model, prompts, ...)"
     if isinstance(given, (str, Path)):
-        return f"{str(given)!r} given as model, expected what lensclust.load({str(given)!r}) returns"
+        return (
+            f"{str(given)!r} given as model, expected what lensclust.load({str(given)!r}) returns"
+        )
     if isinstance(given, PreTrainedTokenizerBase):
         return f"a tokenizer ({kind}) given as model, expected what lensclust.load returns"
     if isinstance(given, nn.Module):

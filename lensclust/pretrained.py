@@ -202,7 +202,9 @@ def require_bare(model: nn.Module) -> None:
     kind = type(model).__name__
     for module in model.modules():
         if isinstance(module, GeneralizedComponent):
-            raise InputError(f"load: this {kind} is already inside a bridge: pass the bridge itself")
+            raise InputError(
+                f"load: this {kind} is already inside a bridge: pass the bridge itself"
+            )
         # TransformerLens reads the weights below the adapters, where it splits a projection.
         if type(module).__module__.partition(".")[0] == "peft":
             raise InputError(

@@ -175,7 +175,9 @@ def test_what_is_trained_through_the_bridge_is_in_the_network(name: str) -> None
     for _ in range(3):
         optimizer.zero_grad()
         logits: Any = model(TOKENS)
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
+        ).backward()
         optimizer.step()
     # Before anything else is done: the state of the network is that of the last step.
     after = snapshot(network)
