@@ -101,7 +101,8 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
 
     Raises:
         InputError: in the name of ``caller``, if the model is none (`require_model`) or has a part
-            in training mode, the prompts are none, were made with another tokenizer, or are longer than its context.
+            in training mode, the prompts are none, were made with another tokenizer, or are
+            longer than its context.
     """
     require_model(model, caller=caller)
     require_prompts(prompts, caller=caller)

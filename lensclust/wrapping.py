@@ -210,12 +210,15 @@ class Split:
     ahead: bool = False
     _sources: Marks = field(default_factory=list)
     _made: Marks = field(default_factory=list)
-    _digest: list[bytes | Tensor] = field(default_factory=list)
+    _sources_digest: list[bytes | Tensor] = field(default_factory=list)
+    _made_digest: list[bytes | Tensor] = field(default_factory=list)
 
     def note(self) -> None:
         self.views = self._share_memory()
         self._sources, self._made = self._marks_now()
-        self._digest = [] if self.views else self._digest_now()
+        if not self.views:
+            self._sources_digest = _digests(self._joint())
+            self._made_digest = _digests(_tensors(self.parts))
 
     def settle(self, name: str, *, by_value: bool = False) -> None:
         """Bring the parts up to date."""
@@ -226,22 +229,23 @@ class Split:
             if not self._share_memory():  # one of them was moved or cast
                 self._take(self._fresh())
             return self.note()
-        trained = made != self._made or self.ahead
-        if trained and sources == self._sources and not by_value:
+        if sources == self._sources and made != self._made and not by_value:
             self.ahead, self._made = True, made
             return None
         fresh = self._fresh()
         if _equal(fresh, self.parts):
             self.ahead = False
             return self.note()
-        if _alike(self._digest_now(), self._digest):
+        # Since they last agreed: which of the two has other values?
+        if not _alike(_digests(_tensors(self.parts)), self._made_digest):
+            if not _alike(_digests(self._joint()), self._sources_digest):
+                raise InputError(
+                    f"{name}: joint projections were changed both in the network and through the "
+                    "bridge, expected one of the two: load the network again"
+                )
             self.ahead, self._sources, self._made = True, sources, made
             return None
-        if trained:
-            raise InputError(
-                f"{name}: the joint projections were changed in the network and through the "
-                "bridge, expected one of the two: load the network again"
-            )
+        self.ahead = False
         self._take(fresh)
         return self.note()
 
@@ -282,9 +286,6 @@ class Split:
         version = not self.views
         sources = [_mark(tensor, version) for tensor in self._joint()]
         return sources, [_mark(tensor, version) for tensor in _tensors(self.parts)]
-
-    def _digest_now(self) -> list[bytes | Tensor]:
-        return [mark(weight.detach()) for weight in self._joint()]
 
     def _joint(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self.joint]
@@ -510,6 +511,10 @@ def _splits(
 
 def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
     return [tensor for part in parts for tensor in part.parameters()]
+
+
+def _digests(tensors: Sequence[Tensor]) -> list[bytes | Tensor]:
+    return [mark(tensor.detach()) for tensor in tensors]
 
 
 def _equal(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:
