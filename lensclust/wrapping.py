@@ -444,8 +444,8 @@ class Link:
             for held, held_by_copy, key, *_ in self._slots
         ]
         for owner in () if self.owners is None else self.owners.modules():
-            if hasattr(owner, "_refresh_from_original_container"):
-                owner._refresh_from_original_container()
+            if (refresh := getattr(owner, "_refresh_from_original_container", None)) is not None:
+                refresh()
 
     def _move(self) -> None:
         """The network was moved or cast."""
@@ -495,8 +495,10 @@ def _splits(
             ("split_qkv_matrix", "qkv", ("q", "k", "v")),
             ("split_gate_up_matrix", "gate_up", ("gate", "in")),
         ):
-            split = getattr(known, how, None)
-            parts = [getattr(getattr(known, n, None), "original_component", None) for n in names]
+            split: Any = getattr(known, how, None)
+            parts: list[Any] = [
+                getattr(getattr(known, name, None), "original_component", None) for name in names
+            ]
             if callable(split) and all(isinstance(part, nn.Module) for part in parts):
                 others = {
                     id(weight)
@@ -504,8 +506,8 @@ def _splits(
                     if name not in (joint, *names)
                     for weight in other.parameters()
                 }
-                names = [n for n, w in module.named_parameters() if id(w) not in others]
-                found[id(component)] = Split(module, split, parts, names)
+                own_names = [n for n, w in module.named_parameters() if id(w) not in others]
+                found[id(component)] = Split(module, split, parts, own_names)
     return list(found.values())
 
 
