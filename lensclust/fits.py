@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.prompts import Prompts
+from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
-from lensclust.tokenization import tokenizer_fingerprint
+from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 
 
 def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
@@ -17,14 +17,13 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
         InputError: in the name of ``caller``, if the model is in training mode, or the prompts
             were made with another tokenizer, or are longer than its context.
     """
+    require_prompts(caller, prompts)
     name = model_name(model)
     if getattr(model, "training", False):
         raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None and prompts.tokenizer not in (
-        "none",
-        tokenizer_fingerprint(tokenizer),
-    ):
+    known = tokenizer is not None and prompts.tokenizer != "none"
+    if known and not same_tokenizer(prompts.tokenizer, tokenizer_fingerprint(tokenizer)):
         raise InputError(
             f"{caller}: these prompts were made with another tokenizer than that of {name}"
         )
