@@ -11,7 +11,7 @@ import html
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 
@@ -36,8 +36,8 @@ CHANGES = {
 FRAMES = {
     "plain": "<user> {} <reply>",
     "close": "{}",
-    "system": "You are a helpful AI. a b  <user>{}\nAI:",
-    "repeated": "Topic: {} -- now {}\n<reply>",
+    "system": "You are a helpful AI. a b  <user>{}.\nAI:",
+    "repeated": "Topic: {} -- now {}.\n<reply>",
     "cut": "{{% for m in messages %}}{{{{ m['content'][:3] }}}}{{% endfor %}}| {}",
 }
 MESSAGES = st.text(st.sampled_from("aAI <&>é \n{}%你"), min_size=1, max_size=8)
@@ -60,6 +60,7 @@ def ids_of(text: str) -> list[int]:
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("frame", FRAMES)
+@settings(max_examples=25)
 @given(text=MESSAGES, data=st.data())
 def test_a_span_is_where_the_template_puts_its_characters(frame, change, text, data):
     start = data.draw(st.integers(0, len(text)))
@@ -73,7 +74,7 @@ def test_a_span_is_where_the_template_puts_its_characters(frame, change, text, d
     if frame == "cut":
         head, tail = text[:3] + "| ", ""
     elif frame == "repeated":
-        head, tail = f"Topic: {whole} -- now ", "\n<reply>"
+        head, tail = f"Topic: {whole} -- now ", ".\n<reply>"
     else:
         head, tail = outer.split("{}")
     message = head + whole + tail
@@ -173,7 +174,7 @@ def test_fingerprints_tell_how_a_text_is_cut(tmp_path):
     ("arguments", "message"),
     [
         ({"texts": "ab"}, "texts given as a str"),
-        ({"texts": [3, "b"]}, "texts 0 is 3, expected a text"),
+        ({"texts": ["a", 3]}, "texts 1 is 3, expected a text"),
         ({"answers": "ab"}, "answers given as a str"),
         ({"answers": ["a", None]}, "answers 1 is None"),
         ({"spans": {"s": [(0, 2), (0, 1)]}}, "places within its 1 characters"),
