@@ -27,6 +27,7 @@ import pandas as pd
 import xarray as xr
 from scipy import stats
 
+from lensclust.activations import require_axes
 from lensclust.errors import InputError
 from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
@@ -179,6 +180,8 @@ def _places(sites: Sequence[Site], side: str) -> pd.DataFrame:
 
 
 def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
+    for each in (acts, other):
+        require_axes(each)
     n, m = acts.sizes["prompt"], other.sizes["prompt"]
     if n != m:
         raise InputError(f"cka: {n} prompts given against {m}, expected the same prompts")

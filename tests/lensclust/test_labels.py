@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
@@ -44,6 +44,7 @@ def prompts() -> lc.Prompts:
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
+@settings(max_examples=20)
 @given(st.one_of(NUMBERS, MASKS))
 def test_take_is_pandas_iloc(holder, index):
     some = prompts()
@@ -91,6 +92,7 @@ def test_what_is_no_index(index, message):
 
 
 @pytest.mark.parametrize("column", COLUMNS)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_where_is_pandas_isin(column, data):
     some = prompts()
