@@ -32,6 +32,7 @@ from lensclust.errors import InputError
 from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
 from lensclust.figures.style import Picture, finish
+from lensclust.labels import label_texts
 from lensclust.placement import found_device
 from lensclust.showing import Shown
 from lensclust.sites import Site
@@ -143,6 +144,7 @@ def cka(
     >>> round(float(found.matrix.sel(site_a="resid 2", site_b="resid 2")), 6)
     1.0
     """
+    require_axes(acts)
     n = acts.sizes["prompt"]
     if n < 4:
         raise InputError(f"cka: {n} prompts given, expected at least 4")
@@ -180,8 +182,7 @@ def _places(sites: Sequence[Site], side: str) -> pd.DataFrame:
 
 
 def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
-    for each in (acts, other):
-        require_axes(each)
+    require_axes(other)
     n, m = acts.sizes["prompt"], other.sizes["prompt"]
     if n != m:
         raise InputError(f"cka: {n} prompts given against {m}, expected the same prompts")
@@ -193,7 +194,7 @@ def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
         and other[name].dims == ("prompt",)
     ]
     for name in shared:
-        differ = np.flatnonzero(acts[name].values.astype(str) != other[name].values.astype(str))
+        differ = np.flatnonzero(label_texts(acts[name].values) != label_texts(other[name].values))
         if differ.size:
             row = differ[0]
             raise InputError(

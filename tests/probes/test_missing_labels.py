@@ -65,7 +65,9 @@ CALLS = {
     "erase": lambda a: moved(probes.erase(a, given="template")),
     "linear_transport": lambda a: moved(probes.linear_transport(a, "a", "b")),
     "only_near": lambda a: moved(
-        only_near(probes.replace(probes.mean_states(a), "b"), a, "a", "b", given="input")
+        only_near(
+            probes.replace(probes.mean_states(activations()), "b"), a, "a", "b", given="input"
+        )
     ),
 }
 USED = {
