@@ -7,7 +7,9 @@ computation: such a hook shows the right tensor, and an edit of it is thrown awa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,17 +48,51 @@ def require_effect(model: TransformerLensModel, names: Iterable[str], *, caller:
     hooks: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
     if unknown := [name for name in wanted if name not in hooks]:
         raise InputError(f"{caller}: {model_name(model)} has no hook {unknown[0]!r} to edit")
-    # Eager attention computes at hooks that fused attention does not fire.
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    kernel = getattr(config, "_attn_implementation", None)
-    found: dict[str, str | None] = remembered(model, ("effects", kernel), dict)
+    found: dict[str, str | None] = remembered(model, ("effects", attention_kernel(model)), dict)
     untried = [name for name in wanted if name not in found]
     most = max(1, default_budget(model) // LENGTH)
-    for start in range(0, len(untried), most):
-        found |= _tried(model, untried[start : start + most])
+    with unhooked(model):
+        for start in range(0, len(untried), most):
+            found |= _tried(model, untried[start : start + most])
     for name in wanted:
         if (fault := found[name]) is not None:
             raise InputError(f"{caller}: {model_name(model)} cannot be edited at {name!r}: {fault}")
+
+
+def attention_kernel(model: TransformerLensModel) -> str | None:
+    """By what a Hugging Face network computes attention: hooks inside fire with some alone.
+
+    >>> import lensclust as lc
+    >>> attention_kernel(lc.load("native:sif-small")) is None
+    True
+    """
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+@contextmanager
+def unhooked(model: TransformerLensModel) -> Iterator[None]:
+    """Inside, hooks that are on the model do not fire: a check runs other tokens than theirs.
+
+    >>> import lensclust as lc
+    >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3]])
+    >>> before = model(tokens)
+    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+    ...     with unhooked(model):
+    ...         same = torch.equal(model(tokens), before)
+    ...     same, torch.equal(model(tokens), before)
+    (True, False)
+    """
+    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    there = {point: point._forward_hooks for point in points.values()}
+    try:
+        for point in there:
+            # Taken off and put back, hooks would lose their order and their contexts.
+            point._forward_hooks = OrderedDict()
+        yield
+    finally:
+        for point, hooks in there.items():
+            point._forward_hooks = hooks
 
 
 @torch.no_grad()
