@@ -200,10 +200,18 @@ def _extracted(subject: Subject, kind: str) -> xr.Dataset:
     ).transpose("prompt", "position", ...)
 
 
-def _compare(subject: Subject, kind: str, expected: Callable[[Parts, int], Tensor | None]) -> None:
-    """A site of all blocks that have it against the plain states, which have to be there."""
+def _compare(
+    subject: Subject,
+    kind: str,
+    expected: Callable[[Parts, int], Tensor | None],
+    *,
+    at_least: list[int] | None = None,
+) -> None:
+    """A site of all blocks that have it (or of these at least) against the plain states."""
     found = _extracted(subject, kind)[kind]
     having = [block for block in subject.blocks if expected(subject.parts[0], block) is not None]
+    if at_least is not None and set(found["block"].values) >= set(at_least):
+        having = found["block"].values.tolist()
     _require_blocks(found, having)
 
     def states(one: Parts) -> list[Tensor]:
