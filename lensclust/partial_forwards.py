@@ -119,7 +119,8 @@ def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[
     block = model.blocks[-1]
     mlp: Any = getattr(block, "mlp", None)
     attention = getattr(block, "attn", None)
-    later = {*block.modules(), *model.ln_final.modules()}
+    norm = getattr(model, "ln_final", None)  # GPT-1 has none
+    later = {*block.modules(), *(norm.modules() if norm is not None else ())}
     later -= set(attention.modules() if attention else ())
     heard = any(part.fwd_hooks or part.bwd_hooks for part in later if isinstance(part, HookPoint))
     if heard or type(mlp) not in (MLPBridge, GatedMLPBridge):

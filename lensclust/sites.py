@@ -111,6 +111,19 @@ def hook_name(model: TransformerLensModel, site: Site) -> str:
     return f"blocks.{site.layer - 1}.hook_resid_post"
 
 
+def head_blocks(model: TransformerLensModel) -> list[int]:
+    """The blocks of a model that have heads.
+
+    Raises:
+        InputError: if none has.
+
+    >>> import lensclust as lc
+    >>> head_blocks(lc.load("native:sif-small"))
+    [0, 1, 2, 3, 4, 5]
+    """
+    return list(dict.fromkeys(site.layer for site in resolve(model, "z")))
+
+
 def model_name(model: TransformerLensModel) -> str:
     """What to call the model in messages and provenance."""
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
@@ -187,6 +200,8 @@ def _expand(model: TransformerLensModel, item: str | Site, hooks: Container[str]
         layers = range(cfg.n_layers + (kind == "resid"))
         heads: Iterable[int | None] = range(cfg.n_heads) if _per_head(kind) else [None]
         sites = [Site(kind, layer, head) for layer in layers for head in heads]
+        # Blocks without attention have no heads.
+        sites = [site for site in sites if hook_name(model, site) in hooks] or sites[:1]
     else:
         sites = [Site.parse(item) if isinstance(item, str) else item]
     for site in sites:
