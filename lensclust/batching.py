@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from itertools import count
 from typing import Any
 
@@ -16,6 +17,9 @@ BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
 # Few enough to mix what is trained on, enough to find rows of one length.
 _BUCKET_BATCHES = 16
+
+# Rows of the forward that is being run, of how many; None outside loops over `batches`.
+_RUNNING: ContextVar[tuple[Tensor, int] | None] = ContextVar("rows that are run", default=None)
 
 
 def default_budget(model: TransformerLensModel) -> int:
@@ -31,13 +35,43 @@ def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, "
     >>> [rows.tolist() for rows in batches(torch.tensor([2, 5, 3]), budget=6)]
     [[1], [2, 0]]
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        stop = start + max(1, budget // longest)
-        yield order[start:stop]
-        start = stop
+
+    def cut() -> Iterator[Tensor]:
+        order = torch.argsort(lengths, descending=True, stable=True)
+        start = 0
+        while start < len(order):
+            longest = int(lengths[order[start]])
+            stop = start + max(1, budget // longest)
+            yield order[start:stop]
+            start = stop
+
+    return announced(cut(), len(lengths))
+
+
+def announced(parts: Iterable[Int[Tensor, " row"]], total: int) -> Iterator[Int[Tensor, " row"]]:
+    """The same row indices; while each is in use, `rows_being_run` gives it.
+
+    Args:
+        total: rows there are; 0 if the indices are not those of the caller's rows.
+    """
+    before = _RUNNING.get()
+    try:
+        for rows in parts:
+            _RUNNING.set((rows, total))
+            yield rows
+    finally:
+        _RUNNING.set(before)
+
+
+def rows_being_run() -> tuple[Int[Tensor, " row"], int] | None:
+    """Which rows, of how many, a forward inside the library holds: hooks of callers need to know.
+
+    >>> [rows_being_run() for rows in batches(torch.tensor([2, 5]), budget=5)]
+    [(tensor([1]), 2), (tensor([0]), 2)]
+    >>> rows_being_run() is None
+    True
+    """
+    return _RUNNING.get()
 
 
 def model_device(model: TransformerLensModel) -> torch.device:
