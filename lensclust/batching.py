@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -18,8 +18,22 @@ ACCELERATOR_TOKENS = 16_384
 # Few enough to mix what is trained on, enough to find rows of one length.
 _BUCKET_BATCHES = 16
 
-# Rows of the forward that is being run, of how many; None outside loops over `batches`.
-_RUNNING: ContextVar[tuple[Tensor, int] | None] = ContextVar("rows that are run", default=None)
+
+class Rows(NamedTuple):
+    """Which of the caller's rows a forward inside the library holds.
+
+    Attributes:
+        which: index of each.
+        total: rows there are; 0 if what is run are not the caller's rows.
+        whole: whether each is run from its first token to its last, without padding.
+    """
+
+    which: Int[Tensor, " row"]
+    total: int
+    whole: bool
+
+
+_RUNNING: ContextVar[Rows | None] = ContextVar("rows that are run", default=None)
 
 
 def default_budget(model: TransformerLensModel) -> int:
@@ -48,26 +62,28 @@ def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, "
     return announced(cut(), len(lengths))
 
 
-def announced(parts: Iterable[Int[Tensor, " row"]], total: int) -> Iterator[Int[Tensor, " row"]]:
+def announced(
+    parts: Iterable[Int[Tensor, " row"]], total: int, *, whole: bool = False
+) -> Iterator[Int[Tensor, " row"]]:
     """The same row indices; while each is in use, `rows_being_run` gives it.
 
     Args:
-        total: rows there are; 0 if the indices are not those of the caller's rows.
+        total, whole: as in `Rows`.
     """
     before = _RUNNING.get()
     try:
         for rows in parts:
-            _RUNNING.set((rows, total))
+            _RUNNING.set(Rows(rows, total, whole))
             yield rows
     finally:
         _RUNNING.set(before)
 
 
-def rows_being_run() -> tuple[Int[Tensor, " row"], int] | None:
-    """Which rows, of how many, a forward inside the library holds: hooks of callers need to know.
+def rows_being_run() -> Rows | None:
+    """The rows of the present forward, for hooks of callers; None outside the library's loops.
 
-    >>> [rows_being_run() for rows in batches(torch.tensor([2, 5]), budget=5)]
-    [(tensor([1]), 2), (tensor([0]), 2)]
+    >>> [rows_being_run().which.tolist() for rows in batches(torch.tensor([2, 5]), budget=5)]
+    [[1], [0]]
     >>> rows_being_run() is None
     True
     """

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformer_lens
 import transformers
 from packaging.version import Version
-from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
@@ -57,11 +56,11 @@ def require_right_library(model: TransformerLensModel) -> None:
     verdict = cached_generation(model)
     if verdict.right is not False:
         return
-    name = model_name(model)
+    name, lens = model_name(model), version("transformer-lens")
     if Version(transformers.__version__) >= Version(FIRST_BAD):
         raise InputError(
             f"load: {name} generates wrongly with a key/value cache under transformers "
-            f"{transformers.__version__} and transformer-lens {_lens_version()} ({verdict.why}): "
+            f"{transformers.__version__} and transformer-lens {lens} ({verdict.why}): "
             f"pip install 'transformers<{FIRST_BAD}'"
         )
     log.warning(
@@ -70,19 +69,6 @@ def require_right_library(model: TransformerLensModel) -> None:
         name,
         verdict.why,
     )
-
-
-def require_cached_generation(model: TransformerLensModel, *, caller: str) -> None:
-    """Refuse to go on from a cache where a model was found to go on wrongly.
-
-    Raises:
-        InputError: in the name of ``caller``.
-    """
-    if (verdict := cached_generation(model)).right is False:
-        raise InputError(
-            f"{caller}: {model_name(model)} generates wrongly with a key/value cache "
-            f"({verdict.why}): generate with use_past_kv_cache=False"
-        )
 
 
 def cached_generation(model: TransformerLensModel) -> Verdict:
@@ -115,7 +101,7 @@ def _tried(model: Any, network: Any) -> Verdict:
 
     def notice(network: Any, args: Any, given: Any, output: Any) -> None:
         ids = args[0] if args else given["input_ids"]
-        cache = getattr(output, "past_key_values", None)
+        cache: Any = getattr(output, "past_key_values", None)
         try:
             steps.append((ids.shape[1], int(cache.get_seq_length())))
         except (AttributeError, ValueError):  # no cache, or a recurrent one that does not count
@@ -151,7 +137,3 @@ def _tried(model: Any, network: Any) -> Verdict:
     if held not in (None, prompt + STEPS - 1):
         return Verdict(False, f"its cache holds {held} of {prompt + STEPS - 1} tokens")
     return Verdict(True, "equals a forward of the whole sequence")
-
-
-def _lens_version() -> str:
-    return str(getattr(transformer_lens, "__version__", "of unknown version"))

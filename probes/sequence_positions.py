@@ -33,6 +33,7 @@ class Stretch:
         index: place of each token among the tokens of its row's sequence ``(row, token)``; -1 at
             padding that the attention mask hides.
         begins: whether no token of the sequence was run before this forward.
+        cached: whether it continues what earlier forwards left in a cache.
         goes_on: whether later forwards can continue the sequence.
         prompt_end: place of the last token of each row's prompt, that is, of the forward that
             began the sequence; None if that was not seen, or if the prompt came in pieces.
@@ -40,6 +41,7 @@ class Stretch:
 
     index: Int[Tensor, "row token"]
     begins: bool
+    cached: bool
     goes_on: bool
     prompt_end: Int[Tensor, " row"] | None
 
@@ -79,7 +81,7 @@ class _Follower:
             end = self.prompt_ends.get(cache)
         goes_on = cache is not None or bool(given.get("use_cache")) or self.generation is not None
         end = None if generation.in_pieces else end
-        self.notice(Stretch(index, past == 0 and not again, goes_on, end))
+        self.notice(Stretch(index, past == 0 and not again, past > 0, goes_on, end))
 
     def after(self, network: Any, args: Any, given: Any, output: Any) -> None:
         if self.beginning is not None:
@@ -115,7 +117,9 @@ class _Follower:
             return int(cache.get_seq_length())
         except (AttributeError, ValueError) as error:
             # A recurrent state does not say of how many tokens it is.
-            raise self._lost(f"a {type(cache).__name__} does not say how many came before") from error
+            raise self._lost(
+                f"a {type(cache).__name__} does not say how many came before"
+            ) from error
 
     def _index(
         self, rows: int, length: int, past: int, given: Mapping[str, Any]

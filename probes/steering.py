@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import rows_being_run
+from lensclust.cached_generation import cached_generation
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
@@ -25,7 +26,7 @@ from probes.interventions import Edit, Intervention
 from probes.sequence_positions import Stretch, following
 
 # One token index for every row of the batch, or for each.
-Indices = int | Int[Tensor, "..."] | np.ndarray | Sequence[int]
+Indices = int | Sequence[int] | np.ndarray | pd.Series | Tensor
 Positions = Indices | str
 NAMED = ("last", "all")
 
@@ -91,9 +92,19 @@ def steer(
     places = _Places(_checked(positions, since), since is not None)
     sites = resolve(model, at)
     require_effect(model, [hook_name(model, site) for site in sites], caller="steer")
+    generation = cached_generation(model)
+
+    def notice(stretch: Stretch) -> None:
+        if stretch.cached and generation.right is False:
+            raise InputError(
+                f"steer: {model_name(model)} generates wrongly with a key/value cache "
+                f"({generation.why}): generate with use_past_kv_cache=False"
+            )
+        places.notice(stretch)
+
     hooked: Any = model
     hooks = [(hook_name(model, site), _hook(site, intervention, places)) for site in sites]
-    with following(model, places.notice, caller="steer"), hooked.hooks(fwd_hooks=hooks):
+    with following(model, notice, caller="steer"), hooked.hooks(fwd_hooks=hooks):
         yield model
     places.require_reached()
 
@@ -112,7 +123,8 @@ def _checked(positions: Positions | None, since: Indices | None) -> Tensor | str
         found = torch.as_tensor(np.asarray(given) if hasattr(given, "__array__") else given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"steer: {name} is a {type(given).__name__}, {expected}") from error
-    if found.dtype == torch.bool or found.is_floating_point() or found.ndim > 1 or not found.numel():
+    whole = not (found.dtype == torch.bool or found.is_floating_point())
+    if not whole or found.ndim > 1 or not found.numel():
         raise InputError(
             f"steer: {name} of type {found.dtype} and shape {tuple(found.shape)}, expected one "
             "integer for all rows or one for each"
@@ -195,7 +207,7 @@ class _Places:
                 f"a row was run (row {row})"
             )
 
-    def _first(self, stretch: Stretch) -> Int[Tensor, "..."]:
+    def _first(self, stretch: Stretch) -> Tensor:
         """Index of the first token to change, for all rows or for each."""
         rows = len(stretch.index)
         inside = rows_being_run()
@@ -203,8 +215,14 @@ class _Places:
             wanted = self.wanted.cpu()
             if wanted.ndim == 0:
                 return wanted
-            if inside is not None and len(wanted) == inside[1]:
-                wanted = wanted[inside[0]]
+            if inside is not None and len(wanted) == inside.total:
+                wanted = wanted[inside.which]
+            elif inside is not None:
+                raise InputError(
+                    f"steer: {len(wanted)} positions given, but {inside.total or 'other'} rows are "
+                    "run in an order of the library's own: give one index for all, or a position "
+                    "for each prompt of one shard"
+                )
             if len(wanted) != rows:
                 raise InputError(
                     f"steer: {len(wanted)} positions given, but a batch of {rows} was run"
@@ -212,7 +230,7 @@ class _Places:
             return wanted
         if self.wanted == "all":
             return torch.tensor(0)
-        if inside is not None:
+        if inside is not None and not inside.whole:
             raise InputError(
                 "steer: prompts that the library batches are cut and padded: expected one index a "
                 "prompt, as prompts.position('answer') gives them, or 'all'"
