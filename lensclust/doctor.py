@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.cached_generation import cached_generation
 from lensclust.downloads import PINS, cache_folder
 from lensclust.run_directory import machine
 from lensclust.sharing import trial
@@ -60,6 +61,7 @@ def examine(source: Any = None) -> dict[str, str]:
         report["site head"] = f"no: heads do not add up to the attention output (error {error:.2g})"
     why_not = trial(model)
     report["shared prefixes"] = "yes" if why_not is None else f"no: {why_not}"
+    report["cached generation"] = cached_generation(model).why
     report |= {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
     report["gradients"] = _try_gradient(model)
     report["texts"] = "yes" if model.tokenizer is not None else "no tokenizer: token ids only"

@@ -17,6 +17,7 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
+from lensclust.cached_generation import require_right_library
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
@@ -124,7 +125,8 @@ def load(
         )
     if tokenizer is not None:
         pretrained.attach_tokenizer(model, tokenizer)
-    return model.eval()
+    require_right_library(model.eval())
+    return model
 
 
 def _native(request: _Request) -> TransformerBridge:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import default_budget
+from lensclust.batching import announced, default_budget
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
@@ -79,7 +79,7 @@ def replay(
         columns = batch_width(model, len(edits)) if way is packed else lambda width, suffix: width
         out: Tensor | None = None
         with progress_bar("replay", len(edits) * len(prompts), enabled=progress) as advance:
-            for rows in _batches(prompts.lengths, positions, budget, columns):
+            for rows in announced(_batches(prompts.lengths, positions, budget, columns), 0):
                 batch = Batch.of(prompts, rows, positions)
                 prepared = way(model, batch, budget)
                 for start in range(0, len(edits), prepared.at_once):
