@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.agreement import remembered
 from lensclust.errors import InputError
 from lensclust.partial_forwards import scored_logits
 from lensclust.sites import Site, hook_name, model_name
@@ -36,8 +36,6 @@ Gates = Sequence[Float[Tensor, "row head"]]
 # by so many rounding errors, where these are large), and by this share of a gate at most. What it
 # finds may differ from the gradient by this share, and by some rounding errors.
 CHANGE, CHANGE_ROUNDING, FARTHEST, TOLERANCE, ROUNDING = 0.05, 32, 0.05, 0.05, 8
-
-_PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def gate_gradients(
@@ -122,7 +120,7 @@ def require_reach(
     scored: Bool[Tensor, "2 length"],
     losses: RowLosses,
 ) -> None:
-    """Refuse a model whose loss does not follow its gates as their gradient says; asked once.
+    """Refuse a model whose loss does not follow its gates as its gradient says; checked once.
 
     Of one prompt, given twice, all gates are moved along the signs of the gradient, and against
     them. Attention that is
@@ -132,7 +130,11 @@ def require_reach(
     Raises:
         InputError: if the loss changes by less or more than it should.
     """
-    if model in _PROVEN:
+    network: Any = model.original_model
+    attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    # With the code that it attends with; a loss that no gate can move shows nothing.
+    checked: set[Any] = remembered(model, "gradients of head gates", set)
+    if (kind := (attention, *sorted(map(str, _kinds(model))))) in checked:
         return
     found, slopes = gate_gradients(model, tokens, scored, losses)
     steepness = float(slopes[0].abs().sum())
@@ -151,7 +153,7 @@ def require_reach(
                 f"moved along it change the loss by {changed:.3g}, expected {expected:.3g}; is its "
                 "attention or its quantised arithmetic without a backward of its own?"
             )
-        _PROVEN[model] = True
+        checked.add(kind)
 
 
 def _open(model: TransformerBridge, rows: int) -> list[Float[Tensor, "row head"]]:
