@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust.cached_generation import cached_generation
 from lensclust.downloads import PINS, cache_folder
 from lensclust.run_directory import machine
-from lensclust.sharing import trial
+from lensclust.sharing import summary
 from lensclust.sites import KINDS, additivity_error, first_site, heads_add_up, hook_name
 
 EXTRAS = {"peft": "peft", "ray": "ray", "umap": "umap"}
@@ -59,8 +59,7 @@ def examine(source: Any = None) -> dict[str, str]:
         report[f"site {kind}"] = "yes" if present else "no"
     if not heads_add_up(error):
         report["site head"] = f"no: heads do not add up to the attention output (error {error:.2g})"
-    why_not = trial(model)
-    report["shared prefixes"] = "yes" if why_not is None else f"no: {why_not}"
+    report["shared prefixes"] = summary(model)
     report["cached generation"] = cached_generation(model).why
     report |= {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
     report["gradients"] = _try_gradient(model)

@@ -27,13 +27,13 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.agreement import rounding_tolerance
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import States, answers_with_states
-from lensclust.sharing import rounding_tolerance
 from lensclust.sites import model_name
 from probes.choices import Choices, label_tokens
 from probes.component_logits import ComponentLogits

@@ -99,7 +99,7 @@ def head_activation(
     signed: list[Tensor] = []
     order: list[Tensor] = []
     with (
-        fused_attention(model, shortest[0]) as fused,
+        fused_attention(model, int(scoring.lengths.max())) as fused,
         progress_bar("head_activation", len(prompts), enabled=progress) as advance,
     ):
         budget = batch_tokens or max(1, default_budget(model) // (FUSED if fused else BACKWARD))
