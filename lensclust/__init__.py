@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lensclust.supervised import finetune
     from lensclust.training import train
     from lensclust.weights import fingerprint
+    from lensclust.wrapping import release
 
 # A module may not share its name with a function listed here (hence `extraction`, `training`):
 # importing the submodule would put the module in the function's place.
@@ -44,6 +45,7 @@ _HOMES = {
     "open_activations": "lensclust.store",
     "plan_prefixes": "lensclust.sharing",
     "pooled": "lensclust.pooling",
+    "release": "lensclust.wrapping",
     "train": "lensclust.training",
 }
 _MODULES = ("figures", "report", "tasks")
@@ -64,6 +66,7 @@ __all__ = [
     "open_activations",
     "plan_prefixes",
     "pooled",
+    "release",
     "report",
     "tasks",
     "train",

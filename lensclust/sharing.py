@@ -221,8 +221,9 @@ def callers_hooks(model: TransformerLensModel) -> str | None:
         hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if isinstance(module, HookPoint):
             hooks += [handle.user_hook for handle in module.fwd_hooks]
-    homes = {str(getattr(hook, "__module__", "")).partition(".")[0] for hook in hooks}
-    if homes <= {"transformer_lens", "transformers", "accelerate"}:
+    homes = {str(getattr(hook, "__module__", "")) for hook in hooks} - {"lensclust.wrapping"}
+    libraries = {"transformer_lens", "transformers", "accelerate"}
+    if {home.partition(".")[0] for home in homes} <= libraries:
         return None
     return "it has hooks, which may count on a prompt's own rows and places"
 
