@@ -154,7 +154,8 @@ def _extract(given: list[str]) -> int:
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
     arguments: dict[str, Any] = {"at": options.at, "batch_tokens": options.batch_tokens}
     arguments |= {"share_prefixes": options.share_prefixes, "dtype": options.dtype}
-    arguments |= {"store": place, "resume": options.resume, "progress": not options.quiet}
+    arguments |= {"store": place, "resume": options.resume, "append": options.append}
+    arguments |= {"progress": not options.quiet}
     if options.engine == "ray":
         del model  # the workers load their own
         arguments |= {"workers": options.workers, "threads": options.threads, "loading": loading}

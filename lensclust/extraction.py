@@ -34,6 +34,7 @@ def extract(
     dtype: str = "float32",
     store: str | Place | None = None,
     resume: bool = False,
+    append: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
     """Read activations at named positions of every prompt in one pass.
@@ -59,9 +60,12 @@ def extract(
         dtype: numpy type of what is kept.
         store: folder of a zarr store to write to instead of memory, or its URL
             (``s3://bucket/a``; `lensclust.store_places` says what a URL cannot give: see that
-            only one process writes to it). A finished store with the same model, tokenizer and
-            sites is appended to.
-        resume: continue a store that a killed run left behind.
+            only one process writes to it).
+        resume: continue a store that a killed run left behind. One that was finished with these
+            very prompts (tokens, labels, spans and answers) is opened and left as it is.
+        append: add these prompts to a finished store with the same model, tokenizer and sites.
+            Prompts that are in it already are refused: they would leak from one fold into
+            another.
         progress: show a bar.
 
     Returns:
@@ -74,7 +78,8 @@ def extract(
 
     Raises:
         InputError: if a site or position does not exist, a prompt is longer than the context,
-            or the store holds something else.
+            a label has the name of a variable or axis, or the store holds something else, or is
+            finished and ``append`` is not set.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -101,7 +106,15 @@ def extract(
 
     frame = reader.frame
     if store is not None:
-        return on_disk.write(as_place(store), frame, shards, shard=shard, resume=resume)
+        return on_disk.write(
+            as_place(store),
+            frame,
+            shards,
+            keys=prompts.row_digests(),
+            shard=shard,
+            resume=resume,
+            append=append,
+        )
     out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
     for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
         for name, value in values.items():

@@ -30,7 +30,7 @@ from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
 from lensclust.host_copies import HostCopy, arrived, upload
 from lensclust.prefix import Packing
-from lensclust.prompts import Prompts
+from lensclust.prompts import Prompts, require_prompts
 from lensclust.sharing import Forward, PrefixSharing
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from lensclust.templates import measured, rectangle, template
@@ -77,6 +77,7 @@ class ShardReader:
         share_prefixes: bool = True,
         dtype: str = "float32",
     ) -> None:
+        require_prompts("extract", prompts)
         chosen = rectangle(resolve(model, sites))
         names = [at] if isinstance(at, str) else list(at)
         if not names or len(set(names)) < len(names):

@@ -12,11 +12,20 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
+from lensclust.checked_arrays import SUMS
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, head_frames, model_name
+from lensclust.store_notes import ROW_KEYS
 
+# What a label cannot be called, whichever of these an extraction has and a store adds.
+RESERVED = {
+    *("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank", "head_frame"),
+    *(variable for variable, _ in VARIABLES.values()),
+    *(f"{variable}{SUMS}" for variable, _ in VARIABLES.values()),
+    ROW_KEYS,
+}
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch")
 
 
@@ -45,8 +54,11 @@ def template(
     coords: dict[str, Any] = {k: (k, sorted(v)) for k, v in places.items() if v}
     coords["position"] = ("position", list(positions))
     for label, values in prompts.label_arrays().items():
-        if label in ("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank"):
-            raise InputError(f"extract: label {label!r} of the rows is the name of an axis")
+        if label in RESERVED:
+            raise InputError(
+                f"extract: label {label!r} of the rows is the name of an axis or variable of "
+                f"activations; rename the column, such as to '{label}_label'"
+            )
         coords[label] = ("prompt", values)
     sizes = {axis: len(values[1]) for axis, values in coords.items() if axis in places}
     sizes |= {"prompt": len(prompts), "position": len(positions)}

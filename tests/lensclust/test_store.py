@@ -50,7 +50,7 @@ def test_store_equals_memory_and_is_read_lazily(model, tmp_path):
 def test_appending_equals_one_pass(model, tmp_path):
     first, second = some_prompts(13), some_prompts(9, seed=3)
     lc.extract(model, first, ["resid", "head"], store=tmp_path / "a", shard=5)
-    both = lc.extract(model, second, ["resid", "head"], store=tmp_path / "a")
+    both = lc.extract(model, second, ["resid", "head"], store=tmp_path / "a", append=True)
     expected = [lc.extract(model, p, ["resid", "head"]) for p in (first, second)]
     for name in ("resid", "z", "task", "n"):
         apart = np.concatenate([e[name].values for e in expected])
@@ -159,7 +159,8 @@ def test_labels_of_another_kind_are_refused_before_anything_is_written(model, tm
 def test_running_a_script_again_adds_nothing(model, tmp_path):
     for _ in range(2):
         for prompts in (some_prompts(7), some_prompts(5, seed=2)):
-            acts = lc.extract(model, prompts, "resid 2", store=tmp_path / "a", resume=True)
+            options = {"resume": True, "append": True}
+            acts = lc.extract(model, prompts, "resid 2", store=tmp_path / "a", **options)
     assert acts.sizes["prompt"] == 12
 
 
