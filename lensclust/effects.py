@@ -87,8 +87,11 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     there = {point: point._forward_hooks for point in points.values()}
     try:
         for point in there:
-            # Taken off and put back, hooks would lose their order and their contexts.
-            point._forward_hooks = OrderedDict()
+            # Taken off and put back, hooks would lose their order and their contexts. What is
+            # not placed by name belongs to the model.
+            placed = {handle.hook.id for handle in point.fwd_hooks}
+            kept = {key: hook for key, hook in there[point].items() if key not in placed}
+            point._forward_hooks = OrderedDict(kept)
         yield
     finally:
         for point, hooks in there.items():

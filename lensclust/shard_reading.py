@@ -78,7 +78,7 @@ class ShardReader:
         dtype: str = "float32",
     ) -> None:
         require_prompts("extract", prompts)
-        chosen = rectangle(resolve(model, sites))
+        chosen = rectangle(model, resolve(model, sites))
         names = [at] if isinstance(at, str) else list(at)
         if not names or len(set(names)) < len(names):
             raise InputError(f"extract: positions must be given and differ, given {names}")

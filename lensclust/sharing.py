@@ -221,7 +221,8 @@ def callers_hooks(model: TransformerLensModel) -> str | None:
         hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if isinstance(module, HookPoint):
             hooks += [handle.user_hook for handle in module.fwd_hooks]
-    homes = {str(getattr(hook, "__module__", "")) for hook in hooks} - {"lensclust.wrapping"}
+    homes = {str(getattr(hook, "__module__", "")) for hook in hooks}
+    homes -= {"lensclust.wrapping", "lensclust.mended_bridges"}
     libraries = {"transformer_lens", "transformers", "accelerate"}
     if {home.partition(".")[0] for home in homes} <= libraries:
         return None

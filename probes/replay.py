@@ -21,6 +21,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, relative_error
 from lensclust.batching import announced, default_budget
+from lensclust.blocks import blocks_of
 from lensclust.branching_check import FAILURES, named
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
@@ -107,8 +108,10 @@ def _check(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
     resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    blocks = blocks_of(model)
     for number, (site, values) in enumerate(edits):
-        size = model.cfg.d_model if site.head is None else model.cfg.d_head
+        block = blocks[min(site.layer, len(blocks) - 1)]
+        size = block.d_model if site.head is None else block.d_head
         if tuple(values.shape) != (len(prompts), size):
             raise InputError(
                 f"replay: edit {number} ({site}) has values of shape {tuple(values.shape)}, "

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust import costs, shard_reading, store
+from lensclust.agreement import rounding_tolerance
 from lensclust.doctor import examine
 from lensclust.packed_batches import PackedBatch
 from lensclust.packed_forwards import visible
 from lensclust.prefix import pack
 from lensclust.readouts import answers
-from lensclust.agreement import rounding_tolerance
 from lensclust.sharing import refusal
 from tests.probes.test_replay import ODD, UNSHARED, build
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
