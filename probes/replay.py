@@ -18,13 +18,14 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import default_budget
+from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, answers
 from lensclust.sharing import rounding_tolerance
-from lensclust.sites import model_name, resolve
+from lensclust.sites import hook_name, model_name, resolve
 from probes.edits import Edit
 from probes.prefixes import Batch, Way, batch_width, packed, stacked, ways
 
@@ -61,8 +62,8 @@ def replay(
         ``(edit, prompt, ...)``: what ``readout`` gave, on the CPU.
 
     Raises:
-        InputError: if a site or position does not exist, values have the wrong shape, the model
-            is in training mode, or the prompts do not fit it.
+        InputError: if a site or position does not exist, an edit there is thrown away, values
+            have the wrong shape, the model is in training mode, or the prompts do not fit it.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -104,7 +105,8 @@ def _check(
         raise InputError("replay: no edit given; `answers` reads the unedited model")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
-    resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    sites = resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    require_effect(model, [hook_name(model, site) for site in sites], caller="replay")
     for number, (site, values) in enumerate(edits):
         size = model.cfg.d_model if site.head is None else model.cfg.d_head
         if tuple(values.shape) != (len(prompts), size):
