@@ -9,8 +9,9 @@ import xarray as xr
 from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.blocks import output_weights
 from lensclust.errors import InputError
-from lensclust.sites import Site, output_weights
+from lensclust.sites import Site
 
 # Which variable of the dataset holds a kind of site, and the name of its layer axis.
 VARIABLES = {
@@ -27,6 +28,8 @@ def head_residual(
     acts: xr.Dataset, model: TransformerLensModel
 ) -> Float[xr.DataArray, "prompt position block head d_model"]:
     """Each head's contribution to the residual stream, ``z @ W_O``, from stored ``z``.
+
+    Times what the block multiplies it by, where it does (Granite).
 
     ``n_heads`` times larger than ``z``: select positions and blocks first. The attention
     output is the sum over heads plus ``b_O``.

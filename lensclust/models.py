@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lensclust import pretrained, weights
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
+from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
 
@@ -124,7 +125,7 @@ def load(
         )
     if tokenizer is not None:
         pretrained.attach_tokenizer(model, tokenizer)
-    return model.eval()
+    return mended(model).eval()
 
 
 def _native(request: _Request) -> TransformerBridge:

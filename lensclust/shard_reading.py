@@ -77,7 +77,7 @@ class ShardReader:
         share_prefixes: bool = True,
         dtype: str = "float32",
     ) -> None:
-        chosen = rectangle(resolve(model, sites))
+        chosen = rectangle(model, resolve(model, sites))
         names = [at] if isinstance(at, str) else list(at)
         if not names or len(set(names)) < len(names):
             raise InputError(f"extract: positions must be given and differ, given {names}")

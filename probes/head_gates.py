@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.agreement import remembered
+from lensclust.blocks import blocks_of
 from lensclust.errors import InputError
 from lensclust.partial_forwards import scored_logits
 from lensclust.sites import Site, head_blocks, hook_name, model_name
@@ -275,9 +276,18 @@ def _attention_times_gradient(
 
 def _open(model: TransformerBridge, rows: int) -> list[Float[Tensor, "row head"]]:
     dtype = reduce(torch.promote_types, _kinds(model), torch.float32)
-    shape = (rows, model.cfg.n_heads)
+    blocks = blocks_of(model)
+    counts = {block: blocks[block].heads for block in head_blocks(model)}
+    if len({*counts.values()}) > 1:
+        raise InputError(
+            f"head gates: blocks of {model_name(model)} differ in their number of heads, expected "
+            f"as many in each: block -> heads {counts}"
+        )
     with torch.inference_mode(False):
-        return [torch.ones(shape, dtype=dtype, device=model.cfg.device) for _ in head_blocks(model)]
+        return [
+            torch.ones((rows, heads), dtype=dtype, device=model.cfg.device)
+            for heads in counts.values()
+        ]
 
 
 def _kinds(model: nn.Module) -> set[torch.dtype]:

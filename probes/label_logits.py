@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lensclust.batching import model_device, without_cache
+from lensclust.blocks import blocks_of
 from lensclust.effects import unhooked
 from lensclust.errors import InputError
 from lensclust.readouts import States
@@ -57,7 +58,7 @@ def component_table(model: Any) -> pd.DataFrame:
     heads = [
         (str(Site("head", block, head)), "head", block, head)
         for block in blocks
-        for head in range(model.cfg.n_heads)
+        for head in range(blocks_of(model)[block].heads)
     ]
     mlps = [(f"mlp {b}", "mlp", b, -1) for b in blocks if _mlp_hook(b) in model.hook_dict]
     rows = [("embed", "embed", -1, -1), *heads, *mlps, ("bias", "bias", -1, -1)]

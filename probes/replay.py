@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import default_budget
+from lensclust.blocks import blocks_of
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
@@ -107,8 +108,10 @@ def _check(
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
     sites = resolve(model, list(dict.fromkeys(site for site, _ in edits)))
     require_effect(model, [hook_name(model, site) for site in sites], caller="replay")
+    blocks = blocks_of(model)
     for number, (site, values) in enumerate(edits):
-        size = model.cfg.d_model if site.head is None else model.cfg.d_head
+        block = blocks[min(site.layer, len(blocks) - 1)]
+        size = block.d_model if site.head is None else block.d_head
         if tuple(values.shape) != (len(prompts), size):
             raise InputError(
                 f"replay: edit {number} ({site}) has values of shape {tuple(values.shape)}, "
