@@ -23,6 +23,7 @@ __all__ = [
     "SiteSelector",
     "additivity_error",
     "first_site",
+    "head_blocks",
     "head_frames",
     "hook_name",
     "model_name",

@@ -112,6 +112,7 @@ class PatternReader:
 CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "none": lambda value, model: value,
     "clipped": lambda value, model: value.clamp(-_clip(model), _clip(model)),
+    "heads first": lambda value, model: value.transpose(1, 2),
 }
 VALUES = ("hook_v", "v_norm.hook_out")
 
@@ -151,7 +152,7 @@ def value_readings(
 @torch.no_grad()
 def _find_values(model: Any, blocks: Sequence[int]) -> dict[int, tuple[str, str] | None]:
     found: dict[int, tuple[str, str] | None] = dict.fromkeys(blocks)
-    changes = ["none", *(["clipped"] if _clip(model) else [])]
+    changes = [change for change in CHANGES if change != "clipped" or _clip(model)]
     for name in VALUES:
         here = [block for block in blocks if f"blocks.{block}.attn.{name}" in model.hook_dict]
         for block in here if None in found.values() else []:
@@ -193,9 +194,10 @@ def _weighted(*given: Any) -> bool:
         return False
     pattern, value, z, change, model = given
     heads = pattern.shape[1]
+    value = change(value, model) if value.dim() == 4 else value
     if value.dim() != 4 or heads % value.shape[2] or z.shape[2] != heads:
         return False
-    each = change(value, model).float().repeat_interleave(heads // value.shape[2], dim=2)
+    each = value.float().repeat_interleave(heads // value.shape[2], dim=2)
     dtype = min((pattern.dtype, z.dtype), key=lambda kind: torch.finfo(kind).bits)
     return agrees(torch.einsum("bhqk,bkhd->bqhd", pattern.float(), each), z.float(), dtype=dtype)
 

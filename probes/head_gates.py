@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.agreement import remembered
+from lensclust.blocks import blocks_of
 from lensclust.errors import InputError
 from lensclust.partial_forwards import scored_logits
 from lensclust.sites import Site, head_blocks, hook_name, model_name
@@ -42,7 +43,7 @@ CHANGE, CHANGE_ROUNDING, FARTHEST, TOLERANCE, ROUNDING = 0.05, 32, 0.05, 0.05, 8
 STEPS, LEAST = (1.0, 1 / 8, 1 / 64), 4
 # How far the gates' gradients may be from attention times its gradient, in single and in half
 # precision: where z is not linear in attention, the two have nothing in common.
-DEFINITION, DEFINITION_HALF = 1e-2, 0.3
+DEFINITION, DEFINITION_HALF = 1e-2, 0.05
 
 
 def gate_gradients(
@@ -275,9 +276,18 @@ def _attention_times_gradient(
 
 def _open(model: TransformerBridge, rows: int) -> list[Float[Tensor, "row head"]]:
     dtype = reduce(torch.promote_types, _kinds(model), torch.float32)
-    shape = (rows, model.cfg.n_heads)
+    blocks = blocks_of(model)
+    counts = {block: blocks[block].heads for block in head_blocks(model)}
+    if len({*counts.values()}) > 1:
+        raise InputError(
+            f"head gates: blocks of {model_name(model)} differ in their number of heads, expected "
+            f"as many in each: block -> heads {counts}"
+        )
     with torch.inference_mode(False):
-        return [torch.ones(shape, dtype=dtype, device=model.cfg.device) for _ in head_blocks(model)]
+        return [
+            torch.ones((rows, heads), dtype=dtype, device=model.cfg.device)
+            for heads in counts.values()
+        ]
 
 
 def _kinds(model: nn.Module) -> set[torch.dtype]:

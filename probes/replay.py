@@ -23,13 +23,14 @@ from lensclust.agreement import agrees, relative_error
 from lensclust.batching import announced, default_budget
 from lensclust.blocks import blocks_of
 from lensclust.branching_check import FAILURES, named
+from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, answers
 from lensclust.sharing import callers_hooks, log_refusal, obstacle, refusal, refuse
-from lensclust.sites import resolve
+from lensclust.sites import hook_name, resolve
 from probes.edits import Edit
 from probes.prefixes import PACKED_TOKENS, Batch, Way, batch_width, packed, stacked, ways
 
@@ -64,8 +65,8 @@ def replay(
         ``(edit, prompt, ...)``: what ``readout`` gave, on the CPU.
 
     Raises:
-        InputError: if a site or position does not exist, values have the wrong shape, the model
-            is in training mode, or the prompts do not fit it.
+        InputError: if a site or position does not exist, an edit there is thrown away, values
+            have the wrong shape, the model is in training mode, or the prompts do not fit it.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -107,7 +108,8 @@ def _check(
         raise InputError("replay: no edit given; `answers` reads the unedited model")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
-    resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    sites = resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    require_effect(model, [hook_name(model, site) for site in sites], caller="replay")
     blocks = blocks_of(model)
     for number, (site, values) in enumerate(edits):
         block = blocks[min(site.layer, len(blocks) - 1)]
