@@ -62,9 +62,7 @@ def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, "
     return announced(cut(), len(lengths))
 
 
-def announced(
-    parts: Iterable[Int[Tensor, " row"]], total: int, *, whole: bool = False
-) -> Iterator[Int[Tensor, " row"]]:
+def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> Iterator[Tensor]:
     """The same row indices; while each is in use, `rows_being_run` gives it.
 
     Args:

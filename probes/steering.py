@@ -120,7 +120,7 @@ def _checked(positions: Positions | None, since: Indices | None) -> Tensor | str
     if isinstance(given, str):
         raise InputError(f"steer: {name}={given!r}, {expected}")
     try:
-        found = torch.as_tensor(np.asarray(given) if hasattr(given, "__array__") else given)
+        found = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"steer: {name} is a {type(given).__name__}, {expected}") from error
     whole = not (found.dtype == torch.bool or found.is_floating_point())
@@ -148,13 +148,14 @@ class _Places:
     def __init__(self, wanted: Tensor | str | None, onwards: bool) -> None:
         self.wanted = wanted
         self.onwards = onwards or not isinstance(wanted, Tensor)
-        # Tokens of each row of the sequence that have been run.
-        self.run: Tensor | None = None
+        # The index wanted of each row of the present sequence, and how many tokens have been run.
+        self.sequence: tuple[Tensor, Tensor] | None = None
 
     def notice(self, stretch: Stretch) -> None:
         """A forward begins."""
         index = stretch.index
-        wanted = self._first(stretch).to(index.device).expand(len(index))[:, None]
+        first = self._first(stretch).expand(len(index))
+        wanted = first.to(index.device)[:, None]
         chosen = (index >= wanted.clamp_min(0)) if self.onwards else index == wanted
         self.shape = tuple(index.shape)
         self.rows, self.columns = chosen.nonzero(as_tuple=True)
@@ -162,9 +163,11 @@ class _Places:
         if isinstance(self.wanted, Tensor):
             if stretch.begins:
                 self.require_reached()
-                self.run = None
+                self.sequence = first, torch.zeros_like(index[:, 0])
             run = index.amax(1) + 1
-            self.run = run if self.run is None else torch.maximum(self.run, run)
+            if self.sequence is not None and len(self.sequence[1]) == len(run):
+                run = torch.maximum(run, self.sequence[1])
+            self.sequence = first, run
             if not stretch.goes_on:
                 self.require_reached()
 
@@ -196,10 +199,10 @@ class _Places:
         Raises:
             InputError: names the index and the length.
         """
-        if self.run is None or not isinstance(self.wanted, Tensor):
+        if self.sequence is None:
             return
-        wanted, run = self.wanted.expand(len(self.run)), self.run.cpu()
-        self.run = None
+        wanted, run = (each.cpu() for each in self.sequence)
+        self.sequence = None
         if len(beyond := (wanted + (not self.onwards) > run).nonzero()):
             row = int(beyond[0])
             raise InputError(
