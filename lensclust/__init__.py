@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lensclust import own_packages
+
 if TYPE_CHECKING:
     from lensclust import figures, report, tasks
     from lensclust.activations import head_residual
@@ -80,8 +82,13 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     if name in _MODULES:
         return import_module(f"lensclust.{name}")
+    if name in own_packages.NAMES:
+        return own_packages.own(name)
     raise AttributeError(f"module 'lensclust' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+own_packages.report()
