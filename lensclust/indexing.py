@@ -29,7 +29,7 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
     """
     if isinstance(given, slice):
         try:
-            return np.arange(n)[given]
+            return np.arange(n)[given].copy()
         except TypeError:
             raise InputError(f"{what}: {given} is not a slice of whole numbers") from None
     if isinstance(given, pd.Series) and given.dtype.kind == "b":
@@ -47,8 +47,10 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
         return np.empty(0, dtype=np.int64)
     if index.dtype.kind == "O":  # whole numbers or truth values beside something missing
         kinds = {type(value) for value in index.ravel().tolist()}
-        if len(kinds) == 1 and kinds <= {int, bool}:
-            index = index.astype(next(iter(kinds)))
+        if kinds == {int}:
+            index = np.array([min(max(value, -n - 1), n) for value in index.tolist()])
+        if kinds == {bool}:
+            index = index.astype(bool)
     if index.ndim != 1 or index.dtype.kind not in "iub":
         first = index.ravel()[0] if index.size else given
         raise InputError(
@@ -59,7 +61,7 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
         if len(index) != n:
             raise InputError(f"{what}: a mask of {len(index)} values for {n} rows")
         return np.flatnonzero(index)
-    outside = (index.astype(object) < -n) | (index.astype(object) >= n)
+    outside = (index >= n) | (index < -n if index.dtype.kind == "i" else False)
     if outside.any():
         raise InputError(f"{what}: no row {index[outside][0]}, there are {n} (0 to {n - 1})")
     index = index.astype(np.int64)

@@ -30,6 +30,8 @@ def label_text(value: Any) -> str:
         return label_text(value.item())  # a tensor or array of no axes
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return MISSING
+    if isinstance(value, np.datetime64):
+        return str(pd.Timestamp(value))
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
     return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -175,8 +176,10 @@ class ChatPlaces:
         if start >= stop or begin is None:
             place = begin[0] if begin else len(rendered)
             return place, place
-        end = self._first(text, rendered, reversed(shown))
-        return begin[0], (end or begin)[1]
+        end = self._first(text, rendered, reversed(shown)) or begin
+        if end < begin:
+            raise _changed(text)
+        return begin[0], end[1]
 
     def _first(self, text: str, rendered: str, characters: Iterable[int]) -> TokenSpan | None:
         """Where the first of some characters stands that the template shows."""
@@ -186,10 +189,7 @@ class ChatPlaces:
             if found is not None:
                 return found
             if not text[index].isspace() and marked != rendered:
-                raise InputError(
-                    f"Prompts: the chat template changes the text {text!r}, so that its characters "
-                    "have no place; give spans without chat=True, or another template"
-                )
+                raise _changed(text)
         return None
 
     def _image(self, marked: str, rendered: str) -> TokenSpan | None:
@@ -197,14 +197,27 @@ class ChatPlaces:
         *copies, after = marked.split(self.mark)
         if not copies:
             return None
-        whole = len(rendered) - len(marked) + len(copies)
-        size, odd = divmod(whole, len(copies))
-        if odd or size < 1:
-            return None
-        start = -size
-        for copy in copies:
-            start += size
-            if not rendered.startswith(copy, start):
-                return None
-            start += len(copy)
-        return (start, start + size) if rendered[start + size :] == after else None
+        # Each copy shows the character in as many others, as `&lt;` for `<`; or else there is one
+        # way only to divide the chat among the copies.
+        size = max(0, (len(rendered) - len(marked)) // len(copies) + 1)
+        for shown in ([f"(.{{{size}}})"] if size else [], ["(.+?)", "(.+)"]):
+            found = {
+                match.span(len(copies))
+                for one in shown
+                if (match := _fullmatch(copies, one, after, rendered))
+            }
+            if len(found) == 1:
+                return found.pop()
+        return None
+
+
+def _fullmatch(copies: list[str], shown: str, after: str, rendered: str) -> re.Match[str] | None:
+    pattern = "".join(re.escape(copy) + shown for copy in copies) + re.escape(after)
+    return re.fullmatch(pattern, rendered, re.DOTALL)
+
+
+def _changed(text: str) -> InputError:
+    return InputError(
+        f"Prompts: the chat template changes the text {text!r}, so that its characters have no "
+        "place; give spans without chat=True, or another template"
+    )

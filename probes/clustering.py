@@ -27,7 +27,7 @@ import xarray as xr
 from joblib import delayed
 
 from lensclust import figures
-from lensclust.activations import dataset_sites, prompt_labels, select, site_values
+from lensclust.activations import dataset_sites, labelled, prompt_labels, select, site_values
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
@@ -38,7 +38,7 @@ from probes.batched_kmeans import group_partitions
 from probes.centroids import Centroids
 from probes.design import Exchange, Units
 from probes.groups import Group, against_null, label_groups
-from probes.interventions import Intervention, shift, transport
+from probes.interventions import Intervention, Label, shift, transport
 from probes.partitions import CROSS_WORDING, METRICS, SCALES, score_groups
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Clustering(Shown):
             raise InputError(f"best: no site of kind {kind!r}, only {set(self.frame['kind'])}")
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
-    def transport(self, source: str, target: str) -> Intervention:
+    def transport(self, source: Label, target: Label) -> Intervention:
         """The move from one label's clusters to another's (`probes.interventions`).
 
         Between the clusters of one condition where the prompts were clustered given one, else
@@ -212,6 +212,9 @@ def cluster(
         )
     chosen = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
     _require_known(chosen, METRICS)
+    every = acts.sizes.get("prompt", 0) if isinstance(acts, xr.Dataset) else 0
+    kept, unlabelled = labelled("cluster", acts, by=by, given=given, score_against=score_against)
+    acts = acts.isel(prompt=kept) if unlabelled else acts
     labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *score_against))}
     condition = None if given is None else prompt_labels(acts, given)
     groups, exchanges, left_out = label_groups(
@@ -226,6 +229,7 @@ def cluster(
         permutations=permutations,
         seed=seed,
     )
+    left_out = unlabelled + left_out
     notes = _require_scores(chosen, groups, exchanges, by)
     sites = dataset_sites(acts, kinds)
     centroids = Centroids(labels[by], condition, by, given)
@@ -247,11 +251,11 @@ def cluster(
         for name in labels
         for across in (False, True)
     }
-    assignments = np.empty((len(sites), acts.sizes["prompt"]), dtype=np.int32)
+    assignments = np.full((len(sites), every), -1, dtype=np.int32)
     place = position or str(acts["position"].values[0])
     with progress_bar("cluster", len(sites), enabled=progress) as advance:
         for index, (site, (scores, found)) in enumerate(zip(sites, work, strict=True)):
-            assignments[index] = found
+            assignments[index, kept] = found
             centroids.add(site, select(acts, site, position=position).values)
             shared = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
             parts += [
@@ -269,7 +273,7 @@ def cluster(
                 for (name, metric), values in scores.items()
             ]
             advance()
-    failed = sum(int((assignments[:, group.rows[0]] < 0).sum()) for group in groups)
+    failed = sum(int((assignments[:, kept[group.rows[0]]] < 0).sum()) for group in groups)
     if failed:
         left_out.append(
             f"{failed} of {len(groups) * len(sites)} partitions scored 0: fewer distinct states "

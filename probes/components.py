@@ -33,6 +33,7 @@ from lensclust.agreement import rounding_tolerance
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
+from lensclust.labels import label_texts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import States, answers_with_states
@@ -137,7 +138,7 @@ def _targets(prompts: Prompts, column: str, labels: list[str]) -> np.ndarray:
             f"decompose: no column {column!r} with the right labels: rows have "
             f"{list(prompts.rows)}; label=None if there are none"
         )
-    values = prompts.rows[column].astype(str).to_numpy()
+    values = label_texts(prompts.rows[column].array)
     unknown = sorted({*values} - {*labels})
     if unknown:
         raise InputError(

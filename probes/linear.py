@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from joblib import delayed
 from threadpoolctl import threadpool_limits
 
-from lensclust.activations import VARIABLES, dataset_sites
+from lensclust.activations import VARIABLES, dataset_sites, labelled
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
@@ -113,6 +113,9 @@ def probe(
     if device is not None and kind == "logistic":
         raise InputError(f"probe: device={device!r}, but logistic probes are fitted on the CPU")
     there = None if device is None else found_device(device)
+    every = acts.sizes.get("prompt", 0) if isinstance(acts, xr.Dataset) else 0
+    kept, unlabelled = labelled("probe", acts, target=target, groups=groups, control=control)
+    acts = acts.isel(prompt=kept) if unlabelled else acts
     plan = design(
         acts,
         target=target,
@@ -135,7 +138,9 @@ def probe(
         for fit in work:
             fits.append(fit)
             advance()
-    notes = list(plan.notes)
+    notes = unlabelled + list(plan.notes)
+    fold = np.full(every, -1)
+    fold[kept] = plan.fold
     if stopped := sum(fit.unconverged for fit in fits):
         notes.append(f"{stopped} fits stopped before they converged")
     for note in notes:
@@ -155,7 +160,7 @@ def probe(
     return ProbeSweep(
         frame=frame,
         directions=_by_variable(acts, sites, fits, target, plan.names),
-        fold=plan.fold,
+        fold=fold,
         notes=tuple(notes),
         target=target,
         probe=kind,
@@ -232,7 +237,7 @@ def _by_variable(
         intercepts = np.stack([fit.intercepts for fit in own])
         variables[variable] = xr.DataArray(
             weights.reshape(*sizes, *weights.shape[1:]),
-            dims=(*axes, target, acts[variable].dims[-1]),
+            dims=(*axes, target, "d_head" if variable == "z" else "d_model"),
             coords=coords,
         )
         variables[f"{variable}_intercept"] = xr.DataArray(

@@ -9,6 +9,7 @@ component can be decoded does not say that the model uses it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,15 @@ import xarray as xr
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
-from lensclust.activations import dataset_sites, prompt_labels
+from lensclust.activations import dataset_sites, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
 from lensclust.showing import Shown
 from lensclust.stats import permutation_p
 from probes.folds import design
 from probes.moments import SOLVERS
 from probes.site_fits import SiteRows, held_out_labels
+
+log = logging.getLogger(__name__)
 
 CONDITIONS = ("without", "with")
 
@@ -99,8 +102,15 @@ def decode(
         raise InputError(f"decode: kind {kind!r} is not known: expected one of {list(SOLVERS)}")
     if resamples < 2:
         raise InputError(f"decode: resamples={resamples}, expected at least 2")
+    _require_pairs((without, with_demonstrations), (target, groups))
+    kept, unlabelled = labelled("decode", without, target=target, groups=groups)
+    for note in unlabelled:
+        log.warning("decode: %s", note)
+    if unlabelled:
+        without, with_demonstrations = (
+            side.isel(prompt=kept) for side in (without, with_demonstrations)
+        )
     sides = (without, with_demonstrations)
-    _require_pairs(sides, (target, groups))
     sites = dataset_sites(without, kinds)
     if sites != dataset_sites(with_demonstrations, kinds):
         raise InputError("decode: the two sets hold other sites, expected the same")
@@ -171,6 +181,8 @@ def _paired(
 
 
 def _require_pairs(sides: tuple[xr.Dataset, xr.Dataset], names: tuple[str, str]) -> None:
+    for each in sides:
+        require_axes(each)
     n, m = (each.sizes["prompt"] for each in sides)
     if n != m:
         raise InputError(f"decode: {n} prompts without and {m} with, expected pairs")

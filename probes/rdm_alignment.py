@@ -34,6 +34,7 @@ from probes.rdm_checks import (
     checked_nuisances,
     checked_options,
     item_layout,
+    only_labelled,
 )
 from probes.rdm_sweeps import RSA
 from probes.rdms import crossnobis, standardised, state_distances
@@ -120,9 +121,13 @@ def rsa(
     distances, compares, scales = checked_options(
         distance, compare, standardise, repeats, permutations
     )
+    acts, hypotheses, nuisance, unlabelled = only_labelled(
+        acts, hypotheses, nuisance, items=items, repeats=repeats, within=within
+    )
     layout = item_layout(acts, items, repeats)
     matrices = checked_hypotheses(acts, hypotheses, layout)
     unwanted, notes = checked_nuisances(acts, nuisance, layout)
+    notes = unlabelled + notes
     block = None
     if within is not None:
         block = np.unique(prompt_labels(acts, within)[layout[0]], return_inverse=True)[1]

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations import prompt_labels
+from lensclust.activations import label_names, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
 from probes.matrix_tests import TRANSFORMS
 from probes.rdms import DISTANCES, hypothesis, nuisance, pair_index
@@ -41,6 +41,32 @@ def checked_options(
     if standardise not in (True, False, "both"):
         raise InputError(f"rsa: standardise={standardise!r}, expected True, False or 'both'")
     return distances, compares, [False, True] if standardise == "both" else [bool(standardise)]
+
+
+def only_labelled(
+    acts: xr.Dataset, hypotheses: Any, nuisance: Any, **options: str | None
+) -> tuple[xr.Dataset, Any, Any, list[str]]:
+    """Activations and matrices of the prompts that have all labels, and notes on the others."""
+    require_axes(acts)
+    known = label_names(acts)
+    named = [] if isinstance(nuisance, (str, Mapping)) else list(nuisance)
+    if not isinstance(hypotheses, Mapping):
+        named += [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
+    # A label that is not there is told by whoever needs it, with what adds it.
+    rows, notes = labelled("rsa", acts, labels=[n for n in named if n in known], **options)
+    if not notes:
+        return acts, hypotheses, nuisance, []
+
+    def of_these(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        every = acts.sizes["prompt"]
+        return {
+            name: np.asarray(each)[np.ix_(rows, rows)] if np.shape(each) == (every,) * 2 else each
+            for name, each in given.items()
+        }
+
+    return acts.isel(prompt=rows), of_these(hypotheses), of_these(nuisance), notes
 
 
 def item_layout(

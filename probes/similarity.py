@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations import dataset_sites, prompt_labels, site_values
+from lensclust.activations import dataset_sites, prompt_labels, site_values, with_labels
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import followed
@@ -80,6 +80,7 @@ def nearest_neighbour(
             "nearest_neighbour: expected permutations of at least 2 and k of at least 1, given "
             f"{permutations}, {k}"
         )
+    acts = with_labels("nearest_neighbour", acts, target=target, apart=apart, per=per)
     values = prompt_labels(acts, target)
     require_two_values("nearest_neighbour", target, values)
     labels = _codes(values)
@@ -156,6 +157,7 @@ def silhouettes(
         raise InputError(f"silhouettes: scale {scale!r} is not known: expected {list(SCALES)}")
     if permutations < 1:
         raise InputError(f"silhouettes: permutations={permutations}, expected at least 1")
+    acts = with_labels("silhouettes", acts, by=by, given=given)
     condition = None if given is None else prompt_labels(acts, given)
     groups, exchanges, left_out = label_groups(
         "silhouettes",
