@@ -29,7 +29,7 @@ def mean_interval(
 
 
 def permutation_p(
-    value: float | Float[np.ndarray, " n"], null: Float[np.ndarray, ...]
+    value: float | Float[np.ndarray, "*n"], null: Float[np.ndarray, ...]
 ) -> Float[np.ndarray, ...]:
     """One-sided p of ``value`` under a null sampled along the last axis of ``null``.
 

@@ -198,7 +198,8 @@ def cluster(
             group, nothing is left to cluster, a state is not finite, or there is no such device.
 
     >>> import lensclust as lc
-    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> prompts = lc.tasks.sif().where(split="new_string")
+    >>> acts = lc.extract(lc.load("native:sif-small"), prompts, "resid")
     >>> clusters = cluster(acts, by="task", given="input", jobs=1)
     >>> clusters.frame.metric.unique().tolist()
     ['ari', 'ami', 'pair_f1', 'matched_f1', 'silhouette', 'cross_wording_ari', 'cross_wording_f1']

@@ -49,6 +49,7 @@ WORDINGS = ("template", "wording", "instruction")
 INPUT, TASK, ROWS = "input", "task", "rows"
 # Units that trade labels and differ more than this in rows change how frequent labels are.
 UNEQUAL = 1.5
+UNEQUAL_ROWS = "changes how many rows a label has"
 # Above this, no p can be called small: the notes say so.
 COARSE = 0.05
 # Entries of relabellings drawn at once.
@@ -68,8 +69,8 @@ class Exchange:
         place: of each row within its unit, inputs in one order in all units.
         wording: of each row; None where no column says so.
         exchanged: what trades labels, such as ``template`` or ``task within template``.
-        notes: what a reader of p should know, one sentence each.
-        coarse: the one of them that says that no p can be small; empty where p can.
+        by: name of the label.
+        remarks: on the rows, one sentence each.
         renamed: whether the score is the same when labels trade names.
     """
 
@@ -79,8 +80,8 @@ class Exchange:
     place: Int[np.ndarray, " row"]
     wording: Int[np.ndarray, " row"] | None
     exchanged: str
-    notes: tuple[str, ...] = ()
-    coarse: str = ""
+    by: str
+    remarks: tuple[str, ...] = ()
     renamed: bool = True
 
     @property
@@ -93,9 +94,42 @@ class Exchange:
             found -= float(gammaln(alike + 1).sum())
         return found
 
+    @property
+    def moves(self) -> bool:
+        """Whether any label can change places with another."""
+        return replace(self, renamed=False).log_distinct > 1e-9
+
+    @property
+    def coarse(self) -> str:
+        """A note where no p can be small; empty where it can."""
+        least = self._least()
+        if least <= COARSE:
+            return ""
+        what = f"{round(1 / least)} distinct relabellings" if least < 1 else "no other labelling"
+        return f"{self.by}: {what} by exchanging {self.exchanged}: p cannot be below {least:.2g}"
+
+    @property
+    def unequal(self) -> str:
+        """A note where relabelling changes how frequent labels are; empty where not."""
+        sizes = np.bincount(self.unit)[np.bincount(self.block)[self.block] > 1]
+        if not sizes.size or sizes.max() <= UNEQUAL * sizes.min():
+            return ""
+        rows = f"{sizes.min()} to {sizes.max()} rows"
+        return f"{self.by}: exchanging {self.exchanged} of {rows} {UNEQUAL_ROWS}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of p should know, one sentence each."""
+        return (*self.remarks, *(note for note in (self.coarse, self.unequal) if note))
+
+    def within(self, condition: Int[np.ndarray, " row"]) -> Exchange:
+        """The same, units staying in the one condition in which they lie."""
+        of_unit = condition[np.unique(self.unit, return_index=True)[1]]
+        return replace(self, block=_pairs(self.block, of_unit))
+
     def smallest_p(self, permutations: int) -> float:
         """The smallest p that so many relabellings can give."""
-        return float(max(1 / (permutations + 1), np.exp(-self.log_distinct)))
+        return max(1 / (permutations + 1), self._least())
 
     def labellings(self, permutations: int, *, seed: int) -> Int[np.ndarray, "labelling row"]:
         """Codes of the true labels, then of relabellings: all there are, or as many drawn."""
@@ -128,6 +162,10 @@ class Exchange:
     def as_units(self) -> Exchange:
         """The same units, each with a label of its own."""
         return replace(self, label=np.arange(len(self.label)), renamed=False)
+
+    def _least(self) -> float:
+        log = self.log_distinct
+        return 1 / round(np.exp(log)) if log < 30 else float(np.exp(-log))
 
     def _labels(
         self, permutations: int, rng: np.random.Generator
@@ -273,7 +311,7 @@ def exchangeable(
         if by in WORDINGS and TASK in columns:
             block = _pairs(block, columns[TASK])
             exchanged += f" within {TASK}"
-    if wording is not None and given is not None and _nested(given, label):
+    if wording is not None and given is not None and nested(given, label):
         joined = _linked(unit, given)
         if joined.max() < unit.max():
             unit, exchanged = joined, f"{exchanged} and {INPUT}s"
@@ -286,40 +324,16 @@ def exchangeable(
         )
     of_unit = np.unique(unit, return_index=True)[1]
     order = np.zeros(len(label), dtype=np.int64) if given is None else given
-    found = Exchange(
+    return Exchange(
         unit=unit,
         label=label[of_unit],
         block=_codes(block[of_unit]),
         place=_places(unit, order),
         wording=wording,
         exchanged=exchanged,
+        by=by,
+        remarks=tuple(notes),
     )
-    coarse = _coarse(found, by)
-    cautions = [note for note in (coarse, _unequal(found, by)) if note]
-    return replace(found, notes=(*notes, *cautions), coarse=coarse)
-
-
-def _coarse(found: Exchange, by: str) -> str:
-    """A note where there are few relabellings."""
-    least = float(np.exp(-found.log_distinct))
-    if least <= COARSE:
-        return ""
-    number = f"{round(1 / least)} distinct relabellings" if least < 0.9 else "no other labelling"
-    return f"{by}: {number} by exchanging {found.exchanged}, so p cannot be below {least:.2g}"
-
-
-def _unequal(found: Exchange, by: str) -> str:
-    """A note where relabelling changes how frequent labels are."""
-    sizes = np.bincount(found.unit)
-    moving = np.bincount(found.block)[found.block] > 1
-    if moving.any():
-        few, many = sizes[moving].min(), sizes[moving].max()
-        if many > UNEQUAL * few:
-            return (
-                f"{by}: exchanging {found.exchanged} of {few} to {many} rows changes how many "
-                "rows a label has"
-            )
-    return ""
 
 
 def _wording(columns: Mapping[str, np.ndarray], by: str) -> tuple[str, np.ndarray | None]:
@@ -342,7 +356,7 @@ def _with_wording(
     unit = _pairs(wording, label)
     crossed = _labels_of(wording, label)[wording] > 1
     # Whole wordings trade places with all others, or with those of their only condition.
-    alone = within if _nested(unit, within) else np.zeros_like(within)
+    alone = within if nested(unit, within) else np.zeros_like(within)
     block = np.where(crossed, wording + 1 + alone.max(), alone)
     said = [name] if not crossed.all() else []
     said += [f"{by} within {name}"] if crossed.any() else []
@@ -357,7 +371,7 @@ def _without_wording(
         return rows, within, ROWS
     crossed = _labels_of(given, label)[given] > 1
     unit = _codes(np.where(crossed, rows, len(rows) + given))
-    alone = within if _nested(unit, within) else np.zeros_like(within)
+    alone = within if nested(unit, within) else np.zeros_like(within)
     block = np.where(crossed, _pairs(within, given) + 1 + alone.max(), alone)
     said = [ROWS if conditioned else f"{ROWS} within {INPUT}"] if crossed.any() else []
     said += [f"{INPUT}s" if np.bincount(unit).max() > 1 else ROWS] if not crossed.all() else []
@@ -411,7 +425,7 @@ def _labels_of(values: np.ndarray, label: np.ndarray) -> Int[np.ndarray, " value
     return np.bincount(values[np.unique(_pairs(values, label), return_index=True)[1]])
 
 
-def _nested(fine: np.ndarray, coarse: np.ndarray) -> bool:
+def nested(fine: np.ndarray, coarse: np.ndarray) -> bool:
     """Whether each value of one column has one value of the other."""
     return int(_pairs(fine, coarse).max()) == int(np.unique(fine).size) - 1
 
@@ -427,7 +441,7 @@ def _linked(first: np.ndarray, second: np.ndarray) -> Int[np.ndarray, " row"]:
 
 def _balanced(given: np.ndarray, label: np.ndarray, within: np.ndarray) -> bool:
     """Whether labels have inputs in the same proportions, or each condition has one input."""
-    if _nested(within, given):
+    if nested(within, given):
         return True
     table = np.zeros((given.max() + 1, label.max() + 1))
     np.add.at(table, (given, label), 1)
