@@ -5,7 +5,7 @@ SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
 	head_patterns icl_representations layer_by_layer
 
-.PHONY: study test test-slow notebooks docs check bench bench-full readme lock clean
+.PHONY: study test test-slow notebooks models docs check bench bench-full readme lock clean
 
 study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
@@ -19,6 +19,10 @@ test-slow: .venv/installed-test
 # Every notebook from its first cell to its last; outputs go nowhere.
 notebooks: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --nbmake-timeout=900 --durations 6 studies/notebooks
+
+# docs/models.md: every feature on a tiny model of every family, against plain torch hooks.
+models: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
 
 # The site, in docs/_build/index.html.
 docs: .venv/installed-docs

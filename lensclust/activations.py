@@ -10,9 +10,10 @@ import xarray as xr
 from jaxtyping import Float, Int
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.blocks import output_weights
 from lensclust.errors import InputError
 from lensclust.labels import MISSING, label_texts
-from lensclust.sites import Site, output_weights
+from lensclust.sites import Site
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def head_residual(
     acts: xr.Dataset, model: TransformerLensModel
 ) -> Float[xr.DataArray, "prompt position block head d_model"]:
     """Each head's contribution to the residual stream, ``z @ W_O``, from stored ``z``.
+
+    Times what the block multiplies it by, where it does (Granite).
 
     ``n_heads`` times larger than ``z``: select positions and blocks first. The attention
     output is the sum over heads plus ``b_O``.

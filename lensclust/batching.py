@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -16,6 +17,23 @@ BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
 # Few enough to mix what is trained on, enough to find rows of one length.
 _BUCKET_BATCHES = 16
+
+
+class Rows(NamedTuple):
+    """Which of the caller's rows a forward inside the library holds.
+
+    Attributes:
+        which: index of each.
+        total: rows there are; 0 if what is run are not the caller's rows.
+        whole: whether each is run from its first token to its last, without padding.
+    """
+
+    which: Int[Tensor, " row"]
+    total: int
+    whole: bool
+
+
+_RUNNING: ContextVar[Rows | None] = ContextVar("rows that are run", default=None)
 
 
 def default_budget(model: TransformerLensModel) -> int:
@@ -31,13 +49,43 @@ def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, "
     >>> [rows.tolist() for rows in batches(torch.tensor([2, 5, 3]), budget=6)]
     [[1], [2, 0]]
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        stop = start + max(1, budget // longest)
-        yield order[start:stop]
-        start = stop
+
+    def cut() -> Iterator[Tensor]:
+        order = torch.argsort(lengths, descending=True, stable=True)
+        start = 0
+        while start < len(order):
+            longest = int(lengths[order[start]])
+            stop = start + max(1, budget // longest)
+            yield order[start:stop]
+            start = stop
+
+    return announced(cut(), len(lengths))
+
+
+def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> Iterator[Tensor]:
+    """The same row indices; while each is in use, `rows_being_run` gives it.
+
+    Args:
+        total, whole: as in `Rows`.
+    """
+    before = _RUNNING.get()
+    try:
+        for rows in parts:
+            _RUNNING.set(Rows(rows, total, whole))
+            yield rows
+    finally:
+        _RUNNING.set(before)
+
+
+def rows_being_run() -> Rows | None:
+    """The rows of the present forward, for hooks of callers; None outside the library's loops.
+
+    >>> [rows_being_run().which.tolist() for rows in batches(torch.tensor([2, 5]), budget=5)]
+    [[1], [0]]
+    >>> rows_being_run() is None
+    True
+    """
+    return _RUNNING.get()
 
 
 def model_device(model: TransformerLensModel) -> torch.device:

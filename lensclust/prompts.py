@@ -384,18 +384,19 @@ class Prompts:
 
 
 def require_prompts(caller: str, given: Any) -> None:
-    """Refuse what is no `Prompts`.
+    """Refuse what is no `Prompts`: what was given, and what makes them.
 
     >>> require_prompts("extract", "What is 2 + 2?")
     Traceback (most recent call last):
     lensclust.errors.InputError: extract: given a str as prompts, expected Prompts such as \
 Prompts.from_texts(texts, rows, model.tokenizer)
     """
-    if not isinstance(given, Prompts):
-        raise InputError(
-            f"{caller}: given a {type(given).__name__} as prompts, expected Prompts such as "
-            "Prompts.from_texts(texts, rows, model.tokenizer)"
-        )
+    if isinstance(given, Prompts):
+        return
+    advice = "Prompts such as Prompts.from_texts(texts, rows, model.tokenizer)"
+    if isinstance(given, torch.nn.Module):
+        advice = f"Prompts: the model comes first, {caller}(model, prompts, ...)"
+    raise InputError(f"{caller}: given a {type(given).__name__} as prompts, expected {advice}")
 
 
 def _frame(rows: Any) -> pd.DataFrame:

@@ -78,7 +78,7 @@ class ShardReader:
         dtype: str = "float32",
     ) -> None:
         require_prompts("extract", prompts)
-        chosen = rectangle(resolve(model, sites))
+        chosen = rectangle(model, resolve(model, sites))
         names = [at] if isinstance(at, str) else list(at)
         if not names or len(set(names)) < len(names):
             raise InputError(f"extract: positions must be given and differ, given {names}")
@@ -155,19 +155,18 @@ class BatchReader:
         """Activations of one shard on their way to the host: variable -> the shard's rows."""
         buffers = self._buffers(len(index))
         asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
-        packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
         with self._fused(asked):
+            packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
             if packing is None or not self._read_shared(packing, asked, buffers, advance):
                 self._read_in_full(asked, buffers, advance)
         return HostCopy(buffers)
 
     def _fused(self, asked: _Asked) -> AbstractContextManager[Any]:
         """The model's own fused attention, if a prompt is long."""
-        model, longest = self.model, int(asked.lengths.argmax())
-        if asked.lengths[longest] < LONG or not isinstance(model, TransformerBridge):
+        model, longest = self.model, int(asked.lengths.max())
+        if longest < LONG or not isinstance(model, TransformerBridge):
             return nullcontext()
-        trial = upload(asked.tokens[[longest], :LONG], self.device)
-        return fused_attention(model, trial, hooks=self.targets)
+        return fused_attention(model, longest, hooks=self.targets)
 
     def _buffers(self, rows: int) -> dict[str, Tensor]:
         return {
@@ -216,19 +215,15 @@ class BatchReader:
             done += finished
             advance(finished)
 
-        def error() -> float:
-            """The largest relative difference of a layer's states at a position."""
-            row = packing.witness
+        def compared() -> Iterator[tuple[Tensor, Tensor]]:
+            """States of every layer and position ``(position, layer, ...)``."""
+            row = packing.farthest
             alone = self._buffers(1)
             self._read_in_full(asked.take(torch.tensor([row])), alone, lambda _: None)
-            differences = [
-                (buffers[name][row] - expected[0]).float().flatten(2).norm(dim=2)
-                / expected[0].float().flatten(2).norm(dim=2).clamp_min(1e-30)
-                for name, expected in alone.items()
-            ]
-            return max(float(each.nan_to_num(torch.inf).max()) for each in differences)
+            for name, expected in alone.items():
+                yield buffers[name][row].flatten(2), expected[0].flatten(2)
 
-        if self.sharing.run(packing, read, error):
+        if self.sharing.run(packing, read, compared):
             return True
         advance(-done)
         return False

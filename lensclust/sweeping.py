@@ -8,6 +8,8 @@ from typing import Any
 from joblib import Parallel
 from joblib.parallel import get_active_backend
 
+from lensclust.own_packages import NAMES, in_the_way
+
 
 def in_parallel(calls: Iterable[Any], *, jobs: int) -> Iterable[Any]:
     """Results of `joblib.delayed` calls, in their order.
@@ -20,6 +22,8 @@ def in_parallel(calls: Iterable[Any], *, jobs: int) -> Iterable[Any]:
     >>> list(in_parallel((delayed(abs)(n) for n in (-1, 2)), jobs=1))
     [1, 2]
     """
+    if any(in_the_way(name) is not None for name in NAMES):
+        jobs = 1  # a worker process would import what has the name of our packages
     backend, _ = get_active_backend()
     gradual = getattr(backend, "supports_return_generator", False)
     return Parallel(n_jobs=jobs, return_as="generator" if gradual else "list")(calls)

@@ -79,7 +79,8 @@ def only_members(
 
         return _where(inside, intervention.edit_at(site))
 
-    return Intervention(name or f"{intervention.name}, members", edit_at)
+    name = name or f"{intervention.name}, members"
+    return Intervention(name, edit_at, intervention.by_row)
 
 
 def only_near(
@@ -142,7 +143,7 @@ def only_near(
 
         return _where(inside, intervention.edit_at(site))
 
-    return Intervention(name or f"{intervention.name}, near", edit_at)
+    return Intervention(name or f"{intervention.name}, near", edit_at, intervention.by_row)
 
 
 def _distance(states: States, points: Float[Tensor, "point d"]) -> Float[Tensor, " row"]:

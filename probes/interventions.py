@@ -40,10 +40,14 @@ class Intervention:
         name: what to call it in a table.
         edit_at: site -> the function that maps its states ``(row, d)`` to new ones. At heads
             states are ``hook_z`` (``d_head``), elsewhere ``d_model``.
+        by_row: whether what is done to a state depends on its row, such as a random direction
+            for each. `steer` then changes one token of all rows at a time, so that a row is
+            treated alike in a forward of the whole sequence and in one of its last token.
     """
 
     name: str
     edit_at: Callable[[Site], Edit]
+    by_row: bool = False
 
     def size(self, states: States, site: Site) -> Float[Tensor, " row"]:
         """How far each of a site's states is moved (2-norm, in the states' own units)."""
@@ -62,10 +66,13 @@ class Intervention:
             edit = self.edit_at(site)
             return lambda states: states + strength * (edit(states) - states)
 
-        return Intervention(f"{self.name} x{strength:g}", edit_at)
+        return Intervention(f"{self.name} x{strength:g}", edit_at, self.by_row)
 
     def random_twin(self, seed: int = 0) -> Intervention:
-        """Each state moved as far as this intervention moves it, in a random direction."""
+        """Each state moved as far as this intervention moves it, in a random direction.
+
+        In `steer` each row of a batch has one direction, the same at all of its tokens.
+        """
 
         def edit_at(site: Site) -> Edit:
             edit = self.edit_at(site)
@@ -78,7 +85,7 @@ class Intervention:
 
             return random_edit
 
-        return Intervention(f"random direction, norm of {self.name}", edit_at)
+        return Intervention(f"random direction, norm of {self.name}", edit_at, by_row=True)
 
     def norm_matched(self, other: Intervention) -> Intervention:
         """This intervention's directions at the lengths of another's moves."""
@@ -94,7 +101,8 @@ class Intervention:
 
             return edit
 
-        return Intervention(f"{self.name}, norm of {other.name}", edit_at)
+        by_row = self.by_row or other.by_row
+        return Intervention(f"{self.name}, norm of {other.name}", edit_at, by_row)
 
 
 def shift(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.activations import label_names, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
+from probes.design import Exchange, Units, exchangeable
 from probes.matrix_tests import TRANSFORMS
 from probes.rdms import DISTANCES, hypothesis, nuisance, pair_index
 
@@ -146,6 +149,30 @@ def checked_nuisances(
         if _constant(matrix)
     ]
     return [matrix for matrix in found.values() if not _constant(matrix)], notes
+
+
+def item_columns(acts: xr.Dataset, layout: Int[np.ndarray, "repeat item"]) -> pd.DataFrame:
+    """The columns of the items: those that are the same in all repeats."""
+    columns = {str(n): acts[n].values for n in acts.coords if acts[n].dims == ("prompt",)}
+    return pd.DataFrame(
+        {
+            name: values[layout[0]]
+            for name, values in columns.items()
+            if (values[layout].astype(str) == values[layout[0]].astype(str)).all()
+        }
+    )
+
+
+def exchange_of(
+    matrix: Float[np.ndarray, "item item"], columns: pd.DataFrame, *, name: str, units: Units
+) -> Exchange:
+    """What is relabelled under the null of a hypothesis; its items of distance 0 share a label."""
+    filled = np.where(np.eye(len(matrix), dtype=bool), 0.0, np.round(matrix, 9))
+    labels = np.unique(filled, axis=0, return_inverse=True)[1].ravel()
+    found = exchangeable(labels, columns, by=name, units=units, call="rsa")
+    # Only where labels are the same or not does it not matter which is which.
+    levels = np.unique(filled[pair_index(len(filled))])
+    return replace(found, renamed=bool(len(levels) == 2 and levels[0] == 0))
 
 
 def _of_items(

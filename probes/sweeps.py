@@ -25,8 +25,8 @@ class ProbeSweep(Shown):
     Attributes:
         frame: one row a site, penalty and metric: ``site, kind, layer, head, position, by,
             probe, penalty, metric, value, ci_low, ci_high, null_mean, null_std, p, p_corrected,
-            n_folds, exchanged``. ``value`` is the mean over folds; the interval is over folds;
-            ``exchanged`` says what the null permutes.
+            smallest_p, n_folds, exchanged``. ``value`` is the mean over folds; the interval is
+            over folds; ``exchanged`` says what the null permutes.
         directions: a linear score for each label, fitted to all rows with the first penalty, by
             variable of the activations: ``resid (layer, label, d_model)``, ``z (block, head,
             label, d_head)``, with intercepts ``resid_intercept``, ``z_intercept``. They apply to

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust import costs, shard_reading, store
+from lensclust.agreement import rounding_tolerance
 from lensclust.doctor import examine
 from lensclust.packed_batches import PackedBatch
 from lensclust.packed_forwards import visible
 from lensclust.prefix import pack
 from lensclust.readouts import answers
-from lensclust.sharing import rounding_tolerance, trial
+from lensclust.sharing import refusal
 from tests.probes.test_replay import ODD, UNSHARED, build
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
 
@@ -357,7 +358,7 @@ def test_hooks_of_the_caller_see_prompts_as_they_are(caplog):
         xr.testing.assert_identical(found, full)
         assert len(caplog.records) == 1
         assert "it has hooks" in caplog.text
-    assert trial(model) is None
+    assert refusal(model) is None
 
 
 def test_no_hook_outlives_the_call():
