@@ -39,6 +39,9 @@ def activations(seed: int = 0) -> xr.Dataset:
     )
 
 
+REPLACE = probes.replace(probes.mean_states(activations()), "b")
+
+
 def without(acts: xr.Dataset, rows: list[int], name: str, missing: object) -> xr.Dataset:
     values = acts[name].values.astype(object)
     for row in rows:
