@@ -308,7 +308,7 @@ def multiplied(name: str, dtype: torch.dtype = torch.float32) -> Any:
 @pytest.mark.parametrize("name", ["granite", "cohere", "cohere2"])
 @torch.no_grad()
 def test_what_a_network_multiplies_is_multiplied(name: str) -> None:
-    plain, prompts, labels = multiplied(name), prompts_of(4), [5, 17]
+    plain, prompts, labels = multiplied(name), prompts_of().take(range(4)), [5, 17]
     model = lc.load(multiplied(name))
     found = decompose(model, prompts, {"a": 5, "b": 17}, label=None)
     config = plain.config
@@ -355,7 +355,7 @@ def test_what_a_network_multiplies_is_multiplied(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["granite", "cohere"])
 def test_labels_whose_logits_are_near_zero_add_up_in_half_precision(name: str) -> None:
-    model, prompts = lc.load(multiplied(name, torch.bfloat16)), prompts_of(1)
+    model, prompts = lc.load(multiplied(name, torch.bfloat16)), prompts_of().take([0])
     length = int(prompts.lengths[0])
     with torch.no_grad():
         logits = model(prompts.tokens[:, :length])[0, -1].float()
@@ -369,7 +369,7 @@ def test_a_block_without_heads_is_named() -> None:
     config = transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
     model = lc.load(transformers.AutoModelForCausalLM.from_config(config).eval())
     with pytest.raises(InputError, match=r"^decompose: block 0 of .* has no heads"):
-        decompose(model, prompts_of(2), {"a": 5, "b": 17}, label=None)
+        decompose(model, prompts_of(), {"a": 5, "b": 17}, label=None)
 
 
 @pytest.mark.slow
