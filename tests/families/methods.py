@@ -264,7 +264,8 @@ def _values(subject: Subject, ids: list[int]) -> list[Tensor]:
             ],
             -1,
         )
-        found.append(torch.einsum("hkd,hdm->hkm", value, weight).norm(dim=-1))
+        added = subject.family.scale * torch.einsum("hkd,hdm->hkm", value, weight)
+        found.append(added.norm(dim=-1))
     return found
 
 
