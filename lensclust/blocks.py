@@ -124,7 +124,7 @@ def _examined(model: Any) -> tuple[Block, ...]:
         for part in training:
             part.training = False
         model.run_with_hooks(
-            _few_tokens(model),
+            few_tokens(model),
             fwd_hooks=[(name, keep(name)) for name in looked_at],
             return_type=None,
             **without_cache(model),
@@ -136,7 +136,7 @@ def _examined(model: Any) -> tuple[Block, ...]:
     return tuple(_Block(model, number, found, dtype).examined() for number in numbers)
 
 
-def _few_tokens(model: Any) -> Tensor:
+def few_tokens(model: Any) -> Tensor:
     """Ids from all over the vocabulary, the same each time."""
     length = min(_TOKENS, model.cfg.n_ctx or _TOKENS)
     ids = (torch.arange(length) * 7919 + 11) % max(model.cfg.d_vocab, 1)

@@ -21,6 +21,7 @@ from lensclust.batching import default_budget
 from lensclust.blocks import blocks_of
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.middle_states import require_editable
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, answers
@@ -105,7 +106,8 @@ def _check(
         raise InputError("replay: no edit given; `answers` reads the unedited model")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
-    resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    sites = resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    require_editable(model, sites, caller="replay")
     blocks = blocks_of(model)
     for number, (site, values) in enumerate(edits):
         block = blocks[min(site.layer, len(blocks) - 1)]

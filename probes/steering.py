@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
+from lensclust.middle_states import require_editable
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from probes.interventions import Intervention
 
@@ -67,10 +68,9 @@ def steer(
             f"steer: positions={positions!r}, expected one of {NAMED} or a tensor of indices"
         )
     hooked: Any = model
-    hooks = [
-        (hook_name(model, site), _hook(site, intervention, positions))
-        for site in resolve(model, at)
-    ]
+    sites = resolve(model, at)
+    require_editable(model, sites, caller="steer")
+    hooks = [(hook_name(model, site), _hook(site, intervention, positions)) for site in sites]
     with hooked.hooks(fwd_hooks=hooks):
         yield model
 
