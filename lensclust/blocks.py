@@ -109,11 +109,12 @@ def _examined(model: Any) -> tuple[Block, ...]:
     )
     looked_at = [name for name in hooks if re.fullmatch(rf"blocks\.\d+\.({parts})", name)]
     found: dict[str, Tensor] = {}
+    dtypes = {torch.float32}
 
     def keep(name: str) -> Callable[[Tensor, Any], None]:
         def hook(value: Tensor, hook: Any) -> None:
-            if isinstance(value, Tensor):
-                # A place that is passed twice holds no single state.
+            if isinstance(value, Tensor) and value.is_floating_point():
+                dtypes.add(value.dtype)
                 found[name] = value.detach().to("cpu", torch.float32, copy=True)
 
         return hook
@@ -132,8 +133,8 @@ def _examined(model: Any) -> tuple[Block, ...]:
     finally:
         for part in training:
             part.training = True
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return tuple(_Block(model, number, found, dtype).examined() for number in numbers)
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return tuple(_Block(model, number, found, coarsest).examined() for number in numbers)
 
 
 def few_tokens(model: Any) -> Tensor:
