@@ -109,11 +109,12 @@ def _examined(model: Any) -> tuple[Block, ...]:
     )
     looked_at = [name for name in hooks if re.fullmatch(rf"blocks\.\d+\.({parts})", name)]
     found: dict[str, Tensor] = {}
+    dtypes = {torch.float32}
 
     def keep(name: str) -> Callable[[Tensor, Any], None]:
         def hook(value: Tensor, hook: Any) -> None:
-            if isinstance(value, Tensor):
-                # A place that is passed twice holds no single state.
+            if isinstance(value, Tensor) and value.is_floating_point():
+                dtypes.add(value.dtype)
                 found[name] = value.detach().to("cpu", torch.float32, copy=True)
 
         return hook
@@ -124,7 +125,7 @@ def _examined(model: Any) -> tuple[Block, ...]:
         for part in training:
             part.training = False
         model.run_with_hooks(
-            _few_tokens(model),
+            few_tokens(model),
             fwd_hooks=[(name, keep(name)) for name in looked_at],
             return_type=None,
             **without_cache(model),
@@ -132,11 +133,11 @@ def _examined(model: Any) -> tuple[Block, ...]:
     finally:
         for part in training:
             part.training = True
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return tuple(_Block(model, number, found, dtype).examined() for number in numbers)
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return tuple(_Block(model, number, found, coarsest).examined() for number in numbers)
 
 
-def _few_tokens(model: Any) -> Tensor:
+def few_tokens(model: Any) -> Tensor:
     """Ids from all over the vocabulary, the same each time."""
     length = min(_TOKENS, model.cfg.n_ctx or _TOKENS)
     ids = (torch.arange(length) * 7919 + 11) % max(model.cfg.d_vocab, 1)

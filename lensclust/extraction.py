@@ -47,8 +47,9 @@ def extract(
         model: a hooked model, in eval mode.
         prompts: what to run; its ``rows`` become coordinates of ``prompt``.
         sites: ``"resid"``, ``"head"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_mid"``, ``"z"``
-            (all of a kind), one place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list.
-            Single heads are read as the smallest block x head rectangle that holds them.
+            (all of a kind that there are: a hybrid has heads in its attention blocks alone), one
+            place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list. Single heads are read as
+            the smallest block x head rectangle that holds them.
         at: read positions (`Prompts.position`), one or several.
         batch_tokens: upper bound of a batch's size, padding included; default 2,048 on a CPU
             (larger batches leave its caches) and 16,384 elsewhere.
@@ -77,9 +78,10 @@ def extract(
         provenance. With ``store`` the dataset is read lazily from disk.
 
     Raises:
-        InputError: if a site or position does not exist, a prompt is longer than the context,
-            a label has the name of a variable or axis, or the store holds something else, or is
-            finished and ``append`` is not set.
+        InputError: if a site or position does not exist, no rectangle holds the sites (heads of
+            different sizes, kinds that lie in different blocks), a prompt is longer than the
+            context, a label has the name of a variable or axis, or the store holds something
+            else, or is finished and ``append`` is not set.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")

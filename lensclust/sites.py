@@ -45,7 +45,8 @@ class Site:
     Attributes:
         kind: ``resid`` (residual stream: layer 0 = embeddings, layer l = after block l-1),
             ``head`` (a head's contribution to the residual stream), ``z`` (a head's output
-            before ``W_O``), ``attn_out``, ``mlp_out`` or ``resid_mid`` (of a block).
+            before ``W_O``), ``attn_out`` or ``mlp_out`` (what a block's attention or MLP adds),
+            or ``resid_mid`` (the state between the two).
         layer: the layer for ``resid``, else the block.
         head: the head for ``head`` and ``z``, else None.
 

@@ -26,6 +26,7 @@ from lensclust.branching_check import FAILURES, named
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.middle_states import require_editable
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, answers
@@ -110,6 +111,7 @@ def _check(
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
     sites = resolve(model, list(dict.fromkeys(site for site, _ in edits)))
     require_effect(model, [hook_name(model, site) for site in sites], caller="replay")
+    require_editable(model, sites, caller="replay")
     blocks = blocks_of(model)
     for number, (site, values) in enumerate(edits):
         block = blocks[min(site.layer, len(blocks) - 1)]

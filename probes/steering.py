@@ -21,6 +21,7 @@ from lensclust.batching import rows_being_run
 from lensclust.cached_generation import cached_generation
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
+from lensclust.middle_states import require_editable
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from probes.interventions import Edit, Intervention
 from probes.sequence_positions import Stretch, following
@@ -91,6 +92,7 @@ def steer(
         raise InputError(f"steer: {model_name(model)} is in training mode; call model.eval()")
     places = _Places(_checked(positions, since), since is not None)
     sites = resolve(model, at)
+    require_editable(model, sites, caller="steer")
     require_effect(model, [hook_name(model, site) for site in sites], caller="steer")
     generation = cached_generation(model)
 

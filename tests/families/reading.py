@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -114,16 +115,13 @@ def patching(subject: Subject) -> None:
     # Row i's donor is the prompt before it.
     donors = [(row - 1) % len(base) for row in range(len(base))]
 
-    def metric(logits: Tensor, rows: Any) -> Tensor:
-        return logits[:, 7] - 0.5 * logits[:, 20]
-
     found = patch(
         subject.model,
         base,
         base.take(donors),
         "resid",
         at=list(POSITIONS),
-        metric=metric,
+        metric=_metric,
         resamples=5,
         progress=False,
     ).effects
@@ -136,6 +134,35 @@ def patching(subject: Subject) -> None:
     require_equal(
         found.transpose("site", "position", "prompt"), expected, what="patching", tolerance=5e-3
     )
+
+
+def patching_resid_mid(subject: Subject) -> None:
+    """The effect of another prompt's state between attention and MLP, at the last token."""
+    if all(state is None for state in subject.parts[0].middle):
+        _require_absent(subject, "resid_mid")
+
+    def place(block: int, donor: Parts) -> Iterator[AbstractContextManager[None]]:
+        new = donor.middle[block]
+        if new is not None:
+            path = subject.family.middle
+            path = path if isinstance(path, str) else path[block]
+            yield _middle_replaced(subject, block, path, new[-1])
+
+    _compare_patching(subject, "resid_mid", place)
+
+
+def patching_z(subject: Subject) -> None:
+    """The effect of another prompt's output of each head, at the last token."""
+    if not _attending(subject):
+        _require_absent(subject, "z")
+
+    def place(block: int, donor: Parts) -> Iterator[AbstractContextManager[None]]:
+        new = donor.z[block]
+        for head in range(subject.family.heads if new is not None else 0):
+            assert new is not None
+            yield _head_replaced(subject, block, head, new[-1])
+
+    _compare_patching(subject, "z", place)
 
 
 def bf16(subject: Subject) -> None:
@@ -185,8 +212,7 @@ def added_by_mlp(subject: Subject, found: Parts, block: int) -> Tensor | None:
 
 def projection(subject: Subject, block: int) -> tuple[Tensor, Tensor]:
     """``W_O (head, d_head, d_model)`` and ``b_O`` of the plain network."""
-    blocks = list(subject.network.get_submodule(subject.family.layers).children())
-    module: Any = submodule(blocks[block], subject.family.output)
+    module: Any = submodule(subject.stack()[block], subject.family.output)
     weight = module.weight.detach()
     weight = weight.T if isinstance(module, nn.Linear) else weight
     bias = getattr(module, "bias", None)
@@ -262,8 +288,91 @@ def _effect(
     with edited(subject.network, subject.family, layer, replaced):
         patched = subject.network(torch.tensor([ids]), use_cache=False).logits[0, -1]
     plain = subject.parts[row].logits[-1]
-    change = patched - plain
-    return float(change[7] - 0.5 * change[20])
+    return float(_metric((patched - plain)[None]))
+
+
+def _metric(logits: Tensor, rows: Any = None) -> Tensor:
+    return logits[:, 7] - 0.5 * logits[:, 20]
+
+
+@torch.no_grad()
+def _compare_patching(
+    subject: Subject,
+    kind: str,
+    places: Callable[[int, Parts], Iterator[AbstractContextManager[None]]],
+) -> None:
+    """Effects of patching a kind of site against the plain network under plain hooks."""
+    base = subject.prompts
+    donors = [(row - 1) % len(base) for row in range(len(base))]
+    found = patch(
+        subject.model,
+        base,
+        base.take(donors),
+        kind,
+        metric=_metric,
+        resamples=5,
+        progress=False,
+    ).effects.squeeze("position")
+    expected = []
+    for row, ids in enumerate(subject.lists()):
+        plain = _metric(subject.parts[row].logits[-1:])
+        expected.append([])
+        for block in subject.blocks:
+            for replaced in places(block, subject.parts[donors[row]]):
+                with replaced:
+                    logits = subject.network(torch.tensor([ids]), use_cache=False).logits[:, -1]
+                expected[-1].append(float(_metric(logits) - plain))
+    require_equal(
+        found.transpose("site", "prompt"), np.array(expected).T, what=kind, tolerance=5e-3
+    )
+
+
+@contextmanager
+def _head_replaced(subject: Subject, block: int, head: int, new: Tensor) -> Iterator[None]:
+    module = submodule(subject.stack()[block], subject.family.output)
+    assert module is not None
+    heads = subject.family.heads
+
+    def before(_module: nn.Module, given: Any) -> Any:
+        states = given[0].clone().reshape(1, -1, new.shape[-1])
+        cut = states.unflatten(-1, (heads, -1))
+        cut[:, -1, head] = new.unflatten(-1, (heads, -1))[head]
+        return (states.reshape(given[0].shape), *given[1:])
+
+    handle = module.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _middle_replaced(subject: Subject, block: int, path: str, new: Tensor) -> Iterator[None]:
+    """The MLP's branch and the stream go on from another state."""
+    module = submodule(subject.stack()[block], path)
+    assert module is not None
+    moved: list[Tensor] = []
+
+    def before(_module: nn.Module, given: Any) -> Any:
+        states = given[0].clone().reshape(1, -1, new.shape[-1])
+        moved[:] = [new - states[0, -1]]
+        states[:, -1] = new
+        return (states.reshape(given[0].shape), *given[1:])
+
+    def after(_module: nn.Module, _given: Any, out: Any) -> Any:
+        states = (out if isinstance(out, Tensor) else out[0]).clone()
+        states[:, -1] += moved[0]
+        return states if isinstance(out, Tensor) else (states, *out[1:])
+
+    handles = [
+        module.register_forward_pre_hook(before),
+        subject.stack()[block].register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _half(subject: Subject, dtype: torch.dtype) -> None:
@@ -285,6 +394,8 @@ FEATURES = {
     "z": z,
     "head": head,
     "patching": patching,
+    "patching resid_mid": patching_resid_mid,
+    "patching z": patching_z,
     "bf16": bf16,
     "fp16": fp16,
     "doctor": doctor,

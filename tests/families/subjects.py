@@ -112,6 +112,10 @@ class Subject:
         """For each prompt, the tokens at `POSITIONS`."""
         return torch.stack([self.prompts.position(name) for name in POSITIONS], 1).tolist()
 
+    def stack(self) -> list[nn.Module]:
+        """The blocks of the plain network."""
+        return list(self.network.get_submodule(self.family.layers).children())
+
     @property
     def blocks(self) -> range:
         return range(len(self.parts[0].z))
