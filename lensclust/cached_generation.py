@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
@@ -28,7 +27,7 @@ from lensclust.sites import model_name
 log = logging.getLogger(__name__)
 
 # The first release whose caches TransformerLens 4.3 loses; the bound in pyproject.toml.
-FIRST_BAD = "5.24"
+FIRST_BAD = (5, 24)
 ROWS, PROMPT, STEPS = 2, 5, 4
 # Windows up to this length are left behind by the tokens that are tried.
 LONGEST_WINDOW = 32
@@ -57,11 +56,11 @@ def require_right_library(model: TransformerLensModel) -> None:
     if verdict.right is not False:
         return
     name, lens = model_name(model), version("transformer-lens")
-    if Version(transformers.__version__) >= Version(FIRST_BAD):
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_BAD:
         raise InputError(
             f"load: {name} generates wrongly with a key/value cache under transformers "
             f"{transformers.__version__} and transformer-lens {lens} ({verdict.why}): "
-            f"pip install 'transformers<{FIRST_BAD}'"
+            f"pip install 'transformers<{FIRST_BAD[0]}.{FIRST_BAD[1]}'"
         )
     log.warning(
         "load: %s generates wrongly with a key/value cache (%s); generate with "

@@ -43,6 +43,9 @@ WINDOW = 1024
 # Parts of the names under which configs keep lengths beyond which attention changes.
 WINDOWS = ("window", "chunk_size", "original_max_position")
 
+# Modules whose hooks belong to a model for good and work token by token.
+OWN_HOOKS = {"lensclust.wrapping", "lensclust.mended_bridges", "lensclust.middle_states"}
+
 Forward = Callable[[Hooks], Any]
 Read = Callable[[Int[Tensor, "read 4"], Forward], None]
 # What was read with shared prefixes, and the same of a prompt that was run alone.
@@ -222,7 +225,7 @@ def callers_hooks(model: TransformerLensModel) -> str | None:
         if isinstance(module, HookPoint):
             hooks += [handle.user_hook for handle in module.fwd_hooks]
     homes = {str(getattr(hook, "__module__", "")) for hook in hooks}
-    homes -= {"lensclust.wrapping", "lensclust.mended_bridges"}
+    homes -= OWN_HOOKS
     libraries = {"transformer_lens", "transformers", "accelerate"}
     if {home.partition(".")[0] for home in homes} <= libraries:
         return None

@@ -33,7 +33,7 @@ class Stretch:
         index: place of each token among the tokens of its row's sequence ``(row, token)``; -1 at
             padding that the attention mask hides.
         begins: whether no token of the sequence was run before this forward.
-        cached: whether it continues what earlier forwards left in a cache.
+        cached: whether it reads or fills a key/value cache.
         goes_on: whether later forwards can continue the sequence.
         prompt_end: place of the last token of each row's prompt, that is, of the forward that
             began the sequence; None if that was not seen, or if the prompt came in pieces.
@@ -79,9 +79,10 @@ class _Follower:
             end = self.beginning = generation.prompt_end = index.amax(1)
         elif length == 1 and not isinstance(cache, tuple):
             end = self.prompt_ends.get(cache)
-        goes_on = cache is not None or bool(given.get("use_cache")) or self.generation is not None
+        cached = cache is not None or bool(given.get("use_cache"))
+        goes_on = cached or self.generation is not None
         end = None if generation.in_pieces else end
-        self.notice(Stretch(index, past == 0 and not again, past > 0, goes_on, end))
+        self.notice(Stretch(index, past == 0 and not again, cached, goes_on, end))
 
     def after(self, network: Any, args: Any, given: Any, output: Any) -> None:
         if self.beginning is not None:
@@ -129,7 +130,7 @@ class _Follower:
             real = mask != 0
             if mask.shape == (rows, past + length):
                 return torch.where(real, real.long().cumsum(1) - 1, -1)[:, past:]
-            if not bool(real.all()):
+            if mask.shape[1] != length or not bool(real.all()):
                 raise self._lost(
                     f"its attention mask is {tuple(mask.shape)} for {rows} rows of {past} + "
                     f"{length} tokens"
