@@ -317,10 +317,10 @@ def exchangeable(
             unit, exchanged = joined, f"{exchanged} and {INPUT}s"
             # A block must hold whole units.
             block = _linked(block, unit)
-    elif wording is not None and given is not None and not _balanced(given, label, within):
+    elif wording is not None and given is not None and not _complete(given, label, within):
         notes.append(
-            f"{INPUT}s differ between the values of {by}: states that know the {INPUT} tell some "
-            f"of them apart; condition on it"
+            f"{by}: not every value stands with every {INPUT}, so states that know the {INPUT} "
+            "alone tell some apart; condition on it"
         )
     of_unit = np.unique(unit, return_index=True)[1]
     order = np.zeros(len(label), dtype=np.int64) if given is None else given
@@ -439,14 +439,10 @@ def _linked(first: np.ndarray, second: np.ndarray) -> Int[np.ndarray, " row"]:
     return _codes(connected_components(links, directed=False)[1][first])
 
 
-def _balanced(given: np.ndarray, label: np.ndarray, within: np.ndarray) -> bool:
-    """Whether labels have inputs in the same proportions, or each condition has one input."""
-    if nested(within, given):
-        return True
-    table = np.zeros((given.max() + 1, label.max() + 1))
-    np.add.at(table, (given, label), 1)
-    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-    return bool((np.abs(table - expected) < 1).all())
+def _complete(given: np.ndarray, label: np.ndarray, within: np.ndarray) -> bool:
+    """Whether every label stands with every input, or each condition has one input."""
+    cells = int(_pairs(given, label).max()) + 1
+    return nested(within, given) or cells == (int(given.max()) + 1) * (int(label.max()) + 1)
 
 
 def _places(unit: np.ndarray, order: np.ndarray) -> Int[np.ndarray, " row"]:
