@@ -135,6 +135,32 @@ class Exchange:
         """Codes of the true labels, then of relabellings: all there are, or as many drawn."""
         return self._labels(permutations, np.random.default_rng(seed))[:, self.unit]
 
+    def fitted(
+        self,
+        labellings: Int[np.ndarray, "labelling row"],
+        rows: Int[np.ndarray, " kept"],
+        *,
+        seed: int,
+    ) -> Int[np.ndarray, "labelling kept"]:
+        """Labellings of some rows, with as many units of each label as truly are among them.
+
+        Where an input is not known to all units, whole relabellings would leave more labels there,
+        of fewer units each, and scores with a floor would differ for that alone. Units keep the
+        order of their new labels and take those that are there, in order: the same at every input
+        as far as the same units are there, and nothing changes where all are.
+        """
+        units, first, inverse = np.unique(self.unit[rows], return_index=True, return_inverse=True)
+        wanted = labellings[:, rows[first]]
+        if len(units) == len(self.label):
+            return wanted[:, inverse]
+        tie = np.random.default_rng(seed).random((len(labellings), len(self.label)))[:, units]
+        block, label = self.block[units], self.label[units]
+        order = np.argsort(block * (int(self.label.max()) + 1) + wanted + tie, axis=1)
+        fitted = np.empty_like(wanted)
+        np.put_along_axis(fitted, order, label[np.lexsort((label, block))][None], axis=1)
+        fitted[0] = label
+        return fitted[:, inverse]
+
     def orders(self, permutations: int, *, seed: int) -> Int[np.ndarray, "labelling row"]:
         """The same as orders of the rows, for what is held in a matrix of rows by rows.
 
