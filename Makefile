@@ -5,7 +5,8 @@ SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
 	head_patterns icl_representations layer_by_layer
 
-.PHONY: study test test-slow notebooks models docs check bench bench-full readme lock newest clean
+.PHONY: study test test-slow notebooks models calibrate docs check bench bench-full readme lock newest \
+	clean
 
 study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
@@ -39,6 +40,10 @@ bench: .venv/installed-bench
 # Every prompt of instruction_induction, and larger sizes: an hour.
 bench-full: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks --full
+
+# False-positive rates and power of every p, simulated: the table of docs/calibration.md.
+calibrate: .venv/installed-test
+	$(BIN)/python -m tests.calibration
 
 # The README's claims and picture, from the runs that are there.
 readme: .venv/installed-test

@@ -116,7 +116,7 @@ def label_groups(
         wording = exchanges[name].wording
         for group in scored:
             here = np.searchsorted(used, chosen[group][0])
-            codes[group][name] = _compact(relabelled[:, here])
+            codes[group][name] = _compact(exchanges[name].fitted(relabelled, here, seed=seed))
             if wording is not None:
                 wordings[group][name] = _compact(wording[here])
     groups = [Group(g, rows, n, codes[g], wordings[g]) for g, (rows, n) in chosen.items()]

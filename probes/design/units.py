@@ -135,6 +135,32 @@ class Exchange:
         """Codes of the true labels, then of relabellings: all there are, or as many drawn."""
         return self._labels(permutations, np.random.default_rng(seed))[:, self.unit]
 
+    def fitted(
+        self,
+        labellings: Int[np.ndarray, "labelling row"],
+        rows: Int[np.ndarray, " kept"],
+        *,
+        seed: int,
+    ) -> Int[np.ndarray, "labelling kept"]:
+        """Labellings of some rows, with as many units of each label as truly are among them.
+
+        Where an input is not known to all units, whole relabellings would leave more labels there,
+        of fewer units each, and scores with a floor would differ for that alone. Units keep the
+        order of their new labels and take those that are there, in order: the same at every input
+        as far as the same units are there, and nothing changes where all are.
+        """
+        units, first, inverse = np.unique(self.unit[rows], return_index=True, return_inverse=True)
+        wanted = labellings[:, rows[first]]
+        if len(units) == len(self.label):
+            return wanted[:, inverse]
+        tie = np.random.default_rng(seed).random((len(labellings), len(self.label)))[:, units]
+        block, label = self.block[units], self.label[units]
+        order = np.argsort(block * (int(self.label.max()) + 1) + wanted + tie, axis=1)
+        fitted = np.empty_like(wanted)
+        np.put_along_axis(fitted, order, label[np.lexsort((label, block))][None], axis=1)
+        fitted[0] = label
+        return fitted[:, inverse]
+
     def orders(self, permutations: int, *, seed: int) -> Int[np.ndarray, "labelling row"]:
         """The same as orders of the rows, for what is held in a matrix of rows by rows.
 
@@ -317,10 +343,10 @@ def exchangeable(
             unit, exchanged = joined, f"{exchanged} and {INPUT}s"
             # A block must hold whole units.
             block = _linked(block, unit)
-    elif wording is not None and given is not None and not _balanced(given, label, within):
+    elif wording is not None and given is not None and not _complete(given, label, within):
         notes.append(
-            f"{INPUT}s differ between the values of {by}: states that know the {INPUT} tell some "
-            f"of them apart; condition on it"
+            f"{by}: not every value stands with every {INPUT}, so states that know the {INPUT} "
+            "alone tell some apart; condition on it"
         )
     of_unit = np.unique(unit, return_index=True)[1]
     order = np.zeros(len(label), dtype=np.int64) if given is None else given
@@ -439,14 +465,10 @@ def _linked(first: np.ndarray, second: np.ndarray) -> Int[np.ndarray, " row"]:
     return _codes(connected_components(links, directed=False)[1][first])
 
 
-def _balanced(given: np.ndarray, label: np.ndarray, within: np.ndarray) -> bool:
-    """Whether labels have inputs in the same proportions, or each condition has one input."""
-    if nested(within, given):
-        return True
-    table = np.zeros((given.max() + 1, label.max() + 1))
-    np.add.at(table, (given, label), 1)
-    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-    return bool((np.abs(table - expected) < 1).all())
+def _complete(given: np.ndarray, label: np.ndarray, within: np.ndarray) -> bool:
+    """Whether every label stands with every input, or each condition has one input."""
+    cells = int(_pairs(given, label).max()) + 1
+    return nested(within, given) or cells == (int(given.max()) + 1) * (int(label.max()) + 1)
 
 
 def _places(unit: np.ndarray, order: np.ndarray) -> Int[np.ndarray, " row"]:
