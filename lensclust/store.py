@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from lensclust.checked_arrays import (
     damage_named,
     open_group,
 )
-from lensclust.disk import remove_partial, writing
+from lensclust.disk import writing
 from lensclust.errors import InputError
 from lensclust.store_notes import (
     ROW_KEYS,
@@ -53,6 +54,8 @@ from lensclust.tokenization import same_tokenizer
 
 # What must agree before rows may be added to a store.
 IDENTITY = ("weights", "tokenizer", "sites", "dtype")
+# What zarr calls a file until it is whole.
+_PARTIAL = re.compile(r"[\w.]+\.[0-9a-f]{32}\.partial")
 
 Shard = tuple[range, Mapping[str, np.ndarray]]
 
@@ -147,8 +150,7 @@ def fill(
         ]
         if missing:
             work(Destination(path, start), missing)
-            if isinstance(path, Path):  # a worker that was killed left half a chunk
-                remove_partial(path, *path.iterdir())
+            _remove_partial_chunks(path)
         with damage_named(path), writing(what):
             whole = bool(rows_done(store, slice(start, stop)).all())
             if whole and stop == rows_expected(store) != int(store.attrs["written"]):
@@ -235,8 +237,7 @@ def _admit(
 ) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
     store = opened(path, "r+")
-    if isinstance(path, Path):
-        remove_partial(path, *path.iterdir())
+    _remove_partial_chunks(path)
     with damage_named(path):
         _require_same(path, store, frame)
         batches, batch = batches_written(store), batch_entry(frame)
@@ -266,6 +267,16 @@ def _admit(
             # Growing is repeated on resume: a kill may have come between two arrays.
             _grow(store, frame, keys, slice(start, start + n), total)
     return start
+
+
+def _remove_partial_chunks(path: Place) -> None:
+    """Remove the files that zarr was writing in a process that was killed; the store is locked."""
+    if isinstance(path, Path):
+        for left in (
+            file for folder in (path, *path.iterdir()) for file in folder.glob("*.partial")
+        ):
+            if _PARTIAL.fullmatch(left.name) and left.is_file():
+                left.unlink()
 
 
 def _require_new(path: Place, there: np.ndarray, keys: np.ndarray, append: bool) -> None:

@@ -8,7 +8,6 @@ A study is a frozen dataclass: its fields are its knobs, `Study.run` turns a `Co
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 from lensclust import run_directory
-from lensclust.disk import check_files, locked, seal_files, writing
+from lensclust.disk import (
+    LOCK,
+    check_files,
+    locked,
+    publish,
+    remove_partial,
+    seal_files,
+    staging,
+    writing,
+)
 from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
 
@@ -196,17 +204,18 @@ def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
     with writing(what):
         folder.mkdir(parents=True, exist_ok=True)
     # Waits: a worker outlives a killed run, and finishes what a resumed one would do again.
-    with locked(folder / ".lock", what, wait=True):
+    with locked(folder / LOCK, what, wait=True):
         if not done.exists():
             frames = function(item, folder)
             with writing(what):
-                unfinished = folder / ".frames"
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
-                for name, frame in frames.items():
-                    frame.to_parquet(unfinished / f"{name}.parquet", index=False)
-                seal_files(unfinished)
-                unfinished.rename(done)
+                remove_partial(folder)
+                with staging(folder) as top:
+                    unfinished = top / "frames"
+                    unfinished.mkdir()
+                    for name, frame in frames.items():
+                        frame.to_parquet(unfinished / f"{name}.parquet", index=False)
+                    seal_files(unfinished)
+                    publish(unfinished, done)
     files = sorted(done.glob("*.parquet"))
     check_files(done, [path.name for path in files], f"{what}: delete it to have it done again")
     return {path.stem: pd.read_parquet(path) for path in files}
