@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # The first release whose caches TransformerLens 4.3 loses; the bound in pyproject.toml.
 FIRST_BAD = (5, 24)
-ROWS, PROMPT, STEPS = 2, 5, 4
+ROWS, PROMPT, STEPS = 2, 5, 3
 # Windows up to this length are left behind by the tokens that are tried.
 LONGEST_WINDOW = 32
 
