@@ -117,10 +117,15 @@ class _Prompts:
         trunk, end = rng.choice(ids, longest - tail), rng.choice(ids, tail)
         # The greatest id: the tail comes behind the others.
         end[0] = ids[-1]
-        beside = _beginning_differently(max(keys - longest, 3), rng, ids[:-1], tail)
+        between = max(keys - longest, 3)
+        beside = _beginning_differently(between, rng, ids[:-1], tail)
         nested = beside[0].copy()
         beside[0, -2], nested[-2] = ids[:2]
-        family = [np.append(trunk, some) for some in (*beside, nested, end)]
+        # No more keys than needed: the last sibling is cut short, if it is not the nested one.
+        spare = beside.size + 2 - between if len(beside) > 1 else 0
+        *others, last = beside
+        last = last[: len(last) - min(max(spare, 0), tail - 2)]
+        family = [np.append(trunk, some) for some in (*others, last, nested, end)]
         short = [
             [*trunk[:depth], ids[int(trunk[depth] == ids[0])], *ids[: number % 2]]
             for number, depth in enumerate(2 * 4 ** np.arange(12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust import costs
+from lensclust.doctor import examine
 from lensclust.readouts import answers
+from lensclust.sharing import refusal
 from lensclust.sites import Site
+from probes.components import decompose
 from probes.replay import replay
 from tests.lensclust.attentions import ATTENTIONS, CONTEXT, VOCABULARY, attention_model
 
@@ -28,6 +32,8 @@ HOOKS = {
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
+LAST = "blocks.{}.hook_resid_post"
+HALF = (torch.bfloat16, torch.float16)
 # Kinds that are met in other ways, too: quick.
 QUICK = ("mpt", "gpt-neo", "gemma3", "gpt-oss", "phi3, longrope")
 # Positions or windows that count places, and states that are no keys and values.
@@ -75,7 +81,7 @@ TRIES = st.builds(
     trunk=st.integers(2, 90),
     branches=st.builds(
         lambda some, tail: (*some, tail),
-        st.lists(st.tuples(st.integers(0, 9), SHARES, st.integers(1, 24)), min_size=1, max_size=7),
+        st.lists(st.tuples(st.integers(0, 9), SHARES, st.integers(1, 24)), min_size=1, max_size=5),
         # The last leaves one of them for long.
         st.tuples(st.integers(0, 9), SHARES, st.integers(1, 110)),
     ),
@@ -92,21 +98,17 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def alone(model: Any, prompts: lc.Prompts) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """States ``(prompt, position, layer, d)`` and logits, by the bridge's own cache."""
     states: dict[str, list[torch.Tensor]] = {}
-    logits = []
+    logits, layers = [], range(model.cfg.n_layers)
+    names = [name.format(n) for name in HOOKS.values() for n in layers]
+    names = [name for name in [*names, LAST.format(layers[-1])] if name in model.hook_dict]
     for row, length in enumerate(prompts.lengths.tolist()):
-        out, kept = model.run_with_cache(prompts.tokens[row, :length][None])
+        out, kept = model.run_with_cache(prompts.tokens[row, :length][None], names_filter=names)
         logits.append(out[0, -1])
         for kind, name in HOOKS.items():
             if name.format(0) in kept:
-                layers = [kept[name.format(n)][0] for n in range(model.cfg.n_layers)]
-                if kind == "resid":
-                    layers.append(kept[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][0])
-                both = [
-                    torch.stack(layers)[:, place].flatten(2)
-                    if kind == "z"
-                    else torch.stack(layers)[:, place]
-                    for place in (length - 1, length // 2)
-                ]
+                found = [kept[name.format(n)][0] for n in layers]
+                found += [kept[LAST.format(layers[-1])][0]] * (kind == "resid")
+                both = [torch.stack(found)[:, place] for place in (length - 1, length // 2)]
                 states.setdefault(kind, []).append(torch.stack(both))
     return {kind: torch.stack(values) for kind, values in states.items()}, torch.stack(logits)
 
@@ -234,16 +236,19 @@ def test_a_refusal_is_the_models_whoever_asks_first_and_is_told_once(name, first
 def test_a_window_by_key_place_is_found_wherever_it_begins_to_hide_keys(window):
     """Prompts whose keys it holds are shared, longer ones are not."""
     model = attention_model("gpt-neo", window_size=window)
-    context = CONTEXT
-    refused = [n for n in range(8, context, 24) if refusal(model, n, n + n // 2) is not None]
-    allowed = [n for n in range(8, context, 24) if refusal(model, n, n + n // 2) is None]
-    assert all(n + n // 2 > window for n in refused if window > 40)
+    lengths = range(8, CONTEXT, 24)
+    refused = [n for n in lengths if refusal(model, n, n + n // 2) is not None]
+    allowed = [n for n in lengths if refusal(model, n, n + n // 2) is None]
+    # A continuation that branches takes a few keys more than the prompts need.
+    assert all(n + n // 2 + 8 > window for n in refused if window > 40)
     assert all(n + n // 2 <= window for n in allowed)
     # Short prompts are checked together, up to 40 keys.
     assert bool(allowed) == (window > 40)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in HALF)]
+)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_models_that_can_share_are_not_refused_and_others_are(name, dtype):
     model = attention_model(name).to(dtype)
@@ -266,7 +271,7 @@ def test_what_is_checked_is_checked_once(monkeypatch):
     plan = lc.plan_prefixes(model, prompts)
     checks = sum(sizes)
     # Some thousand tokens: a few prompts as long as the longest.
-    assert 0 < checks < 5 * int(prompts.lengths.max())
+    assert 0 < checks < 6 * int(prompts.lengths.max())
     sizes.clear()
     CALLS["extract"](model, prompts, True)
     # One real prompt is run alone beside them.
