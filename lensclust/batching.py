@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, NamedTuple
@@ -41,10 +41,16 @@ def default_budget(model: TransformerLensModel) -> int:
     return BATCH_TOKENS.get(model_device(model).type, ACCELERATOR_TOKENS)
 
 
-def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, " row"]]:
+def batches(
+    lengths: Int[Tensor, " row"], budget: int, *, apart: Sequence[int] = ()
+) -> Iterator[Int[Tensor, " row"]]:
     """Row indices by falling length, cut so that rows x longest stays within the budget.
 
     Longest first: what does not fit in memory fails at once, not after an hour.
+
+    Args:
+        apart: rows of more and of fewer tokens than one of these never come together
+            (`length_steps`).
 
     >>> [rows.tolist() for rows in batches(torch.tensor([2, 5, 3]), budget=6)]
     [[1], [2, 0]]
@@ -55,7 +61,8 @@ def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, "
         start = 0
         while start < len(order):
             longest = int(lengths[order[start]])
-            stop = start + max(1, budget // longest)
+            least = max((step for step in apart if step < longest), default=0)
+            stop = min(start + max(1, budget // longest), int((lengths > least).sum()))
             yield order[start:stop]
             start = stop
 
@@ -91,6 +98,29 @@ def rows_being_run() -> Rows | None:
 def model_device(model: TransformerLensModel) -> torch.device:
     """Where a model takes its tokens."""
     return torch.device(model.cfg.device or "cpu")
+
+
+def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
+    """Lengths beyond which a forward's longest prompt changes what the model does with all of them.
+
+    LongRoPE takes other frequencies for the whole forward as soon as one token stands beyond the
+    length of pretraining, so that a shorter prompt is not what it would be alone.
+
+    >>> import lensclust as lc
+    >>> length_steps(lc.load("native:sif-small"))
+    ()
+    """
+    config: Any = getattr(getattr(model, "original_model", None), "config", None)
+    if not hasattr(config, "get_text_config"):
+        return ()
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Either the parameters themselves, or those of each type of layer.
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    return tuple(
+        kind["original_max_position_embeddings"]
+        for kind in kinds
+        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
+    )
 
 
 def without_cache(model: TransformerLensModel) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class _SpanReader(BatchReader):
     ) -> HostCopy:
         buffers = self._buffers(len(index))
         lengths = prompts.lengths[index]
-        for rows in batches(lengths, self.batch_tokens):
+        for rows in batches(lengths, self.batch_tokens, apart=self.apart):
             tokens = upload(prompts.tokens[index[rows], : int(lengths[rows].max())], self.device)
             sizes = stops[rows] - starts[rows]
             row = torch.arange(len(rows)).repeat_interleave(sizes)

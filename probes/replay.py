@@ -20,7 +20,7 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, relative_error
-from lensclust.batching import announced, default_budget
+from lensclust.batching import announced, default_budget, length_steps
 from lensclust.blocks import blocks_of
 from lensclust.branching_check import FAILURES, named
 from lensclust.effects import require_effect
@@ -84,7 +84,8 @@ def replay(
         columns = batch_width(model, len(edits)) if way is packed else lambda width, suffix: width
         out: Tensor | None = None
         with progress_bar("replay", len(edits) * len(prompts), enabled=progress) as advance:
-            for rows in announced(_batches(prompts.lengths, positions, budget, columns), 0):
+            runs = _batches(prompts.lengths, positions, budget, columns, apart=length_steps(model))
+            for rows in announced(runs, 0):
                 batch = Batch.of(prompts, rows, positions)
                 prepared = way(model, batch, budget)
                 for start in range(0, len(edits), prepared.at_once):
@@ -174,17 +175,27 @@ def _batches(
     positions: Int[Tensor, " prompt"],
     budget: int,
     columns: Callable[[int, int], int],
+    *,
+    apart: Sequence[int],
 ) -> Iterator[Int[Tensor, " row"]]:
-    """Prompts with suffixes of like length together, the longest first, within the budget."""
+    """Prompts with suffixes of like length together, the longest first, within the budget.
+
+    Args:
+        apart: as in `lensclust.batching.batches`.
+    """
     suffixes = lengths - positions
+    steps = sum((lengths > step for step in apart), torch.zeros_like(lengths))
     order = sorted(
-        range(len(lengths)), key=lambda row: (int(suffixes[row]), int(lengths[row])), reverse=True
+        range(len(lengths)),
+        key=lambda row: (int(steps[row]), int(suffixes[row]), int(lengths[row])),
+        reverse=True,
     )
     rows: list[int] = []
     for row in order:
         wider = [*rows, row]
         width = int(lengths[wider].max())
-        if rows and len(wider) * columns(width, int(suffixes[wider].max())) > budget:
+        full = len(wider) * columns(width, int(suffixes[wider].max())) > budget
+        if rows and (full or steps[row] != steps[rows[-1]]):
             yield torch.tensor(rows)
             wider = [row]
         rows = wider
