@@ -14,6 +14,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
 from lensclust.errors import InputError
+from lensclust.fits import require_given
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.shard_reading import ShardReader
@@ -89,6 +90,7 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
+    require_given(model, prompts, caller="extract")
     if shard < 1:
         raise InputError(f"extract: shard={shard}, expected at least 1")
     reader = ShardReader(

@@ -7,13 +7,23 @@ from typing import Any
 
 from torch import nn
 from transformer_lens.model_protocol import TransformerLensModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
 from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import keep_up, modules_of
+
+
+def require_given(model: Any, prompts: Any, *, caller: str) -> None:
+    """Refuse what is no hooked model, or no prompts, before either is looked at.
+
+    Raises:
+        InputError: in the name of ``caller``: what was given and what to do.
+    """
+    _require_hooked(model, caller)
+    require_prompts(caller, prompts)
 
 
 def require_model(model: Any, *, caller: str) -> None:
@@ -25,8 +35,8 @@ def require_model(model: Any, *, caller: str) -> None:
     Raises:
         InputError: in the name of ``caller``: what was given and what to do.
     """
-    if not isinstance(model, TransformerLensModel):
-        raise InputError(f"{caller}: {_instead_of_a_model(model, caller)}")
+    _require_hooked(model, caller)
+    keep_up(model)
     name = model_name(model)
     if getattr(model, "training", False):
         raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
@@ -38,7 +48,13 @@ def require_model(model: Any, *, caller: str) -> None:
             f"{caller}: {name} is in training mode in part ({', '.join(kinds[:3])}); call eval() "
             "of the network that was loaded, and model.eval()"
         )
-    keep_up(model)
+
+
+def _require_hooked(model: Any, caller: str) -> None:
+    # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
+    bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
+    if bare or not isinstance(model, TransformerLensModel):
+        raise InputError(f"{caller}: {_instead_of_a_model(model, caller)}")
 
 
 def _instead_of_a_model(given: Any, caller: str) -> str:

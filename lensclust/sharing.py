@@ -27,6 +27,7 @@ from lensclust.agreement import Size, SizedCheck, agrees, power_of_two, relative
 from lensclust.batching import default_budget, model_device
 from lensclust.branching_check import FAILURES, TAIL, branching_failure, named
 from lensclust.costs import forward_cost, most_cached
+from lensclust.fits import require_given
 from lensclust.packed_forwards import Hooks, PackedForwards
 from lensclust.prefix import Packing, PrefixPlan, pack
 from lensclust.prompts import Prompts
@@ -177,6 +178,7 @@ def plan_prefixes(
     share a prefix    50 prompts
     estimated cost    ... of running all in full
     """
+    require_given(model, prompts, caller="plan_prefixes")
     names = [at] if isinstance(at, str) else list(at)
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
     reason = obstacle(model)

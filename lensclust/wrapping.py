@@ -132,11 +132,9 @@ def keep_up(model: Any) -> None:
 
 
 def modules_of(model: Any) -> list[nn.Module]:
-    """All modules of a bridge, and of the network that was given to `lensclust.load`."""
-    found = list(model.modules()) if isinstance(model, nn.Module) else []
-    network = getattr(model, "original_model", None)
-    if isinstance(network, nn.Module):
-        found += network.modules()
+    """All modules of the network in a bridge, and of the one that was given to `lensclust.load`."""
+    network = getattr(model, "original_model", model)
+    found = list(network.modules()) if isinstance(network, nn.Module) else []
     if (link := _link(model)) is not None:
         found += link.own.modules()
     return found
@@ -248,7 +246,9 @@ class Split:
         return self.note()
 
     def write_back(self, name: str) -> None:
-        """Give the joint weights the values of the parts."""
+        """Give the joint weights the values of the parts, where these were trained."""
+        if not self.ahead and self._marks_now()[1] == self._made:
+            return
         self.settle(name)
         if not self.ahead:
             return

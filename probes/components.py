@@ -32,7 +32,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.agreement import rounding_tolerance
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
-from lensclust.fits import require_fits
+from lensclust.fits import require_fits, require_given
 from lensclust.labels import label_texts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -89,6 +89,7 @@ def decompose(
     >>> bool(np.allclose(parts.logits.sum("component"), parts.model_logits, atol=1e-4))
     True
     """
+    require_given(model, prompts, caller="decompose")
     tokens = label_tokens(model, choices, caller="decompose")
     targets = None if label is None else _targets(prompts, label, list(tokens))
     require_fits(model, prompts, caller="decompose")

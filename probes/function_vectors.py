@@ -31,6 +31,7 @@ from lensclust import figures
 from lensclust.activations import head_residual, select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
+from lensclust.fits import require_given
 from lensclust.labels import label_text
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
@@ -164,6 +165,7 @@ def function_vector(
     >>> found.effects.sizes["site"], found.vector.shape, [site.kind for site in found.heads]
     (24, (64,), ['head', 'head', 'head'])
     """
+    require_given(model, prompts, caller="function_vector")
     sites = resolve(model, "head")
     if not 1 <= top <= len(sites):
         raise InputError(f"function_vector: top={top}, expected 1 to {len(sites)}, all heads")

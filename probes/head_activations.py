@@ -32,7 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust.batching import batches, default_budget, length_steps, model_device
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
-from lensclust.fits import require_fits
+from lensclust.fits import require_fits, require_given
 from lensclust.fused_attention import fused_attention
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -90,6 +90,7 @@ def head_activation(
     >>> found.pattern.dims, found.pattern.shape, bool((found.pattern > 0).all())
     (('block', 'head'), (6, 4), True)
     """
+    require_given(model, prompts, caller="head_activation")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"head_activation: batch_tokens={batch_tokens}, expected at least 1")
     scoring = _scoring(model, prompts, loss)

@@ -31,7 +31,7 @@ from lensclust import figures
 from lensclust.activations import select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
-from lensclust.fits import require_fits
+from lensclust.fits import require_fits, require_given
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
@@ -225,6 +225,8 @@ def require_pairs(
     Raises:
         InputError: in the name of ``caller``.
     """
+    for prompts in (base, source):
+        require_given(model, prompts, caller=caller)
     if len(base) != len(source):
         raise InputError(
             f"{caller}: {len(base)} base prompts and {len(source)} sources given, expected pairs"

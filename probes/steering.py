@@ -21,6 +21,7 @@ from lensclust.batching import rows_being_run
 from lensclust.cached_generation import cached_generation
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
+from lensclust.fits import require_model
 from lensclust.middle_states import require_editable
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from probes.interventions import Edit, Intervention
@@ -88,8 +89,7 @@ def steer(
     >>> bool((before == after).all()), bool((model(tokens) == before).all())
     (False, True)
     """
-    if getattr(model, "training", False):
-        raise InputError(f"steer: {model_name(model)} is in training mode; call model.eval()")
+    require_model(model, caller="steer")
     places = _Places(_checked(positions, since), since is not None)
     sites = resolve(model, at)
     require_editable(model, sites, caller="steer")
