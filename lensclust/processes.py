@@ -6,7 +6,6 @@ ends when the process PARENT has.
 
 from __future__ import annotations
 
-import _thread
 import os
 import runpy
 import signal
@@ -40,8 +39,10 @@ def interruptible() -> Iterator[None]:
     numbers = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
 
     def again(lost: Any) -> None:
-        if lost.exc_type in numbers:
-            threading.Timer(0.05, _thread.interrupt_main, [numbers[lost.exc_type]]).start()
+        if lost.exc_type in numbers and hasattr(signal, "pthread_kill"):
+            # A real signal: it wakes a main thread that waits by now.
+            resent = [threading.main_thread().ident, numbers[lost.exc_type]]
+            threading.Timer(0.05, signal.pthread_kill, resent).start()
         else:
             hook(lost)
 
