@@ -154,7 +154,8 @@ def _misfit(source: Any) -> str:
     kind = type(source).__name__
     expected = "expected a transformers model, a native one, a bridge, or the name or path of one"
     if isinstance(source, PretrainedConfig):
-        return f"a configuration ({kind}) given, {expected}; AutoModelForCausalLM makes one of it"
+        advice = "AutoModelForCausalLM.from_config makes one"
+        return f"a configuration ({kind}) given, {expected}: {advice}"
     if isinstance(source, PreTrainedTokenizerBase):
         return f"a tokenizer ({kind}) given, {expected}; a tokenizer goes to tokenizer="
     if isinstance(source, torch.nn.Module):

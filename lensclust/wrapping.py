@@ -210,12 +210,15 @@ class Split:
     ahead: bool = False
     _sources: Marks = field(default_factory=list)
     _made: Marks = field(default_factory=list)
-    _digest: list[bytes | Tensor] = field(default_factory=list)
+    _sources_digest: list[bytes | Tensor] = field(default_factory=list)
+    _made_digest: list[bytes | Tensor] = field(default_factory=list)
 
     def note(self) -> None:
         self.views = self._share_memory()
         self._sources, self._made = self._marks_now()
-        self._digest = [] if self.views else self._digest_now()
+        if not self.views:
+            self._sources_digest = _digests(self._joint())
+            self._made_digest = _digests(_tensors(self.parts))
 
     def settle(self, name: str, *, by_value: bool = False) -> None:
         """Bring the parts up to date."""
@@ -226,22 +229,23 @@ class Split:
             if not self._share_memory():  # one of them was moved or cast
                 self._take(self._fresh())
             return self.note()
-        trained = made != self._made or self.ahead
-        if trained and sources == self._sources and not by_value:
+        if sources == self._sources and made != self._made and not by_value:
             self.ahead, self._made = True, made
             return None
         fresh = self._fresh()
         if _equal(fresh, self.parts):
             self.ahead = False
             return self.note()
-        if _alike(self._digest_now(), self._digest):
+        # Since they last agreed: which of the two has other values?
+        if not _alike(_digests(_tensors(self.parts)), self._made_digest):
+            if not _alike(_digests(self._joint()), self._sources_digest):
+                raise InputError(
+                    f"{name}: joint projections were changed both in the network and through the "
+                    "bridge, expected one of the two: load the network again"
+                )
             self.ahead, self._sources, self._made = True, sources, made
             return None
-        if trained:
-            raise InputError(
-                f"{name}: the joint projections were changed in the network and through the "
-                "bridge, expected one of the two: load the network again"
-            )
+        self.ahead = False
         self._take(fresh)
         return self.note()
 
@@ -282,9 +286,6 @@ class Split:
         version = not self.views
         sources = [_mark(tensor, version) for tensor in self._joint()]
         return sources, [_mark(tensor, version) for tensor in _tensors(self.parts)]
-
-    def _digest_now(self) -> list[bytes | Tensor]:
-        return [mark(weight.detach()) for weight in self._joint()]
 
     def _joint(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self.joint]
@@ -443,8 +444,8 @@ class Link:
             for held, held_by_copy, key, *_ in self._slots
         ]
         for owner in () if self.owners is None else self.owners.modules():
-            if hasattr(owner, "_refresh_from_original_container"):
-                owner._refresh_from_original_container()
+            if (refresh := getattr(owner, "_refresh_from_original_container", None)) is not None:
+                refresh()
 
     def _move(self) -> None:
         """The network was moved or cast."""
@@ -494,8 +495,10 @@ def _splits(
             ("split_qkv_matrix", "qkv", ("q", "k", "v")),
             ("split_gate_up_matrix", "gate_up", ("gate", "in")),
         ):
-            split = getattr(known, how, None)
-            parts = [getattr(getattr(known, n, None), "original_component", None) for n in names]
+            split: Any = getattr(known, how, None)
+            parts: list[Any] = [
+                getattr(getattr(known, name, None), "original_component", None) for name in names
+            ]
             if callable(split) and all(isinstance(part, nn.Module) for part in parts):
                 others = {
                     id(weight)
@@ -503,13 +506,17 @@ def _splits(
                     if name not in (joint, *names)
                     for weight in other.parameters()
                 }
-                names = [n for n, w in module.named_parameters() if id(w) not in others]
-                found[id(component)] = Split(module, split, parts, names)
+                own_names = [n for n, w in module.named_parameters() if id(w) not in others]
+                found[id(component)] = Split(module, split, parts, own_names)
     return list(found.values())
 
 
 def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
     return [tensor for part in parts for tensor in part.parameters()]
+
+
+def _digests(tensors: Sequence[Tensor]) -> list[bytes | Tensor]:
+    return [mark(tensor.detach()) for tensor in tensors]
 
 
 def _equal(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:

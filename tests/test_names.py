@@ -66,7 +66,7 @@ def test_from_lensclust_gives_ours_and_leaves_theirs(folder: Path) -> None:
         "lists = [[i, 2 * i, 5] for i in range(12)]\n"
         "prompts = lc.Prompts.from_token_lists(lists, pd.DataFrame(rows))\n"
         "acts = lc.extract(lc.load('native:sif-small'), prompts, 'resid 2', progress=False)\n"
-        "print(len(ours.cluster(acts, permutations=3, jobs=2, progress=False).frame))\n"
+        "print(len(ours.cluster(acts, given=None, permutations=3, jobs=2).frame))\n"
     )
     for command in (["script.py"], ["-m", "script"], ["-c", (folder / "script.py").read_text()]):
         done = run(folder, sys.executable, *command)
