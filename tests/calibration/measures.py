@@ -48,8 +48,8 @@ def rdms(layout: Layout, task: float, seed: int) -> Found:
     frame = probes.rsa(
         acts, ["task"], nuisance=["template"], compare="spearman", seed=seed, **QUIET
     ).frame
-    names = {False: "rsa", True: "rsa, template taken out"}
-    return {names[row.controlled]: row.p for row in frame.itertuples()}
+    p = frame.set_index("controlled")["p"]
+    return {"rsa": float(p[False]), "rsa, template taken out": float(p[True])}
 
 
 def linear(layout: Layout, task: float, seed: int) -> Found:
