@@ -13,7 +13,7 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError
+from lensclust.errors import check_counts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.shard_reading import ShardReader
@@ -82,8 +82,7 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
-    if shard < 1:
-        raise InputError(f"extract: shard={shard}, expected at least 1")
+    check_counts("extract", shard=shard, batch_tokens=batch_tokens)
     reader = ShardReader(
         model,
         prompts,
