@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lensclust import own_packages
+
 if TYPE_CHECKING:
     from lensclust import figures, report, tasks
     from lensclust.activations import head_residual
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from lensclust.supervised import finetune
     from lensclust.training import train
     from lensclust.weights import fingerprint
+    from lensclust.wrapping import release
 
 # A module may not share its name with a function listed here (hence `extraction`, `training`):
 # importing the submodule would put the module in the function's place.
@@ -44,6 +47,7 @@ _HOMES = {
     "open_activations": "lensclust.store",
     "plan_prefixes": "lensclust.sharing",
     "pooled": "lensclust.pooling",
+    "release": "lensclust.wrapping",
     "train": "lensclust.training",
 }
 _MODULES = ("figures", "report", "tasks")
@@ -64,6 +68,7 @@ __all__ = [
     "open_activations",
     "plan_prefixes",
     "pooled",
+    "release",
     "report",
     "tasks",
     "train",
@@ -77,8 +82,13 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), name)
     if name in _MODULES:
         return import_module(f"lensclust.{name}")
+    if name in own_packages.NAMES:
+        return own_packages.own(name)
     raise AttributeError(f"module 'lensclust' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+own_packages.report()

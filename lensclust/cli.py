@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lensclust import own_packages
 from lensclust.claim_table import print_claims
 from lensclust.command_options import (
     DoctorOptions,
@@ -40,6 +41,7 @@ DONE, FAILED, UNUSABLE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``lensclust`` command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    own_packages.put_first()
     # A worker that has grown is replaced between two jobs, which loky tells as if it had failed.
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
     try:
@@ -166,7 +168,8 @@ def _extract(given: list[str]) -> int:
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
     arguments: dict[str, Any] = {"at": options.at, "batch_tokens": options.batch_tokens}
     arguments |= {"share_prefixes": options.share_prefixes, "dtype": options.dtype}
-    arguments |= {"store": place, "resume": options.resume, "progress": not options.quiet}
+    arguments |= {"store": place, "resume": options.resume, "append": options.append}
+    arguments |= {"progress": not options.quiet}
     if options.engine == "ray":
         del model  # the workers load their own
         arguments |= {"workers": options.workers, "threads": options.threads, "loading": loading}
@@ -265,17 +268,23 @@ def _usage() -> str:
 
 
 def _load_studies() -> dict[str, Any]:
-    """Every study that packages here offer; one that cannot be loaded is said, and left out."""
-    studies = {}
+    """Every study that packages here offer; one that cannot be loaded is said, and left out.
+
+    Raises:
+        InputError: if there is none left.
+    """
+    studies, failures = {}, []
     for point in sorted(entry_points(group="lensclust.studies"), key=lambda point: point.name):
         try:
             studies[point.name] = point.load()
         except Exception as error:  # whatever somebody's package raises
             said = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(
-                f"lensclust: study {point.name!r} ({point.value}) cannot be loaded: {said}",
-                file=sys.stderr,
-            )
+            failures.append(f"study {point.name!r} ({point.value}) cannot be loaded: {said}")
+    if not studies:
+        reason = failures[0] if failures else "none is installed: pip install lensclust"
+        raise InputError(f"no study can be loaded: {reason}")
+    for failure in failures:
+        print(f"lensclust: {failure}", file=sys.stderr)
     return studies
 
 

@@ -206,7 +206,8 @@ def _lowest_block(model: TransformerBridge, trained: set[int]) -> int:
     """The first block that holds a trained parameter; 0 also if anything below is trained."""
     stacked: Any = model
     in_block = [{id(p) for p in block.parameters()} & trained for block in stacked.blocks]
-    above = {id(p) for part in ("ln_final", "unembed") for p in getattr(model, part).parameters()}
+    parts = [getattr(model, name, None) for name in ("ln_final", "unembed")]  # GPT-1 has no norm
+    above = {id(p) for part in parts if part is not None for p in part.parameters()}
     below = {id(p) for p in stacked.embed.parameters()}
     if trained & below or trained - above - set().union(*in_block):
         return 0

@@ -2,29 +2,90 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 from transformer_lens.model_protocol import TransformerLensModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust.errors import InputError
-from lensclust.prompts import Prompts
+from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
-from lensclust.tokenization import tokenizer_fingerprint
+from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
+from lensclust.wrapping import keep_up, modules_of
 
 
-def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
-    """Refuse a model in training mode and prompts that it cannot read.
+def require_given(model: Any, prompts: Any, *, caller: str) -> None:
+    """Refuse what is no hooked model, or no prompts, before either is looked at.
 
     Raises:
-        InputError: in the name of ``caller``, if the model is in training mode, or the prompts
-            were made with another tokenizer, or are longer than its context.
+        InputError: in the name of ``caller``: what was given and what to do.
     """
+    _require_hooked(model, caller)
+    require_prompts(caller, prompts)
+
+
+def require_model(model: Any, *, caller: str) -> None:
+    """Refuse what is no hooked model, one with a part in training mode, or one to load again.
+
+    Args:
+        model: whatever was given in a model's place.
+
+    Raises:
+        InputError: in the name of ``caller``: what was given and what to do.
+    """
+    _require_hooked(model, caller)
+    keep_up(model)
     name = model_name(model)
     if getattr(model, "training", False):
         raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
+    modules = modules_of(model)
+    # Dropout works in a part that is in training mode, whatever the mode of the whole.
+    if any(module.training for module in modules):
+        kinds = sorted({type(module).__name__ for module in modules if module.training})
+        raise InputError(
+            f"{caller}: {name} is in training mode in part ({', '.join(kinds[:3])}); call eval() "
+            "of the network that was loaded, and model.eval()"
+        )
+
+
+def _require_hooked(model: Any, caller: str) -> None:
+    # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
+    bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
+    if bare or not isinstance(model, TransformerLensModel):
+        raise InputError(f"{caller}: {_instead_of_a_model(model, caller)}")
+
+
+def _instead_of_a_model(given: Any, caller: str) -> str:
+    kind = type(given).__name__
+    if isinstance(given, Prompts):
+        return f"Prompts given as model: the model comes first, {caller}(model, prompts, ...)"
+    if isinstance(given, (str, Path)):
+        return (
+            f"{str(given)!r} given as model, expected what lensclust.load({str(given)!r}) returns"
+        )
+    if isinstance(given, PreTrainedTokenizerBase):
+        return f"a tokenizer ({kind}) given as model, expected what lensclust.load returns"
+    if isinstance(given, nn.Module):
+        return f"a bare {kind} given as model, expected what lensclust.load(model) returns"
+    return f"{kind} given as model, expected what lensclust.load returns"
+
+
+def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
+    """Refuse a model that cannot be used as it is and prompts that it cannot read.
+
+    Raises:
+        InputError: in the name of ``caller``, if the model is none (`require_model`) or has a part
+            in training mode, the prompts are none, were made with another tokenizer, or are
+            longer than its context.
+    """
+    require_model(model, caller=caller)
+    require_prompts(caller, prompts)
+    name = model_name(model)
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None and prompts.tokenizer not in (
-        "none",
-        tokenizer_fingerprint(tokenizer),
-    ):
+    known = tokenizer is not None and prompts.tokenizer != "none"
+    if known and not same_tokenizer(prompts.tokenizer, tokenizer_fingerprint(tokenizer)):
         raise InputError(
             f"{caller}: these prompts were made with another tokenizer than that of {name}"
         )

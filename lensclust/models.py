@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.utilities.devices import get_device
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
+from lensclust.cached_generation import require_right_library
+from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
+from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
+from lensclust.wrapping import known_bridge, own_network, release, remember, wrapped_copy
 
-__all__ = ["load", "native_config"]
+__all__ = ["load", "native_config", "release"]
 
 Source = (
     str
@@ -38,7 +43,7 @@ Source = (
 @dataclass(frozen=True, kw_only=True)
 class _Request:
     source: Any
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase | str | Path | None
     device: str | torch.device | None
     dtype: torch.dtype | None
     device_map: DeviceMap | None
@@ -51,7 +56,7 @@ class _Request:
 def load(
     source: Source,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     device_map: DeviceMap | None = None,
@@ -71,13 +76,20 @@ def load(
             - a GGUF file, dequantised on every load;
             - one of our checkpoints (``.safetensors``, see ``weights.save_checkpoint``);
             - a Hugging Face directory, with or without tokenizer files;
-            - a Hugging Face model in memory, or a bare native one: wrapped **in place**, as
-              TransformerLens does, and switched to eager attention so that patterns exist;
+            - a Hugging Face model in memory, or a bare native one, which is put in eval mode and
+              otherwise left alone: the bridge wraps a copy of its modules that shares its
+              weights (with eager attention, so that patterns exist). Train it, save it, load
+              other weights into it: the bridge has the weights it has. A second `load` gives
+              the same bridge; `release` takes it off again. Hooks that the model gets later do
+              not act in the bridge. Models that accelerate has spread over devices and
+              quantised ones are wrapped **in place**, as TransformerLens does;
             - a bridge, which passes through;
             - a hub id.
-        tokenizer: instead of the source's own.
+        tokenizer: instead of the source's own; or the directory or hub id of one.
         device: where to put it. Default: an accelerator if there is one; a model in memory stays.
         dtype: of the weights. Default: float32; a model in memory or checkpoint keeps its own.
+            With another device or dtype than a model in memory has, the bridge gets weights of
+            its own, and refuses to run once the model's have changed.
         device_map: instead of ``device``, for models larger than one device: ``"auto"``,
             ``"balanced"`` or a mapping from modules to devices, ``"cpu"`` or ``"disk"``, as
             transformers takes it (accelerate places the weights). For what is read from a
@@ -93,8 +105,12 @@ def load(
     Text becomes the ids that the tokenizer makes of it, with a BOS where, and only where, the
     tokenizer itself adds one: ``model.to_tokens(text)[0] == model.tokenizer(text).input_ids``.
 
+    A model must be causal: tokens are changed and states before them compared, once. Skipped for
+    weights that lie off the devices, where a forward takes long.
+
     Raises:
-        InputError: in one line, if the source does not exist or cannot be used.
+        InputError: in one line, if the source does not exist or cannot be used, or states depend
+            on later tokens, as in BERT: with padding they would be wrong.
 
     >>> model = load("native:sif-small", seed=1)
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -118,13 +134,49 @@ def load(
             model = loader(request)
             break
     else:
-        raise InputError(
-            f"load: {source!r} does not exist: expected a file, a directory, a hub id, one of "
+        raise InputError(f"load: {_misfit(source)}")
+    if tokenizer is not None:
+        pretrained.attach_tokenizer(model, _read_tokenizer(tokenizer, request))
+    if (own := own_network(model)) is not None:
+        own.eval()
+    require_causal(mended(model).eval())
+    require_right_library(model)
+    return model
+
+
+def _misfit(source: Any) -> str:
+    """Why this is no source of a model, and what would be."""
+    if isinstance(source, (str, Path)):
+        return (
+            f"{str(source)!r} does not exist: expected a file, a directory, a hub id, one of "
             f"{sorted(PINS)} or one of {['native:' + name for name in sorted(PRESETS)]}"
         )
-    if tokenizer is not None:
-        pretrained.attach_tokenizer(model, tokenizer)
-    return model.eval()
+    kind = type(source).__name__
+    expected = "expected a transformers model, a native one, a bridge, or the name or path of one"
+    if isinstance(source, PretrainedConfig):
+        return f"a configuration ({kind}) given, {expected}; AutoModelForCausalLM makes one of it"
+    if isinstance(source, PreTrainedTokenizerBase):
+        return f"a tokenizer ({kind}) given, {expected}; a tokenizer goes to tokenizer="
+    if isinstance(source, torch.nn.Module):
+        pretrained.require_bare(source)
+        return f"{kind} given, which TransformerLens cannot wrap, {expected}"
+    return f"{kind} given, {expected}"
+
+
+def _read_tokenizer(tokenizer: Any, request: _Request) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    found = None
+    if isinstance(tokenizer, (str, Path)):
+        found = pretrained.read_tokenizer(
+            str(tokenizer), trust_remote_code=request.trust_remote_code
+        )
+    if found is None:
+        raise InputError(
+            f"load: tokenizer={_shown(tokenizer)} given, expected a transformers tokenizer, or the "
+            "hub id or directory of one"
+        )
+    return found
 
 
 def _native(request: _Request) -> TransformerBridge:
@@ -206,24 +258,52 @@ def _read(
 
 def _in_memory(request: _Request) -> TransformerBridge:
     model = request.source
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
     if request.random_weights:
         model = pretrained.random_twin(model.config, seed=request.seed, dtype=model.dtype)
         model.to(request.source.device)
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    return note_placement(pretrained.wrap_pretrained(_placed(model, request), name=name))
+        return pretrained.wrap_pretrained(_placed(model, request), name=name)
+    return _wrapped(request, partial(pretrained.wrap_pretrained, name=name))
 
 
 def _bare_native(request: _Request) -> TransformerBridge:
     if request.random_weights:
         config, device = request.source.cfg, next(request.source.parameters()).device
         return native_bridge(config, seed=request.seed, device=device, reseed=True)
-    return wrap_native(_placed(request.source, request))
+    return _wrapped(request, wrap_native)
+
+
+def _wrapped(request: _Request, wrap: Callable[[Any], TransformerBridge]) -> TransformerBridge:
+    """A bridge of the user's own network: the one there is, or a new one."""
+    own = request.source
+    where: Any = {"device": request.device, "dtype": request.dtype}
+    if (known := known_bridge(own, **where)) is not None:
+        own.eval()
+        return known
+    pretrained.require_bare(own)
+    # What accelerate has spread, and quantised weights, are tied to the modules they lie in.
+    if getattr(own, "hf_device_map", None) or getattr(own, "is_quantized", False):
+        return remember(note_placement(wrap(_placed(own, request))), own)
+    return wrapped_copy(own, wrap, **where)
 
 
 def _bridge(request: _Request) -> TransformerBridge:
+    bridge = request.source
     if request.random_weights:
         raise InputError("load: random_weights needs the source of a model, not a bridge")
-    return _moved(request.source, request, request.device)
+    own = own_network(bridge)
+    if own is None:
+        return _moved(bridge, request, request.device)
+    # Moving or casting this bridge would move and cast the user's own network.
+    weight = next(bridge.original_model.parameters())
+    wanted = request.dtype or weight.dtype, torch.device(request.device or weight.device)
+    if wanted == (weight.dtype, weight.device):
+        return bridge
+    load_own = _in_memory if isinstance(own, PreTrainedModel) else _bare_native
+    other = load_own(replace(request, source=own))
+    if bridge.tokenizer is not None:
+        pretrained.attach_tokenizer(other, bridge.tokenizer)
+    return other
 
 
 def _require_spreadable(request: _Request, loader: Callable[[_Request], TransformerBridge]) -> None:

@@ -17,7 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches
 from lensclust.errors import InputError
-from lensclust.fits import require_fits
+from lensclust.fits import require_fits, require_given
 from lensclust.host_copies import HostCopy, upload
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -91,6 +91,7 @@ def pooled(
     >>> acts.resid.sel(layer=6, position="prompt_mean").dims
     ('prompt', 'd_model')
     """
+    require_given(model, prompts, caller="pooled")
     ways = [how] if isinstance(how, str) else list(how)
     if not ways or len(set(ways)) < len(ways) or not set(ways) <= set(POOLS):
         raise InputError(f"pooled: how={ways}, expected some of {list(POOLS)}, each once")
@@ -99,7 +100,7 @@ def pooled(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"pooled: batch_tokens={batch_tokens}, expected at least 1")
     starts, stops = _ranges(prompts, span)
-    chosen = rectangle(resolve(model, sites))
+    chosen = rectangle(model, resolve(model, sites))
     require_fits(model, prompts, caller="pooled")
     names = [f"{span}_{way}" for way in ways]
     frame = template(model, prompts, chosen, names, np.dtype(dtype))
@@ -133,7 +134,7 @@ class _SpanReader(BatchReader):
     ) -> HostCopy:
         buffers = self._buffers(len(index))
         lengths = prompts.lengths[index]
-        for rows in batches(lengths, self.batch_tokens):
+        for rows in batches(lengths, self.batch_tokens, apart=self.apart):
             tokens = upload(prompts.tokens[index[rows], : int(lengths[rows].max())], self.device)
             sizes = stops[rows] - starts[rows]
             row = torch.arange(len(rows)).repeat_interleave(sizes)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -182,8 +183,7 @@ def wrap_pretrained(model: PreTrainedModel, *, name: str) -> TransformerBridge:
     Raises:
         InputError: if TransformerLens does not know the architecture, or wrapped it already.
     """
-    if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
-        raise InputError(f"load: {name} is already inside a bridge: pass the bridge itself")
+    require_bare(model)
     force_eager_attention(model)
     architecture = type(model).__name__
     with _reported(name):
@@ -191,6 +191,26 @@ def wrap_pretrained(model: PreTrainedModel, *, name: str) -> TransformerBridge:
             model, architecture, hf_config=model.config, model_name=name
         )
     return bridge.eval()
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse a network that is inside a bridge, or has adapters inside.
+
+    Raises:
+        InputError: says what to do.
+    """
+    kind = type(model).__name__
+    for module in model.modules():
+        if isinstance(module, GeneralizedComponent):
+            raise InputError(
+                f"load: this {kind} is already inside a bridge: pass the bridge itself"
+            )
+        # TransformerLens reads the weights below the adapters, where it splits a projection.
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise InputError(
+                f"load: {kind} with adapters of peft given, expected a network without: "
+                "merge_and_unload() gives one (of a copy, to train on)"
+            )
 
 
 def attach_tokenizer(

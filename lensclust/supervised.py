@@ -29,7 +29,7 @@ from lensclust.chosen_weights import chosen_parameters, left_as_it_was, named_pa
 from lensclust.disk import writing
 from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import score_answers
-from lensclust.fits import require_answers, require_fits
+from lensclust.fits import require_answers, require_fits, require_given
 from lensclust.partial_forwards import scored_logits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -118,6 +118,7 @@ def finetune(
     >>> lc.fingerprint(model) == before
     True
     """
+    require_given(model, prompts, caller="finetune")
     _check_knobs(steps, batch_size, batch_tokens, weight_decay, save_every, only, lora)
     check_rate(lr, warmup, schedule, caller="finetune")
     at = _checkpoint_steps(steps, checkpoints)

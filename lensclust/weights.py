@@ -19,6 +19,7 @@ from lensclust.errors import InputError
 from lensclust.native import config_from_json, config_to_json, native_bridge_with
 from lensclust.placement import brought_in
 from lensclust.sealed import read_content, read_sealed, save_sealed, tensors_digest
+from lensclust.wrapping import keep_up
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def held_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights under the names they have now, some of them under several."""
+    keep_up(model)
     module = model.original_model if isinstance(model, TransformerBridge) else model
     return module.state_dict(keep_vars=True)
 

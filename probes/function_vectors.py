@@ -31,6 +31,8 @@ from lensclust import figures
 from lensclust.activations import head_residual, select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
+from lensclust.fits import require_given
+from lensclust.labels import label_text
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, resolve
@@ -163,6 +165,7 @@ def function_vector(
     >>> found.effects.sizes["site"], found.vector.shape, [site.kind for site in found.heads]
     (24, (64,), ['head', 'head', 'head'])
     """
+    require_given(model, prompts, caller="function_vector")
     sites = resolve(model, "head")
     if not 1 <= top <= len(sites):
         raise InputError(f"function_vector: top={top}, expected 1 to {len(sites)}, all heads")
@@ -205,7 +208,7 @@ def function_vector(
 def _require_one_task(prompts: Prompts, shuffled: Prompts) -> None:
     if "task" not in prompts.rows or "task" not in shuffled.rows:
         return
-    tasks = sorted({*prompts.rows["task"].astype(str), *shuffled.rows["task"].astype(str)})
+    tasks = sorted({*(label_text(t) for p in (prompts, shuffled) for t in p.rows["task"])})
     if len(tasks) > 1:
         raise InputError(
             f"function_vector: prompts of {len(tasks)} tasks given ({', '.join(tasks[:5])}), "

@@ -26,6 +26,7 @@ from lensclust import figures
 from lensclust.activations import select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
+from lensclust.fits import require_given
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
@@ -142,6 +143,7 @@ def interchange(
         InputError: if there are no answers, a label or position does not exist, no prompt has
             another label to be moved to, or names of moves clash.
     """
+    require_given(model, prompts, caller="interchange")
     chosen = resolve(model, sites)
     label, condition = (prompt_strings(prompts, name) for name in (by, given))
     own = first_answers(prompts)

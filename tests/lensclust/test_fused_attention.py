@@ -41,7 +41,7 @@ def seen(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_hooks_logits_and_gradients_are_those_of_the_plain_way(name: str) -> None:
     model, tokens = lc.load(hf_model(name)), tokens_of()
     plain = seen(model, tokens)
-    with fused_attention(model, tokens_of(1)) as fused:
+    with fused_attention(model, 11) as fused:
         assert fused
         found = seen(model, tokens)
     assert found.keys() == plain.keys()
@@ -62,7 +62,7 @@ def test_no_pattern_is_made_inside_and_all_is_as_before_after_it(name: str) -> N
         return parts, forwards, model.original_model.config._attn_implementation
 
     def use(error: type[BaseException] | None) -> None:
-        with fused_attention(model, tokens) as fused:
+        with fused_attention(model, 11) as fused:
             # Heard, though it was not there at the door: nothing reaches it inside.
             handle = pattern.register_forward_hook(lambda *_: patterns.append("made"))
             model.original_model(tokens)
@@ -87,7 +87,7 @@ def test_no_pattern_is_made_inside_and_all_is_as_before_after_it(name: str) -> N
 @pytest.mark.parametrize("name", ["gemma2", "native"])
 def test_models_without_such_code_go_the_plain_way(name: str) -> None:
     model = lc.load("native:sif-small" if name == "native" else hf_model(name))
-    with fused_attention(model, tokens_of()) as fused:
+    with fused_attention(model, 11) as fused:
         assert not fused
 
 
@@ -104,18 +104,18 @@ def test_who_listens_to_attention_is_heard(name: str, point: str) -> None:
     plain = model(tokens)
     with model.hooks(fwd_hooks=[(f"blocks.1.attn.{point}", nothing)]):
         cut = model(tokens)
-        with fused_attention(model, tokens) as fused:
+        with fused_attention(model, 11) as fused:
             assert not fused
             torch.testing.assert_close(model(tokens), cut)
     assert not torch.allclose(plain, cut)
-    with fused_attention(model, tokens) as fused:
+    with fused_attention(model, 11) as fused:
         assert fused
 
 
 def test_code_that_gives_something_else_is_not_used() -> None:
-    model, tokens = lc.load(hf_model("llama")), tokens_of()
+    model = lc.load(hf_model("llama"))
     original = model.blocks[1].attn.original_component
     own = original.forward
     original.forward = lambda *args, **named: (2 * own(*args, **named)[0], None)
-    with fused_attention(model, tokens) as fused:
+    with fused_attention(model, 11) as fused:
         assert not fused

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -94,7 +95,6 @@ def test_directory_and_memory_agree_with_hugging_face(name: str, tmp_path: Path)
     hf = saved(name, tmp_path, tokenizer=name != "qwen2")
     expected = hf(TOKENS).logits
     from_disk, in_memory = load(tmp_path, device="cpu"), load(hf)
-    assert in_memory.original_model is hf
     for model in (from_disk, in_memory):
         assert not model.training
         assert not model.original_model.training
@@ -320,10 +320,12 @@ def test_refuses_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     assert "half.safetensors" in refusal(half)
 
 
-def test_refuses_a_model_that_is_wrapped_already_and_a_random_bridge() -> None:
-    hf = hf_model("llama")
-    bridge = load(hf)
-    assert "already inside a bridge" in refusal(hf)
+def test_refuses_what_is_inside_a_bridge_and_a_random_bridge() -> None:
+    bridge = load(hf_model("llama"))
+    assert "already inside a bridge" in refusal(bridge.original_model)
+    by_hand = hf_model("gpt2")
+    build_bridge_from_module(by_hand, "GPT2LMHeadModel", hf_config=by_hand.config)
+    assert "already inside a bridge" in refusal(by_hand)
     assert "random_weights" in refusal(bridge, random_weights=True)
 
 

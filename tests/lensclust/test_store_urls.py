@@ -59,8 +59,8 @@ def objects(place: store_places.Place) -> dict[str, bytes]:
 
 def test_a_url_holds_what_a_folder_holds(model, tmp_path, url):
     for prompts in (some_prompts(13), some_prompts(9, seed=3)):
-        folder = lc.extract(model, prompts, SITES, store=tmp_path / "a", shard=5)
-        there = lc.extract(model, prompts, SITES, store=url, shard=5)
+        folder = lc.extract(model, prompts, SITES, store=tmp_path / "a", shard=5, append=True)
+        there = lc.extract(model, prompts, SITES, store=url, shard=5, append=True)
     assert not there.resid.variable._in_memory
     assert objects(as_place(url)) == objects(tmp_path / "a")
     xr.testing.assert_identical(lc.open_activations(url).load(), folder.load())

@@ -1,0 +1,94 @@
+"""`probes` and `studies` of this distribution, also where a user's file has one of these names."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import import_module, util
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+
+_log = logging.getLogger("lensclust")
+
+NAMES = ("probes", "studies")
+_HOME = Path(__file__).resolve().parent.parent
+# Ours, where another module has the name.
+_FOUND: dict[str, ModuleType] = {}
+
+
+def in_the_way(name: str) -> Path | None:
+    """The file that ``import name`` finds instead of our package; None where it finds ours."""
+    if not _file(name).is_file():
+        return None
+    loaded = sys.modules.get(name)
+    try:
+        found = util.find_spec(name) if loaded is None else getattr(loaded, "__spec__", None)
+    except (ImportError, ValueError):
+        return None
+    file = getattr(loaded, "__file__", None) or getattr(found, "origin", None)
+    if not file or Path(file).resolve() == _file(name):
+        return None
+    return Path(file)
+
+
+def report() -> None:
+    """Say in a line of the log which files are found in the place of our packages."""
+    for name in NAMES:
+        if (file := in_the_way(name)) is not None:
+            _log.warning(
+                "lensclust: 'import %s' finds %s, not the package of lensclust: rename that file, "
+                "or write 'from lensclust import %s'",
+                name,
+                file,
+                name,
+            )
+
+
+def own(name: str) -> ModuleType:
+    """Our package of this name.
+
+    Where another module has it, ours is loaded whole, and the name left to the other.
+
+    >>> own("probes").__name__
+    'probes'
+    """
+    if all(in_the_way(each) is None for each in NAMES):
+        return import_module(name)
+    if name not in _FOUND:
+        _load_ours()
+    return _FOUND[name]
+
+
+def put_first() -> None:
+    """In a process of our own: have our packages found before all others."""
+    if any(in_the_way(name) is not None for name in NAMES):
+        sys.path.insert(0, str(_HOME))
+        for key in [key for key in sys.modules if _top(key) in NAMES]:
+            del sys.modules[key]
+
+
+def _load_ours() -> None:
+    theirs = {key: sys.modules.pop(key) for key in [*sys.modules] if _top(key) in NAMES}
+    sys.path.insert(0, str(_HOME))
+    try:
+        for name in NAMES:
+            _FOUND[name] = import_module(name)
+            # Every one: what is imported inside a function is found by its full name later.
+            for module in iter_modules(_FOUND[name].__path__, f"{name}."):
+                import_module(module.name)
+    finally:
+        sys.path.remove(str(_HOME))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+            if in_the_way(name) is None:
+                sys.modules[name] = _FOUND.get(name) or import_module(name)
+        sys.modules.update(theirs)
+
+
+def _top(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _file(name: str) -> Path:
+    return _HOME / name / "__init__.py"

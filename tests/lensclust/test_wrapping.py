@@ -1,0 +1,469 @@
+"""A network in memory while a bridge of it is in use: its own, and seen as it is now.
+
+The other side of every comparison is a plain copy of the network, made at that moment, with
+torch hooks on its blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformer_lens.model_bridge.sources.native import NativeModel
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+import lensclust as lc
+from lensclust.native import native_config
+from lensclust.sharing import obstacle
+from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model, tiny_tokenizer
+
+_SMALL: dict[str, Any] = {"vocab_size": D_VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+_FOUR: dict[str, Any] = {**_SMALL, "num_attention_heads": 4}
+# Joint projections that TransformerLens splits into views and into copies, and experts.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("Bloom", {"vocab_size": D_VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon": ("Falcon", _FOUR),
+    "mpt": ("Mpt", {"vocab_size": D_VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "codegen": (
+        "CodeGen",
+        {"vocab_size": D_VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    ),
+    "phi3": ("Phi3", {**_FOUR, "intermediate_size": 48, "pad_token_id": 0}),
+    "mixtral": (
+        "Mixtral",
+        {**_FOUR, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4},
+    ),
+}
+FAMILIES = [*ARCHITECTURES, *MORE]
+LISTS = [[5, 9, 13, 7], [8, 17], [4, 4, 21, 30, 11, 12]]
+PROMPTS = lc.Prompts.from_token_lists(LISTS, pd.DataFrame({"task": list("aba")}))
+TOKENS = torch.randint(4, D_VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def network_of(name: str, *, seed: int = 0) -> PreTrainedModel:
+    if name in ARCHITECTURES:
+        return hf_model(name, seed)
+    kind, fields = MORE[name]
+    config = getattr(transformers, f"{kind}Config")(
+        **fields, bos_token_id=1, eos_token_id=2, attn_implementation="eager"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return stirred(model, seed).eval()
+
+
+def stirred(network: Any, seed: int = 1, *, through: str = "add_") -> Any:
+    """Every parameter moved, by one of the ways in which they come to move."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        step = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        with torch.no_grad():
+            if through == "add_":
+                parameter.add_(step)
+            elif through == "data":
+                parameter.data = parameter.data + step
+            else:
+                parameter.data.add_(step)
+    return network
+
+
+def plain_states(network: Any) -> np.ndarray:
+    """What goes out of each block at each prompt's last token, by hooks on a copy."""
+    network = copy.deepcopy(network).eval()
+    blocks = next(
+        module
+        for module in network.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == network.config.num_hidden_layers
+    )
+    found = []
+    for ids in LISTS:
+        row: list[Tensor] = []
+
+        def keep(_module: Any, _args: Any, out: Any, row: list[Tensor] = row) -> None:
+            row.append((out[0] if isinstance(out, tuple) else out)[0, -1].detach().float())
+
+        handles = [block.register_forward_hook(keep) for block in blocks]
+        with torch.no_grad():
+            network(torch.tensor([ids]))
+        for handle in handles:
+            handle.remove()
+        found.append(torch.stack(row))
+    return torch.stack(found).numpy()
+
+
+def our_states(model: Any) -> np.ndarray:
+    acts = lc.extract(model, PROMPTS, "resid", progress=False)
+    return acts.resid.values[:, 0, 1:]
+
+
+def assert_in_step(model: Any, network: Any) -> None:
+    np.testing.assert_allclose(our_states(model), plain_states(network), rtol=2e-4, atol=2e-5)
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert list(one) == list(other)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(lc.InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- left alone, and followed -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_network_in_memory_is_left_alone_and_followed(name: str, tmp_path: Path) -> None:
+    network = network_of(name)
+    before, logits = snapshot(network), network(TOKENS).logits
+    kinds = [type(module) for module in network.modules()]
+    state = torch.get_rng_state()
+    model = lc.load(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(snapshot(network), before)
+    assert [type(module) for module in network.modules()] == kinds
+    assert torch.equal(network(TOKENS).logits, logits)
+    assert_in_step(model, network)
+
+    prints = {lc.fingerprint(model)}
+    for seed, through in enumerate(["add_", "data", "data.add_"]):
+        stirred(network, 5 + seed, through=through)
+        assert_in_step(model, network)
+        prints.add(lc.fingerprint(model))
+    assert len(prints) == 4
+
+    for assign in (False, True):
+        network.load_state_dict({k: v.clone() for k, v in before.items()}, assign=assign)
+        network.tie_weights()
+        assert_in_step(model, network)
+        assert lc.fingerprint(model) in prints
+        stirred(network)
+        assert_in_step(model, network)
+
+    network.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(TOKENS).logits, network(TOKENS).logits, atol=1e-5, rtol=1e-4)
+    assert lc.release(model) is network
+    assert "released" in refused(lambda: our_states(model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "falcon", "phi3", "mixtral"])
+def test_what_is_trained_through_the_bridge_is_in_the_network(name: str) -> None:
+    network = network_of(name)
+    before = snapshot(network)
+    model = lc.load(network)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits: Any = model(TOKENS)
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
+        ).backward()
+        optimizer.step()
+    # Before anything else is done: the state of the network is that of the last step.
+    after = snapshot(network)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > len(before) / 2
+    plain = network_of(name)
+    plain.load_state_dict(after)
+    torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS), atol=1e-5, rtol=1e-4)
+    assert torch.equal(plain(TOKENS).logits, network(TOKENS).logits)
+    assert_in_step(model, network)
+    stirred(network)
+    assert_in_step(model, network)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox"])
+def test_fine_tuning_by_us_is_seen_in_the_network_for_as_long_as_it_lasts(name: str) -> None:
+    network = network_of(name)
+    before = snapshot(network)
+    model = lc.load(network)
+    prompts = lc.Prompts.from_token_lists(LISTS, PROMPTS.rows, answers=[[5], [6], [7]])
+    run = lc.finetune(model, prompts, steps=3, lr=1e-2, only=["head 1.2"], progress=False)
+    assert_same(snapshot(network), before)
+    with run.at(3):
+        torch.testing.assert_close(network(TOKENS).logits, model(TOKENS), atol=1e-5, rtol=1e-4)
+        assert any(not torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert_same(snapshot(network), before)
+    assert_in_step(model, network)
+
+
+def test_joint_weights_that_were_changed_on_both_sides_are_refused() -> None:
+    network = network_of("neox")
+    model = lc.load(network)
+    stirred(network)
+    with torch.no_grad():
+        model.blocks[0].attn.q.weight.add_(1)
+    assert "expected one of the two" in refused(lambda: model(TOKENS))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
+def test_a_network_that_is_cast_is_followed(name: str) -> None:
+    network = network_of(name)
+    model = lc.load(network)
+    network.to(torch.bfloat16)  # pyright: ignore[reportCallIssue]
+    found = model(TOKENS)
+    assert found.dtype == model.cfg.dtype == torch.bfloat16
+    torch.testing.assert_close(found, copy.deepcopy(network)(TOKENS).logits, atol=0.05, rtol=0.05)
+    network.to(torch.float32)  # pyright: ignore[reportCallIssue]
+    assert_in_step(model, network)
+
+
+def test_parameters_are_not_held_twice_and_stay_tied() -> None:
+    network = network_of("gpt2")
+    model = lc.load(network)
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    assert {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} == own
+    assert model.embed.weight is model.unembed.weight is network.lm_head.weight  # pyright: ignore
+
+
+def test_the_check_before_a_forward_is_quick() -> None:
+    from time import perf_counter
+
+    from lensclust.wrapping import keep_up
+
+    network = network_of("llama")
+    model = lc.load(network)
+    keep_up(model)
+    slots = sum(1 for module in network.modules() for _ in module._parameters)
+    times = []
+    for _ in range(20):
+        start = perf_counter()
+        keep_up(model)
+        times.append(perf_counter() - start)
+    assert min(times) < slots * 3e-5
+
+
+def test_a_bare_native_model_is_left_alone_and_followed() -> None:
+    network = NativeModel(native_config("sif-small", seed=5))
+    keys = list(network.state_dict())
+    model = lc.load(network)
+    assert list(network.state_dict()) == keys
+    tokens = TOKENS % 60
+    torch.testing.assert_close(model(tokens), network(tokens), atol=3e-6, rtol=0)
+    stirred(network)
+    torch.testing.assert_close(model(tokens), network(tokens), atol=3e-5, rtol=1e-5)
+    assert lc.fingerprint(network) == lc.fingerprint(model)
+
+
+def test_networks_that_were_rebuilt_are_refused_until_they_are_loaded_again() -> None:
+    network: Any = network_of("llama")
+    model = lc.load(network)
+    network.resize_token_embeddings(D_VOCAB + 4, mean_resizing=False)
+    assert "load it again" in refused(lambda: our_states(model))
+    assert "load it again" in refused(lambda: model.original_model(TOKENS))
+    again = lc.load(network)
+    assert again is not model
+    assert again(TOKENS).shape[-1] == D_VOCAB + 4
+    assert_in_step(again, network)
+
+
+def test_weights_of_the_bridge_alone_are_refused_once_the_network_has_moved() -> None:
+    network = network_of("gpt2")
+    before = snapshot(network)
+    model = lc.load(network)
+    model.enable_compatibility_mode(disable_warnings=True)
+    model(TOKENS)
+    assert_same(snapshot(network), before)
+    stirred(network)
+    assert "load the network again" in refused(lambda: model(TOKENS))
+
+
+def test_adapters_of_peft() -> None:
+    network: Any = network_of("llama")
+    before = snapshot(network)
+    model = lc.load(network)
+    tuned: Any = get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    loss = tuned(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    assert "load it again" in refused(lambda: model(TOKENS))
+    assert "merge_and_unload" in refused(lambda: lc.load(network))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    merged = copy.deepcopy(tuned).merge_and_unload()
+    assert_in_step(lc.load(merged), merged)
+    tuned.unload()
+    assert_same(snapshot(network), before)
+    assert_in_step(model, network)
+
+
+def test_generation_of_the_network_stays_its_own() -> None:
+    network: Any = network_of("llama")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = network.generate(TOKENS, **options)
+    model = lc.load(network)
+    assert torch.equal(network.generate(TOKENS, **options), expected)
+    ours = model.generate(TOKENS, verbose=False, stop_at_eos=False, **options)
+    assert torch.equal(ours[:, : expected.shape[1]], expected)
+    assert obstacle(model) is None
+
+
+def test_hooks_that_a_network_has_act_in_the_bridge_and_are_not_copied() -> None:
+    network = network_of("llama")
+    seen: list[int] = []
+
+    class Counter:
+        def count(self, *_: Any) -> None:
+            seen.append(1)
+
+    network.model.layers[0].register_forward_hook(Counter().count)  # pyright: ignore
+    model = lc.load(network)
+    seen.clear()
+    model(TOKENS)
+    assert seen == [1]
+
+
+# -- loading twice, releasing -----------------------------------------------------------------
+
+
+def test_loading_twice_gives_the_same_bridge(tmp_path: Path) -> None:
+    network = network_of("gpt2")
+    model = lc.load(network)
+    assert model.tokenizer is None
+    tokenizer = tiny_tokenizer(tmp_path)
+    assert lc.load(network, tokenizer=tokenizer) is model
+    assert model.tokenizer is not None
+    assert lc.load(model) is model
+    half = lc.load(network, dtype=torch.bfloat16)
+    assert half is not model
+    assert half.cfg.dtype == torch.bfloat16
+    assert network.dtype == torch.float32
+    assert lc.load(network) is model
+    assert lc.load(network, dtype=torch.bfloat16) is half
+    assert lc.load(model, dtype=torch.bfloat16) is half
+    stirred(network)
+    assert "load the network again" in refused(lambda: half(TOKENS))
+    assert lc.load(network, dtype=torch.bfloat16) is not half
+    assert_in_step(model, network)
+
+
+def test_release() -> None:
+    network = network_of("neox").train()
+    network.gpt_neox.layers[0].eval()  # pyright: ignore
+    hooks = len(network._forward_pre_hooks), len(network._state_dict_pre_hooks)
+    modes = [module.training for module in network.modules()]
+    model = lc.load(network)
+    assert not any(module.training for module in network.modules())
+    assert lc.release(model) is lc.release(model) is lc.release(network) is network
+    assert [module.training for module in network.modules()] == modes
+    assert (len(network._forward_pre_hooks), len(network._state_dict_pre_hooks)) == hooks
+    assert "released" in refused(lambda: model(TOKENS))
+    again = lc.load(network)
+    assert again is not model
+    assert_in_step(again, network)
+    assert "not made of a network" in refused(lambda: lc.release(lc.load("native:sif-small")))
+
+
+def test_neither_keeps_the_other_from_being_freed() -> None:
+    network = network_of("neox")
+    model = lc.load(network)
+    our_states(model)
+    bridge, own = weakref.ref(model), weakref.ref(network)
+    del model
+    gc.collect()
+    assert bridge() is None
+    network(TOKENS)
+    del network
+    gc.collect()
+    assert own() is None
+
+
+# -- training mode ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_training_mode_of_any_part_is_refused(name: str) -> None:
+    network: Any = network_of(name)
+    model = lc.load(network)
+    network.train()
+    assert "training mode" in refused(lambda: our_states(model))
+    network.eval()
+    assert_in_step(model, network)
+    for part in (network.get_submodule("model.layers.1.mlp") if name == "llama" else
+                 network.transformer.h[1].attn.attn_dropout, model.blocks[0].mlp):  # fmt: skip
+        part.train()
+        assert "training mode" in refused(lambda: our_states(model))
+        part.eval()
+    model.train()
+    assert "call model.eval()" in refused(lambda: our_states(model))
+    model.eval()
+    assert_in_step(model, network)
+
+
+# -- a Trainer that is probed between its epochs ----------------------------------------------
+
+
+class Probed(TrainerCallback):
+    """Reads states after every epoch and compares them with plain hooks."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        self.network, self.model, self.epochs = network, lc.load(network), 0
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.network.eval()
+        assert_in_step(self.model, self.network)
+        self.epochs += 1
+
+
+def trainer(network: PreTrainedModel, folder: Path, callbacks: list[Any]) -> Trainer:
+    rows = torch.randint(4, D_VOCAB, (12, 8), generator=torch.Generator().manual_seed(0))
+    options = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+        seed=7,
+    )
+    data: Any = [{"input_ids": row, "labels": row} for row in rows]
+    return Trainer(model=network, args=options, train_dataset=data, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_a_trainer_that_is_probed_ends_with_the_bytes_of_one_that_is_not(
+    name: str, tmp_path: Path
+) -> None:
+    plain = network_of(name)
+    if name == "gpt2":
+        assert plain.config.resid_pdrop > 0  # so that the random state counts
+    trainer(plain, tmp_path / "plain", []).train()
+
+    network = network_of(name)
+    probed = Probed(network)
+    trainer(network, tmp_path / "probed", [probed]).train()
+    assert probed.epochs == 3
+    assert_same(snapshot(network), snapshot(plain))
+
+    first = sorted((tmp_path / "probed").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))[0]
+    trainer(plain, tmp_path / "plain-again", []).train(resume_from_checkpoint=str(first))
+    again = Probed(network)
+    trainer(network, tmp_path / "again", [again]).train(resume_from_checkpoint=str(first))
+    assert again.model is probed.model
+    assert again.epochs == 2
+    assert_same(snapshot(network), snapshot(plain))
+    assert_in_step(again.model, network)

@@ -1,0 +1,93 @@
+"""A user's own `probes` and `studies` beside ours, found by Python first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lensclust import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "probes.py").write_text("MINE = 'my probes'\n")
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "__init__.py").write_text("MINE = 'my studies'\n")
+    (tmp_path / "studies" / "unrelated.py").write_text("MINE = 'a module of mine'\n")
+    return tmp_path
+
+
+def run(folder: Path, *command: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(filter(None, [path, str(ROOT)]))
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_commands_find_our_studies_and_name_the_files_in_the_way(folder: Path) -> None:
+    command = str(Path(sys.executable).with_name("lensclust"))
+    for done in (
+        run(folder, sys.executable, "-m", "lensclust.cli", "studies"),
+        run(folder, command, "studies", path=str(folder)),
+    ):
+        assert done.returncode == 0, done.stderr
+        assert "emergence" in done.stdout
+        lines = done.stderr.splitlines()
+        assert len(lines) == 2, done.stderr
+        assert str(folder / "probes.py") in lines[0]
+        assert str(folder / "studies" / "__init__.py") in lines[1]
+
+
+@pytest.mark.slow
+def test_from_lensclust_gives_ours_and_leaves_theirs(folder: Path) -> None:
+    (folder / "script.py").write_text(
+        "import probes\n"
+        "import lensclust as lc\n"
+        "from lensclust import probes as ours, studies as our_studies\n"
+        "import studies, studies.unrelated, pickle\n"
+        "assert (probes.MINE, studies.MINE) == ('my probes', 'my studies')\n"
+        "assert studies.unrelated.MINE == 'a module of mine'\n"
+        "names = [name for name in ours.__all__ if not callable(getattr(ours, name))]\n"
+        "assert not names, names\n"
+        "assert our_studies.study.Study.presets\n"
+        "rows = [{'task': 'ab'[i % 2]} for i in range(12)]\n"
+        "import pandas as pd\n"
+        "lists = [[i, 2 * i, 5] for i in range(12)]\n"
+        "prompts = lc.Prompts.from_token_lists(lists, pd.DataFrame(rows))\n"
+        "acts = lc.extract(lc.load('native:sif-small'), prompts, 'resid 2', progress=False)\n"
+        "print(len(ours.cluster(acts, permutations=3, jobs=2, progress=False).frame))\n"
+    )
+    for command in (["script.py"], ["-m", "script"], ["-c", (folder / "script.py").read_text()]):
+        done = run(folder, sys.executable, *command)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) >= 1
+        assert str(folder / "probes.py") in done.stderr
+
+
+def test_without_a_study_that_can_be_loaded_the_command_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        name, value = "broken", "nowhere:Broken"
+
+        def load(self) -> None:
+            raise ModuleNotFoundError("No module named 'nowhere'")
+
+    for points in ([], [Broken(), Broken()]):
+        monkeypatch.setattr(cli, "entry_points", lambda points=points, **_: points)
+        for command in (["studies"], ["run", "emergence"]):
+            assert cli.main(command) == cli.UNUSABLE
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert "no study can be loaded" in said
