@@ -6,10 +6,8 @@ Nothing heavy is imported until a command needs it, so that ``--help`` answers a
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
-import re
 import signal
 import sys
 import warnings
@@ -247,8 +245,10 @@ def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    rows = [row.strip(" │|") for row in box.getvalue().splitlines()[1:]]
-    reason = list(itertools.takewhile(lambda row: re.search(r"\w", row), rows))
+    # A title, and what is wrong up to the next line without words.
+    rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
+    text = "\n".join(row if row.strip("╰╯─-") else "" for row in rows).strip()
+    reason = text.partition("\n\n")[0].split("\n")
     raise InputError(f"{command}: {' '.join(reason)} (lensclust {command} --help says more)")
 
 

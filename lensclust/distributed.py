@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from upath import UPath
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts, require_prompts
@@ -94,9 +94,7 @@ def extract_with_ray(
     >>> acts = extract_with_ray("native:sif-small", prompts, "resid",
     ...                         store="acts.zarr", workers=4)  # doctest: +SKIP
     """
-    for name, number in {"workers": workers, "threads": threads, "shard": shard}.items():
-        if number is not None and number < 1:
-            raise InputError(f"extract: {name}={number}, expected at least 1")
+    check_counts("extract", workers=workers, threads=threads, shard=shard)
     require_prompts("extract", prompts)
     if isinstance(source, TransformerBridge):
         raise InputError("extract: a bridge cannot be sent to workers; give what it is loaded from")

@@ -1,4 +1,7 @@
-"""The one error a user's input can cause, and how text of unknown content is shown."""
+"""The one error a user's input can cause, how text is shown, and the bounds of counts."""
+
+from numbers import Integral
+from typing import Any
 
 
 def shown(text: object) -> str:
@@ -19,3 +22,23 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return shown(super().__str__())
+
+
+def check_counts(caller: str, *, least: int = 1, **counts: Any) -> None:
+    """Refuse counts that are no whole numbers or too small; None stands for a default.
+
+    Raises:
+        InputError: names the count.
+
+    >>> check_counts("train", steps=2.5)
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: train: steps=2.5, expected a whole number
+    """
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise InputError(f"{caller}: {name}={value!r}, expected a whole number")
+        if int(value) < least:
+            raise InputError(f"{caller}: {name}={value}, expected at least {least}")

@@ -13,7 +13,7 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError
+from lensclust.errors import check_counts
 from lensclust.fits import require_given
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -90,9 +90,8 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
+    check_counts("extract", shard=shard, batch_tokens=batch_tokens)
     require_given(model, prompts, caller="extract")
-    if shard < 1:
-        raise InputError(f"extract: shard={shard}, expected at least 1")
     reader = ShardReader(
         model,
         prompts,

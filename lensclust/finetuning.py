@@ -24,7 +24,7 @@ from lensclust.chosen_weights import (
     named_parameters,
     parameter_names,
 )
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.fits import require_answers, require_fits
 from lensclust.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.prompts import Prompts
@@ -225,9 +225,7 @@ def _check(
     batch_size: int,
     extra: StateLoss | None,
 ) -> None:
-    for name, value in {"steps": steps, "batch_size": batch_size}.items():
-        if value < 1:
-            raise InputError(f"finetuned: {name}={value}, expected at least 1")
+    check_counts("finetuned", steps=steps, batch_size=batch_size)
     if not (lr > 0 and math.isfinite(lr)):
         raise InputError(f"finetuned: lr={lr}, expected a positive number")
     require_fits(model, prompts, caller="finetuned")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from joblib import Parallel
 from joblib._parallel_backends import LokyBackend
 from joblib.parallel import get_active_backend
 
+from lensclust.errors import InputError, check_counts
 from lensclust.own_packages import NAMES, in_the_way
 from lensclust.processes import end_with
 
@@ -25,6 +27,9 @@ def in_parallel(calls: Iterable[Any], *, jobs: int) -> Iterable[Any]:
     >>> list(in_parallel((delayed(abs)(n) for n in (-1, 2)), jobs=1))
     [1, 2]
     """
+    check_counts("jobs", least=-sys.maxsize, jobs=jobs)
+    if jobs == 0:
+        raise InputError("jobs: expected a number of processes, or -1 for all, given 0")
     if any(in_the_way(name) is not None for name in NAMES):
         jobs = 1  # a worker process would import what has the name of our packages
     backend, _ = get_active_backend()
