@@ -5,7 +5,8 @@ SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
 	head_patterns icl_representations layer_by_layer
 
-.PHONY: study test test-slow notebooks docs check bench bench-full readme lock clean
+.PHONY: study test test-slow notebooks models calibrate docs check bench bench-full readme lock newest \
+	clean
 
 study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
@@ -19,6 +20,10 @@ test-slow: .venv/installed-test
 # Every notebook from its first cell to its last; outputs go nowhere.
 notebooks: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --nbmake-timeout=900 --durations 6 studies/notebooks
+
+# docs/models.md: every feature on a tiny model of every family, against plain torch hooks.
+models: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
 
 # The site, in docs/_build/index.html.
 docs: .venv/installed-docs
@@ -36,6 +41,10 @@ bench: .venv/installed-bench
 bench-full: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks --full
 
+# False-positive rates and power of every p, simulated: the table of docs/calibration.md.
+calibrate: .venv/installed-test
+	$(BIN)/python -m tests.calibration
+
 # The README's claims and picture, from the runs that are there.
 readme: .venv/installed-test
 	$(BIN)/python -m tests.benchmarks.readme $(wildcard $(STUDIES:%=runs/%))
@@ -46,8 +55,23 @@ lock: .venv/installed-test
 	echo "torch==2.13.0" | $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
 		--all-extras --no-annotate --no-header --constraint - pyproject.toml -o requirements.lock
 
+# Can an upper bound be raised? A small test set beside the newest releases, whatever pyproject.toml
+# allows. pip says which of our bounds are passed; what fails says why they stay.
+NEWEST := .venv-newest/bin
+newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(NEWEST)/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		transformer-lens transformers torch xarray zarr peft
+	$(NEWEST)/pip list --disable-pip-version-check | grep -E "^(transform|torch|xarray|zarr|peft)"
+	$(NEWEST)/python -m pytest -m "not slow" tests/lensclust/test_cached_generation.py \
+		tests/probes/test_steering_generation.py tests/lensclust/test_models.py \
+		tests/lensclust/test_extraction.py tests/lensclust/test_prefix.py \
+		$(wildcard tests/families)
+
 clean:
-	rm -rf .venv docs/_build .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-newest docs/_build .ruff_cache .pytest_cache .hypothesis dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock is a constraint: it pins every package, and pip takes those that the platform needs.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.blocks import output_weights
 from lensclust.errors import InputError
-from lensclust.sites import Site, output_weights
+from lensclust.labels import MISSING, label_texts
+from lensclust.sites import Site
+
+log = logging.getLogger(__name__)
 
 # Which variable of the dataset holds a kind of site, and the name of its layer axis.
 VARIABLES = {
@@ -21,12 +26,16 @@ VARIABLES = {
     "attn_out": ("attn_out", "block"),
     "mlp_out": ("mlp_out", "block"),
 }
+# Options that name a label, and what to give for none.
+WITHOUT = dict.fromkeys(("given", "groups", "control", "per", "within"), "None") | {"apart": "()"}
 
 
 def head_residual(
     acts: xr.Dataset, model: TransformerLensModel
 ) -> Float[xr.DataArray, "prompt position block head d_model"]:
     """Each head's contribution to the residual stream, ``z @ W_O``, from stored ``z``.
+
+    Times what the block multiplies it by, where it does (Granite).
 
     ``n_heads`` times larger than ``z``: select positions and blocks first. The attention
     output is the sum over heads plus ``b_O``.
@@ -65,13 +74,14 @@ def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) ->
         )
     if site.kind != "head":
         return values
-    frame = acts["head_frame"].sel(block=site.layer, head=site.head).values
-    return values @ frame
+    frame = acts["head_frame"].sel(block=site.layer, head=site.head)
+    return values @ frame.transpose("d_head", "rank").values
 
 
 def select(acts: xr.Dataset, site: Site, *, position: str | None = None) -> xr.DataArray:
     """One site of a dataset as stored, ``(prompt, d)``."""
     variable, axis = VARIABLES[site.kind]
+    require_axes(acts, variable)
     place = {axis: site.layer} | ({} if site.head is None else {"head": site.head})
     if variable not in acts or any(v not in acts[k].values for k, v in place.items()):
         raise InputError(f"site {str(site)!r} is not in these activations: {dataset_kinds(acts)}")
@@ -80,7 +90,7 @@ def select(acts: xr.Dataset, site: Site, *, position: str | None = None) -> xr.D
         raise InputError(f"position: these activations hold {names}, name one of them")
     if position is not None and position not in names:
         raise InputError(f"position {position!r} is not in these activations: {names}")
-    return acts[variable].sel(place).sel(position=position or names[0])
+    return acts[variable].sel(place).sel(position=position or names[0]).transpose("prompt", ...)
 
 
 def dataset_kinds(acts: xr.Dataset) -> list[str]:
@@ -95,7 +105,12 @@ def dataset_sites(acts: xr.Dataset, kinds: str | Sequence[str] | None = None) ->
     Raises:
         InputError: if a kind is not in the dataset.
     """
+    require_axes(acts)
     held = dataset_kinds(acts)
+    if not held:
+        raise InputError(
+            f"these activations hold no site, expected some of {[*VARIABLES]}: given {list(acts)}"
+        )
     wanted = held if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
     if not wanted:
         raise InputError(f"kinds: none given, these activations hold {held}")
@@ -110,13 +125,99 @@ def dataset_sites(acts: xr.Dataset, kinds: str | Sequence[str] | None = None) ->
     return found
 
 
+def require_axes(acts: xr.Dataset, *variables: str) -> None:
+    """Refuse what is no dataset of activations, and one that lost an axis on the way.
+
+    Args:
+        acts: what a caller was given.
+        variables: which of its variables are looked at; all that it holds unless given.
+
+    Raises:
+        InputError: says what is missing and how to keep it.
+
+    >>> axes = ("prompt", "position", "layer", "d_model")
+    >>> require_axes(xr.Dataset({"resid": (axes, np.ones((1, 1, 1, 1)))}).isel(layer=0))
+    Traceback (most recent call last):
+    lensclust.errors.InputError: these activations have no axis 'layer' any more: keep it by \
+choosing with a list, such as acts.isel(layer=[0])
+    """
+    if not isinstance(acts, xr.Dataset):
+        raise InputError(
+            f"given a {type(acts).__name__}, expected activations: the dataset that "
+            "lensclust.extract(model, prompts, sites) returns"
+        )
+    for variable, axis in VARIABLES.values():
+        if variable in acts and variable in (variables or acts):
+            for name in ("prompt", "position", axis):
+                if name not in acts[variable].dims:
+                    raise InputError(
+                        f"these activations have no axis {name!r} any more: keep it by choosing "
+                        f"with a list, such as acts.isel({name}=[0])"
+                    )
+
+
 def prompt_labels(acts: xr.Dataset, name: str) -> np.ndarray:
-    """A label of every prompt, as strings.
+    """A label of every prompt, as strings (`lensclust.labels`); a missing one is empty.
 
     Raises:
         InputError: if the activations carry no such label.
     """
-    if name not in acts.coords or acts[name].dims != ("prompt",):
-        known = [str(c) for c in acts.coords if acts[c].dims == ("prompt",)]
+    require_axes(acts)
+    known = label_names(acts)
+    if name not in known:
         raise InputError(f"label {name!r} is not in these activations: they have {known}")
-    return acts[name].values.astype(str)
+    return label_texts(acts[name].values)
+
+
+def label_names(acts: xr.Dataset) -> list[str]:
+    """The labels of the prompts."""
+    return [str(name) for name in acts.coords if acts[name].dims == ("prompt",)]
+
+
+def labelled(
+    call: str, acts: xr.Dataset, **options: str | Sequence[str] | None
+) -> tuple[Int[np.ndarray, " row"], list[str]]:
+    """The prompts that have all the labels that a call names, and a note on those that do not.
+
+    Args:
+        call: name of the function, for errors.
+        acts: activations.
+        options: the call's option -> the label, or labels, that it names; None for none.
+
+    Returns:
+        Numbers of the prompts with all labels, and one sentence for each label that others lack.
+
+    Raises:
+        InputError: if there is no such label, or no prompt has all of them.
+
+    >>> acts = xr.Dataset(coords={"task": ("prompt", ["a", None, "b"])})
+    >>> labelled("cluster", acts, by="task", given=None)
+    (array([0, 2]), ["1 rows left out: without a label 'task'"])
+    """
+    require_axes(acts)
+    known, notes = label_names(acts), []
+    keep = np.ones(acts.sizes.get("prompt", 0), dtype=bool)
+    for option, given in options.items():
+        for name in [given] if isinstance(given, str) else list(given or ()):
+            if name not in known:
+                none = f", or {option}={WITHOUT[option]} for none" if option in WITHOUT else ""
+                raise InputError(
+                    f"{call}: {option}={name!r}, but label {name!r} is not in these activations: "
+                    f"give {option}=... one of {known}{none}"
+                )
+            missing = prompt_labels(acts, name) == MISSING
+            note = f"{int(missing.sum())} rows left out: without a label {name!r}"
+            if missing.any() and note not in notes:
+                notes.append(note)
+            keep &= ~missing
+    if not keep.any():
+        raise InputError(f"{call}: no prompt has all the labels that it needs: {'; '.join(notes)}")
+    return np.flatnonzero(keep), notes
+
+
+def with_labels(call: str, acts: xr.Dataset, **options: str | Sequence[str] | None) -> xr.Dataset:
+    """`labelled` as a dataset, for results that have no place for notes: they are logged."""
+    rows, notes = labelled(call, acts, **options)
+    for note in notes:
+        log.warning("%s: %s", call, note)
+    return acts.isel(prompt=rows) if notes else acts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from operator import ge, le
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,6 +16,8 @@ ROUNDING, SHARE = 500, 0.1
 
 _Found = TypeVar("_Found")
 _MEMO: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+
+Size = tuple[int, ...]
 
 
 def agrees(found: Tensor, expected: Tensor, *, dtype: torch.dtype | None = None) -> bool:
@@ -78,3 +82,58 @@ def remembered(model: Any, what: Hashable, find: Callable[[], _Found]) -> _Found
     if what not in known:
         known[what] = find()
     return known[what]
+
+
+@dataclass(eq=False)
+class SizedCheck:
+    """What a self-check found, for a property that may fail beyond some size only.
+
+    Windows, chunks and frequencies that depend on the length go wrong in long sequences. So a
+    check that passed holds for every size that is no larger, one that failed for every size that
+    is no smaller, and sizes between the two are checked when they come.
+
+    >>> check, tried = SizedCheck(), []
+    >>> def why_not(size):
+    ...     tried.append(size)
+    ...     return "too long" if size[0] > 100 else None
+    >>> [check.reason((n,), larger=(2 * n,), find=why_not) for n in (20, 40, 30, 80, 101, 300)]
+    [None, None, None, None, 'too long', 'too long']
+    >>> tried
+    [(40,), (160,), (80,), (101,)]
+    """
+
+    passed: list[Size] = field(default_factory=list)
+    failed: list[tuple[Size, str]] = field(default_factory=list)
+
+    def reason(self, size: Size, *, larger: Size, find: Callable[[Size], str | None]) -> str | None:
+        """Why the check fails at a size; None if it passes.
+
+        Args:
+            larger: what is checked first, so that sizes that grow little by little are not
+                checked one by one.
+            find: runs the check at a size.
+        """
+        for some in (larger, size):
+            if (why_not := self._known_failure(size)) is not None:
+                return why_not
+            if any(all(map(ge, known, size)) for known in self.passed):
+                return None
+            if self._known_failure(some) is None:
+                if (why_not := find(some)) is None:
+                    self.passed.append(some)
+                else:
+                    self.failed.append((some, why_not))
+        return self._known_failure(size)
+
+    def _known_failure(self, size: Size) -> str | None:
+        found = (why_not for known, why_not in self.failed if all(map(le, known, size)))
+        return next(found, None)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is no smaller.
+
+    >>> power_of_two(64), power_of_two(65)
+    (64, 128)
+    """
+    return 1 << max(0, number - 1).bit_length()

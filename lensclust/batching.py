@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -18,31 +19,108 @@ ACCELERATOR_TOKENS = 16_384
 _BUCKET_BATCHES = 16
 
 
+class Rows(NamedTuple):
+    """Which of the caller's rows a forward inside the library holds.
+
+    Attributes:
+        which: index of each.
+        total: rows there are; 0 if what is run are not the caller's rows.
+        whole: whether each is run from its first token to its last, without padding.
+    """
+
+    which: Int[Tensor, " row"]
+    total: int
+    whole: bool
+
+
+_RUNNING: ContextVar[Rows | None] = ContextVar("rows that are run", default=None)
+
+
 def default_budget(model: TransformerLensModel) -> int:
     """Tokens of one forward, padding included, unless the caller says otherwise."""
     return BATCH_TOKENS.get(model_device(model).type, ACCELERATOR_TOKENS)
 
 
-def batches(lengths: Int[Tensor, " row"], budget: int) -> Iterator[Int[Tensor, " row"]]:
+def batches(
+    lengths: Int[Tensor, " row"], budget: int, *, apart: Sequence[int] = ()
+) -> Iterator[Int[Tensor, " row"]]:
     """Row indices by falling length, cut so that rows x longest stays within the budget.
 
     Longest first: what does not fit in memory fails at once, not after an hour.
 
+    Args:
+        apart: rows of more and of fewer tokens than one of these never come together
+            (`length_steps`).
+
     >>> [rows.tolist() for rows in batches(torch.tensor([2, 5, 3]), budget=6)]
     [[1], [2, 0]]
     """
-    order = torch.argsort(lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        stop = start + max(1, budget // longest)
-        yield order[start:stop]
-        start = stop
+
+    def cut() -> Iterator[Tensor]:
+        order = torch.argsort(lengths, descending=True, stable=True)
+        start = 0
+        while start < len(order):
+            longest = int(lengths[order[start]])
+            least = max((step for step in apart if step < longest), default=0)
+            stop = min(start + max(1, budget // longest), int((lengths > least).sum()))
+            yield order[start:stop]
+            start = stop
+
+    return announced(cut(), len(lengths))
+
+
+def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> Iterator[Tensor]:
+    """The same row indices; while each is in use, `rows_being_run` gives it.
+
+    Args:
+        total, whole: as in `Rows`.
+    """
+    before = _RUNNING.get()
+    try:
+        for rows in parts:
+            _RUNNING.set(Rows(rows, total, whole))
+            yield rows
+    finally:
+        _RUNNING.set(before)
+
+
+def rows_being_run() -> Rows | None:
+    """The rows of the present forward, for hooks of callers; None outside the library's loops.
+
+    >>> [rows_being_run().which.tolist() for rows in batches(torch.tensor([2, 5]), budget=5)]
+    [[1], [0]]
+    >>> rows_being_run() is None
+    True
+    """
+    return _RUNNING.get()
 
 
 def model_device(model: TransformerLensModel) -> torch.device:
     """Where a model takes its tokens."""
     return torch.device(model.cfg.device or "cpu")
+
+
+def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
+    """Lengths beyond which a forward's longest prompt changes what the model does with all of them.
+
+    LongRoPE takes other frequencies for the whole forward as soon as one token stands beyond the
+    length of pretraining, so that a shorter prompt is not what it would be alone.
+
+    >>> import lensclust as lc
+    >>> length_steps(lc.load("native:sif-small"))
+    ()
+    """
+    config: Any = getattr(getattr(model, "original_model", None), "config", None)
+    if not hasattr(config, "get_text_config"):
+        return ()
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Either the parameters themselves, or those of each type of layer.
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    return tuple(
+        kind["original_max_position_embeddings"]
+        for kind in kinds
+        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
+    )
 
 
 def without_cache(model: TransformerLensModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ on how zarr packs chunks, survives the growth of a half full chunk, and names th
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from jaxtyping import Bool, UInt32
+from upath import UPath
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
@@ -35,6 +37,8 @@ ZARR_FORMAT = 2
 PACKED = "compressor" if ZARR_2 else "compressors"
 _ONLY: dict[str, Any] = {} if ZARR_2 else {"zarr_format": ZARR_FORMAT, "use_consolidated": False}
 # zarr would run the code in a chunk that says it is pickled.
+# What raises errors about what a store holds; other modules' are about the way there.
+_IN_ZARR = re.compile(r"builtins|zarr|numcodecs|xarray|json")
 _CODECS = {"blosc", "zstd", "vlen-utf8"}
 
 
@@ -46,7 +50,10 @@ def damage_named(path: Place) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = str(error).strip() or type(error).__name__
+        refused = isinstance(error, (PermissionError, ConnectionError, TimeoutError))
+        if isinstance(path, UPath) and (refused or not _IN_ZARR.match(type(error).__module__)):
+            raise InputError(f"store {path}: cannot be reached: {reason}") from error
         raise InputError(f"store {path}: is damaged or cannot be read: {reason}") from error
 
 

@@ -5,11 +5,14 @@ Nothing heavy is imported until a command needs it, so that ``--help`` answers a
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import make_dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,7 +32,8 @@ from lensclust.command_options import (
     RunOptions,
     ServeOptions,
 )
-from lensclust.errors import InputError
+from lensclust.errors import InputError, shown
+from lensclust.processes import Terminated, interruptible
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
 
@@ -41,16 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A worker that has grown is replaced between two jobs, which loky tells as if it had failed.
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
     try:
-        return _dispatch(given)
+        with interruptible():
+            return _dispatch(given)
     except InputError as error:
-        print(f"lensclust: {error}", file=sys.stderr)
-        return UNUSABLE
+        return _end(UNUSABLE, str(error))
     except OSError as error:
-        print(f"lensclust: {error.strerror or error}: {error.filename}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("lensclust: interrupted; continue with --resume", file=sys.stderr)
-        return FAILED
+        place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+        return _end(FAILED, f"{error.strerror or error}{place}")
+    except KeyboardInterrupt as error:
+        then = "; continue with --resume" if given[0] in ("run", "extract") else ""
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        return _end(128 + number, f"interrupted{then}")
+
+
+def _end(status: int, said: str) -> int:
+    print(f"lensclust: {shown(said)}", file=sys.stderr)
+    return status
 
 
 def _dispatch(given: list[str]) -> int:
@@ -101,7 +111,7 @@ def _run(given: list[str]) -> int:
     print_claims(findings.claims, Console())
     for note in findings.notes:
         print(f"note: {note}")
-    print(f"page: {out / 'report.html'}")
+    print(f"page: {shown(out / 'report.html')}")
     return DONE
 
 
@@ -119,7 +129,7 @@ def _report(given: list[str]) -> int:
     from lensclust.report import write_page
 
     options = _parse(ReportOptions, given, "report")
-    print(f"page: {write_page(options.runs, options.out)}")
+    print(f"page: {shown(write_page(options.runs, options.out))}")
     return DONE
 
 
@@ -148,6 +158,8 @@ def _extract(given: list[str]) -> int:
     place = as_place(options.out)
     if isinstance(place, Path):
         require_place(place)
+    elif place.protocol == "memory":
+        raise InputError(f"extract: --out {options.out} is gone when this command has ended")
     loading: dict[str, Any] = {
         "device": None if options.device is None else found_device(options.device),
         "dtype": options.model_dtype and getattr(torch, options.model_dtype),
@@ -156,7 +168,8 @@ def _extract(given: list[str]) -> int:
     prompts = lc.tasks.from_name(options.tasks, model.tokenizer)
     arguments: dict[str, Any] = {"at": options.at, "batch_tokens": options.batch_tokens}
     arguments |= {"share_prefixes": options.share_prefixes, "dtype": options.dtype}
-    arguments |= {"store": place, "resume": options.resume, "progress": not options.quiet}
+    arguments |= {"store": place, "resume": options.resume, "append": options.append}
+    arguments |= {"progress": not options.quiet}
     if options.engine == "ray":
         del model  # the workers load their own
         arguments |= {"workers": options.workers, "threads": options.threads, "loading": loading}
@@ -164,7 +177,7 @@ def _extract(given: list[str]) -> int:
     else:
         acts = lc.extract(model, prompts, options.sites, **arguments)
     sizes = ", ".join(f"{name} {tuple(acts[name].shape)}" for name in acts)
-    print(f"store: {options.out} ({acts.sizes['prompt']} prompts; {sizes})")
+    print(f"store: {shown(options.out)} ({acts.sizes['prompt']} prompts; {sizes})")
     return DONE
 
 
@@ -214,7 +227,29 @@ OPTIONS: dict[str, Any] = {
 
 
 def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
-    return tyro.cli(kind, args=given, prog=f"lensclust {command}", **keywords)
+    """Options from words.
+
+    Raises:
+        InputError: what is wrong with the words, without the frame that tyro draws around it.
+    """
+    box, columns = io.StringIO(), os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & {*given}:
+        os.environ["COLUMNS"] = "100000"  # no line is broken
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, args=given, prog=f"lensclust {command}", **keywords)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+    # A title, and what is wrong up to the next line without words.
+    rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
+    text = "\n".join(row if row.strip("╰╯─-") else "" for row in rows).strip()
+    reason = text.partition("\n\n")[0].split("\n")
+    raise InputError(f"{command}: {' '.join(reason)} (lensclust {command} --help says more)")
 
 
 def _usage() -> str:

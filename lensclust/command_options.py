@@ -76,6 +76,7 @@ class ExtractOptions:
         device: where the model runs, such as cuda:1; default an accelerator if there is one.
         model_dtype: of the model's weights; default float32, or a checkpoint's own.
         resume: continue a store that was interrupted.
+        append: add these prompts to a finished store; refused where it holds one of them.
         engine: local (this process) or ray (replicas of the model on all nodes of a Ray cluster,
             one GPU each where there are GPUs; the store must lie on a file system that they see).
         workers: replicas of the model (ray); default as many as there is room for.
@@ -94,6 +95,7 @@ class ExtractOptions:
     device: str | None = None
     model_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     resume: bool = False
+    append: bool = False
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
     threads: int | None = None

@@ -1,18 +1,23 @@
 """Files that survive: written whole or not at all, by one process at a time, read with care.
 
-What a kill leaves behind is the old file or the new one. A fault of the disk (full, read-only,
-no permission) is one line that says where it happened and what to do.
+What a kill or a power cut leaves behind is the old file or the new one. A fault of the disk (full,
+read-only, no permission) is one line that says where it happened and what to do. Nothing is
+removed that was not made here: what is in the making has a name that says which process makes it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,10 @@ from lensclust.errors import InputError
 # More than any task file or run has; a larger file is not read into memory.
 MAX_JSON_BYTES = 256_000_000
 _DIGESTS = "sha256.json"
+# The lock of a folder, inside it.
+LOCK = ".lensclust.lock"
+# A folder in which something is being made: host, process, and letters that make it unique.
+_STAGING = re.compile(r"\.lensclust\.(.*)\.(\d+)\.\w+\.partial")
 
 
 @contextmanager
@@ -88,33 +97,136 @@ def writing(what: str, then: str = "put that right, then resume") -> Iterator[No
 
 
 @contextmanager
+def created(folder: Path, what: str = "") -> Iterator[None]:
+    """A folder that is there inside the block; given back if the block raises and left it empty.
+
+    Args:
+        folder: made with its parents where they are missing, and removed with those alone.
+        what: named in the error where it cannot be made; without it that error is an OSError.
+
+    >>> top = Path(tempfile.mkdtemp())
+    >>> with suppress(KeyError), created(top / "a" / "b"):
+    ...     raise KeyError
+    >>> list(top.iterdir())
+    []
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with writing(what) if what else nullcontext():
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in missing:
+                _flush(path.parent)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # somebody else's things are in it by now
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A folder below another to make things in, removed with all that is in it at the end."""
+    prefix = f".lensclust.{platform.node()}.{os.getpid()}."
+    made = Path(tempfile.mkdtemp(dir=folder, prefix=prefix, suffix=".partial"))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write instead of ``path``, which it replaces in one move at the end.
 
-    >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a" / "notes.txt"
     >>> with replacing(path) as partial:
     ...     _ = partial.write_text("whole")
     >>> path.read_text(), sorted(p.name for p in path.parent.iterdir())
     ('whole', ['notes.txt'])
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own: a library may write beside the file it was given, and be killed too.
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with created(path.parent), staging(path.parent) as folder:
+        yield folder / path.name
+        publish(folder / path.name, path)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Move a file or folder to its final name, with the mode of the file or empty folder there.
+
+    What was made is on the disk before it has the name, and the name is there before this
+    returns: a power cut leaves the old or the new.
+    """
+    if path.exists():
+        made.chmod(stat.S_IMODE(path.stat().st_mode))
+    for inner in (*made.rglob("*"), made) if made.is_dir() else (made,):
+        _flush(inner)
+    if path.is_dir() and os.name != "posix":  # where no folder replaces an empty one
+        path.rmdir()
+    made.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    file = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        staging.mkdir(exist_ok=True)
-        yield staging / path.name
-        (staging / path.name).replace(path)
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not on every file system
+            raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(file)
 
 
 def remove_partial(*folders: Path) -> None:
-    """Remove what kills in the middle of a write left in folders that are ours alone."""
-    for left in (path for folder in folders for path in folder.glob("*.partial")):
-        shutil.rmtree(left, ignore_errors=True)
-        with suppress(OSError):
-            left.unlink()
+    """Remove what processes that are gone left in the making, at the top of these folders."""
+    for left in (path for folder in folders for path in folder.glob(".lensclust.*.partial")):
+        made = _STAGING.fullmatch(left.name)
+        if made and made[1] == platform.node() and not _is_alive(int(made[2])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but a lock and what was in the making."""
+    return all(
+        path.name == LOCK or (_STAGING.fullmatch(path.name) and path.is_dir())
+        for path in folder.iterdir()
+    )
+
+
+def require_name(path: Path, what: str) -> None:
+    """Refuse a path to write to that names nothing of its own, or nothing in a file system.
+
+    Raises:
+        InputError: if it is ``""``, ``.``, ``..``, ``/`` or a URL, or holds a NUL character or
+            what is no Unicode.
+    """
+    reason = ""
+    if "\0" in str(path):
+        reason = "holds a NUL character"
+    elif re.search("[\ud800-\udfff]", str(path)):
+        reason = "is not UTF-8"
+    elif path.name in ("", ".."):
+        reason = "has no name of its own, expected one such as runs/mine"
+    elif re.fullmatch(r"[A-Za-z][\w+.-]+:", path.parts[0]):
+        reason = "is a URL, expected a folder or file of this machine"
+    if reason:
+        raise InputError(f"{what}: {reason}")
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 is not a harmless question
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_json(path: Path | UPath, *, what: str = "") -> Any:

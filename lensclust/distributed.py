@@ -24,10 +24,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from upath import UPath
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
-from lensclust.prompts import Prompts
+from lensclust.prompts import Prompts, require_prompts
 from lensclust.ray_session import ray_session
 from lensclust.shard_reading import ShardReader
 from lensclust.sites import SiteSelector
@@ -60,6 +60,7 @@ def extract_with_ray(
     share_prefixes: bool = True,
     dtype: str = "float32",
     resume: bool = False,
+    append: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
     """Read activations as `extract` does, by several replicas of a model on a Ray cluster.
@@ -79,7 +80,7 @@ def extract_with_ray(
             GPUs; default the threads of this process.
         loading: options of `load`, such as ``{"dtype": torch.bfloat16}``. With
             ``{"device": "cpu"}`` workers take no GPU.
-        at, batch_tokens, shard, share_prefixes, dtype, resume, progress: as in `extract`.
+        at, batch_tokens, shard, share_prefixes, dtype, resume, append, progress: as in `extract`.
 
     Returns:
         The dataset, read lazily from the store.
@@ -93,9 +94,8 @@ def extract_with_ray(
     >>> acts = extract_with_ray("native:sif-small", prompts, "resid",
     ...                         store="acts.zarr", workers=4)  # doctest: +SKIP
     """
-    for name, number in {"workers": workers, "threads": threads, "shard": shard}.items():
-        if number is not None and number < 1:
-            raise InputError(f"extract: {name}={number}, expected at least 1")
+    check_counts("extract", workers=workers, threads=threads, shard=shard)
+    require_prompts("extract", prompts)
     if isinstance(source, TransformerBridge):
         raise InputError("extract: a bridge cannot be sent to workers; give what it is loaded from")
     if isinstance(source, (str, Path)) and Path(source).exists():
@@ -119,8 +119,10 @@ def extract_with_ray(
                 place,
                 crew.frame(),
                 lambda destination, missing: crew.write(destination, missing, progress=progress),
+                keys=prompts.row_digests(),
                 shard=shard,
                 resume=resume,
+                append=append,
             )
         finally:
             crew.dismiss()

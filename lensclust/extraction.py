@@ -13,7 +13,7 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError
+from lensclust.errors import check_counts
 from lensclust.fits import require_given
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -35,6 +35,7 @@ def extract(
     dtype: str = "float32",
     store: str | Place | None = None,
     resume: bool = False,
+    append: bool = False,
     progress: bool = True,
 ) -> xr.Dataset:
     """Read activations at named positions of every prompt in one pass.
@@ -47,8 +48,9 @@ def extract(
         model: a hooked model, in eval mode.
         prompts: what to run; its ``rows`` become coordinates of ``prompt``.
         sites: ``"resid"``, ``"head"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_mid"``, ``"z"``
-            (all of a kind), one place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list.
-            Single heads are read as the smallest block x head rectangle that holds them.
+            (all of a kind that there are: a hybrid has heads in its attention blocks alone), one
+            place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list. Single heads are read as
+            the smallest block x head rectangle that holds them.
         at: read positions (`Prompts.position`), one or several.
         batch_tokens: upper bound of a batch's size, padding included; default 2,048 on a CPU
             (larger batches leave its caches) and 16,384 elsewhere.
@@ -60,9 +62,12 @@ def extract(
         dtype: numpy type of what is kept.
         store: folder of a zarr store to write to instead of memory, or its URL
             (``s3://bucket/a``; `lensclust.store_places` says what a URL cannot give: see that
-            only one process writes to it). A finished store with the same model, tokenizer and
-            sites is appended to.
-        resume: continue a store that a killed run left behind.
+            only one process writes to it).
+        resume: continue a store that a killed run left behind. One that was finished with these
+            very prompts (tokens, labels, spans and answers) is opened and left as it is.
+        append: add these prompts to a finished store with the same model, tokenizer and sites.
+            Prompts that are in it already are refused: they would leak from one fold into
+            another.
         progress: show a bar.
 
     Returns:
@@ -74,8 +79,10 @@ def extract(
         provenance. With ``store`` the dataset is read lazily from disk.
 
     Raises:
-        InputError: if a site or position does not exist, a prompt is longer than the context,
-            or the store holds something else.
+        InputError: if a site or position does not exist, no rectangle holds the sites (heads of
+            different sizes, kinds that lie in different blocks), a prompt is longer than the
+            context, a label has the name of a variable or axis, or the store holds something
+            else, or is finished and ``append`` is not set.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -83,9 +90,8 @@ def extract(
     >>> acts.resid.sel(layer=6, position="answer").dims
     ('prompt', 'd_model')
     """
+    check_counts("extract", shard=shard, batch_tokens=batch_tokens)
     require_given(model, prompts, caller="extract")
-    if shard < 1:
-        raise InputError(f"extract: shard={shard}, expected at least 1")
     reader = ShardReader(
         model,
         prompts,
@@ -103,7 +109,15 @@ def extract(
 
     frame = reader.frame
     if store is not None:
-        return on_disk.write(as_place(store), frame, shards, shard=shard, resume=resume)
+        return on_disk.write(
+            as_place(store),
+            frame,
+            shards,
+            keys=prompts.row_digests(),
+            shard=shard,
+            resume=resume,
+            append=append,
+        )
     out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
     for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
         for name, value in values.items():

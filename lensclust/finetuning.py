@@ -24,7 +24,7 @@ from lensclust.chosen_weights import (
     named_parameters,
     parameter_names,
 )
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.fits import require_answers, require_fits
 from lensclust.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.prompts import Prompts
@@ -206,7 +206,8 @@ def _lowest_block(model: TransformerBridge, trained: set[int]) -> int:
     """The first block that holds a trained parameter; 0 also if anything below is trained."""
     stacked: Any = model
     in_block = [{id(p) for p in block.parameters()} & trained for block in stacked.blocks]
-    above = {id(p) for part in ("ln_final", "unembed") for p in getattr(model, part).parameters()}
+    parts = [getattr(model, name, None) for name in ("ln_final", "unembed")]  # GPT-1 has no norm
+    above = {id(p) for part in parts if part is not None for p in part.parameters()}
     below = {id(p) for p in stacked.embed.parameters()}
     if trained & below or trained - above - set().union(*in_block):
         return 0
@@ -224,9 +225,7 @@ def _check(
     batch_size: int,
     extra: StateLoss | None,
 ) -> None:
-    for name, value in {"steps": steps, "batch_size": batch_size}.items():
-        if value < 1:
-            raise InputError(f"finetuned: {name}={value}, expected at least 1")
+    check_counts("finetuned", steps=steps, batch_size=batch_size)
     if not (lr > 0 and math.isfinite(lr)):
         raise InputError(f"finetuned: lr={lr}, expected a positive number")
     require_fits(model, prompts, caller="finetuned")

@@ -10,9 +10,9 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust.errors import InputError
-from lensclust.prompts import Prompts
+from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
-from lensclust.tokenization import tokenizer_fingerprint
+from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import keep_up, modules_of
 
 
@@ -23,7 +23,7 @@ def require_given(model: Any, prompts: Any, *, caller: str) -> None:
         InputError: in the name of ``caller``: what was given and what to do.
     """
     _require_hooked(model, caller)
-    require_prompts(prompts, caller=caller)
+    require_prompts(caller, prompts)
 
 
 def require_model(model: Any, *, caller: str) -> None:
@@ -50,24 +50,6 @@ def require_model(model: Any, *, caller: str) -> None:
         )
 
 
-def require_prompts(prompts: Any, *, caller: str) -> None:
-    """Refuse what are no prompts.
-
-    Raises:
-        InputError: in the name of ``caller``: what was given and what to do.
-    """
-    if isinstance(prompts, Prompts):
-        return
-    expected = "expected lensclust.Prompts"
-    if isinstance(prompts, (TransformerLensModel, nn.Module)):
-        advice = f"{expected}: the model comes first, {caller}(model, prompts, ...)"
-    elif _is_text(prompts):
-        advice = f"{expected}: Prompts.from_texts(texts, rows, model.tokenizer) makes them of texts"
-    else:
-        advice = f"{expected}: Prompts.from_token_lists(ids, rows) makes them of token ids"
-    raise InputError(f"{caller}: {type(prompts).__name__} given as prompts, {advice}")
-
-
 def _require_hooked(model: Any, caller: str) -> None:
     # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
     bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
@@ -90,12 +72,6 @@ def _instead_of_a_model(given: Any, caller: str) -> str:
     return f"{kind} given as model, expected what lensclust.load returns"
 
 
-def _is_text(given: Any) -> bool:
-    if isinstance(given, str):
-        return True
-    return isinstance(given, (list, tuple)) and bool(given) and isinstance(given[0], str)
-
-
 def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
     """Refuse a model that cannot be used as it is and prompts that it cannot read.
 
@@ -105,13 +81,11 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
             longer than its context.
     """
     require_model(model, caller=caller)
-    require_prompts(prompts, caller=caller)
+    require_prompts(caller, prompts)
     name = model_name(model)
     tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is not None and prompts.tokenizer not in (
-        "none",
-        tokenizer_fingerprint(tokenizer),
-    ):
+    known = tokenizer is not None and prompts.tokenizer != "none"
+    if known and not same_tokenizer(prompts.tokenizer, tokenizer_fingerprint(tokenizer)):
         raise InputError(
             f"{caller}: these prompts were made with another tokenizer than that of {name}"
         )

@@ -18,9 +18,11 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
+from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
+from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
 from lensclust.wrapping import known_bridge, own_network, release, remember, wrapped_copy
@@ -137,7 +139,8 @@ def load(
         pretrained.attach_tokenizer(model, _read_tokenizer(tokenizer, request))
     if (own := own_network(model)) is not None:
         own.eval()
-    require_causal(model.eval())
+    require_causal(mended(model).eval())
+    require_right_library(model)
     return model
 
 

@@ -100,7 +100,7 @@ def pooled(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"pooled: batch_tokens={batch_tokens}, expected at least 1")
     starts, stops = _ranges(prompts, span)
-    chosen = rectangle(resolve(model, sites))
+    chosen = rectangle(model, resolve(model, sites))
     require_fits(model, prompts, caller="pooled")
     names = [f"{span}_{way}" for way in ways]
     frame = template(model, prompts, chosen, names, np.dtype(dtype))
@@ -134,7 +134,7 @@ class _SpanReader(BatchReader):
     ) -> HostCopy:
         buffers = self._buffers(len(index))
         lengths = prompts.lengths[index]
-        for rows in batches(lengths, self.batch_tokens):
+        for rows in batches(lengths, self.batch_tokens, apart=self.apart):
             tokens = upload(prompts.tokens[index[rows], : int(lengths[rows].max())], self.device)
             sizes = stops[rows] - starts[rows]
             row = torch.arange(len(rows)).repeat_interleave(sizes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class PrefixPlan:
         groups, forwards: sequences, and forwards they run in.
         sharing: prompts that share; the others are cheaper to run in full.
         cost, plain_cost: estimates for this plan, and for running every prompt in full, in tokens.
+        refused: why the model cannot share prefixes; None if it can, or nobody had to know.
     """
 
     prompts: int
@@ -46,6 +48,7 @@ class PrefixPlan:
     sharing: int
     cost: float
     plain_cost: float
+    refused: str | None = None
 
     @property
     def limit(self) -> float:
@@ -53,8 +56,11 @@ class PrefixPlan:
         return self.tokens / self.distinct
 
     def __add__(self, other: PrefixPlan) -> PrefixPlan:
-        names = [field.name for field in fields(self)]
-        return PrefixPlan(*(getattr(self, name) + getattr(other, name) for name in names))
+        names = [field.name for field in fields(self) if field.name != "refused"]
+        return PrefixPlan(
+            *(getattr(self, name) + getattr(other, name) for name in names),
+            refused=self.refused or other.refused,
+        )
 
     def __str__(self) -> str:
         return (
@@ -64,6 +70,7 @@ class PrefixPlan:
             f"in {self.groups:,} groups and {self.forwards:,} forwards\n"
             f"share a prefix    {self.sharing:,} prompts\n"
             f"estimated cost    {self.cost / self.plain_cost:.2f} of running all in full"
+            + (f"\ncannot share      {self.refused}" if self.refused else "")
         )
 
 
@@ -75,15 +82,23 @@ class Packing:
     batches: tuple[PackedBatch, ...] = ()
 
     @property
-    def widest(self) -> PackedBatch:
-        """The batch with the most keys among those that are read from."""
-        return max((b for b in self.batches if len(b.wanted)), key=lambda batch: batch.keys)
+    def size(self) -> tuple[int, int]:
+        """Tokens of the longest path that is run, and the most keys of a batch."""
+        longest = max(int(batch.positions.max()) + 1 for batch in self.batches)
+        return longest, max(longest, *(batch.keys for batch in self.batches))
 
     @property
-    def witness(self) -> int:
-        """The prompt that is read farthest from the start of the widest batch."""
-        wanted = self.widest.wanted
-        return int(wanted[wanted[:, 1].argmax(), 2])
+    def farthest(self) -> int:
+        """The prompt that is read where a token's place among the keys is farthest from its
+        position: a late continuation, with others or padding between it and what it continues.
+        """
+        apart = []
+        for batch in self.batches:
+            group, place, prompt, _ = batch.wanted.unbind(1)
+            position = batch.positions[group, place]
+            shift = batch.past.shape[1] + place - position
+            apart += torch.stack([shift, position, prompt], dim=1).tolist()
+        return max(apart)[2]
 
 
 def pack(

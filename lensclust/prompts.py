@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt64
 from torch import Tensor
 
 from lensclust.errors import InputError
+from lensclust.indexing import row_numbers
+from lensclust.labels import label_texts, wanted_texts
 from lensclust.showing import as_html
 from lensclust.tokenization import (
+    ChatPlaces,
     TokenSpan,
-    added_bos,
     continuation,
-    place_of,
+    encoded,
     render_chat,
     token_span,
     tokenizer_fingerprint,
-    without_eos,
 )
 
 if TYPE_CHECKING:
@@ -57,21 +60,37 @@ class Prompts:
     tokenizer: str = "none"
     pad_id: int = 0
 
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        parts = {"rows": self.rows, "answers": self.answers, "texts": self.texts}
+        for name, given in {"lengths": self.lengths, **parts, **(self.spans or {})}.items():
+            if given is not None and len(given) != n:
+                raise InputError(f"Prompts: {n} prompts but {len(given)} of {name!r}")
+
     # -- construction ---------------------------------------------------------------------
 
     @classmethod
     def from_token_lists(
         cls,
-        ids: Sequence[Sequence[int]],
-        rows: pd.DataFrame,
+        ids: Iterable[Any],
+        rows: pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]],
         *,
-        answers: Sequence[Sequence[int]] | None = None,
-        spans: Mapping[str, Sequence[TokenSpan]] | None = None,
-        texts: Sequence[str] | None = None,
+        answers: Iterable[Any] | None = None,
+        spans: Mapping[str, Iterable[Any]] | None = None,
+        texts: Iterable[str] | None = None,
         tokenizer: str = "none",
         pad_id: int = 0,
     ) -> Prompts:
         """Build from token ids: one list and one row of labels a prompt.
+
+        Everything is in the order of ``ids``; the rows' own index is not used.
+
+        Args:
+            ids: one list (array, tensor) of token ids a prompt.
+            rows: a frame, or what pandas makes one of: a dict of columns, a list of dicts.
+            answers: token ids that continue each prompt; a single id is an answer of one token.
+            spans: name -> half-open range of tokens of each prompt, in a list or an array.
+            texts, tokenizer, pad_id: see `Prompts`.
 
         Raises:
             InputError: if there is no prompt, a prompt is empty, lengths disagree, an id or a
@@ -82,31 +101,34 @@ class Prompts:
         >>> prompts.tokens.tolist(), prompts.position("answer").tolist()
         ([[1, 5, 0], [1, 6, 7]], [1, 2])
         """
+        rows = _frame(rows)
+        ids = [_ids("prompt", i, each) for i, each in enumerate(_listed("prompts", ids, rows))]
         if len(ids) == 0:
             raise InputError("Prompts: no prompt given, expected at least one")
-        for name, given in {"rows": rows, "answers": answers, **(spans or {})}.items():
-            if given is not None and len(given) != len(ids):
-                raise InputError(f"Prompts: {len(ids)} prompts but {len(given)} of {name!r}")
+        if len(rows) != len(ids):
+            raise InputError(f"Prompts: {len(ids)} prompts but {len(rows)} of 'rows'")
         empty = [i for i, row in enumerate(ids) if len(row) == 0]
         if empty:
             raise InputError(f"Prompts: prompt {empty[0]} has no token")
-        _require_ids("prompt", ids)
-        _require_ids("answer of prompt", answers or [])
+        if answers is not None:
+            answers = [
+                _ids("answer of prompt", i, np.atleast_1d(each) if np.ndim(each) == 0 else each)
+                for i, each in enumerate(_listed("answers", answers, rows))
+            ]
+        texts = None if texts is None else _texts("texts", texts, rows)
         _require_unicode(rows, texts or [])
-        for name, span in (spans or {}).items():
-            for i, ((start, stop), row) in enumerate(zip(span, ids, strict=True)):
-                if not 0 <= start <= stop <= len(row):
-                    raise InputError(
-                        f"Prompts: span {name!r} of prompt {i} is {start} to {stop}, expected "
-                        f"places within its {len(row)} tokens"
-                    )
-        tokens, lengths = _pad(ids, pad_id)
+        lengths = [len(row) for row in ids]
+        ranges = {
+            name: _ranges(name, given, rows, lengths, "tokens")
+            for name, given in _named(spans).items()
+        }
+        tokens, length = _pad(ids, pad_id)
         return cls(
             tokens=tokens,
-            lengths=lengths,
+            lengths=length,
             rows=rows.reset_index(drop=True),
-            answers=None if answers is None else tuple(tuple(map(int, a)) for a in answers),
-            spans={name: torch.tensor(list(span)) for name, span in (spans or {}).items()},
+            answers=None if answers is None else tuple(tuple(a) for a in answers),
+            spans={name: torch.from_numpy(span) for name, span in ranges.items()},
             texts=None if texts is None else tuple(texts),
             tokenizer=tokenizer,
             pad_id=pad_id,
@@ -115,61 +137,87 @@ class Prompts:
     @classmethod
     def from_texts(
         cls,
-        texts: Sequence[str],
-        rows: pd.DataFrame,
+        texts: Iterable[str],
+        rows: pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        answers: Sequence[str] | None = None,
-        spans: Mapping[str, Sequence[TokenSpan]] | None = None,
+        answers: Iterable[str] | None = None,
+        spans: Mapping[str, Iterable[Any]] | None = None,
         chat: bool = False,
     ) -> Prompts:
         """Tokenise texts; a beginning-of-sequence token is added as the tokenizer does, once.
 
+        An end token that the tokenizer adds is left out, so that the answer can follow; one that
+        the text itself spells stays.
+
         Args:
             texts: one prompt each; with ``chat`` the user's message.
+            rows: one row of labels a prompt, as in `from_token_lists`.
+            tokenizer: what the model was trained with.
             answers: the text that continues each prompt, with its leading space where the
                 prompt has none.
             spans: name -> character range of each text; becomes the range of tokens that
                 overlap it. Needs a fast tokenizer.
-            chat: wrap each text in the tokenizer's chat template, ready for the reply.
+            chat: wrap each text in the tokenizer's chat template, ready for the reply. Spans
+                follow the message through it, though it be trimmed or escaped; where a template
+                repeats the message, they lie in the last copy.
 
         Raises:
-            InputError: if ``chat`` is asked of a tokenizer without a chat template, or as
+            InputError: if ``chat`` is asked of a tokenizer without a chat template, a template
+                changes a text so that a span's characters have no place in it, or as
                 `from_token_lists`.
         """
         if tokenizer is None:
             raise InputError("Prompts: texts need a tokenizer, given None (a model without one?)")
+        if not callable(tokenizer) or isinstance(tokenizer, type):
+            raise InputError(
+                f"Prompts: tokenizer={tokenizer!r:.60}, expected a tokenizer such as "
+                "model.tokenizer"
+            )
         if chat and not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 f"Prompts: chat=True, but tokenizer {tokenizer.name_or_path!r} has no chat template"
             )
+        spans = _named(spans)
+        if spans and not tokenizer.is_fast:
+            raise InputError(
+                f"Prompts: spans need a fast tokenizer, {type(tokenizer).__name__} gives no "
+                "character offsets"
+            )
+        rows = _frame(rows)
+        texts = _texts("texts", texts, rows)
+        answers = None if answers is None else _texts("answers", answers, rows)
         _require_unicode(rows, texts)
         _require_unicode(rows, answers or [])
-        rendered = [render_chat(tokenizer, text) for text in texts] if chat else list(texts)
-        # So that `text()` gives these very ids again, a text never spells the BOS that its
-        # tokenizer adds.
-        bos = added_bos(tokenizer)
-        rendered = [text.removeprefix(bos) for text in rendered]
-        encoded = [tokenizer(text, return_offsets_mapping=bool(spans)) for text in rendered]
-        ids = [without_eos(tokenizer, row["input_ids"]) for row in encoded]
-        token_spans = {}
-        for name, ranges in (spans or {}).items():
-            shifts = map(place_of, texts, rendered)
+        rendered = [render_chat(tokenizer, text) for text in texts] if chat else texts
+        prompts = [encoded(tokenizer, text, offsets=bool(spans)) for text in rendered]
+        lengths = list(map(len, texts))
+        places = None
+        if chat and spans:
+            places = ChatPlaces(partial(render_chat, tokenizer), [*texts, *rendered])
+        token_spans: dict[str, list[TokenSpan]] = {}
+        for name, given in spans.items():
+            ranges = _ranges(name, given, rows, lengths, "characters").tolist()
+            if places is not None:
+                ranges = [
+                    places.range_of(text, chat_text, start, stop)
+                    for text, chat_text, (start, stop) in zip(texts, rendered, ranges, strict=True)
+                ]
             token_spans[name] = [
-                token_span(row["offset_mapping"], start + shift, stop + shift)
-                for row, (start, stop), shift in zip(encoded, ranges, shifts, strict=True)
+                token_span(prompt.offsets or (), start, stop)
+                for prompt, (start, stop) in zip(prompts, ranges, strict=True)
             ]
         return cls.from_token_lists(
-            ids,
+            [prompt.ids for prompt in prompts],
             rows,
             answers=None
             if answers is None
             else [
-                continuation(tokenizer, text, prompt, answer)
-                for text, prompt, answer in zip(rendered, ids, answers, strict=True)
+                continuation(tokenizer, text, prompt.ids, answer)
+                for text, prompt, answer in zip(rendered, prompts, answers, strict=True)
             ],
             spans=token_spans,
-            texts=rendered,
+            texts=[prompt.text for prompt in prompts],
             tokenizer=tokenizer_fingerprint(tokenizer),
             pad_id=pad if isinstance(pad := tokenizer.pad_token_id, int) else 0,
         )
@@ -239,24 +287,61 @@ class Prompts:
         """The columns of ``rows`` as arrays of numbers or strings (missing ones empty)."""
         return {
             str(name): column.to_numpy()
-            if column.dtype.kind in "iufb"
+            if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufb"
             else np.array(["" if pd.isna(v) else str(v) for v in column], dtype=object)
             for name, column in self.rows.items()
         }
 
     def digest(self) -> str:
-        """sha256 over tokens, lengths and labels, first 16 hex digits."""
+        """sha256 over tokens, labels, spans and answers, first 16 hex digits.
+
+        Padding does not count: it decides nothing.
+        """
         content = hashlib.sha256()
-        for values in (self.tokens, self.lengths):
+        longest = int(self.lengths.max())
+        padding = torch.arange(longest) >= self.lengths[:, None]
+        for values in (self.tokens[:, :longest].masked_fill(padding, 0), self.lengths):
             content.update(str(list(values.shape)).encode() + values.numpy().tobytes())
         content.update(self.rows.to_csv(index=False).encode())
+        for name, span in sorted((self.spans or {}).items()):
+            content.update(json.dumps([name, span.tolist()]).encode())
+        if self.answers is not None:
+            content.update(json.dumps(self.answers).encode())
         return content.hexdigest()[:16]
+
+    def row_digests(self) -> UInt64[np.ndarray, " prompt"]:
+        """A number for each prompt, that of its tokens, labels, spans and answer."""
+        labels = [label_texts(column.array).tolist() for _, column in self.rows.items()]
+        spans = [span.tolist() for _, span in sorted((self.spans or {}).items())]
+        answers = [self.answers] if self.answers is not None else []
+        names = [*map(str, self.rows.columns), *sorted(self.spans or {})]
+        found = [
+            hashlib.blake2b(json.dumps([names, row[:n], *rest]).encode(), digest_size=8).digest()
+            for row, n, *rest in zip(
+                self.tokens.tolist(), self.lengths.tolist(), *labels, *spans, *answers, strict=True
+            )
+        ]
+        return np.frombuffer(b"".join(found), dtype="<u8")
 
     # -- selecting ------------------------------------------------------------------------
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Prompts:
-        """The prompts at ``indices``, in that order."""
-        order = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+    def take(self, indices: Any) -> Prompts:
+        """The prompts at ``indices``, in that order, as pandas' ``iloc`` takes rows.
+
+        Args:
+            indices: row numbers (negative ones count from the end), one truth value for each
+                prompt, or a slice; in a list, array, tensor or Series.
+
+        Raises:
+            InputError: if a number is not whole or out of range, a mask is of another length, or
+                nothing is left.
+
+        >>> rows = pd.DataFrame({"task": ["copy", "add"]})
+        >>> prompts = Prompts.from_token_lists([[1], [2]], rows)
+        >>> [prompts.take(which).tokens.tolist() for which in ([-1], rows.task == "copy")]
+        [[[2]], [[1]]]
+        """
+        order = torch.from_numpy(row_numbers("Prompts.take", indices, len(self)))
         if len(order) == 0:
             raise InputError("Prompts: none left after the selection, expected at least one")
         lengths = self.lengths[order]
@@ -273,7 +358,11 @@ class Prompts:
         )
 
     def where(self, **labels: Any) -> Prompts:
-        """The prompts whose row has the given labels (a value or a list of values each).
+        """The prompts whose row has the given labels: a value each, or several in a list.
+
+        A list may be an array, Series, set, range or whatever else can be iterated. Labels are
+        compared as texts (`lensclust.labels`): ``task=0`` finds ``"0"``, ``task="0"`` finds 0,
+        and None finds the prompts without that label.
 
         Raises:
             InputError: if a column does not exist or no prompt is left.
@@ -283,20 +372,131 @@ class Prompts:
         1
         """
         keep = np.ones(len(self), dtype=bool)
-        for column, wanted in labels.items():
+        wanted = {name: wanted_texts(name, given) for name, given in labels.items()}
+        for column, texts in wanted.items():
             if column not in self.rows:
                 raise InputError(f"Prompts: no label {column!r}: rows have {list(self.rows)}")
-            values = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
-            keep &= self.rows[column].isin(values).to_numpy()
+            keep &= np.isin(label_texts(self.rows[column].array), sorted(texts))
         if not keep.any():
-            raise InputError(f"Prompts: no prompt has {labels}")
+            named = ", ".join(f"{name}={sorted(texts)}" for name, texts in wanted.items())
+            raise InputError(f"Prompts: no prompt has {named}")
         return self.take(np.flatnonzero(keep))
 
 
-def _require_ids(what: str, lists: Sequence[Sequence[int]]) -> None:
-    for i, row in enumerate(lists):
-        if len(row) and not (min(row) >= 0 and max(row) < 2**31):
-            raise InputError(f"Prompts: {what} {i} holds an id outside 0..2**31-1")
+def require_prompts(caller: str, given: Any) -> None:
+    """Refuse what is no `Prompts`: what was given, and what makes them.
+
+    >>> require_prompts("extract", "What is 2 + 2?")
+    Traceback (most recent call last):
+    lensclust.errors.InputError: extract: given a str as prompts, expected Prompts such as \
+Prompts.from_texts(texts, rows, model.tokenizer)
+    """
+    if isinstance(given, Prompts):
+        return
+    advice = "Prompts such as Prompts.from_texts(texts, rows, model.tokenizer)"
+    if isinstance(given, torch.nn.Module):
+        advice = f"Prompts: the model comes first, {caller}(model, prompts, ...)"
+    raise InputError(f"{caller}: given a {type(given).__name__} as prompts, expected {advice}")
+
+
+def _frame(rows: Any) -> pd.DataFrame:
+    if not isinstance(rows, pd.DataFrame):
+        given = type(rows).__name__
+        try:
+            rows = None if rows is None or isinstance(rows, str) else pd.DataFrame(rows)
+        except (TypeError, ValueError):
+            rows = None
+        if rows is None or not all(isinstance(name, str) for name in rows.columns):
+            raise InputError(
+                f"Prompts: rows given as a {given}, expected a frame with one row of labels for "
+                "each prompt"
+            )
+    names = [str(name) for name in rows.columns]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"Prompts: rows have the column {twice!r} twice")
+    return rows
+
+
+def _listed(name: str, values: Any, rows: pd.DataFrame) -> list[Any]:
+    """Values in the order of the prompts, one for each row."""
+    if isinstance(values, (str, bytes, Mapping, pd.DataFrame)) or not hasattr(values, "__iter__"):
+        raise InputError(
+            f"Prompts: {name} given as a {type(values).__name__}, expected one for each prompt"
+        )
+    if isinstance(values, pd.Series):
+        own = values.index
+        if not own.equals(rows.index) and own.sort_values().equals(rows.index.sort_values()):
+            raise InputError(
+                f"Prompts: {name} and rows have the same index in another order; expected both in "
+                "the order of the prompts"
+            )
+    listed = list(values)
+    if name != "prompts" and len(listed) != len(rows):
+        raise InputError(f"Prompts: {len(rows)} prompts but {len(listed)} of {name!r}")
+    return listed
+
+
+def _texts(name: str, values: Any, rows: pd.DataFrame) -> list[str]:
+    listed = _listed(name, values, rows)
+    for i, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise InputError(f"Prompts: {name} {i} is {text!r:.40}, expected a text")
+    return [str(text) for text in listed]
+
+
+def _ids(what: str, index: int, given: Any) -> list[int]:
+    """Token ids as Python's integers; nothing is rounded or read out of a text."""
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):
+        array = np.empty((0, 0))
+    if array.dtype.kind == "O" and {type(each) for each in array.ravel()} <= {int}:
+        raise InputError(f"Prompts: {what} {index} holds an id outside 0..2**31-1")
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(
+            f"Prompts: {what} {index} is {given!r:.40}, expected a list of token ids "
+            "(whole numbers)"
+        )
+    if array.size and not (array.min() >= 0 and array.max() < 2**31):
+        raise InputError(f"Prompts: {what} {index} holds an id outside 0..2**31-1")
+    return [int(each) for each in array]
+
+
+def _named(spans: Any) -> Mapping[str, Any]:
+    if spans is None:
+        return {}
+    if not isinstance(spans, Mapping):
+        raise InputError(
+            f"Prompts: spans given as a {type(spans).__name__}, expected name -> ranges"
+        )
+    return spans
+
+
+def _ranges(
+    name: str, given: Any, rows: pd.DataFrame, lengths: Sequence[int], unit: str
+) -> Int[np.ndarray, "prompt 2"]:
+    """One half-open range a prompt, within it."""
+    values = given.to_numpy() if isinstance(given, pd.DataFrame) else given
+    ranges = []
+    for i, (each, length) in enumerate(zip(_listed(name, values, rows), lengths, strict=True)):
+        try:
+            pair = np.asarray(each)
+        except (TypeError, ValueError, RuntimeError):
+            pair = np.empty(0)
+        if pair.shape != (2,) or pair.dtype.kind not in "iu":
+            raise InputError(
+                f"Prompts: span {name!r} of prompt {i} is {each!r:.40}, expected a range "
+                f"(start, stop) of {unit}"
+            )
+        start, stop = map(int, pair)
+        if not 0 <= start <= stop <= length:
+            raise InputError(
+                f"Prompts: span {name!r} of prompt {i} is {start} to {stop}, expected "
+                f"places within its {length} {unit}"
+            )
+        ranges.append((start, stop))
+    return np.array(ranges, dtype=np.int64).reshape(-1, 2)
 
 
 def _require_unicode(rows: pd.DataFrame, texts: Sequence[str]) -> None:

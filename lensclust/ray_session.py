@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +30,14 @@ def ray_session() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"ray: there is no cluster to connect to: {reason}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process as if it had failed
     try:
         yield ray
     finally:

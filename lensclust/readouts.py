@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.batching import batches, default_budget, length_steps, model_device, without_cache
 from lensclust.fits import require_fits
 from lensclust.packed_forwards import Hooks
 from lensclust.prefix import Packing
@@ -129,29 +129,28 @@ class _Reading:
         return torch.cat(self.parts)[torch.cat(self.order).argsort()]
 
     def in_full(self, budget: int) -> None:
-        for rows in batches(self.prompts.lengths, budget):
+        for rows in batches(self.prompts.lengths, budget, apart=length_steps(self.model)):
             self._keep(*self._run_in_full(rows, self.hooks), rows)
 
     def shared(self, sharing: PrefixSharing, packing: Packing) -> bool:
         """Whether everything was read from forwards that share prefixes."""
-        witness, found = packing.witness, torch.empty(0)
+        found: list[Tensor] = []
 
         def read(wanted: Tensor, forward: Forward) -> None:
-            nonlocal found
             group, place, rows, _ = wanted.unbind(1)
             logits, states = self._run(
                 lambda hooks: forward(hooks).logits, group, place, self.hooks
             )
             if len(rows):
                 self._keep(logits, states, rows)
-            if (is_witness := rows == witness).any():
-                found = logits[is_witness.to(logits.device)][0]
+            if (chosen := rows == packing.farthest).any():
+                found.extend(_at(chosen, logits, states))
 
-        def error() -> float:
-            expected = self._run_in_full(torch.tensor([witness]), ())[0][0]
-            return float((found - expected).norm() / expected.norm())
+        def compared() -> Iterator[tuple[Tensor, Tensor]]:
+            logits, states = self._run_in_full(torch.tensor([packing.farthest]), self.hooks)
+            return zip(found, _at(torch.tensor([True]), logits, states), strict=True)
 
-        if sharing.run(packing, read, error):
+        if sharing.run(packing, read, compared):
             return True
         self.parts, self.order = [], []
         return False
@@ -205,3 +204,9 @@ class _Reading:
     ) -> None:
         self.parts.append(self.readout(logits, rows, states).cpu())
         self.order.append(rows)
+
+
+def _at(chosen: Bool[Tensor, " read"], logits: Tensor, states: States) -> list[Tensor]:
+    """Logits and states of one prompt, a vector each."""
+    read = (logits, *(states[name] for name in sorted(states)))
+    return [value[chosen.to(value.device)].flatten() for value in read]

@@ -10,14 +10,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lensclust.disk import locked, read_json, remove_partial, replacing, write_atomically, writing
+from lensclust.disk import (
+    LOCK,
+    created,
+    is_vacant,
+    locked,
+    read_json,
+    remove_partial,
+    replacing,
+    require_name,
+    write_atomically,
+    writing,
+)
 from lensclust.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,65 +36,78 @@ if TYPE_CHECKING:
     from lensclust.results import Claim
     from lensclust.views import View
 
-_LOCK = ".lock"
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-learn", "numpy")
 
 
 @contextmanager
 def claimed(out: Path, config: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-    """Hold a folder for a run, against every other process, for as long as the block lasts.
+    """Lock a folder for a run, against every other process, for as long as the block lasts.
 
-    A block that raises before anything but the configuration was written gives the folder back.
+    A block that raises before anything but the configuration was written leaves the folder as
+    this call found it; nothing that this call did not make is ever removed.
 
     Raises:
         InputError: if it holds anything but, with ``resume``, a run of the same configuration;
             if another process works on it, or nothing can be written there.
     """
     require_place(out)
-    if out.exists() and not (out / "config.json").exists() and _contents(out):
-        raise InputError(f"output {out}: is not empty and holds no run")
     with writing(f"output {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out / _LOCK, f"output {out}"):
-        _begin(out, config, resume=resume)
+        foreign = out.exists() and not (out / "config.json").exists() and not is_vacant(out)
+    if foreign:
+        raise InputError(f"output {out}: is not empty and holds no run")
+    with created(out, f"output {out}"), locked(out / LOCK, f"output {out}"):
+        is_new = _begin(out, config, resume=resume)
         try:
             yield
-        except Exception:
-            if _contents(out) == [Path("config.json")]:
-                shutil.rmtree(out, ignore_errors=True)
+        except BaseException:
+            if is_new:
+                _give_back(out)
             raise
 
 
-def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
+    """Check the configuration that is there, or write it; whether it was written."""
     known = out / "config.json"
-    if known.exists():
-        held, wanted = read_json(known), json.loads(_encode(config))
-        if not isinstance(held, dict) or not isinstance(held.get("fields", {}), dict):
-            raise InputError(f"output {out}: {known} is not the configuration of a run")
-        if held != wanted:
-            raise InputError(f"output {out}: holds another run ({_difference(held, wanted)})")
-        if not resume:
-            raise InputError(f"output {out}: holds this run already; continue it with --resume")
-        remove_partial(out, out / "figures", out / "views")
-    else:
+    if not known.exists():
+        remove_partial(out)
         with writing(f"output {out}"):
             write_atomically(known, _encode(config))
+        return True
+    held, wanted = read_json(known), json.loads(_encode(config))
+    if not isinstance(held, dict) or not isinstance(held.get("fields", {}), dict):
+        raise InputError(f"output {out}: {known} is not the configuration of a run")
+    if held != wanted:
+        raise InputError(f"output {out}: holds another run ({_difference(held, wanted)})")
+    if not resume:
+        raise InputError(f"output {out}: holds this run already; continue it with --resume")
+    remove_partial(out, out / "figures", out / "views")
+    return False
 
 
-def _contents(out: Path) -> list[Path]:
-    """Files below a folder, without the lock and what a killed write left."""
-    files = (path.relative_to(out) for path in out.rglob("*") if not path.is_dir())
-    written = (path for path in files if not any(p.endswith(".partial") for p in path.parts))
-    return [path for path in written if path.name != _LOCK]
+def _give_back(out: Path) -> None:
+    """Remove the configuration and folders of parts, unless anything else is there."""
+    for folder in (*sorted((out / "parts").rglob("*"), reverse=True), out / "parts"):
+        with suppress(OSError):  # a file, a link, or not empty
+            folder.rmdir()
+    if {path.name for path in out.iterdir()} <= {"config.json", LOCK}:
+        (out / "config.json").unlink()
 
 
 def require_place(out: Path) -> None:
-    """Refuse a folder that cannot be written to.
+    """Refuse what cannot be a folder to write to.
 
     Raises:
-        InputError: if it or one of its parents is a file, or may not be written to.
+        InputError: if it has no name of its own (``.``, ``..``, ``/``), is a URL or no text that
+            every system can show; if it or one of its parents is a file, or may not be written to.
+
+    >>> require_place(Path("s3://bucket/a"))
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: output s3:/bucket/a: is a URL, expected a folder or file of ...
     """
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    require_name(out, f"output {out}")
+    with writing(f"output {out}"):
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"output {out}: {there} is a file, expected a folder")
     if not os.access(there, os.W_OK):

@@ -8,9 +8,12 @@ read it through a name of its own (DNS rebinding).
 from __future__ import annotations
 
 import json
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +24,8 @@ from lensclust.disk import read_json
 from lensclust.errors import InputError
 
 HOST = "127.0.0.1"
+# Clients that are answered at a time, and seconds that a request may take, its answer included.
+MAX_CLIENTS, SECONDS = 64, 10.0
 _WAITING = Path(__file__).parent / "report" / "waiting.html"
 # The page has its own policy inside; this one only adds that nobody may frame it.
 _HEADERS = {
@@ -49,6 +54,8 @@ def state(run: Path) -> dict[str, Any]:
     parts = sorted(path for path in (run / "parts").glob("*") if path.is_dir())
     finished = (run / "claims.json").exists() and (run / "report.html").exists()
     claims = read_json(run / "claims.json", what="serve: ") if finished else []
+    if not isinstance(claims, list):
+        raise InputError(f"serve: {run / 'claims.json'} holds no list of claims")
     changed = max((path.stat().st_mtime for path in (run, *parts)), default=time.time())
     return {
         "study": str(config.get("study", run.name)),
@@ -81,13 +88,50 @@ def served(run: Path, port: int = 0) -> Iterator[ThreadingHTTPServer]:
         raise InputError(f"serve: {run} is {what} without config.json: expected a run directory")
     state(run)
     try:
-        server = ThreadingHTTPServer((HOST, port), partial(_Handler, run))
+        server = _Server((HOST, port), partial(_Handler, run))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"serve: cannot listen on port {port}: {reason}") from error
-    server.daemon_threads = True
     with server:
         yield server
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread a client, and a refusal at once where there are too many."""
+
+    request_queue_size = 2 * MAX_CLIENTS
+
+    def __init__(self, *arguments: Any) -> None:
+        self.free = threading.Semaphore(MAX_CLIENTS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with suppress(OSError):
+            request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # However little a client sends at a time, or takes of its answer.
+        end = threading.Timer(SECONDS, _shut, [request])
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that left is no news
+            super().handle_error(request, client_address)
+
+
+def _shut(request: Any) -> None:
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -104,17 +148,20 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host") not in {f"{name}:{port}" for name in (HOST, "localhost")}:
             self.send_error(HTTPStatus.FORBIDDEN, "by this address only")
             return
+        if self.path not in ("/", "/state.json"):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
         try:
-            if self.path == "/state.json":
-                self._answer(json.dumps(state(self.run)).encode(), "application/json")
-            elif self.path == "/":
-                page = self.run / "report.html" if state(self.run)["finished"] else _WAITING
-                self._answer(page.read_bytes(), "text/html; charset=utf-8")
-            else:
-                self.send_error(HTTPStatus.NOT_FOUND)
+            found, kind = state(self.run), "application/json"
+            content = json.dumps(found).encode()
+            if self.path == "/":
+                page = self.run / "report.html" if found["finished"] else _WAITING
+                content, kind = page.read_bytes(), "text/html; charset=utf-8"
         except (InputError, OSError) as error:
             # It may be written just now: the next question finds it.
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, explain=str(error))
+        else:
+            self._answer(content, kind)
 
     def _answer(self, content: bytes, kind: str) -> None:
         self.send_response(HTTPStatus.OK)

@@ -24,13 +24,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
-from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.batching import batches, default_budget, length_steps, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
 from lensclust.host_copies import HostCopy, arrived, upload
 from lensclust.prefix import Packing
-from lensclust.prompts import Prompts
+from lensclust.prompts import Prompts, require_prompts
 from lensclust.sharing import Forward, PrefixSharing
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from lensclust.templates import measured, rectangle, template
@@ -77,7 +77,8 @@ class ShardReader:
         share_prefixes: bool = True,
         dtype: str = "float32",
     ) -> None:
-        chosen = rectangle(resolve(model, sites))
+        require_prompts("extract", prompts)
+        chosen = rectangle(model, resolve(model, sites))
         names = [at] if isinstance(at, str) else list(at)
         if not names or len(set(names)) < len(names):
             raise InputError(f"extract: positions must be given and differ, given {names}")
@@ -143,6 +144,7 @@ class BatchReader:
                 model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
             )
         self.arguments = without_cache(model)
+        self.apart = length_steps(model)
 
     def read(
         self,
@@ -154,19 +156,18 @@ class BatchReader:
         """Activations of one shard on their way to the host: variable -> the shard's rows."""
         buffers = self._buffers(len(index))
         asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
-        packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
         with self._fused(asked):
+            packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
             if packing is None or not self._read_shared(packing, asked, buffers, advance):
                 self._read_in_full(asked, buffers, advance)
         return HostCopy(buffers)
 
     def _fused(self, asked: _Asked) -> AbstractContextManager[Any]:
         """The model's own fused attention, if a prompt is long."""
-        model, longest = self.model, int(asked.lengths.argmax())
-        if asked.lengths[longest] < LONG or not isinstance(model, TransformerBridge):
+        model, longest = self.model, int(asked.lengths.max())
+        if longest < LONG or not isinstance(model, TransformerBridge):
             return nullcontext()
-        trial = upload(asked.tokens[[longest], :LONG], self.device)
-        return fused_attention(model, trial, hooks=self.targets)
+        return fused_attention(model, longest, hooks=self.targets)
 
     def _buffers(self, rows: int) -> dict[str, Tensor]:
         return {
@@ -181,7 +182,7 @@ class BatchReader:
     def _read_in_full(
         self, asked: _Asked, buffers: Mapping[str, Tensor], advance: Callable[..., None]
     ) -> None:
-        for rows in batches(asked.lengths, self.batch_tokens):
+        for rows in batches(asked.lengths, self.batch_tokens, apart=self.apart):
             longest = int(asked.lengths[rows].max())
             tokens = upload(asked.tokens[rows, :longest], self.device)
             places = asked.positions[rows]
@@ -215,19 +216,15 @@ class BatchReader:
             done += finished
             advance(finished)
 
-        def error() -> float:
-            """The largest relative difference of a layer's states at a position."""
-            row = packing.witness
+        def compared() -> Iterator[tuple[Tensor, Tensor]]:
+            """States of every layer and position ``(position, layer, ...)``."""
+            row = packing.farthest
             alone = self._buffers(1)
             self._read_in_full(asked.take(torch.tensor([row])), alone, lambda _: None)
-            differences = [
-                (buffers[name][row] - expected[0]).float().flatten(2).norm(dim=2)
-                / expected[0].float().flatten(2).norm(dim=2).clamp_min(1e-30)
-                for name, expected in alone.items()
-            ]
-            return max(float(each.nan_to_num(torch.inf).max()) for each in differences)
+            for name, expected in alone.items():
+                yield buffers[name][row].flatten(2), expected[0].flatten(2)
 
-        if self.sharing.run(packing, read, error):
+        if self.sharing.run(packing, read, compared):
             return True
         advance(-done)
         return False

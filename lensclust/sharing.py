@@ -1,21 +1,20 @@
 """Whether a model can share prefixes, and running prompts that way where it pays.
 
-Nothing is taken on trust: of the first prompts that a model runs with shared prefixes, the one
-that stands farthest from the start of the longest sequence is run in full too, and what was read
-has to agree; so again whenever sequences get longer. A model that fails, or that is known to be
-unable, runs every prompt in full, and one line in the log says so.
+Nothing is taken on trust: before a model runs prompts with shared prefixes, reference prompts that
+branch are run so and alone, at the length that the prompts have (`lensclust.branching_check`); and
+of the first real ones the one that stands farthest from its place is run alone too. What was found
+belongs to the model and its kind of attention, whoever asks: a model that fails runs every prompt
+in full, and one line in the log says so.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -24,10 +23,11 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
-from lensclust.batching import default_budget
-from lensclust.costs import Cost, forward_cost, most_cached
+from lensclust.agreement import Size, SizedCheck, agrees, power_of_two, relative_error, remembered
+from lensclust.batching import default_budget, model_device
+from lensclust.branching_check import FAILURES, TAIL, branching_failure, named
+from lensclust.costs import forward_cost, most_cached
 from lensclust.fits import require_given
-from lensclust.packed_batches import Layout
 from lensclust.packed_forwards import Hooks, PackedForwards
 from lensclust.prefix import Packing, PrefixPlan, pack
 from lensclust.prompts import Prompts
@@ -37,14 +37,20 @@ from lensclust.tries import alphabetical
 
 log = logging.getLogger(__name__)
 
-# How far two exact ways may lie apart, in rounding errors.
-ROUNDING = 500
+# Prompts of so many tokens are checked in any case.
+SHORT = 32
+# Windows up to here are looked beyond when nothing is run but checks.
+WINDOW = 1024
+# Parts of the names under which configs keep lengths beyond which attention changes.
+WINDOWS = ("window", "chunk_size", "original_max_position")
 
-# Keys up to which a model was seen to agree. How it attends does not change with its weights.
-_PROVEN: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+# Modules whose hooks belong to a model for good and work token by token.
+OWN_HOOKS = {"lensclust.wrapping", "lensclust.mended_bridges", "lensclust.middle_states"}
 
 Forward = Callable[[Hooks], Any]
 Read = Callable[[Int[Tensor, "read 4"], Forward], None]
+# What was read with shared prefixes, and the same of a prompt that was run alone.
+Compared = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class PrefixSharing:
@@ -52,7 +58,7 @@ class PrefixSharing:
 
     Args:
         model: any; those that cannot share refuse every plan.
-        caller: in whose name the log speaks.
+        caller: function name used in the log.
         batch_tokens: upper bound of a forward's tokens.
         dtype: in which what is read is kept and compared.
     """
@@ -69,10 +75,8 @@ class PrefixSharing:
         self.caller = caller
         self.dtype = dtype
         self.budget = batch_tokens or default_budget(model)
-        # Sequences of so many keys and more are known not to agree.
-        self.refused = math.inf
-        if (reason := obstacle(model)) is not None:
-            self._refuse(0, reason, logging.INFO)
+        # Looked for in every call: hooks come and go.
+        self.obstacle = obstacle(model)
 
     def plan(
         self,
@@ -81,7 +85,8 @@ class PrefixSharing:
         positions: Int[Tensor, "prompt slot"],
     ) -> Packing | None:
         """How to run right-padded prompts, of which some tokens are wanted; None if in full."""
-        if self.refused == 0:
+        if self.obstacle is not None:
+            log_refusal(self.model, self.caller, self.obstacle, level=logging.INFO)
             return None
         packing = pack(
             tokens,
@@ -91,47 +96,52 @@ class PrefixSharing:
             most_cached=most_cached(self.model),
             cost=forward_cost(self.model),
         )
-        if not packing.batches or packing.widest.keys >= self.refused:
+        if not packing.batches:
+            return None
+        if (why_not := _failure(self.model, packing.size)) is not None:
+            log_refusal(self.model, self.caller, why_not)
             return None
         return packing
 
-    def run(self, packing: Packing, read: Read, error: Callable[[], float]) -> bool:
+    def run(self, packing: Packing, read: Read, compared: Compared) -> bool:
         """Whether the plan was carried out; if not, nothing that was read may be used.
 
         Args:
             read: called for every batch with what is wanted of it (group, place, prompt and
                 slot) and with its forward, which takes hooks; some batches want nothing.
-            error: called at the end, if need be; how far what was read of the packing's witness
-                lies from a run in full, relative to the latter.
+            compared: called at the end, if need be; what was read of the prompt
+                ``packing.farthest``, and what its run in full gives.
         """
-        keys = packing.widest.keys
-        try:
-            forwards = PackedForwards(self.model)
-            for batch in packing.batches:
-                read(batch.wanted, lambda hooks, batch=batch: forwards.run(batch, hooks))
-            found = error() if keys > _PROVEN.get(self.model, 0) else 0.0
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
-            self._refuse(0, f"{type(failure).__name__}: {failure}", logging.WARNING)
-            return False
-        kinds = (self.dtype, self.model.original_model.dtype)
-        if found > max(map(rounding_tolerance, kinds)):
-            # A model whose windows count places fails in long sequences only.
-            general = trial(self.model)
-            reason = general or f"relative error {found:.2g} over {keys} keys"
-            self._refuse(keys if general is None else 0, reason, logging.WARNING)
-            return False
-        _PROVEN[self.model] = max(keys, _PROVEN.get(self.model, 0))
-        return True
+        forwards = PackedForwards(self.model)
 
-    def _refuse(self, keys: int, reason: str, level: int) -> None:
-        self.refused = min(keys, self.refused)
-        log.log(
-            level,
-            "%s: %s cannot share prefixes (%s); every prompt is run in full",
-            self.caller,
-            model_name(self.model),
-            reason,
+        def forward(batch: Any, hooks: Hooks) -> Any:
+            try:
+                return forwards.run(batch, hooks)
+            except FAILURES as failure:
+                raise _Failed(named(failure)) from failure
+
+        try:
+            for batch in packing.batches:
+                read(batch.wanted, lambda hooks, batch=batch: forward(batch, hooks))
+        except _Failed as failure:
+            return refuse(self.model, self.caller, str(failure))
+        check = _memory(self.model, "real prompts")
+        why_not = check.reason(
+            packing.size,
+            larger=_larger(self.model, packing.size),
+            find=lambda _: self._differ(compared),
         )
+        return why_not is None or refuse(self.model, self.caller, why_not)
+
+    def _differ(self, compared: Compared) -> str | None:
+        kinds = (self.dtype, self.model.original_model.dtype)
+        coarsest = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+        errors = [
+            relative_error(found, expected)
+            for found, expected in compared()
+            if not agrees(found, expected, dtype=coarsest)
+        ]
+        return f"relative error {max(errors):.2g}" if errors else None
 
 
 def plan_prefixes(
@@ -142,7 +152,10 @@ def plan_prefixes(
     batch_tokens: int | None = None,
     shard: int = 512,
 ) -> PrefixPlan:
-    """What `extract` would gain from prefixes that prompts share; nothing is run.
+    """What `extract` would gain from prefixes that prompts share.
+
+    No prompt is run, but a model of which it is not known whether it can share prefixes runs some
+    short ones; one that cannot is said to gain nothing, and why (``refused``).
 
     Args:
         at, batch_tokens, shard: as in `extract`; prefixes are shared inside a shard.
@@ -168,23 +181,31 @@ def plan_prefixes(
     require_given(model, prompts, caller="plan_prefixes")
     names = [at] if isinstance(at, str) else list(at)
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
-    allowed = obstacle(model) is None
-    plans = [
-        pack(
-            prompts.tokens[rows.start : rows.stop],
-            prompts.lengths[rows.start : rows.stop],
-            positions[rows.start : rows.stop],
-            budget=batch_tokens or default_budget(model),
-            most_cached=most_cached(model),
-            cost=forward_cost(model),
-            allowed=allowed,
-        ).plan
-        for rows in shard_ranges(0, len(prompts), shard)
-    ]
+    reason = obstacle(model)
+    plans = []
+    for rows in shard_ranges(0, len(prompts), shard):
+        some = slice(rows.start, rows.stop)
+
+        def packed(allowed: bool, some: slice = some) -> Packing:
+            return pack(
+                prompts.tokens[some],
+                prompts.lengths[some],
+                positions[some],
+                budget=batch_tokens or default_budget(model),
+                most_cached=most_cached(model),
+                cost=forward_cost(model),
+                allowed=allowed,
+            )
+
+        packing = packed(reason is None)
+        if packing.batches and (why_not := _failure(model, packing.size)) is not None:
+            packing, reason = packed(False), why_not
+        plans.append(packing.plan)
     stops = positions.max(1).values.numpy() + 1
     order, common = alphabetical(prompts.tokens.numpy(), stops)
     # What must be computed does not depend on the shards.
-    return replace(reduce(add, plans), distinct=int((stops[order] - common).sum()))
+    distinct = int((stops[order] - common).sum())
+    return replace(reduce(add, plans), distinct=distinct, refused=reason)
 
 
 def obstacle(model: TransformerLensModel) -> str | None:
@@ -194,74 +215,129 @@ def obstacle(model: TransformerLensModel) -> str | None:
         return f"no key/value cache in {type(network or model).__name__}"
     if getattr(network.config, "is_encoder_decoder", False):
         return "an encoder sees what follows"
-    if _callers_hooks(network):
-        return "it has hooks, which may count on a prompt's own rows and places"
-    return None
+    return callers_hooks(model)
 
 
-def _callers_hooks(network: torch.nn.Module) -> bool:
-    """Whether there are hooks other than those that the libraries themselves work with."""
+def callers_hooks(model: TransformerLensModel) -> str | None:
+    """Why hooks stand in the way, if there are others than those that libraries work with."""
+    network: Any = getattr(model, "original_model", model)
     hooks: list[Any] = []
     for module in network.modules():
         hooks += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if isinstance(module, HookPoint):
             hooks += [handle.user_hook for handle in module.fwd_hooks]
-    homes = {str(getattr(hook, "__module__", "")) for hook in hooks} - {"lensclust.wrapping"}
+    homes = {str(getattr(hook, "__module__", "")) for hook in hooks}
+    homes -= OWN_HOOKS
     libraries = {"transformer_lens", "transformers", "accelerate"}
-    return not {home.partition(".")[0] for home in homes} <= libraries
+    if {home.partition(".")[0] for home in homes} <= libraries:
+        return None
+    return "it has hooks, which may count on a prompt's own rows and places"
 
 
-@torch.no_grad()
-def trial(model: TransformerLensModel) -> str | None:
-    """Why a model cannot share prefixes, found by three prompts of a few tokens; None if it can.
+def refusal(model: TransformerLensModel, longest: int = 0, keys: int = 0) -> str | None:
+    """Why a model cannot share prefixes of prompts of some length; None if it can.
+
+    It is run to find out, once for each length (rounded up) and kind of attention.
+
+    Args:
+        longest: tokens of the longest prompt.
+        keys: those that one token has scores for, those of other prompts included.
 
     >>> import lensclust as lc
-    >>> trial(lc.load("native:sif-small"))
+    >>> refusal(lc.load("native:sif-small"))
     'no key/value cache in NativeModel'
     """
-    if (reason := obstacle(model)) is not None:
-        return reason
-    bridge: Any = model
-    tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [0, 1, 7, 0, 0]])
-    # Not the first ids: those are often special, and states after special tokens alone are so
-    # large that rounding decides.
-    tokens = (tokens + bridge.cfg.d_vocab // 3) % bridge.cfg.d_vocab
-    lengths = torch.tensor([5, 5, 3])
-    layout = Layout(
-        tokens=tokens.numpy(),
-        positions=lengths.numpy()[:, None] - 1,
-        stops=lengths.numpy(),
-        budget=100,
-        most_cached=100,
-        cost=Cost(forward=0.0, key=0.0),
-        group_tokens=2,
-    )
-    name = f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post"
-    found, expected = {}, {}
-    states: list[Tensor] = []
-    try:
-        forwards = PackedForwards(bridge)
-        for batch in layout.batches(*alphabetical(layout.tokens, layout.stops)):
-            forwards.run(batch, [(name, lambda state, hook: states.append(state))])
-            group, place, prompt, _ = batch.wanted.unbind(1)
-            found |= dict(zip(prompt.tolist(), states.pop()[group, place].float(), strict=True))
-        for prompt, length in enumerate(lengths.tolist()):
-            _, cache = bridge.run_with_cache(tokens[prompt, :length][None], names_filter=name)
-            expected[prompt] = cache[name][0, -1].float()
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
-        return f"{type(failure).__name__}: {failure}"
-    worst = max(float((found[p] - x).norm() / x.norm()) for p, x in expected.items())
-    exact = worst <= rounding_tolerance(bridge.original_model.dtype)
-    return None if exact else f"relative error {worst:.2g}"
+    longest = min(longest, model.cfg.n_ctx or longest)
+    return obstacle(model) or _failure(model, (longest, max(longest, keys)))
 
 
-def rounding_tolerance(dtype: torch.dtype) -> float:
-    """The relative difference that rounding explains between two exact ways.
+def refuse(model: TransformerLensModel, caller: str, reason: str) -> bool:
+    """Remember that a model failed on real prompts: whatever was checked, it is not trusted."""
+    _memory(model, "branching").failed.append(((0, 0), reason))
+    log_refusal(model, caller, reason)
+    return False
 
-    >>> round(rounding_tolerance(torch.float32), 6), rounding_tolerance(torch.bfloat16)
-    (6e-05, 0.1)
+
+def log_refusal(
+    model: TransformerLensModel, caller: str, reason: str, *, level: int = logging.WARNING
+) -> None:
+    """Tell that prompts are run in full, once for each model and reason."""
+    told: set[str] = remembered(model, "refusals of shared prefixes", set)
+    if reason not in told:
+        told.add(reason)
+        log.log(
+            level,
+            "%s: %s cannot share prefixes (%s); every prompt is run in full",
+            caller,
+            model_name(model),
+            reason,
+        )
+
+
+def summary(model: TransformerLensModel) -> str:
+    """Whether a model can share prefixes, in a few words that begin with yes or no.
+
+    >>> import lensclust as lc
+    >>> summary(lc.load("native:sif-small"))
+    'no: no key/value cache in NativeModel'
     """
-    epsilon = torch.finfo(dtype).eps
-    if torch.get_float32_matmul_precision() != "highest":
-        epsilon = max(epsilon, 2**-10)
-    return min(ROUNDING * epsilon, 0.1)
+    if (why_not := refusal(model)) is not None:
+        return f"no: {why_not}"
+    window = _longest_window(model)
+    if window > WINDOW:
+        return f"yes (prompts of over {window:,} tokens are checked when they are run)"
+    if window and (why_not := refusal(model, 2 * window)) is not None:
+        return f"no: {why_not}, of over {window:,} tokens"
+    return "yes"
+
+
+def _longest_window(model: TransformerLensModel) -> int:
+    """The largest number of tokens beyond which a model's config says that attention changes.
+
+    0 if it says nothing of that kind. Only for knowing how long prompts should be that are to
+    show what a model does: what it does is found by running them.
+    """
+    network: Any = getattr(model, "original_model", None)
+    config = getattr(network, "config", None)
+    sizes, waiting = [0], [config.to_dict() if config is not None else {}]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif type(value) is int and any(part in str(name) for part in WINDOWS):
+                sizes.append(value)
+    context = model.cfg.n_ctx
+    return max(size for size in sizes if not context or size < context)
+
+
+def _failure(model: Any, size: Size) -> str | None:
+    check = _memory(model, "branching")
+
+    def find(some: Size) -> str | None:
+        return branching_failure(model, *some)
+
+    # The short prompts first: a model that fails there is not run on long ones.
+    short = _larger(model, (0, 0))
+    return check.reason(short, larger=short, find=find) or check.reason(
+        size, larger=_larger(model, size), find=find
+    )
+
+
+def _memory(model: Any, what: str) -> SizedCheck:
+    """What was found about a model, with the precision and the code that it attends with."""
+    network = model.original_model
+    attention = getattr(network.config, "_attn_implementation", None)
+    kind = (network.dtype, attention, model_device(model).type)
+    return remembered(model, ("shared prefixes", what, *kind), SizedCheck)
+
+
+def _larger(model: Any, size: Size) -> Size:
+    """A size that holds others too, so that few have to be checked."""
+    context = model.cfg.n_ctx or size[0]
+    longest = max(size[0], min(power_of_two(max(size[0], SHORT)), context))
+    between = max(size[1] - longest, min(longest // 4, TAIL))
+    return longest, longest + power_of_two(between)
+
+
+class _Failed(Exception):
+    """Raised where a forward with shared prefixes cannot be run."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numcodecs
 import numpy as np
 import xarray as xr
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 from lensclust.checked_arrays import (
     CHECKED_AXES,
@@ -32,9 +33,10 @@ from lensclust.checked_arrays import (
     damage_named,
     open_group,
 )
-from lensclust.disk import remove_partial, writing
+from lensclust.disk import writing
 from lensclust.errors import InputError
 from lensclust.store_notes import (
+    ROW_KEYS,
     batch_entry,
     batches_written,
     kind,
@@ -48,9 +50,12 @@ from lensclust.store_notes import (
 from lensclust.store_places import Place, as_place, held, made_whole, vacant, zarr_store
 from lensclust.store_reading import open_activations, opened, read_finished
 from lensclust.store_writing import Destination
+from lensclust.tokenization import same_tokenizer
 
 # What must agree before rows may be added to a store.
 IDENTITY = ("weights", "tokenizer", "sites", "dtype")
+# What zarr calls a file until it is whole.
+_PARTIAL = re.compile(r"[\w.]+\.[0-9a-f]{32}\.partial")
 
 Shard = tuple[range, Mapping[str, np.ndarray]]
 
@@ -70,13 +75,15 @@ def write(
     frame: xr.Dataset,
     produce: Callable[[Sequence[range]], Iterable[Shard]],
     *,
+    keys: UInt64[np.ndarray, " prompt"],
     shard: int,
     resume: bool,
+    append: bool,
 ) -> xr.Dataset:
     """Write, append to or finish a store from this process, and open it.
 
     Args:
-        path, frame, shard, resume: as in `fill`.
+        path, frame, keys, shard, resume, append: as in `fill`.
         produce: called with the row ranges of ``frame`` still missing, yields each with its
             values.
 
@@ -88,7 +95,7 @@ def write(
         for rows, values in produce(missing):
             destination.put(rows, values)
 
-    return fill(path, frame, work, shard=shard, resume=resume)
+    return fill(path, frame, work, keys=keys, shard=shard, resume=resume, append=append)
 
 
 def fill(
@@ -96,8 +103,10 @@ def fill(
     frame: xr.Dataset,
     work: Callable[[Destination, Sequence[range]], None],
     *,
+    keys: UInt64[np.ndarray, " prompt"],
     shard: int,
     resume: bool,
+    append: bool,
 ) -> xr.Dataset:
     """Write, append to or finish a store by whatever hands, and open it.
 
@@ -108,13 +117,17 @@ def fill(
         frame: labels, dimensions and provenance of the rows to write; its values are not read.
         work: called with where to put shards, and the row ranges of ``frame`` still missing;
             returns when each has been put there, by this process or others.
+        keys: a number for each row that tells its prompt from others (`Prompts.row_digests`).
         shard: rows of a new store's chunks; a store keeps the size it was made with.
-        resume: finish a store whose writing was interrupted.
+        resume: finish a store whose writing was interrupted; of a finished one that holds these
+            prompts nothing is written.
+        append: add prompts to a finished store.
 
     Raises:
         InputError: if the folder holds something else, another model's or other sites'
-            activations, or an unfinished store that is not to be resumed; if another process
-            writes to it; if it is damaged, or nothing can be written there.
+            activations, an unfinished store that is not to be resumed, or a finished one that is
+            not to be appended to or holds some of these prompts; if another process writes to
+            it; if it is damaged, or nothing can be written there.
     """
     what = f"store {path}"
     with held(path, what):
@@ -122,10 +135,10 @@ def fill(
             is_new = vacant(path)
         if is_new:
             with damage_named(path), writing(what):
-                _create(path, frame, shard)
+                _create(path, frame.assign({ROW_KEYS: ("prompt", keys)}), shard)
             start = 0
         else:
-            start = _admit(path, frame, resume)
+            start = _admit(path, frame, keys, resume=resume, append=append)
         with damage_named(path):
             store = open_group(path, "r+")
             stop = start + frame.sizes["prompt"]
@@ -137,8 +150,7 @@ def fill(
         ]
         if missing:
             work(Destination(path, start), missing)
-            if isinstance(path, Path):  # a worker that was killed left half a chunk
-                remove_partial(path, *path.iterdir())
+            _remove_partial_chunks(path)
         with damage_named(path), writing(what):
             whole = bool(rows_done(store, slice(start, stop)).all())
             if whole and stop == rows_expected(store) != int(store.attrs["written"]):
@@ -172,7 +184,7 @@ def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
 
 def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
     """Lay out the store beside its place and move it there whole."""
-    measured = [str(name) for name in frame if "prompt" in frame[name].dims]
+    measured = [str(n) for n in frame if "prompt" in frame[n].dims and n != ROW_KEYS]
     shard = min(shard, frame.sizes["prompt"])
     checked = {name: [str(d) for d in frame[name].dims if d in CHECKED_AXES] for name in measured}
     sums = {
@@ -190,7 +202,7 @@ def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
         # The fill value is what "not there yet" reads as, in chunks that do not exist.
         shape = (shard, *layout[name].shape[1:])
         encoding[name] |= {"chunks": shape, "_FillValue": 0}
-    for name, label in frame.coords.items():
+    for name, label in frame.variables.items():
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
     with made_whole(path) as building:
@@ -215,26 +227,36 @@ def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
         )
 
 
-def _admit(path: Place, frame: xr.Dataset, resume: bool) -> int:
+def _admit(
+    path: Place,
+    frame: xr.Dataset,
+    keys: UInt64[np.ndarray, " prompt"],
+    *,
+    resume: bool,
+    append: bool,
+) -> int:
     """Make room in an existing store; returns the row where these prompts begin."""
     store = opened(path, "r+")
-    if isinstance(path, Path):
-        remove_partial(path, *path.iterdir())
+    _remove_partial_chunks(path)
     with damage_named(path):
         _require_same(path, store, frame)
         batches, batch = batches_written(store), batch_entry(frame)
         known = [given[:2] for given in batches]
         n, total = frame.sizes["prompt"], rows_expected(store)
         complete = int(store.attrs["written"]) == total
+        is_known = batch[:2] in known
+        if complete and not (resume and is_known):
+            _require_new(path, np.asarray(store[ROW_KEYS][:]), keys, append)
         if not complete and not resume:
             raise InputError(
                 f"store {path}: its writing was interrupted; finish it with resume=True"
             )
-        if not complete and batch[:2] not in known:
+        if not complete and not is_known:
             raise InputError(
-                f"store {path}: was interrupted while reading other prompts than these"
+                f"store {path}: was interrupted while reading other prompts than these (tokens, "
+                "labels, spans or answers differ)"
             )
-        is_new = complete and not (resume and batch[:2] in known)
+        is_new = complete and not (resume and is_known)
         number = len(known) if is_new else known.index(batch[:2])
     with damage_named(path), writing(f"store {path}"):
         if is_new:
@@ -243,26 +265,62 @@ def _admit(path: Place, frame: xr.Dataset, resume: bool) -> int:
         start = sum(size for size, _ in known[:number])
         if not complete or is_new:
             # Growing is repeated on resume: a kill may have come between two arrays.
-            _grow(store, frame, slice(start, start + n), total)
+            _grow(store, frame, keys, slice(start, start + n), total)
     return start
 
 
-def _grow(store: Any, frame: xr.Dataset, rows: slice, total: int) -> None:
+def _remove_partial_chunks(path: Place) -> None:
+    """Remove the files that zarr was writing in a process that was killed; the store is locked."""
+    if isinstance(path, Path):
+        for left in (
+            file for folder in (path, *path.iterdir()) for file in folder.glob("*.partial")
+        ):
+            if _PARTIAL.fullmatch(left.name) and left.is_file():
+                left.unlink()
+
+
+def _require_new(path: Place, there: np.ndarray, keys: np.ndarray, append: bool) -> None:
+    """Refuse prompts that a finished store is not to take."""
+    repeated = np.flatnonzero(np.isin(keys, there))
+    if repeated.size:
+        raise InputError(
+            f"store {path}: is finished and holds {len(repeated)} of these {len(keys)} prompts, "
+            f"the first is prompt {repeated[0]} (prompts that come twice leak from one fold into "
+            "another); open it with open_activations or resume=True"
+        )
+    if not append:
+        raise InputError(
+            f"store {path}: is finished and holds other prompts than these (tokens, labels, spans "
+            "or answers differ); add them with append=True, or write them elsewhere"
+        )
+
+
+def _grow(
+    store: Any, frame: xr.Dataset, keys: UInt64[np.ndarray, " prompt"], rows: slice, total: int
+) -> None:
     for name in measured_names(store):
         for array in (store[name], store[f"{name}{SUMS}"]):
             array.resize((total, *array.shape[1:]))
-    for name, label in frame.coords.items():
-        if label.dims == ("prompt",):
-            store[str(name)].resize((total,))
-            store[str(name)][rows] = label.values
+    labels = {
+        str(n): label.values for n, label in frame.coords.items() if label.dims == ("prompt",)
+    }
+    for name, values in {**labels, ROW_KEYS: keys}.items():
+        store[name].resize((total,))
+        store[name][rows] = values
 
 
 def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
     for key in IDENTITY:
-        if store.attrs[key] != frame.attrs[key]:
+        same = same_tokenizer if key == "tokenizer" else str.__eq__
+        if not same(store.attrs[key], frame.attrs[key]):
             raise InputError(
                 f"store {path}: holds {key} {store.attrs[key]!r}, these are {frame.attrs[key]!r}"
             )
+    if ROW_KEYS not in store:
+        raise InputError(
+            f"store {path}: was written by an earlier version, which did not note the prompts' "
+            "spans and answers: it can be read (open_activations), not resumed or appended to"
+        )
     labels = {str(name) for name, label in frame.coords.items() if label.dims == ("prompt",)}
     for name, label in frame.coords.items():
         if str(name) not in store:
@@ -271,8 +329,8 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
             raise InputError(f"store {path}: holds {name} as {store[str(name)].dtype}, not these")
         if str(name) not in labels and list(store[str(name)][:]) != list(label.values):
             raise InputError(f"store {path}: holds {name} {list(store[str(name)][:])}, not these")
-    sums = {f"{name}{SUMS}" for name in measured_names(store)}
-    extra = set(store.array_keys()) - labels - set(map(str, frame.variables)) - sums
+    own = {ROW_KEYS, *(f"{name}{SUMS}" for name in measured_names(store))}
+    extra = set(store.array_keys()) - labels - set(map(str, frame.variables)) - own
     if extra:
         raise InputError(f"store {path}: holds {sorted(extra)}, these activations do not")
 

@@ -20,6 +20,8 @@ from jaxtyping import Bool
 
 from lensclust.checked_arrays import SUMS
 
+# A number for each row, that of its prompt: which prompts are there, to tell when one comes twice.
+ROW_KEYS = "prompt_key"
 _OWN = ("batches", "measured", "shard", "written", "layout", "seal")
 
 

@@ -10,7 +10,7 @@ An object is replaced whole or not at all, as a file in a folder is.
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +19,23 @@ from typing import Any
 import zarr
 from upath import UPath
 
-from lensclust.disk import locked, writing
+from lensclust.disk import (
+    LOCK,
+    created,
+    locked,
+    publish,
+    remove_partial,
+    require_name,
+    staging,
+)
 from lensclust.errors import InputError
 
 Place = Path | UPath
 """A folder (`pathlib.Path`) or a URL (`upath.UPath`)."""
+
+# File systems over another one, which the URL does not name.
+_WRAPPERS = {"reference", "dir", "zip", "tar", "libarchive", "generic", "data", "cached"}
+_WRAPPERS |= {"simplecache", "filecache", "blockcache"}
 
 ZARR_2 = zarr.__version__.startswith("2.")
 
@@ -32,15 +44,30 @@ def as_place(store: str | Path | UPath) -> Place:
     """A folder or URL as `pathlib` or `universal_pathlib` has it.
 
     Raises:
-        InputError: if the URL's file system is not known or not installed, or it names no store.
+        InputError: if the URL's file system is not known, not installed or over another one, or
+            it names no store.
 
     >>> as_place("runs/a.zarr"), as_place("file:///runs/a.zarr")
     (PosixPath('runs/a.zarr'), PosixPath('/runs/a.zarr'))
+    >>> as_place("file://localhost/runs/a.zarr"), as_place("file:/runs/a.zarr")
+    (PosixPath('/runs/a.zarr'), PosixPath('/runs/a.zarr'))
     >>> str(as_place("memory://runs/a/"))
     'memory://runs/a'
     """
-    if not isinstance(store, UPath) and "://" not in str(store):
-        return Path(store)
+    text = str(store)
+    url = re.match(r"([A-Za-z][\w+.-]+):/(/?)", text) or re.match(".*(::).*://()", text)
+    if not isinstance(store, UPath):
+        if url is None:
+            return Path(store)
+        if url[1].lower() in ("file", "local"):
+            local = re.fullmatch(r"\w+:(?://(?:localhost)?)?(/[^/].*)", text)
+            if local is None:
+                raise InputError(f"store {store}: names no folder here, expected file:///folder")
+            return Path(local[1])
+        if not url[2] or url[1] in _WRAPPERS:
+            raise InputError(f"store {store}: names no place, expected such as s3://bucket/a")
+        if not text[url.end() :].strip("/"):
+            raise InputError(f"store {store}: names no store, expected {url[1]}://bucket/NAME")
     given = store if isinstance(store, UPath) else str(store).rstrip("/")
     try:
         # A listing that was kept would hide what was written since.
@@ -48,7 +75,7 @@ def as_place(store: str | Path | UPath) -> Place:
         if place.protocol in ("", "file", "local"):
             return Path(place.path)
         _ = place.fs
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # whatever a file system raises that lacks an option or a network
         raise InputError(f"store {store}: {error}") from error
     if ZARR_2:
         raise InputError(f"store {store}: a URL needs zarr 3, and so Python 3.11 or newer")
@@ -77,10 +104,9 @@ def held(place: Place, what: str) -> Iterator[None]:
     if isinstance(place, UPath):
         yield
         return
-    with writing(what):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    require_name(place, what)
     # Beside the store: it is made whole, in one rename, and holds nothing but itself.
-    with locked(place.with_name(f".{place.name}.lock"), what):
+    with created(place.parent, what), locked(place.with_name(f".{place.name}{LOCK}"), what):
         yield
 
 
@@ -99,15 +125,11 @@ def made_whole(place: Place) -> Iterator[Place]:
         yield place
         _marker(place).unlink()
         return
-    temporary = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        if place.exists():
-            place.rmdir()
-        temporary.rename(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    place = place.resolve()  # an empty folder is filled where it lies
+    remove_partial(place.parent)
+    with staging(place.parent) as folder:
+        yield folder / place.name
+        publish(folder / place.name, place)
 
 
 def _marker(place: UPath) -> UPath:

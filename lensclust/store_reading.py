@@ -16,6 +16,7 @@ from lensclust.checked_arrays import (
 )
 from lensclust.errors import InputError
 from lensclust.store_notes import (
+    ROW_KEYS,
     batches_written,
     label_digest,
     layout_digest,
@@ -45,7 +46,7 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
     with damage_named(path):
         _require_even(path, store)
         measured = measured_names(store)
-        unread = [*measured, *(f"{name}{SUMS}" for name in measured)]
+        unread = [ROW_KEYS, *measured, *(f"{name}{SUMS}" for name in measured)]
         dataset = xr.open_dataset(
             zarr_store(path, read_only=True),
             engine="zarr",

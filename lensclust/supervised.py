@@ -27,7 +27,7 @@ from lensclust.adapters import Adapters, Lora
 from lensclust.batching import default_budget, model_device, training_batches
 from lensclust.chosen_weights import chosen_parameters, left_as_it_was, named_parameters
 from lensclust.disk import writing
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import score_answers
 from lensclust.fits import require_answers, require_fits, require_given
 from lensclust.partial_forwards import scored_logits
@@ -302,10 +302,8 @@ def _check_knobs(
     only: object,
     lora: Lora | None,
 ) -> None:
-    least = {"steps": steps, "batch_size": batch_size, "save_every": save_every}
-    for name, value in {**least, "batch_tokens": batch_tokens}.items():
-        if value is not None and value < 1:
-            raise InputError(f"finetune: {name}={value}, expected at least 1")
+    counts = {"steps": steps, "batch_size": batch_size, "save_every": save_every}
+    check_counts("finetune", **counts, batch_tokens=batch_tokens)
     if not 0 <= weight_decay < math.inf:
         raise InputError(f"finetune: weight_decay={weight_decay}, expected a number from 0")
     if only is not None and lora is not None:

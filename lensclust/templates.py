@@ -12,19 +12,50 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
+from lensclust.blocks import blocks_of
+from lensclust.checked_arrays import SUMS
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.prompts import Prompts
-from lensclust.sites import Site, head_frames, model_name
+from lensclust.sites import Site, head_frames, model_name, resolve
+from lensclust.store_notes import ROW_KEYS
 
+# What a label cannot be called, whichever of these an extraction has and a store adds.
+RESERVED = {
+    *("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank", "head_frame"),
+    *(variable for variable, _ in VARIABLES.values()),
+    *(f"{variable}{SUMS}" for variable, _ in VARIABLES.values()),
+    ROW_KEYS,
+}
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch")
 
 
-def rectangle(sites: Sequence[Site]) -> list[Site]:
-    """The sites, and what else lies in the block x kind rectangle that an array has to be."""
-    per_block = {site.kind: site for site in sites if site.kind != "resid"}
-    blocks = {site.layer for site in sites if site.kind != "resid"}
+def rectangle(model: TransformerLensModel, sites: Sequence[Site]) -> list[Site]:
+    """The sites, and what else lies in the block x kind rectangle that an array has to be.
+
+    Raises:
+        InputError: if there is no such rectangle: a block lacks a kind, or heads differ in size.
+    """
+    per_block = {(site.kind, site.head): site for site in sites if site.kind != "resid"}
+    blocks = sorted({site.layer for site in sites if site.kind != "resid"})
     others = [replace(site, layer=block) for site in per_block.values() for block in blocks]
+    held = blocks_of(model)
+    given = set(sites)
+    missing = [site for site in others if site not in given]
+    try:
+        if missing:
+            resolve(model, missing)
+    except InputError as error:
+        raise InputError(
+            f"extract: one array cannot hold these places, as {error}; read kinds that lie in "
+            "different blocks one by one"
+        ) from None
+    sizes = {block: held[block].d_head for block in blocks}
+    if any(site.head is not None for site in others) and len(set(sizes.values())) > 1:
+        raise InputError(
+            f"extract: one array cannot hold heads of different sizes, and those of "
+            f"{model_name(model)} differ: block -> size {sizes}; read blocks of one size"
+        )
     return list(dict.fromkeys([*sites, *others]))
 
 
@@ -36,7 +67,6 @@ def template(
     dtype: np.dtype,
 ) -> xr.Dataset:
     """The dataset over zeros that take no memory."""
-    cfg = model.cfg
     places: dict[str, set[int]] = {"layer": set(), "block": set(), "head": set()}
     for site in sites:
         places[VARIABLES[site.kind][1]].add(site.layer)
@@ -45,20 +75,26 @@ def template(
     coords: dict[str, Any] = {k: (k, sorted(v)) for k, v in places.items() if v}
     coords["position"] = ("position", list(positions))
     for label, values in prompts.label_arrays().items():
-        if label in ("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank"):
-            raise InputError(f"extract: label {label!r} of the rows is the name of an axis")
+        if label in RESERVED:
+            raise InputError(
+                f"extract: label {label!r} of the rows is the name of an axis or variable of "
+                f"activations; rename the column, such as to '{label}_label'"
+            )
         coords[label] = ("prompt", values)
     sizes = {axis: len(values[1]) for axis, values in coords.items() if axis in places}
     sizes |= {"prompt": len(prompts), "position": len(positions)}
-    sizes |= {"d_model": cfg.d_model, "d_head": cfg.d_head}
+    blocks = blocks_of(model)
+    first = min(places["block"], default=0)
+    sizes |= {"d_model": blocks[first].d_model, "d_head": blocks[first].d_head}
     variables: dict[str, Any] = {}
     for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
         tail = ("block", "head", "d_head") if variable == "z" else (axis, "d_model")
         dims = ("prompt", "position", *tail)
         variables[variable] = (dims, np.broadcast_to(dtype.type(0), [sizes[d] for d in dims]))
     if any(site.kind == "head" for site in sites):
-        blocks = sorted(places["block"])
-        frames = head_frames(model, blocks)[:, sorted(places["head"])].cpu().numpy()
+        frames = (
+            head_frames(model, sorted(places["block"]))[:, sorted(places["head"])].cpu().numpy()
+        )
         variables["head_frame"] = (("block", "head", "d_head", "rank"), frames)
     return xr.Dataset(variables, coords, _provenance(model, prompts, sites, dtype))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from lensclust.errors import InputError
@@ -17,52 +19,103 @@ TokenSpan = tuple[int, int]
 
 # Spelling out a vocabulary takes a third of a second, and tokenizers only ever grow.
 _FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
+# Private-use characters: no text, template or tokenizer gives them a meaning.
+_MARKS = [chr(code) for code in range(0xE000, 0xF900)]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over a tokenizer's vocabulary, first 16 hex digits."""
+    """Digest of a tokenizer's vocabulary and, after a dot, of how it cuts a text.
+
+    16 hex digits each. The second part (merges or scores, normaliser, pre-tokenizer) is there
+    for fast tokenizers only. What is put around a text (BOS, EOS, padding, chat template) is in
+    the ids themselves, and not here.
+    """
     size, fingerprint = _FINGERPRINTS.get(tokenizer, (-1, ""))
     if size != len(tokenizer):
         content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
         fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            rules = hashlib.sha256()
+            for part in (backend.model, backend.normalizer, backend.pre_tokenizer):
+                rules.update(b"\0" if part is None else part.__getstate__())
+            fingerprint += f".{rules.hexdigest()[:16]}"
         _FINGERPRINTS[tokenizer] = len(tokenizer), fingerprint
     return fingerprint
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+def same_tokenizer(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in what both say.
+
+    >>> same_tokenizer("aa.bb", "aa"), same_tokenizer("aa.bb", "aa.cc")
+    (True, False)
+    """
+    return all(a == b for a, b in zip(one.split("."), other.split("."), strict=False))
 
 
-def added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS that the tokenizer puts before every text, or nothing."""
-    first = tokenizer("a")["input_ids"][:1]
-    adds = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    return str(tokenizer.bos_token) if adds else ""
+@dataclass(frozen=True)
+class Encoded:
+    """A text's token ids, open at the end.
+
+    Attributes:
+        text: the text for which the tokenizer itself gives these ids (but for an end token).
+        ids: the tokens.
+        offsets: character range of each in the text that was given; those of added tokens are
+            empty. None unless wanted.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[TokenSpan] | None
 
 
-def without_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Some tokenizers close every text; a prompt stays open for its answer."""
-    eos = tokenizer.eos_token_id
-    return ids[:-1] if len(ids) > 1 and eos is not None and ids[-1] == eos else ids
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = False) -> Encoded:
+    """Tokenise a text, which stays open for its answer, with one BOS at most.
+
+    What the tokenizer adds is known from the tokenizer: an end token that it added is left out,
+    one that the text spells stays. Where the text begins with the BOS that the tokenizer adds, it
+    is not added again.
+    """
+    options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
+    found = tokenizer(text, return_special_tokens_mask=True, **options)
+    ids = list(found["input_ids"])
+    places = [tuple(place) for place in found["offset_mapping"]] if offsets else None
+    before, after = _added(tokenizer, text, ids, found["special_tokens_mask"])
+    stop = len(ids)
+    while stop > max(1, len(ids) - after) and ids[stop - 1] == tokenizer.eos_token_id:
+        stop -= 1
+    start = 0
+    bos = tokenizer.bos_token_id
+    if before == 1 < len(ids) - after and bos is not None and ids[:2] == [bos, bos]:
+        start = before  # the text spells the second one
+        without = text.removeprefix(str(tokenizer.bos_token))
+        if list(tokenizer(without)["input_ids"])[: stop - start] == ids[start:stop]:
+            text = without
+    return Encoded(text, ids[start:stop], places and places[start:stop])
+
+
+def _added(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], mask: list[int]
+) -> tuple[int, int]:
+    """How many tokens a tokenizer put before and after those that the text spells."""
+    if not tokenizer.is_fast:  # only fast ones mark what they added, and nothing else
+        spelt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        extra = len(ids) - len(spelt)
+        fitting = [n for n in range(extra + 1) if ids[n : n + len(spelt)] == spelt]
+        before = fitting[0] if fitting else 0
+        mask = [1] * before + [0] * len(spelt) + [1] * (extra - before if fitting else 0)
+    before = next((i for i, added in enumerate(mask) if not added), 0)
+    after = next((i for i, added in enumerate(reversed(mask)) if not added), len(mask))
+    return before, after
 
 
 def continuation(
     tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int], answer: str
 ) -> list[int]:
     """Ids of ``answer`` after ``text``: from the joint text, so that a leading space counts."""
-    joint = without_eos(tokenizer, tokenizer(text + answer)["input_ids"])
+    joint = encoded(tokenizer, text + answer).ids
     if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
         return joint[len(prompt) :]
     return tokenizer(answer, add_special_tokens=False)["input_ids"]
-
-
-def place_of(text: str, rendered: str) -> int:
-    """Characters by which a template moved a text (templates may trim it)."""
-    place = rendered.find(text.strip())
-    if place < 0:
-        raise InputError(f"Prompts: the chat template does not hold the text {text!r} as it is")
-    return place - (len(text) - len(text.lstrip()))
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> TokenSpan:
@@ -72,3 +125,99 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> Tok
         return overlapping[0], overlapping[-1] + 1
     before = sum(b <= start for _, b in offsets)
     return before, before
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A user's message in the tokenizer's chat template, ready for the reply."""
+    message = [{"role": "user", "content": text}]
+    try:
+        return str(
+            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        )
+    except Exception as error:  # whatever a template raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"Prompts: the chat template refuses the text {text!r}: {reason}"
+        ) from error
+
+
+class ChatPlaces:
+    """Where a chat template puts the characters of a message, by construction.
+
+    The template is rendered again with a mark in the message's place, or in the place of one of
+    its characters, and the mark is looked for; the message itself never is. So a message that
+    stands elsewhere in the template too is no trouble, and a template may trim, escape or
+    upper-case it. Where a template repeats the message, the last copy counts.
+
+    Args:
+        render: text of the user's message -> the rendered chat.
+        texts: all messages whose places will be wanted, and the chats they were rendered to.
+    """
+
+    def __init__(self, render: Callable[[str], str], texts: Sequence[str]) -> None:
+        self.render = render
+        used = {character for text in texts for character in set(text)}
+        self.mark = next(mark for mark in _MARKS if mark not in used)
+        self.pattern = render(self.mark)
+
+    def range_of(self, text: str, rendered: str, start: int, stop: int) -> TokenSpan:
+        """The range of the rendered chat that shows the characters ``start`` to ``stop``.
+
+        What the template leaves out has no place; the range of that alone is empty.
+
+        Raises:
+            InputError: if the template changes the message so that its characters have no place.
+        """
+        if self.mark in self.pattern and self.pattern.replace(self.mark, text) == rendered:
+            first = len(self.pattern[: self.pattern.rindex(self.mark)].replace(self.mark, text))
+            return first + start, first + stop
+        shown = range(start, stop) if start < stop else range(start, len(text))
+        begin = self._first(text, rendered, shown)
+        if start >= stop or begin is None:
+            place = begin[0] if begin else len(rendered)
+            return place, place
+        end = self._first(text, rendered, reversed(shown)) or begin
+        if end < begin:
+            raise _changed(text)
+        return begin[0], end[1]
+
+    def _first(self, text: str, rendered: str, characters: Iterable[int]) -> TokenSpan | None:
+        """Where the first of some characters stands that the template shows."""
+        for index in characters:
+            marked = self.render(text[:index] + self.mark + text[index + 1 :])
+            found = self._image(marked, rendered)
+            if found is not None:
+                return found
+            if not text[index].isspace() and marked != rendered:
+                raise _changed(text)
+        return None
+
+    def _image(self, marked: str, rendered: str) -> TokenSpan | None:
+        """Where one character stands: what a mark in its place leaves of the rendered chat."""
+        *copies, after = marked.split(self.mark)
+        if not copies:
+            return None
+        # Each copy shows the character in as many others, as `&lt;` for `<`; or else there is one
+        # way only to divide the chat among the copies.
+        size = max(0, (len(rendered) - len(marked)) // len(copies) + 1)
+        for shown in ([f"(.{{{size}}})"] if size else [], ["(.+?)", "(.+)"]):
+            found = {
+                match.span(len(copies))
+                for one in shown
+                if (match := _fullmatch(copies, one, after, rendered))
+            }
+            if len(found) == 1:
+                return found.pop()
+        return None
+
+
+def _fullmatch(copies: list[str], shown: str, after: str, rendered: str) -> re.Match[str] | None:
+    pattern = "".join(re.escape(copy) + shown for copy in copies) + re.escape(after)
+    return re.fullmatch(pattern, rendered, re.DOTALL)
+
+
+def _changed(text: str) -> InputError:
+    return InputError(
+        f"Prompts: the chat template changes the text {text!r}, so that its characters have no "
+        "place; give spans without chat=True, or another template"
+    )

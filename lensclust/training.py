@@ -23,7 +23,7 @@ from transformer_lens.utilities.devices import get_device
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.disk import writing
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import LogitsAt, score_answers
 from lensclust.native import config_to_json, native_bridge, native_config
 from lensclust.progress import progress_bar
@@ -141,8 +141,10 @@ def train(
     if isinstance(config, str):
         config = native_config(config, **required_sizes(prompts))
     _check_knobs(steps, batch_size, lr, warmup, schedule, loss_on, n_checkpoints, save_every)
-    if evaluate_every is not None and evaluate_every < 1:
-        raise InputError(f"train: evaluate_every={evaluate_every}, expected at least 1")
+    check_counts("train", evaluate_every=evaluate_every)
+    check_counts("train", least=0, seed=seed)
+    if not 0 <= weight_decay < math.inf:
+        raise InputError(f"train: weight_decay={weight_decay}, expected a number from 0")
     trained, evaluated = split_prompts(prompts, evaluate)
     check_fit(config, prompts, evaluated)
     if auxiliary is not None:
@@ -266,10 +268,8 @@ def _check_knobs(
     n_checkpoints: int,
     save_every: int,
 ) -> None:
-    least = {"steps": (steps, 1), "batch_size": (batch_size, 1), "save_every": (save_every, 1)}
-    for name, (value, bound) in {**least, "n_checkpoints": (n_checkpoints, 2)}.items():
-        if value < bound:
-            raise InputError(f"train: {name}={value}, expected at least {bound}")
+    check_counts("train", steps=steps, batch_size=batch_size, save_every=save_every)
+    check_counts("train", least=2, n_checkpoints=n_checkpoints)
     check_rate(lr, warmup, schedule, caller="train")
     if loss_on not in SCORED:
         raise InputError(f"train: loss_on={loss_on!r}, expected one of {sorted(SCORED)}")

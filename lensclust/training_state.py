@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lensclust.disk import locked, remove_partial, writing
+from lensclust.disk import LOCK, created, locked, remove_partial, require_name, writing
 from lensclust.errors import InputError
 from lensclust.sealed import read_sealed, save_sealed
 
@@ -26,20 +26,22 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @contextmanager
 def claimed(folder: Path | None, *, caller: str) -> Iterator[None]:
-    """Hold the folder of a training, if it has one, against every other process.
+    """Lock the folder of a training, if it has one, against every other process.
 
     Raises:
-        InputError: if it is a file, cannot be written to, or another process trains there.
+        InputError: if it is a file or has no name, cannot be written to, or another process
+            trains there.
     """
     if folder is None:
         yield
         return
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{caller}: {str(folder)!r} is a file, expected a folder")
     what = f"{caller}: {str(folder)!r}"
+    require_name(folder, what)
     with writing(what):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", what):
+        is_file = folder.exists() and not folder.is_dir()
+    if is_file:
+        raise InputError(f"{what} is a file, expected a folder")
+    with created(folder, what), locked(folder / LOCK, what):
         yield
 
 

@@ -68,8 +68,10 @@ class HeadActivation(Shown):
         """
         values = self.values.values.astype(np.float64)
         rows = []
-        for block, head in np.ndindex(values.shape[1:]):
-            value, low, high = mean_interval(values[:, block, head])
+        blocks, heads = (self.values[axis].values.tolist() for axis in ("block", "head"))
+        for at, head in np.ndindex(values.shape[1:]):
+            value, low, high = mean_interval(values[:, at, head])
+            block, head = blocks[at], heads[head]
             place = {"site": f"head {block}.{head}", "block": block, "head": head}
             rows.append({**place, "value": value, "ci_low": low, "ci_high": high})
         return pd.DataFrame(rows).assign(n=len(values))

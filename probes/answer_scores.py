@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import announced, batches, default_budget, model_device
+from lensclust.cached_generation import cached_generation
 from lensclust.errors import InputError
 from lensclust.fits import require_answers, require_fits
 from lensclust.partial_forwards import scored_logits
@@ -104,18 +104,19 @@ def greedy_texts(
     if getattr(hooked, "tokenizer", None) is None:
         raise InputError("greedy_texts: the model has no tokenizer, needed to read what it writes")
     found = [""] * len(prompts)
-    for length in prompts.lengths.unique().tolist():
-        same = np.flatnonzero(prompts.lengths.numpy() == length)
-        for start in range(0, len(same), batch):
-            rows = same[start : start + batch]
-            written = hooked.generate(
-                prompts.tokens[rows, :length].to(model_device(model)),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                stop_at_eos=False,
-                return_type="tokens",
-                verbose=False,
-            )
-            for row, tokens in zip(rows.tolist(), written[:, length:], strict=True):
-                found[row] = hooked.tokenizer.decode(tokens)
+    same = [(prompts.lengths == length).nonzero()[:, 0] for length in prompts.lengths.unique()]
+    parts = [rows for group in same for rows in group.split(batch)]
+    for rows in announced(parts, len(prompts), whole=True):
+        length = int(prompts.lengths[rows[0]])
+        written = hooked.generate(
+            prompts.tokens[rows, :length].to(model_device(model)),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_past_kv_cache=cached_generation(model).right is not False,
+            stop_at_eos=False,
+            return_type="tokens",
+            verbose=False,
+        )
+        for row, tokens in zip(rows.tolist(), written[:, length:], strict=True):
+            found[row] = hooked.tokenizer.decode(tokens)
     return found

@@ -70,7 +70,8 @@ def attention_ratio(
         block: span of the text that holds the last question alone, so that demonstrations change
             nothing; None for the whole of prompts without demonstrations. Random spans of the
             null lie in it too.
-        weighting: ``"attention"`` (``P``), ``"value"`` (``P ||v W_O||``), ``"gradient"``
+        weighting: ``"attention"`` (``P``), ``"value"`` (``P ||v W_O||``, refused where a head's
+            output is not attention times values), ``"gradient"``
             (``|P ∂L/∂P|``, ``L`` being the cross-entropy of the first token of the prompt's
             answer); one or several. Only the last needs answers and a backward.
         draws: random pairs of spans in the null; p is at least 1 / (draws + 1).
@@ -80,7 +81,7 @@ def attention_ratio(
         progress: show a bar.
 
     Returns:
-        Weights of every prompt, block and head, and the log ratios between random spans.
+        Weights of every prompt and head, and the log ratios between random spans.
 
     Raises:
         InputError: if a span does not exist, is empty or outside its prompt, the two overlap,
@@ -115,21 +116,24 @@ def attention_ratio(
     loss = AnswerLoss(prompts, caller="attention_ratio") if backward else None
     budget = batch_tokens or max(1, default_budget(model) // (BACKWARD if backward else 1))
     device = model_device(model)
-    sizes = (len(weightings), len(prompts), model.cfg.n_layers, model.cfg.n_heads)
+    blocks = reader.blocks
+    sizes = (len(weightings), len(prompts), len(blocks), model.cfg.n_heads)
     weights = np.empty((*sizes, 2), dtype=np.float32)
     null = np.zeros((2, sizes[0], sizes[2], sizes[3] + len(OVER_HEADS), draws))
     with progress_bar("attention", len(prompts), enabled=progress) as advance:
         for rows in batches(prompts.lengths, budget):
             last = prompts.lengths[rows] - 1
             tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
-            weighing = SpanWeights(weightings, spans, rows.numpy(), tokens, model, draws, seed)
+            weighing = SpanWeights(
+                weightings, spans, rows.numpy(), tokens, model, len(blocks), draws, seed
+            )
             reader.run(tokens, last.to(device), weighing.show, loss and loss.of(rows))
             weights[:, rows.numpy()] = weighing.weights.cpu().numpy()
             null += weighing.null.cpu().numpy()
             advance(len(rows))
     return AttentionRatio(
-        values=_dataset(model, prompts, weightings, weights),
-        null=_null(weightings, null),
+        values=_dataset(model, prompts, weightings, blocks, weights),
+        null=_null(weightings, blocks, null),
     )
 
 
@@ -149,6 +153,7 @@ def _dataset(
     model: Any,
     prompts: Prompts,
     weightings: Sequence[str],
+    blocks: Sequence[int],
     weights: Float[np.ndarray, "weighting prompt block head 2"],
 ) -> xr.Dataset:
     rows = prompts.label_arrays()
@@ -156,7 +161,7 @@ def _dataset(
         raise InputError(f"attention_ratio: label {taken[0]!r} of the rows is the name of an axis")
     coords: dict[str, Any] = {name: ("prompt", values) for name, values in rows.items()}
     coords |= {"weighting": list(weightings)}
-    coords |= {"block": np.arange(weights.shape[2]), "head": np.arange(weights.shape[3])}
+    coords |= {"block": list(blocks), "head": np.arange(weights.shape[3])}
     axes = ("weighting", "prompt", "block", "head")
     return xr.Dataset(
         {"relevant": (axes, weights[..., 0]), "irrelevant": (axes, weights[..., 1])},
@@ -171,7 +176,9 @@ def _dataset(
 
 
 def _null(
-    weightings: Sequence[str], sums: Float[np.ndarray, "2 weighting block heads draw"]
+    weightings: Sequence[str],
+    blocks: Sequence[int],
+    sums: Float[np.ndarray, "2 weighting block heads draw"],
 ) -> xr.DataArray:
     with np.errstate(invalid="ignore"):
         means = sums[0] / sums[1]
@@ -179,6 +186,6 @@ def _null(
     return xr.DataArray(
         means,
         dims=("weighting", "block", "heads", "draw"),
-        coords={"weighting": list(weightings), "block": np.arange(means.shape[1]), "heads": names},
+        coords={"weighting": list(weightings), "block": list(blocks), "heads": names},
         name="log_ratio",
     )

@@ -1,9 +1,11 @@
 """Keep the question from looking at some of what came before it, and read the answer.
 
-Where tokens are hidden, the attention of every later token from a given one on is taken off
-them in all heads of the chosen blocks, and what is left adds up to one again: what a mask
-before the softmax gives. States of the hidden tokens themselves, and what other tokens before
-the question took from them, stay. As evidence, hide as many other tokens beside.
+Attention knockout: every token from a given one on is kept from attending to the hidden tokens,
+in all heads of the chosen blocks, by a mask before the softmax. States of the hidden tokens
+themselves, and what other tokens before the question took from them, stay; so does what blocks
+without attention (convolutions, state-space layers) carry along. That tokens are out of sight is
+checked once for each model and block (`probes.attention_masks`). As evidence, hide as many other
+tokens beside.
 
 Source: attention knock-out, Geva et al. 2023 (arXiv 2304.14767).
 """
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
@@ -24,6 +26,7 @@ from lensclust.fits import require_fits
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
 from lensclust.sites import model_name
+from probes.attention_masks import attention_blocks, hidden_from, hiding_places
 
 
 def answers_cut_off(
@@ -39,18 +42,18 @@ def answers_cut_off(
     """What ``readout`` makes of the last token's logits while some tokens are out of sight.
 
     Args:
-        model: a hooked model, in eval mode, with eager attention.
+        model: a hooked model, in eval mode.
         prompts: what to run.
         readout: as in `lensclust.readouts.answers`.
         hidden: tokens that are not to be looked at.
         since: read position of the first token that does not see them.
-        blocks: where; all unless given.
+        blocks: where; all that have attention unless given.
         batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
 
     Raises:
         InputError: if the tokens have another shape, one that is hidden does not stand before
-            ``since``, there is no such position or block, a block shows no pattern, or the
-            prompts do not fit the model.
+            ``since``, there is no such position or block, a block has no attention or none
+            that tokens can be hidden from, or the prompts do not fit the model.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -76,13 +79,17 @@ def answers_cut_off(
             f"answers_cut_off: token {place} of prompt {row} is hidden, expected tokens before "
             f"{since!r}, which is {int(begin[row])}"
         )
-    chosen = range(model.cfg.n_layers) if blocks is None else list(blocks)
+    chosen = attention_blocks(model) if blocks is None else list(blocks)
     if unknown := [block for block in chosen if not 0 <= block < model.cfg.n_layers]:
         raise InputError(
             f"answers_cut_off: block {unknown[0]} does not exist: {model_name(model)} has blocks "
             f"0..{model.cfg.n_layers - 1}"
         )
-    names = [f"blocks.{block}.attn.hook_pattern" for block in chosen]
+    if blocks is None and not chosen:
+        raise InputError(
+            f"answers_cut_off: {model_name(model)} has no block whose attention can be reached"
+        )
+    places = hiding_places(model, chosen, caller="answers_cut_off")
     hooked: Any = model
     device = model_device(model)
     parts, order = [], []
@@ -90,38 +97,18 @@ def answers_cut_off(
         for rows in batches(prompts.lengths, batch_tokens or default_budget(model)):
             last = prompts.lengths[rows] - 1
             width = int(last.max()) + 1
-            cut = _Cut(hidden[rows, :width].to(device), begin[rows].to(device))
-            states = _only_last(last)
-            logits = hooked.run_with_hooks(
-                prompts.tokens[rows, :width].to(device),
-                fwd_hooks=[*((name, cut) for name in names), states],
-                return_type="logits",
-                **without_cache(model),
-            )[0]
-            if cut.fired < len(names):
-                raise InputError(
-                    f"answers_cut_off: {model_name(model)} shows {cut.fired} of {len(names)} "
-                    "patterns; load the model with eager attention"
-                )
+            looks = torch.arange(width) >= begin[rows][:, None]
+            gone = (looks[:, :, None] & hidden[rows, None, :width])[:, None].to(device)
+            with hidden_from(model, places, dict.fromkeys(places, gone)):
+                logits = hooked.run_with_hooks(
+                    prompts.tokens[rows, :width].to(device),
+                    fwd_hooks=[_only_last(last)],
+                    return_type="logits",
+                    **without_cache(model),
+                )[0]
             parts.append(readout(logits.float(), rows).cpu())
             order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
-
-
-class _Cut:
-    """A hook that takes attention off hidden tokens; counts how often it was asked."""
-
-    def __init__(self, hidden: Bool[Tensor, "row key"], begin: Int[Tensor, " row"]) -> None:
-        looks = torch.arange(hidden.shape[1], device=hidden.device) >= begin[:, None]
-        self.gone = (looks[:, :, None] & hidden[:, None, :])[:, None]
-        self.fired = 0
-
-    def __call__(
-        self, pattern: Float[Tensor, "row head query key"], hook: Any
-    ) -> Float[Tensor, "row head query key"]:
-        self.fired += 1
-        left = pattern.masked_fill(self.gone, 0)
-        return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
 
 
 def _only_last(last: Int[Tensor, " row"]) -> tuple[str, Callable[[Tensor, Any], Tensor]]:

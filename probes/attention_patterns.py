@@ -7,7 +7,7 @@ costs nothing: models that are hooked compute it anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import without_cache
+from lensclust.agreement import agrees, remembered
+from lensclust.batching import model_device, without_cache
+from lensclust.effects import attention_kernel, unhooked
 from lensclust.errors import InputError
-from lensclust.sites import Site, head_frames, hook_name, model_name, resolve
+from lensclust.sites import Site, head_blocks, head_frames, hook_name, model_name
 from probes.answer_losses import Loss
 
-# Of one block: its pattern, and how long each value is (None unless asked for). What comes back
-# is shown the gradient of the loss with respect to the pattern, when the backward gets there.
+# Standard deviation of the values that are put in to see what is done to them: more than any clip.
+LARGE = 1000.0
+
+# Of one block, by its place among those that have attention: its pattern, and how long each value
+# is (None unless wanted). What comes back is shown the gradient of the loss with respect to the
+# pattern, when the backward gets there.
 Pattern = Float[Tensor, "row head query key"]
 Lengths = Float[Tensor, "row head key"]
 ShowGradient = Callable[[Pattern], None]
@@ -34,25 +40,28 @@ class PatternReader:
     Args:
         model: a hooked model, in eval mode, with eager attention.
         values: whether the lengths of values are wanted: ``||v W_O||`` of each head and token,
-            a head's bias ``b_V`` included (Kobayashi et al. 2020, section 3).
-        caller: in whose name errors speak.
+            a head's bias ``b_V`` included (Kobayashi et al. 2020, section 3), of the values that
+            the pattern weights (`value_readings`).
+        caller: function name used in error messages.
+
+    Attributes:
+        blocks: the blocks that have attention.
 
     Raises:
-        InputError: if a block has no pattern to read, or no values where they are wanted.
+        InputError: if there is no pattern to read, or no values where they are wanted.
     """
 
     def __init__(self, model: TransformerLensModel, *, values: bool, caller: str) -> None:
-        resolve(model, "z")
         self.model: Any = model
         self.caller = caller
-        self.blocks = range(model.cfg.n_layers)
-        hooks = self.model.hook_dict
-        kinds = ["hook_pattern", *(["hook_v"] if values else [])]
-        for name in (self._hook(block, kind) for block in self.blocks for kind in kinds):
-            if name not in hooks:
+        self.blocks = head_blocks(model)
+        for name in (self._hook(block, "hook_pattern") for block in self.blocks):
+            if name not in self.model.hook_dict:
                 raise InputError(f"{caller}: {model_name(model)} has no {name!r} to read")
         # z F is as long as z W_O, in d_head numbers.
-        self.frames = head_frames(model, self.blocks) if values else None
+        self.readings = value_readings(model, self.blocks, caller=caller) if values else None
+        frames = [head_frames(model, [block])[0] for block in self.blocks] if values else []
+        self.frames = dict(zip(self.blocks, frames, strict=False))
 
     def run(
         self,
@@ -99,6 +108,106 @@ class PatternReader:
         return f"blocks.{block}.attn.{kind}"
 
 
+# What may happen to values between the hook that shows them and the product with the pattern.
+CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "none": lambda value, model: value,
+    "clipped": lambda value, model: value.clamp(-_clip(model), _clip(model)),
+    "heads first": lambda value, model: value.transpose(1, 2),
+}
+VALUES = ("hook_v", "v_norm.hook_out")
+
+
+def value_readings(
+    model: TransformerLensModel, blocks: Sequence[int], *, caller: str
+) -> dict[int, tuple[str, str]]:
+    """Where the values that a block's pattern weights are read, and what is still done to them.
+
+    Values of a size of their own are put in at a hook; the pattern times these, changed or not,
+    must be ``z``. So a clip or a norm of values is found, and heads whose sum is gated or normed
+    before ``z`` are refused. Tried once for each model.
+
+    Raises:
+        InputError: if a block's ``z`` is not its pattern times what can be read.
+
+    >>> import lensclust as lc
+    >>> value_readings(lc.load("native:sif-small"), [5], caller="f")
+    {5: ('hook_v', 'none')}
+    """
+    with unhooked(model):
+        found = remembered(
+            model,
+            ("values", attention_kernel(model)),
+            lambda: _find_values(model, head_blocks(model)),
+        )
+    for block in blocks:
+        if found[block] is None:
+            raise InputError(
+                f"{caller}: values of block {block} of {model_name(model)} cannot be weighted: its "
+                "heads' output is not attention times values (it is gated or normed, or values "
+                "are changed after they can be read); use another weighting"
+            )
+    return {block: reading for block in blocks if (reading := found[block]) is not None}
+
+
+@torch.no_grad()
+def _find_values(model: Any, blocks: Sequence[int]) -> dict[int, tuple[str, str] | None]:
+    found: dict[int, tuple[str, str] | None] = dict.fromkeys(blocks)
+    changes = [change for change in CHANGES if change != "clipped" or _clip(model)]
+    for name in VALUES:
+        here = [block for block in blocks if f"blocks.{block}.attn.{name}" in model.hook_dict]
+        for block in here if None in found.values() else []:
+            shown = _shown_with_large_values(model, block, name)
+            for change in changes:
+                if found[block] is None and _weighted(*shown, CHANGES[change], model):
+                    found[block] = (name, change)
+    return found
+
+
+def _shown_with_large_values(model: Any, block: int, name: str) -> tuple[Tensor, ...]:
+    """A block's pattern and ``z`` when its values are far larger than they ever are, and these."""
+    length = min(6, model.cfg.n_ctx or 6)
+    tokens = (3 + 7 * torch.arange(length, device=model_device(model)))[None] % model.cfg.d_vocab
+    shown: dict[str, Tensor] = {}
+
+    def enlarge(value: Tensor, hook: Any) -> Tensor:
+        shown[name] = value / value.float().std().to(value).clamp(min=1e-6) * LARGE
+        return shown[name]
+
+    def keep(kind: str) -> tuple[str, Callable[[Tensor, Any], None]]:
+        def hook(value: Tensor, hook: Any) -> None:
+            shown[kind] = value
+
+        return f"blocks.{block}.attn.{kind}", hook
+
+    model.run_with_hooks(
+        tokens,
+        fwd_hooks=[(f"blocks.{block}.attn.{name}", enlarge), keep("hook_pattern"), keep("hook_z")],
+        return_type=None,
+        **without_cache(model),
+    )
+    return tuple(shown[kind] for kind in ("hook_pattern", name, "hook_z") if kind in shown)
+
+
+def _weighted(*given: Any) -> bool:
+    """Whether ``z`` is the pattern times the values, after a change."""
+    if len(given) != 5:  # one of them has not fired
+        return False
+    pattern, value, z, change, model = given
+    heads = pattern.shape[1]
+    value = change(value, model) if value.dim() == 4 else value
+    if value.dim() != 4 or heads % value.shape[2] or z.shape[2] != heads:
+        return False
+    each = value.float().repeat_interleave(heads // value.shape[2], dim=2)
+    dtype = min((pattern.dtype, z.dtype), key=lambda kind: torch.finfo(kind).bits)
+    return agrees(torch.einsum("bhqk,bkhd->bqhd", pattern.float(), each), z.float(), dtype=dtype)
+
+
+def _clip(model: Any) -> float:
+    """How large values can be, 0 if there is no bound."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return float(getattr(config, "clip_qkv", None) or 0)
+
+
 class _AllSeen(Exception):
     """Raised inside a hook to end a forward that has nothing left to show."""
 
@@ -123,8 +232,9 @@ class _Showing:
             only = lambda value, hook: value[row.to(value.device), last.to(value.device)][None]  # noqa: E731
             found.append(("unembed.hook_in", only))
         for block in reader.blocks:
-            if reader.frames is not None:
-                found.append((reader._hook(block, "hook_v"), self._see_values(block)))
+            if reader.readings is not None:
+                name, change = reader.readings[block]
+                found.append((reader._hook(block, name), self._see_values(block, CHANGES[change])))
             found.append((reader._hook(block, "hook_pattern"), self._see_pattern(block)))
         return found
 
@@ -132,25 +242,28 @@ class _Showing:
         self.entering = value.detach().requires_grad_()
         return self.entering
 
-    def _see_values(self, block: int) -> Callable[[Tensor, Any], None]:
-        assert self.reader.frames is not None
+    def _see_values(
+        self, block: int, change: Callable[[Tensor, Any], Tensor]
+    ) -> Callable[[Tensor, Any], None]:
         frame = self.reader.frames[block]
 
         def hook(value: Float[Tensor, "row key group d_head"], hook: Any) -> None:
             here = frame.to(value.device)
-            each = value.detach().to(here).repeat_interleave(len(here) // value.shape[2], dim=2)
+            value = change(value.detach(), self.reader.model)
+            each = value.to(here).repeat_interleave(len(here) // value.shape[2], dim=2)
             self.lengths[block] = torch.einsum("bkhd,hdr->bhkr", each, here).norm(dim=-1)
 
         return hook
 
     def _see_pattern(self, block: int) -> Callable[[Tensor, Any], None]:
         name = self.reader._hook(block, "hook_pattern")
+        place = self.reader.blocks.index(block)
 
         def hook(value: Tensor, hook: Any) -> None:
             if name not in self.awaited:
                 raise RuntimeError(f"{self.reader.caller}: hook {name!r} fired twice")
             self.awaited.discard(name)
-            show_gradient = self.show(block, value.detach(), self.lengths.pop(block, None))
+            show_gradient = self.show(place, value.detach(), self.lengths.pop(block, None))
             if show_gradient is not None and value.requires_grad:
 
                 def backward(gradient: Tensor) -> None:

@@ -169,9 +169,9 @@ def sample_attention(
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
 
         def show(
-            block: int, pattern: Pattern, _: Lengths | None, rows: torch.Tensor = rows
+            index: int, pattern: Pattern, _: Lengths | None, rows: torch.Tensor = rows
         ) -> None:
-            here = places.get(block, [])
+            here = places.get(reader.blocks[index], [])
             numbers = [wanted[place].head for place in here]
             for row, prompt in enumerate(rows.tolist() if here else []):
                 n = lengths[prompt]
@@ -193,10 +193,10 @@ def _heads(model: TransformerLensModel, heads: SiteSelector) -> list[Site]:
         raise InputError("sample_attention: no head given, expected at least one")
     for site in sites:
         if site.kind != "head" or (site.layer, site.head) not in known:
-            cfg = model.cfg
+            blocks, numbers = (sorted({place[axis] or 0 for place in known}) for axis in (0, 1))
             raise InputError(
-                f"sample_attention: {str(site)!r} is no head of {model_name(model)}: it has blocks "
-                f"0..{cfg.n_layers - 1}, heads 0..{cfg.n_heads - 1}"
+                f"sample_attention: {str(site)!r} is no head of {model_name(model)}: it has heads "
+                f"{numbers[0]}..{numbers[-1]} in blocks {blocks}"
             )
     return list(dict.fromkeys(sites))
 

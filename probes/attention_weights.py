@@ -33,10 +33,11 @@ class SpanWeights:
         rows: Int[np.ndarray, " row"],
         tokens: Int[Tensor, "row token"],
         model: Any,
+        blocks: int,
         draws: int,
         seed: int,
     ) -> None:
-        cfg, device = model.cfg, tokens.device
+        heads, device = model.cfg.n_heads, tokens.device
         self.place = {name: index for index, name in enumerate(weightings)}
         self.draws = draws
         columns = spans.columns(rows, tokens.shape[1], draws=draws, seed=seed)
@@ -47,11 +48,11 @@ class SpanWeights:
         inside = places < queries[:, 1:]
         self.queries = torch.minimum(places, queries[:, 1:] - 1).to(device)
         self.shares = (inside / inside.sum(1, keepdim=True)).to(device)
-        shape = (len(weightings), len(rows), cfg.n_layers, cfg.n_heads, 2)
+        shape = (len(weightings), len(rows), blocks, heads, 2)
         self.weights = torch.empty(shape, device=device)
         # Sums over prompts of the log ratios that are numbers, and how many there were.
-        heads = cfg.n_heads + len(OVER_HEADS)
-        self.null = torch.zeros((2, len(weightings), cfg.n_layers, heads, draws), device=device)
+        heads += len(OVER_HEADS)
+        self.null = torch.zeros((2, len(weightings), blocks, heads, draws), device=device)
 
     def show(self, block: int, pattern: Pattern, lengths: Lengths | None) -> ShowGradient | None:
         looks = self._of_queries(pattern)

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
-from lensclust.activations import VARIABLES, dataset_sites, prompt_labels, select
+from lensclust.activations import VARIABLES, dataset_sites, prompt_labels, select, with_labels
 from lensclust.sites import Site
 
 
@@ -48,7 +48,7 @@ class Centroids:
             coords = {name: acts[name].values for name in axes} | self.coords
             variables[variable] = xr.DataArray(
                 stacked.reshape(*sizes, *stacked.shape[1:]),
-                dims=(*axes, *self.coords, acts[variable].dims[-1]),
+                dims=(*axes, *self.coords, "d_head" if variable == "z" else "d_model"),
                 coords=coords,
             )
         return xr.Dataset(variables)
@@ -66,7 +66,8 @@ def mean_states(
 
     Returns:
         By variable of the activations: ``resid (layer, [given,] label, d_model)``,
-        ``z (block, head, ...)``; NaN where no prompt has that label and value.
+        ``z (block, head, ...)``; NaN where no prompt has that label and value. Prompts without
+        a label are left out (and a line says so in the log).
 
     Raises:
         InputError: if a label or position does not exist.
@@ -76,6 +77,7 @@ def mean_states(
     >>> mean_states(acts, by="task", given="input").resid.dims
     ('layer', 'input', 'task', 'd_model')
     """
+    acts = with_labels("mean_states", acts, by=by, given=given)
     condition = None if given is None else prompt_labels(acts, given)
     centroids = Centroids(prompt_labels(acts, by), condition, by, given)
     sites = dataset_sites(acts, kinds)

@@ -1,9 +1,13 @@
 """k-means by site: do the states at a layer or head fall into clusters, one for each task?
 
 Standard of evidence: a partition's agreement with the labels means nothing alone. Every score
-stands beside the same score under permuted labels (F1's floor is not 0), and the default
-``given="input"`` clusters the prompts of one input at a time, so that what is found cannot be
-the input. Compare further with the untrained model and with a clustering of the words.
+stands beside the same score under permuted labels (F1's floor is not 0); rows that share a
+wording keep a common label in every relabelling (`probes.design`), the same at every input, so
+that recognition of the wording is no evidence of the task. The agreement of rows with different
+wordings stands apart (``cross_wording_ari``, `probes.partitions`): it is 0 on average where states
+know wordings only. The default ``given="input"`` clusters the prompts of one input at a time, so
+that what is found cannot be the input. Compare further with the untrained model and with a
+clustering of the words.
 
 Source: Wu & Varshney (arXiv 2402.12151) score clusters with F1, ARI and AMI; clustering given
 the input, both readings of F1 and the nulls are our reconstruction.
@@ -12,7 +16,7 @@ the input, both readings of F1 and the nulls are our reconstruction.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +27,7 @@ import xarray as xr
 from joblib import delayed
 
 from lensclust import figures
-from lensclust.activations import dataset_sites, prompt_labels, select, site_values
+from lensclust.activations import dataset_sites, labelled, prompt_labels, select, site_values
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
@@ -32,9 +36,10 @@ from lensclust.sites import Site
 from lensclust.sweeping import in_parallel
 from probes.batched_kmeans import group_partitions
 from probes.centroids import Centroids
-from probes.groups import against_null, label_groups
-from probes.interventions import Intervention, shift, transport
-from probes.partitions import METRICS, SCALES, score_groups
+from probes.design import Exchange, Units
+from probes.groups import Group, against_null, label_groups
+from probes.interventions import Intervention, Label, shift, transport
+from probes.partitions import CROSS_WORDING, METRICS, SCALES, score_groups
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +50,9 @@ class Clustering(Shown):
 
     Attributes:
         frame: one row a site, labelling and metric: ``site, kind, layer, head, position, by,
-            given, metric, value, null_mean, null_std, p, k, n_groups``.
+            given, metric, value, null_mean, null_std, p, smallest_p, n_groups, exchanged, k``;
+            ``exchanged`` says what trades labels under the null, ``smallest_p`` how small p could
+            have been.
         groups: the true labels' scores of each group apart: ``site, kind, layer, head, by, metric,
             group, value`` (``group`` is the value of ``given``).
         centroids: mean state of each label (for each value of ``given``), by variable of the
@@ -54,6 +61,7 @@ class Clustering(Shown):
             With ``given`` the numbers are only comparable inside one group.
         left_out: why rows or groups were not clustered, one sentence each.
         by, given: the labelling and the condition.
+        notes: what a reader of p should know, one sentence each.
     """
 
     frame: pd.DataFrame
@@ -63,6 +71,7 @@ class Clustering(Shown):
     left_out: tuple[str, ...]
     by: str
     given: str | None
+    notes: tuple[str, ...] = ()
 
     def best(self, kind: str = "resid", *, metric: str = "ari") -> Site:
         """The site of a kind with the highest score; ties go to the earliest layer.
@@ -75,7 +84,7 @@ class Clustering(Shown):
             raise InputError(f"best: no site of kind {kind!r}, only {set(self.frame['kind'])}")
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
-    def transport(self, source: str, target: str) -> Intervention:
+    def transport(self, source: Label, target: Label) -> Intervention:
         """The move from one label's clusters to another's (`probes.interventions`).
 
         Between the clusters of one condition where the prompts were clustered given one, else
@@ -145,6 +154,7 @@ def cluster(
     position: str | None = None,
     scale: str = "none",
     metrics: str | Sequence[str] = METRICS,
+    units: Units = None,
     permutations: int = 100,
     n_init: int = 4,
     seed: int = 0,
@@ -166,8 +176,12 @@ def cluster(
         position: which read position, if the activations hold several.
         scale: ``none``, ``unit`` (rows to unit norm) or ``standard`` (features to unit variance).
         metrics: which scores to compute; ``silhouette`` alone costs more than k-means where many
-            rows are clustered together.
-        permutations: labellings in the null; p is at least 1 / (permutations + 1).
+            rows are clustered together. Those across wordings are left out, with a note, where
+            no two wordings share a label.
+        units: rows that keep a common label under the null (`probes.design`): a column, several,
+            one value a row, or ``"rows"``. Default: those of one wording, as far as columns tell.
+        permutations: relabellings in the null; where there are fewer, all of them. p is at least
+            1 / (permutations + 1) and 1 / the number of distinct relabellings.
         n_init: k-means restarts.
         seed: of k-means and of the permutations.
         device: run k-means there, restarts, groups and sites stacked (`probes.batched_kmeans`);
@@ -175,18 +189,20 @@ def cluster(
         jobs: worker processes (joblib's ``n_jobs``).
 
     Returns:
-        Scores by site: ``ari``, ``ami``, ``pair_f1``, ``matched_f1`` of the partition and
-        ``silhouette`` of the labels, each with its permuted-label null.
+        Scores by site: ``ari``, ``ami``, ``pair_f1``, ``matched_f1`` of the partition,
+        ``silhouette`` of the labels, and ``cross_wording_ari`` and ``cross_wording_f1`` over rows
+        of different wordings, each with its permuted-label null.
 
     Raises:
         InputError: if a label does not exist or has one value, ``k`` exceeds the rows of every
             group, nothing is left to cluster, a state is not finite, or there is no such device.
 
     >>> import lensclust as lc
-    >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
+    >>> prompts = lc.tasks.sif().where(split="new_string")
+    >>> acts = lc.extract(lc.load("native:sif-small"), prompts, "resid")
     >>> clusters = cluster(acts, by="task", given="input", jobs=1)
-    >>> sorted(clusters.frame.metric.unique())
-    ['ami', 'ari', 'matched_f1', 'pair_f1', 'silhouette']
+    >>> clusters.frame.metric.unique().tolist()
+    ['ari', 'ami', 'pair_f1', 'matched_f1', 'silhouette', 'cross_wording_ari', 'cross_wording_f1']
     """
     if scale not in SCALES:
         raise InputError(f"cluster: scale {scale!r} is not known: expected one of {list(SCALES)}")
@@ -197,18 +213,25 @@ def cluster(
         )
     chosen = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
     _require_known(chosen, METRICS)
+    every = acts.sizes.get("prompt", 0) if isinstance(acts, xr.Dataset) else 0
+    kept, unlabelled = labelled("cluster", acts, by=by, given=given, score_against=score_against)
+    acts = acts.isel(prompt=kept) if unlabelled else acts
     labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *score_against))}
     condition = None if given is None else prompt_labels(acts, given)
-    groups, left_out = label_groups(
+    groups, exchanges, left_out = label_groups(
         "cluster",
         labels,
+        acts,
         by=by,
         given=given,
         condition=condition,
         k=k,
+        units=units,
         permutations=permutations,
         seed=seed,
     )
+    left_out = unlabelled + left_out
+    notes = _require_scores(chosen, groups, exchanges, by)
     sites = dataset_sites(acts, kinds)
     centroids = Centroids(labels[by], condition, by, given)
     options: dict[str, Any] = {"scale": scale, "n_init": n_init, "seed": seed}
@@ -224,26 +247,34 @@ def cluster(
     work = in_parallel(calls, jobs=jobs)
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
-    names = {name: [g.name for g in groups if name in g.codes] for name in labels}
-    assignments = np.empty((len(sites), acts.sizes["prompt"]), dtype=np.int32)
+    names = {
+        (name, across): [g.name for g in groups if name in (g.crossed if across else g.codes)]
+        for name in labels
+        for across in (False, True)
+    }
+    assignments = np.full((len(sites), every), -1, dtype=np.int32)
     place = position or str(acts["position"].values[0])
     with progress_bar("cluster", len(sites), enabled=progress) as advance:
         for index, (site, (scores, found)) in enumerate(zip(sites, work, strict=True)):
-            assignments[index] = found
+            assignments[index, kept] = found
             centroids.add(site, select(acts, site, position=position).values)
             shared = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
             parts += [
                 {**shared, "by": name, "metric": metric, "group": group, "value": value}
                 for (name, metric), values in scores.items()
-                for group, value in zip(names[name], values[:, 0].tolist(), strict=True)
+                for group, value in zip(
+                    names[name, metric in CROSS_WORDING], values[:, 0].tolist(), strict=True
+                )
             ]
             shared |= {"position": place, "given": given or "none"}
             rows += [
-                shared | {"by": name, "metric": metric} | against_null(values)
+                shared
+                | {"by": name, "metric": metric}
+                | against_null(values, exchanges[name], permutations)
                 for (name, metric), values in scores.items()
             ]
             advance()
-    failed = sum(int((assignments[:, group.rows[0]] < 0).sum()) for group in groups)
+    failed = sum(int((assignments[:, kept[group.rows[0]]] < 0).sum()) for group in groups)
     if failed:
         left_out.append(
             f"{failed} of {len(groups) * len(sites)} partitions scored 0: fewer distinct states "
@@ -263,7 +294,27 @@ def cluster(
         left_out=tuple(left_out),
         by=by,
         given=given,
+        notes=notes,
     )
+
+
+def _require_scores(
+    metrics: Sequence[str], groups: Sequence[Group], exchanges: Mapping[str, Exchange], by: str
+) -> tuple[str, ...]:
+    """Notes on the null and on metrics that have no value; an error if none has one."""
+    notes = [note for exchange in exchanges.values() for note in exchange.notes]
+    across = [metric for metric in metrics if metric in CROSS_WORDING]
+    for name in exchanges if across else ():
+        if any(name in group.crossed for group in groups):
+            continue
+        reason = f"expected a {name} in two wordings of one group, found none"
+        if name == by and len(across) == len(metrics):
+            raise InputError(f"cluster: metrics={list(metrics)}: {reason}; choose other metrics")
+        notes.append(f"{' and '.join(across)} by {name} left out: {reason}")
+    for exchange in exchanges.values():
+        if exchange.coarse:
+            log.warning("cluster: %s", exchange.coarse)
+    return tuple(notes)
 
 
 def _require_known(given: Sequence[str], known: Sequence[str]) -> None:

@@ -32,7 +32,8 @@ class ComponentLogits(Shown):
             ``mlp 3`` and ``bias``, with coordinates ``kind``, ``block`` and ``head`` (-1 for
             none); labels have their ``token``; prompts have what ``rows`` said of them, and
             their right label as ``target``. Attributes hold the provenance.
-        error: worst relative error, over prompts, of the sum against the model's own logits.
+        error: worst error, over prompts, of the sum against the model's own label logits, relative
+            to these or to the size of the prompt's logits, whichever is larger.
     """
 
     data: xr.Dataset

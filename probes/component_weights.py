@@ -23,7 +23,7 @@ from lensclust.sites import Site
 from probes.component_logits import ComponentLogits
 from probes.direct_paths import direct_paths
 from probes.interventions import Edit, Intervention
-from probes.steering import Positions, steer
+from probes.steering import Indices, Positions, steer
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +82,11 @@ class Reweighting(Shown):
 
     @contextmanager
     def through(
-        self, model: TransformerLensModel, *, positions: Positions | None = None
+        self,
+        model: TransformerLensModel,
+        *,
+        positions: Positions | None = None,
+        since: Indices | None = None,
     ) -> Iterator[TransformerLensModel]:
         """Run a model whose heads and MLPs write what they write times their weight.
 
@@ -91,7 +95,7 @@ class Reweighting(Shown):
         embedding and the biases are left alone: the whole computation hangs on them.
 
         Args:
-            positions: as in `probes.steering.steer`.
+            positions, since: as in `probes.steering.steer`.
 
         Raises:
             InputError: if the model has no such heads or MLPs, or its heads pass through a norm
@@ -101,7 +105,7 @@ class Reweighting(Shown):
         if not sites:
             yield model
             return
-        with steer(model, self.intervention, at=sites, positions=positions):
+        with steer(model, self.intervention, at=sites, positions=positions, since=since):
             yield model
 
     @property

@@ -10,6 +10,8 @@ counted there):
     embed   (what enters the first block) · M / σ
     bias    (sum of attention biases) · M / σ + β U[labels] + b_U[labels]
 
+Where a model multiplies what heads add (Granite) or its logits (Cohere, Granite), so does the sum.
+
 The bracket is computed once a block and label set, so no head's contribution is ever spelt out
 in ``d_model`` numbers, and unembedding is done at the last token alone.
 
@@ -27,17 +29,18 @@ import xarray as xr
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.agreement import rounding_tolerance
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits, require_given
+from lensclust.labels import label_texts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import States, answers_with_states
-from lensclust.sharing import rounding_tolerance
 from lensclust.sites import model_name
 from probes.choices import Choices, label_tokens
 from probes.component_logits import ComponentLogits
-from probes.label_logits import LabelLogits, component_table, require_decomposable
+from probes.label_logits import LabelLogits, component_table, require_decomposable, soft_cap
 
 # Parts that miss the model's own logits by more are refused.
 TOLERANCE = 1e-3
@@ -74,8 +77,9 @@ def decompose(
 
     Raises:
         InputError: if a label is not one token or two have the same one, a prompt's label is
-            none of them, the parts do not add up to the model's own label logits (relative
-            error above 1e-3, or what rounding explains in half precision), or as `extract`.
+            none of them, a block has no heads, the parts do not add up to the model's own label
+            logits (an error above 1e-3 of these, or of the size of the prompt's logits where
+            that is larger; in half precision what rounding explains), or as `extract`.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -99,7 +103,10 @@ def decompose(
             advance(int((~seen[rows]).sum()))
             seen[rows] = True
             own = logits[:, parts.labels.to(logits.device)]
-            return torch.cat([parts.of(states), own[:, None].to(parts.matrix)], dim=1)
+            # How large the logits of all tokens are: one that is near 0 is no better known.
+            size = logits.square().mean(1).sqrt()[:, None].expand_as(own)
+            beside = torch.stack([own, size], dim=1).to(parts.matrix)
+            return torch.cat([parts.of(states), beside], dim=1)
 
         found = answers_with_states(
             model,
@@ -109,10 +116,11 @@ def decompose(
             batch_tokens=batch_tokens,
             share_prefixes=share_prefixes,
         )
-    logits, own = found[:, :-1].numpy(), found[:, -1].numpy()
+    logits, own, size = found[:, :-2].numpy(), found[:, -2].numpy(), found[:, -1].numpy()
     cap = soft_cap(model)
     capped = logits.sum(1) if cap is None else cap * np.tanh(logits.sum(1) / cap)
-    error = float(np.max(np.linalg.norm(capped - own, axis=1) / np.linalg.norm(own, axis=1)))
+    scale = np.maximum(np.linalg.norm(own, axis=1), np.linalg.norm(size, axis=1))
+    error = float(np.max(np.linalg.norm(capped - own, axis=1) / scale))
     allowed = max(TOLERANCE, rounding_tolerance(parts.weight.dtype))
     if not error <= allowed:
         raise InputError(
@@ -125,19 +133,13 @@ def decompose(
     )
 
 
-def soft_cap(model: Any) -> float | None:
-    """``c`` of a model whose logits are ``c tanh(logits / c)``, else None."""
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    return float(cap) if cap is not None and cap > 0 else None
-
-
 def _targets(prompts: Prompts, column: str, labels: list[str]) -> np.ndarray:
     if column not in prompts.rows:
         raise InputError(
             f"decompose: no column {column!r} with the right labels: rows have "
             f"{list(prompts.rows)}; label=None if there are none"
         )
-    values = prompts.rows[column].astype(str).to_numpy()
+    values = label_texts(prompts.rows[column].array)
     unknown = sorted({*values} - {*labels})
     if unknown:
         raise InputError(

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.sites import BLOCK_HOOKS, Site, hook_name, model_name
+from lensclust.sites import BLOCK_HOOKS, Site, hook_name, model_name, output_weights
 from probes.frozen_norms import FrozenNorm, exact
-from probes.label_logits import component_table, require_decomposable
+from probes.label_logits import Multipliers, component_table, require_decomposable
 
 Hook = Callable[[Tensor, Any], Tensor | None]
 
@@ -67,6 +67,7 @@ class _Writers:
     def __init__(self, model: Any, changes: Mapping[str, float]) -> None:
         self.model, self.changes = model, changes
         self.norm = FrozenNorm.of(model.ln_final, model.W_U, model.cfg.d_model)
+        self.multipliers = Multipliers.of(model)
         self.more: Tensor | None = None
         self.held: Tensor = torch.empty(0)
 
@@ -103,13 +104,10 @@ class _Writers:
         if (change := self.changes.get(f"mlp {block}")) is not None:
             name = BLOCK_HOOKS["mlp_out"].format(block)
             found.append((name, lambda value, hook: self._add(change * value)))
-        attention = self.model.blocks[block].attn
-        b_o = getattr(attention, "b_O", None)
+        w_o, b_o = output_weights(self.model, block)
+        factor = self.multipliers.attention[block]
         bias = self.changes.get("bias", 0.0)
-        heads = [
-            self.changes.get(str(Site("head", block, head)), 0.0)
-            for head in range(attention.W_O.shape[0])
-        ]
+        heads = [self.changes.get(str(Site("head", block, head)), 0.0) for head in range(len(w_o))]
         if not any([*heads, bias]):
             return found
         changes = torch.tensor(heads)
@@ -119,16 +117,16 @@ class _Writers:
             nonlocal more
             dtype = exact(z.dtype)
             scaled = z.to(dtype) * changes.to(z.device, dtype)[:, None]
-            more = torch.einsum("bphd,hdm->bpm", scaled, attention.W_O.to(dtype))
+            more = torch.einsum("bphd,hdm->bpm", scaled, w_o.to(scaled))
             if b_o is not None:
-                more = more + bias * b_o.to(dtype)
+                more = more + bias * b_o.to(more)
             if after is None:
-                self._add(more)
+                self._add(factor * more)
 
         found.append((BLOCK_HOOKS["z"].format(block), attend))
         after = getattr(self.model.blocks[block], "ln1_post", None)
         if after is not None:
-            norm = FrozenNorm.of(after, attention.W_O, self.model.cfg.d_model)
+            norm = FrozenNorm.of(after, self.model.W_U.to(w_o.device), self.model.cfg.d_model)
             before = torch.empty(0)
 
             def hold(value: Tensor, hook: Any) -> None:
@@ -137,7 +135,8 @@ class _Writers:
 
             def write(value: Tensor, hook: Any) -> None:
                 inverse = norm.inverse_scale(before, value)[..., None]
-                self._add(norm.scaled_only(more.to(norm.gain)) * inverse + bias * norm.shift)
+                written = norm.scaled_only(more.to(norm.gain)) * inverse + bias * norm.shift
+                self._add(factor * written)
 
             stem = f"blocks.{block}.ln1_post"
             found += [(f"{stem}.hook_in", hold), (f"{stem}.hook_out", write)]

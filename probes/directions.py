@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from lensclust.errors import InputError
 from lensclust.sites import Site
-from probes.interventions import Edit, Intervention, States, require_labels, states_at
+from probes.interventions import Edit, Intervention, Label, States, require_labels, states_at
 
 Vector = Float[np.ndarray, " d"] | Float[Tensor, " d"]
 
 
 def project(
-    centroids: xr.Dataset, source: str, target: str, *, by: str = "task", name: str = "project"
+    centroids: xr.Dataset, source: Label, target: Label, *, by: str = "task", name: str = "project"
 ) -> Intervention:
     """Set the coordinate along the difference of two labels' means to the target's.
 
@@ -52,11 +52,11 @@ def project(
     >>> bool((move.size(once, site) < 1e-5).all())  # already there
     True
     """
-    require_labels(centroids, by, source, target)
+    places = require_labels(centroids, by, source, target)
 
     def edit_at(site: Site) -> Edit:
         values = states_at(centroids, site)
-        start, stop = (values.sel({by: label}) for label in (source, target))
+        start, stop = (values.isel({by: place}) for place in places)
         # A condition that only one of the two has would tilt the difference.
         both = np.isfinite(start) & np.isfinite(stop)
         others = [d for d in start.dims if d != values.dims[-1]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
-from lensclust.activations import prompt_labels, select
+from lensclust.activations import prompt_labels, select, with_labels
 from lensclust.sites import Site
 from probes.interventions import Edit, Intervention, States
 
@@ -38,6 +38,7 @@ def erase(
 
     Source: arXiv 2306.03819, by the authors' package ``concept-erasure``.
     """
+    acts = with_labels("erase", acts, by=by, given=given)
     labels = prompt_labels(acts, by)
     conditions = None if given is None else prompt_labels(acts, given)
 
@@ -73,6 +74,7 @@ def erase_random(
     name: str = "erase, random subspace",
 ) -> Intervention:
     """The control of `erase`: project out as many random directions as it removes."""
+    acts = with_labels("erase_random", acts, by=by, given=given)
     labels = prompt_labels(acts, by)
     conditions = None if given is None else prompt_labels(acts, given)
 

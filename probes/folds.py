@@ -1,16 +1,17 @@
 """Which rows are held out together, and which labellings a probe's score is compared with.
 
 Folds keep a group (a template, an instruction) on one side. The null permutes labels over what
-is exchangeable and over nothing finer, since rows that share a wording are not independent:
+is exchangeable and over nothing finer, since rows that share a wording are not independent
+(`probes.design`): whole wordings, or the labels within each, and where no column tells wordings
+apart the groups take their place. Without either, rows trade labels within their fold.
 
-    no groups                       rows, within their fold
-    labels constant in each group   whole groups, within their fold
-    labels vary within groups       the labels of a group trade places: all rows of one label in
-                                    one group move together, as rows of one instruction must
-      with ``exchange="rows"``      single rows within their group
+    groups lie inside units (or units are groups)   dealt to folds by unit (by label), so that each
+                                                    label spreads evenly
+    units lie inside a fold                         they trade labels with those of their fold
 
-Groups are dealt to folds by the first label they hold, so that each label spreads evenly. No
-permutation above changes how many such groups a fold has, so the null stays exact.
+No relabelling above changes how many such groups a fold has, so the null stays exact. With
+``exchange="rows"`` single rows trade labels within their group, right only if labels were given
+out row by row.
 
 A control task (Hewitt & Liang 2019, arXiv 1909.03368) gives each value of a label, such as each
 input word, a target label at random: what a probe scores there it has memorised.
@@ -19,21 +20,18 @@ input word, a target label at random: what a probe scores there it has memorised
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Int
-from scipy.special import gammaln
 
 from lensclust.activations import prompt_labels
 from lensclust.errors import InputError
+from probes.design import ROWS, UNEQUAL_ROWS, Exchange, Units, exchangeable, nested
 
 # One random control task is a noisy estimate; the Gram matrix makes a few cost little more.
 CONTROL_TASKS = 5
 EXCHANGES = ("labels", "rows")
-# Exchanged labels whose rows differ more than this in number change the label frequencies.
-UNEQUAL = 1.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class Design:
             then the permuted labels.
         fold: the fold in which a row is tested.
         n_folds, n_controls: how many.
-        exchanged: what the null permutes: ``rows``, ``groups`` or ``labels within groups`` ...
+        exchanged: what the null permutes, such as ``template`` or ``task within template``.
+        smallest_p: the smallest p that there could be; NaN without permutations.
         notes: what a reader of the scores should know, one sentence each.
     """
 
@@ -56,6 +55,7 @@ class Design:
     n_folds: int
     n_controls: int
     exchanged: str
+    smallest_p: float
     notes: tuple[str, ...]
 
 
@@ -68,6 +68,7 @@ def design(
     folds: int,
     permutations: int,
     exchange: str = "labels",
+    units: Units = None,
     seed: int = 0,
 ) -> Design:
     """Deal rows into folds and draw control tasks and permuted labels.
@@ -86,25 +87,34 @@ def design(
         what = "rows" if groups is None else f"groups of {groups!r}"
         raise InputError(f"probe: folds={folds}, expected 2 to {n_groups}, the number of {what}")
     table = _count(group, true, n_groups, len(names))
+    if exchange not in EXCHANGES:
+        raise InputError(f"probe: exchange {exchange!r} is not known: expected one of {EXCHANGES}")
+    if exchange == "rows":
+        found = _rows_within(acts, target, groups, table)
+    else:
+        found = _exchange(acts, names[true], target, groups, units)
     dealing, controlling, permuting = np.random.default_rng(seed).spawn(3)
-    fold = deal((table > 0).argmax(1), folds, dealing)[group]
+    strata = (table > 0).argmax(1)
+    # What straddles folds must be spread over them evenly, whatever its label.
+    if nested(group, found.unit) and not nested(found.unit, group):
+        strata = found.unit[np.unique(group, return_index=True)[1]]
+    fold = deal(strata, folds, dealing)[group]
     notes = _require_learnable(names, _count(fold, true, folds, len(names)), target, groups)
-    exchanged, unit, block = _exchangeable(true, group, fold, table, groups, exchange)
+    if nested(found.unit, fold):
+        found = found.within(fold)
     if permutations:
-        notes += _require_exchangeable(true, unit, block, permutations, exchanged, folds)
+        notes += _require_exchangeable(found, folds)
     drawn = [] if control is None else _controls(acts, control, true, controlling)
-    of_unit = np.unique(unit, return_index=True)[1]
-    permuted = [
-        permute_within(true[of_unit], block[of_unit], permuting)[unit] for _ in range(permutations)
-    ]
+    labels = found.labellings(permutations, seed=int(permuting.integers(2**32)))
     return Design(
         names=names,
         # The narrowest type: comparing codes is a good part of the work.
-        codes=np.stack([true, *drawn, *permuted], axis=1).astype(np.min_scalar_type(-len(names))),
+        codes=np.stack([true, *drawn, *labels[1:]], axis=1).astype(np.min_scalar_type(-len(names))),
         fold=fold,
         n_folds=folds,
         n_controls=len(drawn),
-        exchanged=exchanged,
+        exchanged=found.exchanged,
+        smallest_p=found.smallest_p(permutations) if permutations else float("nan"),
         notes=tuple(notes),
     )
 
@@ -126,74 +136,50 @@ def deal(
     return fold
 
 
-def permute_within(
-    values: Int[np.ndarray, " unit"], block: Int[np.ndarray, " unit"], rng: np.random.Generator
-) -> Int[np.ndarray, " unit"]:
-    """Values shuffled among the units of each block.
-
-    >>> permute_within(np.array([3, 3, 5]), np.array([0, 0, 1]), np.random.default_rng(0)).tolist()
-    [3, 3, 5]
-    """
-    shuffled = np.empty_like(values)
-    here = np.argsort(block, kind="stable")
-    shuffled[here] = values[np.lexsort((rng.random(len(block)), block))]
-    return shuffled
-
-
-def _exchangeable(
-    true: np.ndarray,
-    group: np.ndarray,
-    fold: np.ndarray,
-    table: np.ndarray,
-    groups: str | None,
-    exchange: str,
-) -> tuple[str, np.ndarray, np.ndarray]:
-    """What the null permutes, the unit of each row and the block in which units trade labels."""
-    rows = np.arange(len(true))
-    if exchange not in EXCHANGES:
-        raise InputError(f"probe: exchange {exchange!r} is not known: expected one of {EXCHANGES}")
+def _exchange(
+    acts: xr.Dataset, labels: np.ndarray, target: str, groups: str | None, units: Units
+) -> Exchange:
+    """What trades labels; groups are the units where no wording is known, or inside one."""
+    found = exchangeable(labels, acts, by=target, units=units, call="probe")
+    if units is not None:
+        return found
     if groups is None:
-        return "rows", rows, fold
-    if ((table > 0).sum(1) == 1).all():
-        if exchange == "rows":
-            raise InputError(
-                f"probe: exchange='rows', but every {groups} has one label: rows within it have "
-                "nothing to exchange"
-            )
-        return "groups", group, fold
-    if exchange == "rows":
-        return "rows within groups", rows, group
-    return "labels within groups", _codes(group * table.shape[1] + true), group
+        # Rows that share nothing else trade labels within their fold, not within their input.
+        alone = found.wording is None and found.unit.max() + 1 == len(labels)
+        return exchangeable(labels, acts, by=target, units=ROWS) if alone else found
+    group = _codes(prompt_labels(acts, groups))
+    if found.wording is None or nested(found.wording, group):
+        return exchangeable(labels, acts, by=target, units=groups, call="probe")
+    return found
 
 
-def _require_exchangeable(
-    true: np.ndarray,
-    unit: np.ndarray,
-    block: np.ndarray,
-    permutations: int,
-    exchanged: str,
-    folds: int,
-) -> list[str]:
-    """Notes on how much the null can say; an error where it can say nothing."""
-    first, sizes = np.unique(unit, return_index=True, return_counts=True)[1:]
-    table = _count(block[first], true[first], int(block.max()) + 1, int(true.max()) + 1)
-    labellings = float((gammaln(table.sum(1) + 1) - gammaln(table + 1).sum(1)).sum())
-    if labellings < 1e-9:
+def _rows_within(
+    acts: xr.Dataset, target: str, groups: str | None, table: Int[np.ndarray, "group label"]
+) -> Exchange:
+    """Single rows, within their group if there are groups."""
+    condition = None if groups is None else prompt_labels(acts, groups)
+    if groups is not None and ((table > 0).sum(1) == 1).all():
         raise InputError(
-            f"probe: no labels can be exchanged ({exchanged}, {folds} folds): use fewer folds, "
-            "other groups or permutations=0"
+            f"probe: exchange='rows', but every {groups} has one label: rows within it have "
+            "nothing to exchange"
         )
-    notes = []
-    if labellings < log(permutations + 1):
-        notes.append(
-            f"only {np.exp(labellings):.0f} labellings by exchanging {exchanged}: p is coarse"
+    labels = prompt_labels(acts, target)
+    return exchangeable(labels, acts, by=target, condition=condition, units=ROWS, call="probe")
+
+
+def _require_exchangeable(found: Exchange, folds: int) -> list[str]:
+    """Notes on how much the null can say; an error where it can say nothing."""
+    if not found.moves:
+        raise InputError(
+            f"probe: no labels can be exchanged ({found.exchanged}, {folds} folds): use fewer "
+            "folds, other groups or permutations=0"
         )
-    if exchanged != "rows" and sizes.max() > UNEQUAL * sizes.min():
-        notes.append(
-            f"exchanging {exchanged} of {sizes.min()} to {sizes.max()} rows changes how frequent "
-            "labels are: trust the p of balanced_accuracy before that of accuracy"
-        )
-    return notes
+    unequal = [
+        f"{note}: trust the p of balanced_accuracy before that of accuracy"
+        for note in found.notes
+        if note.endswith(UNEQUAL_ROWS)
+    ]
+    return [*(note for note in found.notes if not note.endswith(UNEQUAL_ROWS)), *unequal]
 
 
 def _require_learnable(

@@ -32,6 +32,7 @@ from lensclust.activations import head_residual, select
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.fits import require_given
+from lensclust.labels import label_text
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, resolve
@@ -207,7 +208,7 @@ def function_vector(
 def _require_one_task(prompts: Prompts, shuffled: Prompts) -> None:
     if "task" not in prompts.rows or "task" not in shuffled.rows:
         return
-    tasks = sorted({*prompts.rows["task"].astype(str), *shuffled.rows["task"].astype(str)})
+    tasks = sorted({*(label_text(t) for p in (prompts, shuffled) for t in p.rows["task"])})
     if len(tasks) > 1:
         raise InputError(
             f"function_vector: prompts of {len(tasks)} tasks given ({', '.join(tasks[:5])}), "

@@ -17,17 +17,18 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from lensclust.activations import prompt_labels, select
+from lensclust.activations import prompt_labels, select, with_labels
 from lensclust.errors import InputError
+from lensclust.labels import label_text
 from lensclust.sites import Site
 from probes.centroids import mean_states
-from probes.interventions import Edit, Intervention, States, require_labels, states_at
+from probes.interventions import Edit, Intervention, Label, States, require_labels, states_at
 
 
 def only_members(
     intervention: Intervention,
     centroids: xr.Dataset,
-    source: str,
+    source: Label,
     *,
     by: str = "task",
     given: str | None = None,
@@ -55,7 +56,7 @@ def only_members(
     >>> gated.size(states, site).gt(0).tolist() == [True] + 9 * [False]
     True
     """
-    require_labels(centroids, by, source)
+    (place,) = require_labels(centroids, by, source)
     if len(centroids[by]) < 2:
         raise InputError(f"only_members: {by} {source!r} is the only label, expected another")
     if given is not None and given not in centroids.dims:
@@ -67,7 +68,7 @@ def only_members(
         if set(values.dims[:-1]) != set(axes):
             raise InputError(f"only_members: means by {values.dims[:-1]}, expected by {axes}")
         means = values.transpose(*axes, ...).values.reshape(-1, values.shape[-1])
-        owner = np.broadcast_to(values[by].values, values.shape[:-1]).ravel() == source
+        owner = np.broadcast_to(np.arange(len(values[by])), values.shape[:-1]).ravel() == place
         known = np.isfinite(means).all(-1)
         points = torch.from_numpy(means[known].astype(np.float32))
         is_source = torch.from_numpy(owner[known])
@@ -78,14 +79,15 @@ def only_members(
 
         return _where(inside, intervention.edit_at(site))
 
-    return Intervention(name or f"{intervention.name}, members", edit_at)
+    name = name or f"{intervention.name}, members"
+    return Intervention(name, edit_at, intervention.by_row)
 
 
 def only_near(
     intervention: Intervention,
     acts: xr.Dataset,
-    source: str,
-    target: str,
+    source: Label,
+    target: Label,
     *,
     by: str = "task",
     given: str | None = None,
@@ -106,7 +108,9 @@ def only_near(
     Raises:
         InputError: if a label is not there or both are the same.
     """
+    acts = with_labels("only_near", acts, by=by, given=given)
     labels = prompt_labels(acts, by)
+    source, target = label_text(source), label_text(target)
     for label in (source, target):
         if label not in labels:
             known = np.unique(labels).tolist()
@@ -139,7 +143,7 @@ def only_near(
 
         return _where(inside, intervention.edit_at(site))
 
-    return Intervention(name or f"{intervention.name}, near", edit_at)
+    return Intervention(name or f"{intervention.name}, near", edit_at, intervention.by_row)
 
 
 def _distance(states: States, points: Float[Tensor, "point d"]) -> Float[Tensor, " row"]:

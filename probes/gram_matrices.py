@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, site_values
 from lensclust.sites import Site
@@ -120,6 +120,50 @@ def shuffled(a: Side, b: Side, *, debiased: bool) -> tuple[Products, Products, P
     variance = 2 * free + (n - 3) / (n * (n - 1)) * np.outer(*taus)
     variance /= (n + 1) * (n - 1) ** 2 * (n - 2)
     return mean, np.sqrt(np.maximum(variance, 0)), np.sqrt(8) * np.outer(*skews)
+
+
+def relabelled(
+    a: Side, b: Side, orders: Int[np.ndarray, "labelling row"], *, debiased: bool
+) -> Float[np.ndarray, "labelling site_a site_b"]:
+    """Cosines of the Gram matrices of every pair of sites, side b's rows in other orders.
+
+    An order may hold a row twice and leave out another, so b's states are centred again.
+    """
+    n = a.rows
+    found = np.empty((len(orders), len(a.sites), len(b.sites)))
+    step = max(1, KEPT_BYTES // (8 * n * n))
+    for start in range(0, len(a.sites), step):
+        part = range(start, min(start + step, len(a.sites)))
+        kept = np.stack([_centred(_gram(a, i), debiased).ravel() for i in part])
+        for j in range(len(b.sites)):
+            gram = _gram(b, j)
+            centred = _centred(gram, debiased)
+            for index, order in enumerate(orders):
+                whole = len(np.unique(order)) == n
+                moved = (centred if whole else gram)[np.ix_(order, order)]
+                moved = moved if whole else _centred(moved, debiased)
+                found[index, part.start : part.stop, j] = kept @ moved.ravel()
+    return found
+
+
+def _gram(side: Side, index: int) -> Float[np.ndarray, "row row"]:
+    x = host(side.states(index))
+    return x @ x.T
+
+
+def _centred(gram: Float[np.ndarray, "row row"], debiased: bool) -> Float[np.ndarray, "row row"]:
+    """The Gram matrix centred (or U-centred) and of norm 1; NaN where it is 0."""
+    n = len(gram)
+    if debiased:
+        gram = gram * ~np.eye(n, dtype=bool)
+        sums = gram.sum(0) / (n - 2)
+        gram = gram - sums - sums[:, None] + sums.sum() / (n - 1)
+        np.fill_diagonal(gram, 0)
+    else:
+        means = gram.mean(0)
+        gram = gram - means - means[:, None] + means.mean()
+    size = np.linalg.norm(gram)
+    return gram / size if size > 1e-6 else np.full_like(gram, np.nan)
 
 
 def _self_pairs(n: int, diagonals: np.ndarray, traces: np.ndarray) -> np.ndarray:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.errors import InputError
 from lensclust.stats import permutation_p
+from probes.design import Exchange, Units, exchangeable
 
 
 @dataclass(frozen=True)
@@ -22,75 +25,113 @@ class Group:
         rows: indices into the matrix.
         k: number of clusters.
         codes: labelling -> one row of label codes for the true labels, then the permuted ones.
+        wording: labelling -> wording of each row, where rows that share one and rows that do not
+            are told apart (`probes.partitions.cross_wording_ari`).
     """
 
     name: str
     rows: Int[np.ndarray, " row"]
     k: int
     codes: Mapping[str, Int[np.ndarray, "labelling row"]]
+    wording: Mapping[str, Int[np.ndarray, " row"]] = field(default_factory=dict)
+
+    @cached_property
+    def crossed(self) -> frozenset[str]:
+        """Labellings that some rows of different wordings share, and some do not."""
+        return frozenset(name for name in self.wording if self._crosses(name))
+
+    def _crosses(self, name: str) -> bool:
+        cells = np.stack([self.wording[name], self.codes[name][0]])
+        wording, label = np.unique(cells, axis=1)
+        alike = (label[:, None] == label)[wording[:, None] != wording]
+        return bool(alike.any() and not alike.all())
 
 
 def label_groups(
     call: str,
     labels: Mapping[str, np.ndarray],
+    acts: xr.Dataset,
     *,
     by: str,
     given: str | None,
     condition: np.ndarray | None,
     k: int | None = None,
+    units: Units = None,
     permutations: int,
     seed: int,
-) -> tuple[list[Group], list[str]]:
+) -> tuple[list[Group], dict[str, Exchange], list[str]]:
     """The rows to score together, without what cannot be scored, and the reasons.
+
+    The null relabels what is exchangeable (`probes.design`), in all groups alike.
+
+    Args:
+        acts: their columns tell what is exchangeable.
+
+    Returns:
+        Groups, what trades labels under the null of each labelling, and the reasons.
 
     Raises:
         InputError: if ``by`` has one value, ``k`` exceeds the rows of every group, or nothing is
             left; ``call`` is named.
     """
     require_two_values(call, by, labels[by])
-    rng = np.random.default_rng(seed)
     everything = np.arange(len(labels[by]))
     parts = (
         {"all": everything}
         if condition is None
         else {value: np.flatnonzero(condition == value) for value in np.unique(condition)}
     )
-    groups, single, lone, small, constant = [], [], 0, [], set()
+    chosen, single, lone, small = {}, [], 0, []
     for value, part in parts.items():
         names, counts = np.unique(labels[by][part], return_counts=True)
         lone += int((counts == 1).sum())
-        rows = part[np.isin(labels[by][part], names[counts > 1])]
         present = int((counts > 1).sum())
+        members = part[np.isin(labels[by][part], names[counts > 1])]
         if present < 2:
             single.append(value)
-        elif (k or present) > len(rows):
+        elif (k or present) > len(members):
             small.append(value)
         else:
-            codes = {}
-            for name, column in labels.items():
-                true = np.unique(column[rows], return_inverse=True)[1].astype(np.int32)
-                if true.max() == 0:
-                    constant.add(name)
-                    continue
-                codes[name] = np.stack(
-                    [true, *(rng.permutation(true) for _ in range(permutations))]
-                )
-            groups.append(Group(str(value), rows, k or present, codes))
+            chosen[str(value)] = (members, k or present)
     if k is not None and len(small) == len(parts):
         largest = max(len(part) for part in parts.values())
         raise InputError(f"{call}: k={k} clusters asked for, but at most {largest} rows to cluster")
-    if not groups:
+    if not chosen:
         raise InputError(
             f"{call}: nothing to cluster by {by!r} given {given!r}: no group holds two labels "
             "with two rows each"
         )
+    used = np.sort(np.concatenate([members for members, _ in chosen.values()]))
+    codes, wordings = ({name: {} for name in chosen} for _ in range(2))
+    exchanges, constant = {}, set()
+    for name, column in labels.items():
+        scored = [g for g, (rows, _) in chosen.items() if len(set(column[rows].tolist())) > 1]
+        constant |= {name} if len(scored) < len(chosen) else set()
+        if not scored:
+            continue
+        exchanges[name] = exchangeable(
+            column, acts, by=name, condition=condition, units=units, among=used, call=call
+        )
+        relabelled = exchanges[name].labellings(permutations, seed=seed)
+        wording = exchanges[name].wording
+        for group in scored:
+            here = np.searchsorted(used, chosen[group][0])
+            codes[group][name] = _compact(exchanges[name].fitted(relabelled, here, seed=seed))
+            if wording is not None:
+                wordings[group][name] = _compact(wording[here])
+    groups = [Group(g, rows, n, codes[g], wordings[g]) for g, (rows, n) in chosen.items()]
     reasons = {
         f"{lone} rows left out: the only one of their {by} in their group": lone,
         f"{len(single)} of {len(parts)} groups left out: fewer than two {by} labels": single,
         f"{len(small)} of {len(parts)} groups left out: fewer rows than clusters": small,
         f"not scored against {sorted(constant)}: constant given {given}": constant,
     }
-    return groups, [reason for reason, happened in reasons.items() if happened]
+    return groups, exchanges, [reason for reason, happened in reasons.items() if happened]
+
+
+def _compact(codes: np.ndarray) -> np.ndarray:
+    """The same codes without gaps."""
+    return np.unique(codes, return_inverse=True)[1].reshape(codes.shape).astype(np.int32)
 
 
 def require_two_values(call: str, name: str, values: np.ndarray) -> None:
@@ -108,14 +149,19 @@ least two values
         )
 
 
-def against_null(scores: Float[np.ndarray, "group labelling"]) -> dict[str, Any]:
-    """Mean over groups of the true labels' score, beside the same mean under permuted labels."""
+def against_null(
+    scores: Float[np.ndarray, "group labelling"], exchange: Exchange, permutations: int
+) -> dict[str, Any]:
+    """Mean over groups of the true labels' score, beside the same mean under relabellings."""
     mean = scores.mean(0)
-    value, null = float(mean[0]), mean[1:]
+    # Where there is no other relabelling, the true one is the null.
+    value, null = float(mean[0]), mean[1:] if mean.size > 1 else mean
     return {
         "value": value,
-        "null_mean": float(null.mean()) if null.size else float("nan"),
-        "null_std": float(null.std(ddof=1)) if null.size > 1 else float("nan"),
-        "p": float(permutation_p(value, null)),
+        "null_mean": float(null.mean()),
+        "null_std": float(null.std(ddof=1)) if null.size > 1 else 0.0,
+        "p": float(permutation_p(value, mean[1:])),
+        "smallest_p": exchange.smallest_p(permutations),
         "n_groups": len(scores),
+        "exchanged": exchange.exchanged,
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import batches, default_budget, length_steps, model_device
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits, require_given
@@ -37,10 +37,15 @@ from lensclust.fused_attention import fused_attention
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
-from lensclust.sites import model_name, resolve
+from lensclust.sites import head_blocks, model_name
 from probes.activation_patterns import AXES, HeadActivation
 from probes.attribution import BACKWARD
-from probes.head_gates import RowLosses, gate_gradients, require_reach
+from probes.head_gates import (
+    RowLosses,
+    gate_gradients,
+    require_attention_times_gradient,
+    require_reach,
+)
 
 # One forward's tokens over those of one with a backward, where attention is fused.
 FUSED = 2
@@ -69,13 +74,15 @@ def head_activation(
         progress: show a bar.
 
     Returns:
-        A number for each prompt, block and head, in nats, with its sign and without.
+        A number for each prompt and head (blocks without attention have none), in nats, with its
+        sign and without.
 
     Raises:
         InputError: if the model is in training mode, prompts do not fit it or have no answer, a
-            loss or its gradient is not finite (of which prompt), or the gates do not reach the
-            loss: attention that fires hooks beside the computation, or weights whose code has no
-            backward. That is tried once for each model, on the shortest prompt.
+            loss or its gradient is not finite (of which prompt), or the numbers would not be
+            attention times gradient: attention that fires hooks beside the computation, a norm
+            before ``hook_z``, or weights whose code has no backward. That is tried once for each
+            model, on the shortest prompt.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -87,18 +94,18 @@ def head_activation(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"head_activation: batch_tokens={batch_tokens}, expected at least 1")
     scoring = _scoring(model, prompts, loss)
-    resolve(model, "z")
-    trial = scoring.batch(scoring.lengths.argmin().repeat(2))
+    shortest = scoring.batch(scoring.lengths.argmin().repeat(2))
+    require_attention_times_gradient(model, *shortest)
     losses = torch.empty(len(prompts), dtype=torch.float64)
     signed: list[Tensor] = []
     order: list[Tensor] = []
     with (
-        fused_attention(model, trial[0]) as fused,
+        fused_attention(model, int(scoring.lengths.max())) as fused,
         progress_bar("head_activation", len(prompts), enabled=progress) as advance,
     ):
         budget = batch_tokens or max(1, default_budget(model) // (FUSED if fused else BACKWARD))
-        require_reach(model, *trial)
-        for rows in batches(scoring.lengths, budget):
+        require_reach(model, *shortest, path=fused)
+        for rows in batches(scoring.lengths, budget, apart=length_steps(model)):
             found, gradients = gate_gradients(model, *scoring.batch(rows))
             _require_finite(rows, found, "loss")
             _require_finite(rows, gradients.flatten(1).sum(1), "gradient of the loss")
@@ -208,7 +215,7 @@ def _dataset(
     return xr.Dataset(
         {"signed": (AXES, signed), "loss": (("prompt",), losses)},
         {
-            "block": np.arange(signed.shape[1]),
+            "block": head_blocks(model),
             "head": np.arange(signed.shape[2]),
             **{label: ("prompt", values) for label, values in labels.items()},
         },

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.activations import VARIABLES, prompt_labels
 from lensclust.errors import InputError
+from lensclust.labels import MISSING, label_text, label_texts
 from lensclust.sites import Site
 
 States = Float[Tensor, "row d"]
 Edit = Callable[[States], States]
+Label = Any  # a text or what has one: task 0 is "0" (`lensclust.labels`)
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class Intervention:
         name: what to call it in a table.
         edit_at: site -> the function that maps its states ``(row, d)`` to new ones. At heads
             states are ``hook_z`` (``d_head``), elsewhere ``d_model``.
+        by_row: whether what is done to a state depends on its row, such as a random direction
+            for each. `steer` then changes one token of all rows at a time, so that a row is
+            treated alike in a forward of the whole sequence and in one of its last token.
     """
 
     name: str
     edit_at: Callable[[Site], Edit]
+    by_row: bool = False
 
     def size(self, states: States, site: Site) -> Float[Tensor, " row"]:
         """How far each of a site's states is moved (2-norm, in the states' own units)."""
@@ -59,10 +66,13 @@ class Intervention:
             edit = self.edit_at(site)
             return lambda states: states + strength * (edit(states) - states)
 
-        return Intervention(f"{self.name} x{strength:g}", edit_at)
+        return Intervention(f"{self.name} x{strength:g}", edit_at, self.by_row)
 
     def random_twin(self, seed: int = 0) -> Intervention:
-        """Each state moved as far as this intervention moves it, in a random direction."""
+        """Each state moved as far as this intervention moves it, in a random direction.
+
+        In `steer` each row of a batch has one direction, the same at all of its tokens.
+        """
 
         def edit_at(site: Site) -> Edit:
             edit = self.edit_at(site)
@@ -75,7 +85,7 @@ class Intervention:
 
             return random_edit
 
-        return Intervention(f"random direction, norm of {self.name}", edit_at)
+        return Intervention(f"random direction, norm of {self.name}", edit_at, by_row=True)
 
     def norm_matched(self, other: Intervention) -> Intervention:
         """This intervention's directions at the lengths of another's moves."""
@@ -91,11 +101,12 @@ class Intervention:
 
             return edit
 
-        return Intervention(f"{self.name}, norm of {other.name}", edit_at)
+        by_row = self.by_row or other.by_row
+        return Intervention(f"{self.name}, norm of {other.name}", edit_at, by_row)
 
 
 def shift(
-    centroids: xr.Dataset, source: str, target: str, *, by: str = "task", name: str = "shift"
+    centroids: xr.Dataset, source: Label, target: Label, *, by: str = "task", name: str = "shift"
 ) -> Intervention:
     """Add the difference of two labels' mean states.
 
@@ -107,11 +118,11 @@ def shift(
         InputError: if a label is not there, at the call; if the site is not, or the two labels
             share no condition, when it is used.
     """
-    require_labels(centroids, by, source, target)
+    start, stop = require_labels(centroids, by, source, target)
 
     def edit_at(site: Site) -> Edit:
         values = states_at(centroids, site)
-        difference = values.sel({by: target}) - values.sel({by: source})
+        difference = values.isel({by: stop}) - values.isel({by: start})
         others = [d for d in difference.dims if d != values.dims[-1]]
         if not difference.notnull().any():
             raise InputError(f"shift: {source!r} and {target!r} share no {', '.join(others)}")
@@ -123,8 +134,8 @@ def shift(
 
 def transport(
     centroids: xr.Dataset,
-    source: str,
-    target: str,
+    source: Label,
+    target: Label,
     *,
     by: str = "task",
     given: str = "input",
@@ -141,14 +152,12 @@ def transport(
     Raises:
         InputError: if a label is not there or the two share no condition.
     """
-    require_labels(centroids, by, source, target)
+    places = require_labels(centroids, by, source, target)
     require_labels(centroids, given)
 
     def edit_at(site: Site) -> Edit:
         values = states_at(centroids, site)
-        start, stop = (
-            values.sel({by: label}).transpose(given, ...).values for label in (source, target)
-        )
+        start, stop = (values.isel({by: n}).transpose(given, ...).values for n in places)
         known = np.isfinite(start).all(-1) & np.isfinite(stop).all(-1)
         if not known.any():
             raise InputError(f"transport: {source!r} and {target!r} share no {given}")
@@ -178,22 +187,23 @@ def dealt(
     """
     labels = prompt_labels(acts, by)
     groups = np.zeros(len(labels)) if given is None else prompt_labels(acts, given)
+    missing = labels == MISSING
     rng = np.random.default_rng(seed)
     permuted = labels.copy()
     for group in np.unique(groups):
-        rows = np.flatnonzero(groups == group)
+        rows = np.flatnonzero((groups == group) & ~missing)
         permuted[rows] = labels[rng.permutation(rows)]
     return acts.assign_coords({by: ("prompt", permuted)})
 
 
 def replace(
-    centroids: xr.Dataset, target: str, *, by: str = "task", name: str = "replace by mean"
+    centroids: xr.Dataset, target: Label, *, by: str = "task", name: str = "replace by mean"
 ) -> Intervention:
     """Overwrite each state by the target label's mean state (a task vector, Hendel et al. 2023)."""
-    require_labels(centroids, by, target)
+    (place,) = require_labels(centroids, by, target)
 
     def edit_at(site: Site) -> Edit:
-        values = states_at(centroids, site).sel({by: target})
+        values = states_at(centroids, site).isel({by: place})
         others = [d for d in values.dims if d != values.dims[-1]]
         mean = torch.from_numpy(values.mean(others, skipna=True).values)
         return lambda states: mean.to(states).expand_as(states)
@@ -213,22 +223,30 @@ def states_at(centroids: xr.Dataset, site: Site) -> xr.DataArray:
         raise InputError(
             f"site {str(site)!r} is not in these centroids: they hold {list(centroids)}"
         )
-    return centroids[variable].sel(place)
+    feature = "d_head" if variable == "z" else "d_model"
+    return centroids[variable].sel(place).transpose(..., feature, missing_dims="ignore")
 
 
-def require_labels(centroids: xr.Dataset, by: str, *labels: str) -> None:
-    """Refuse labels that these centroids do not hold, or one label twice.
+def require_labels(centroids: xr.Dataset, by: str, *labels: Label) -> list[int]:
+    """Where these labels stand among those of the centroids, compared as texts.
 
     Raises:
-        InputError: says which labels there are.
+        InputError: if one is not there, or is given twice; says which labels there are.
     """
+    if not isinstance(centroids, xr.Dataset):
+        raise InputError(
+            f"given a {type(centroids).__name__}, expected mean states: the dataset that "
+            "probes.mean_states(acts) returns"
+        )
     if by not in centroids.coords:
         raise InputError(
             f"label {by!r} is not in these centroids: they have {list(centroids.dims)}"
         )
-    known = centroids[by].values.tolist()
-    for label in labels:
+    known = np.atleast_1d(label_texts(centroids[by].values)).tolist()
+    wanted = list(map(label_text, labels))
+    for label in wanted:
         if label not in known:
             raise InputError(f"{by} {label!r} is not in these centroids: they have {known}")
-    if len(set(labels)) < len(labels):
-        raise InputError(f"{by} {labels[0]!r} given twice: expected two different ones")
+    if len(set(wanted)) < len(wanted):
+        raise InputError(f"{by} {wanted[0]!r} given twice: expected two different ones")
+    return [known.index(label) for label in wanted]

@@ -8,8 +8,11 @@ number of dimensions; ``debiased=True`` takes the U-statistic instead, which is 
 unrelated states.
 
 Standard of evidence: beside each value stand mean and standard deviation of the same score when
-the prompts of one side are shuffled. Both are exact over all shufflings, so nothing is sampled.
-High CKA says that the geometry is alike, not that the task is what makes it so.
+the prompts of one side are shuffled. Where prompts share wordings (`probes.design`), two sites
+that know nothing but the wording would look alike beside single shuffled prompts: prompts of one
+wording and task then move together, inputs kept side by side, and p is counted over such
+relabellings. Else all prompts are shuffled, and the moments are exact over all shufflings, so
+nothing is sampled. High CKA says that the geometry is alike, not that the task is what makes it so.
 
 Sources: Kornblith et al. (ICML 2019); U-statistic: Song et al. (JMLR 2012), Nguyen et al. (ICLR
 2021); moments under permutation: Kazi-Aoual et al. (1995), Josse et al. (2008).
@@ -17,6 +20,7 @@ Sources: Kornblith et al. (ICML 2019); U-statistic: Song et al. (JMLR 2012), Ngu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +30,22 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy import stats
+from scipy.special import gammaln
 
+from lensclust.activations import require_axes
 from lensclust.errors import InputError
 from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
 from lensclust.figures.style import Picture, finish
+from lensclust.labels import label_texts
 from lensclust.placement import found_device
 from lensclust.showing import Shown
 from lensclust.sites import Site
-from probes.gram_matrices import Side, products, shuffled
+from lensclust.stats import permutation_p
+from probes.design import ROWS, TASK, Exchange, Units, exchangeable
+from probes.gram_matrices import Side, products, relabelled, shuffled
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,17 +54,20 @@ class CKA(Shown):
 
     Attributes:
         frame: one row a pair: ``site_a, kind_a, layer_a, head_a``, the same of ``b``, ``metric``
-            (``cka`` or ``cka_debiased``), ``value, null_mean, null_std, p``; ``p`` is the tail of
-            a Pearson type III curve through the null's moments.
+            (``cka`` or ``cka_debiased``), ``value, null_mean, null_std, p, smallest_p,
+            exchanged``; where ``exchanged`` is ``rows``, ``p`` is the tail of a Pearson type III
+            curve through the null's moments.
         matrix: the values ``(site_a, site_b)``; NaN where a site's states do not vary.
         debiased: whether the U-statistic was taken.
         n: number of prompts.
+        notes: what a reader of p should know, one sentence each.
     """
 
     frame: pd.DataFrame
     matrix: xr.DataArray
     debiased: bool
     n: int
+    notes: tuple[str, ...] = ()
 
     def plot(self) -> Picture:
         """Heat map: one cell a pair of sites."""
@@ -112,6 +126,9 @@ def cka(
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     debiased: bool = False,
+    units: Units = None,
+    permutations: int = 100,
+    seed: int = 0,
     device: Any = None,
 ) -> CKA:
     """Linear CKA between all sites of one activation set, or between those of two.
@@ -125,6 +142,10 @@ def cka(
         kinds: only these kinds of site.
         position: which read position, if the activations hold several.
         debiased: the U-statistic, 0 on average for unrelated states; it can be below 0.
+        units: prompts that move together under the null: a column, several, one value a prompt,
+            or ``"rows"``. Default: those of one wording and task, as far as columns tell.
+        permutations: relabellings where prompts move together; as many Gram products.
+        seed: of the relabellings.
         device: multiply there (`probes.devices`), such as ``"cuda"``. Equal to the CPU's to
             rounding.
 
@@ -134,7 +155,8 @@ def cka(
 
     Raises:
         InputError: if the two sets hold other prompts, there are fewer than 4, a site or position
-            or device does not exist, or a state is not finite.
+            or device does not exist, ``units`` or ``permutations`` are not as above, or a state is
+            not finite.
 
     >>> import lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
@@ -142,22 +164,38 @@ def cka(
     >>> round(float(found.matrix.sel(site_a="resid 2", site_b="resid 2")), 6)
     1.0
     """
+    require_axes(acts)
     n = acts.sizes["prompt"]
     if n < 4:
         raise InputError(f"cka: {n} prompts given, expected at least 4")
+    if permutations < 1:
+        raise InputError(f"cka: permutations={permutations}, expected at least 1")
     if other is not None:
         _require_same_prompts(acts, other)
     there = None if device is None else found_device(device)
     a = Side(acts, kinds, position, there)
     b = a if other is None else Side(other, kinds, position, there)
     found = products(a, b, debiased=debiased)
-    null_mean, null_std, skew = shuffled(a, b, debiased=debiased)
     value = found / np.outer(a.size(debiased=debiased), b.size(debiased=debiased))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = stats.pearson3.sf((value - null_mean) / null_std, skew)
+    exchange = _exchange(acts, units)
+    if exchange is None:
+        null_mean, null_std, skew = shuffled(a, b, debiased=debiased)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = stats.pearson3.sf((value - null_mean) / null_std, skew)
+    else:
+        orders = exchange.orders(permutations, seed=seed)
+        null = relabelled(a, b, orders[1:] if len(orders) > 1 else orders, debiased=debiased)
+        null_mean, null_std = null.mean(0), null.std(0)
+        counted = permutation_p(value, np.moveaxis(null[: len(orders) - 1], 0, -1))
+        p = np.where(np.isnan(value), np.nan, counted)
+        if exchange.coarse:
+            log.warning("cka: %s", exchange.coarse)
     columns = {"value": value, "null_mean": null_mean, "null_std": null_std, "p": p}
     frame = pd.merge(_places(a.sites, "a"), _places(b.sites, "b"), how="cross")
     frame["metric"] = "cka_debiased" if debiased else "cka"
+    least = np.exp(-gammaln(n + 1)) if exchange is None else exchange.smallest_p(permutations)
+    frame["smallest_p"] = float(least)
+    frame["exchanged"] = ROWS if exchange is None else exchange.exchanged
     return CKA(
         frame=frame.assign(**{name: matrix.ravel() for name, matrix in columns.items()}),
         matrix=xr.DataArray(
@@ -167,7 +205,16 @@ def cka(
         ),
         debiased=debiased,
         n=n,
+        notes=() if exchange is None else exchange.notes,
     )
+
+
+def _exchange(acts: xr.Dataset, units: Units) -> Exchange | None:
+    """Prompts that move together; None where each moves alone."""
+    named = TASK in acts.coords and acts[TASK].dims == ("prompt",)
+    labels = acts[TASK].values if named else np.zeros(acts.sizes["prompt"])
+    found = exchangeable(labels, acts, by=TASK, units=units, call="cka")
+    return None if found.wording is None else found.as_units()
 
 
 def _places(sites: Sequence[Site], side: str) -> pd.DataFrame:
@@ -179,6 +226,7 @@ def _places(sites: Sequence[Site], side: str) -> pd.DataFrame:
 
 
 def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
+    require_axes(other)
     n, m = acts.sizes["prompt"], other.sizes["prompt"]
     if n != m:
         raise InputError(f"cka: {n} prompts given against {m}, expected the same prompts")
@@ -190,7 +238,7 @@ def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
         and other[name].dims == ("prompt",)
     ]
     for name in shared:
-        differ = np.flatnonzero(acts[name].values.astype(str) != other[name].values.astype(str))
+        differ = np.flatnonzero(label_texts(acts[name].values) != label_texts(other[name].values))
         if differ.size:
             row = differ[0]
             raise InputError(

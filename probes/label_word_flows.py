@@ -148,7 +148,7 @@ def label_word_flow(
     )
     reader = PatternReader(model, values=False, caller="label_word_flow")
     device = model_device(model)
-    found = np.empty((len(FLOWS), len(prompts), model.cfg.n_layers), dtype=np.float32)
+    found = np.empty((len(FLOWS), len(prompts), len(reader.blocks)), dtype=np.float32)
     budget = batch_tokens or max(1, default_budget(model) // BACKWARD)
     with progress_bar("label words", len(prompts), enabled=progress) as advance:
         for rows in batches(prompts.lengths, budget):
@@ -162,11 +162,11 @@ def label_word_flow(
                 flows.show,
                 loss.of(rows),
             )
-            for block, values in flows.found.items():
-                found[:, rows.numpy(), block] = values.cpu().numpy()
+            for place, values in flows.found.items():
+                found[:, rows.numpy(), place] = values.cpu().numpy()
             advance(len(rows))
     coords: dict[str, Any] = {name: ("prompt", values) for name, values in labels.items()}
-    coords["block"] = np.arange(model.cfg.n_layers)
+    coords["block"] = reader.blocks
     return LabelWordFlow(
         xr.Dataset(
             {flow: (("prompt", "block"), each) for flow, each in zip(FLOWS, found, strict=True)},
@@ -193,10 +193,10 @@ class _Flows:
         self.all = (lengths * (lengths - 1) / 2).to(columns)
         self.found: dict[int, Float[Tensor, "flow row"]] = {}
 
-    def show(self, block: int, pattern: Pattern, _lengths: Lengths | None) -> ShowGradient:
+    def show(self, place: int, pattern: Pattern, _lengths: Lengths | None) -> ShowGradient:
         def show_gradient(gradient: Pattern) -> None:
             saliency = torch.einsum("rhqk,rhqk->rqk", pattern, gradient).abs().tril(-1)
-            self.found[block] = self._flows(saliency.to(exact(saliency.dtype)))
+            self.found[place] = self._flows(saliency.to(exact(saliency.dtype)))
 
         return show_gradient
 

@@ -2,9 +2,10 @@
 
 Standard of evidence: an accuracy means nothing alone. Groups of prompts (templates) are held out
 whole; every score stands beside the same probe under permuted labels, permuted over what is
-exchangeable (`probes.folds`); selectivity subtracts what the probe merely memorises; and since a
-sweep looks at many sites, ``p_corrected`` asks how often the *best* site of a permuted sweep
-does as well (Westfall & Young 1993), which is the p to report for a site found by looking.
+exchangeable (`probes.design`, `probes.folds`); selectivity subtracts what the probe merely
+memorises; and since a sweep looks at many sites, ``p_corrected`` asks how often the *best* site
+of a permuted sweep does as well (Westfall & Young 1993), which is the p to report for a site
+found by looking.
 
 Penalties are fixed beforehand and all reported: choosing one by its own score would leak.
 
@@ -26,13 +27,14 @@ from jaxtyping import Float, Int
 from joblib import delayed
 from threadpoolctl import threadpool_limits
 
-from lensclust.activations import VARIABLES, dataset_sites
+from lensclust.activations import VARIABLES, dataset_sites, labelled
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import mean_interval, permutation_p
 from lensclust.sweeping import in_parallel
+from probes.design import Units
 from probes.folds import Design, design
 from probes.site_fits import KINDS, SiteFit, SiteRows, class_counts, fit_site
 from probes.sweeps import ProbeSweep
@@ -56,6 +58,7 @@ def probe(
     folds: int = 5,
     permutations: int = 100,
     exchange: str = "labels",
+    units: Units = None,
     seed: int = 0,
     device: Any = None,
     jobs: int = -1,
@@ -78,10 +81,13 @@ def probe(
         kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
         position: which read position, if the activations hold several.
         folds: number of splits.
-        permutations: labellings in the null; p is at least 1 / (permutations + 1). 0 for none.
-        exchange: where labels vary within groups, what the null exchanges: ``labels`` (all rows
-            of a label in a group move together: right whenever they share a wording) or ``rows``
-            (right only if labels were given out row by row).
+        permutations: relabellings in the null; p is at least 1 / (permutations + 1) and 1 / the
+            number of distinct relabellings. 0 for none.
+        exchange: what the null exchanges: ``labels`` (of whole units) or ``rows`` (single rows
+            within their group: right only if labels were given out row by row).
+        units: rows that keep a common label under the null (`probes.design`): a column, several,
+            one value a row, or ``"rows"``. Default: those of one wording, as far as columns tell,
+            and else of one group.
         seed: of folds, control tasks and permutations.
         device: make the products and decompositions there (`probes.devices`), in this process
             alone; meant for a GPU with fast float64. Equal to the CPU's to rounding. Not for
@@ -113,6 +119,9 @@ def probe(
     if device is not None and kind == "logistic":
         raise InputError(f"probe: device={device!r}, but logistic probes are fitted on the CPU")
     there = None if device is None else found_device(device)
+    every = acts.sizes.get("prompt", 0) if isinstance(acts, xr.Dataset) else 0
+    kept, unlabelled = labelled("probe", acts, target=target, groups=groups, control=control)
+    acts = acts.isel(prompt=kept) if unlabelled else acts
     plan = design(
         acts,
         target=target,
@@ -121,6 +130,7 @@ def probe(
         folds=folds,
         permutations=permutations,
         exchange=exchange,
+        units=units,
         seed=seed,
     )
     sites = dataset_sites(acts, kinds)
@@ -135,7 +145,9 @@ def probe(
         for fit in work:
             fits.append(fit)
             advance()
-    notes = list(plan.notes)
+    notes = unlabelled + list(plan.notes)
+    fold = np.full(every, -1)
+    fold[kept] = plan.fold
     if stopped := sum(fit.unconverged for fit in fits):
         notes.append(f"{stopped} fits stopped before they converged")
     for note in notes:
@@ -155,7 +167,7 @@ def probe(
     return ProbeSweep(
         frame=frame,
         directions=_by_variable(acts, sites, fits, target, plan.names),
-        fold=plan.fold,
+        fold=fold,
         notes=tuple(notes),
         target=target,
         probe=kind,
@@ -189,6 +201,8 @@ def _against_null(
     """Mean over folds and its interval, beside the same mean under permuted labels."""
     means = scores.mean(1)
     value, null = means[:, 0], means[:, 1:]
+    if not null.size and plan.smallest_p == 1:
+        null = means[:, :1]  # there is no other labelling: the true one is the null
     # Folds share training rows: the variance of their mean is that of k scores plus k / (k - 1).
     widened = np.sqrt(1 + plan.n_folds / (plan.n_folds - 1))
     unknown = np.full(len(value), np.nan)
@@ -210,6 +224,7 @@ def _against_null(
                 "null_std": float(null[index].std(ddof=1)) if null.shape[1] > 1 else float("nan"),
                 "p": float(p[index]),
                 "p_corrected": float(corrected[index]),
+                "smallest_p": plan.smallest_p,
                 "n_folds": plan.n_folds,
                 "exchanged": plan.exchanged,
             }
@@ -232,7 +247,7 @@ def _by_variable(
         intercepts = np.stack([fit.intercepts for fit in own])
         variables[variable] = xr.DataArray(
             weights.reshape(*sizes, *weights.shape[1:]),
-            dims=(*axes, target, acts[variable].dims[-1]),
+            dims=(*axes, target, "d_head" if variable == "z" else "d_model"),
             coords=coords,
         )
         variables[f"{variable}_intercept"] = xr.DataArray(

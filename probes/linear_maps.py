@@ -21,10 +21,11 @@ from functools import cache
 import numpy as np
 import xarray as xr
 
-from lensclust.activations import prompt_labels, select
+from lensclust.activations import prompt_labels, select, with_labels
 from lensclust.errors import InputError
+from lensclust.labels import label_text
 from lensclust.sites import Site
-from probes.interventions import Edit, Intervention
+from probes.interventions import Edit, Intervention, Label
 from probes.map_fits import LinearMap, condition_means, gaussian_map, ridge_map
 
 KINDS = ("ridge", "gaussian")
@@ -32,8 +33,8 @@ KINDS = ("ridge", "gaussian")
 
 def linear_transport(
     acts: xr.Dataset,
-    source: str,
-    target: str,
+    source: Label,
+    target: Label,
     *,
     by: str = "task",
     given: str = "input",
@@ -85,7 +86,10 @@ def linear_transport(
         raise InputError(f"linear_transport: fit {fit!r} is not known: expected one of {KINDS}")
     if penalty is not None and not penalty > 0:
         raise InputError(f"linear_transport: penalty={penalty}, expected a number above 0")
+    pairing = {"given": given} if fit == "ridge" else {}
+    acts = with_labels("linear_transport", acts, by=by, **pairing)
     labels = prompt_labels(acts, by)
+    source, target = label_text(source), label_text(target)
     for label in (source, target):
         if label not in labels:
             known = np.unique(labels).tolist()

@@ -1,7 +1,8 @@
 """Is one dissimilarity matrix like another, nuisances apart: correlations under permuted items.
 
 The entries of a matrix are not independent, its items are: the null relabels the items of the
-hypothesis (Mantel 1967), the same relabellings for whatever it is compared with. With nuisances
+hypothesis (Mantel 1967), those of one wording together (`probes.design`), and in the same ways for
+whatever it is compared with. With nuisances
 ``Z`` (their entries ranked where the comparison ranks, and always a constant), both sides are
 first replaced by what is left of them after least squares on ``Z``. The hypothesis' *residual*
 matrix is then relabelled, and ``Z`` taken out of it again:
@@ -25,7 +26,6 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from lensclust.errors import InputError
-from probes.folds import permute_within
 from probes.rdms import pair_index
 
 # Entries of one block of relabelled matrices.
@@ -101,7 +101,11 @@ class MatrixTest:
             )
         target = np.zeros((n, n))
         target[pairs] = residual
-        return cls(compare, target + target.T, basis)
+        target += target.T
+        # An item that stands in for two is as far from itself as the nearest are.
+        distances = hypothesis[pairs]
+        np.fill_diagonal(target, residual[distances == distances.min()].mean())
+        return cls(compare, target, basis)
 
     def transformed(self, entries: Float[np.ndarray, "matrix pair"]) -> np.ndarray:
         """Ranks (or the entries), without what nuisances explain; 0 where that is all."""
@@ -182,6 +186,20 @@ def relabellings(
     rng = np.random.default_rng(seed)
     items = np.arange(n)
     return np.stack([items, *(permute_within(items, blocks, rng) for _ in range(permutations))])
+
+
+def permute_within(
+    values: Int[np.ndarray, " unit"], block: Int[np.ndarray, " unit"], rng: np.random.Generator
+) -> Int[np.ndarray, " unit"]:
+    """Values shuffled among the units of each block.
+
+    >>> permute_within(np.array([3, 3, 5]), np.array([0, 0, 1]), np.random.default_rng(0)).tolist()
+    [3, 3, 5]
+    """
+    shuffled = np.empty_like(values)
+    here = np.argsort(block, kind="stable")
+    shuffled[here] = values[np.lexsort((rng.random(len(block)), block))]
+    return shuffled
 
 
 def tau_a(x: Float[np.ndarray, " entry"], y: Float[np.ndarray, " entry"]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ import pandas as pd
 import xarray as xr
 from scipy.spatial.distance import cdist
 
-from lensclust.activations import dataset_sites, prompt_labels, select, site_values
+from lensclust.activations import dataset_sites, labelled, prompt_labels, site_values
 from lensclust.errors import InputError
 from probes.centroids import mean_states
+from probes.interventions import states_at
+
+log = logging.getLogger(__name__)
 
 
 def membership(
@@ -49,6 +53,10 @@ def membership(
     >>> membership(new, known).groupby("layer").right.mean().between(0, 1).all()
     np.True_
     """
+    kept, notes = labelled("membership", acts, by=by, given=given)
+    for note in notes:
+        log.warning("membership: %s", note)
+    acts = acts.isel(prompt=kept) if notes else acts
     labels = prompt_labels(acts, by)
     conditions = None if given is None else prompt_labels(acts, given)
     parts = (
@@ -60,10 +68,10 @@ def membership(
     tables = []
     for site in dataset_sites(acts, kinds):
         values = site_values(acts, site, position=position)
-        means = select(centroids.expand_dims(position=["mean"]), site)
+        means = states_at(centroids, site)
         if site.kind == "head":  # in the coordinates of `site_values`
-            frame = acts["head_frame"].sel(block=site.layer, head=site.head).values
-            means = means.copy(data=means.values @ frame)
+            frame = acts["head_frame"].sel(block=site.layer, head=site.head)
+            means = means.copy(data=means.values @ frame.transpose("d_head", "rank").values)
         for value, rows in parts.items():
             here = means if given is None else _condition(means, given, value)
             found = ~np.isnan(here.values).any(-1)
@@ -86,7 +94,7 @@ def membership(
                         "kind": site.kind,
                         "layer": site.layer,
                         "head": site.head,
-                        "prompt": rows,
+                        "prompt": kept[rows],
                         "nearest": names[distance.argmin(1)],
                         "right": to_own < to_other,
                         "margin": (to_other - to_own) / np.maximum(to_other + to_own, 1e-12),

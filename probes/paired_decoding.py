@@ -9,6 +9,7 @@ component can be decoded does not say that the model uses it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,15 @@ import xarray as xr
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
-from lensclust.activations import dataset_sites, prompt_labels
+from lensclust.activations import dataset_sites, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
 from lensclust.showing import Shown
-from lensclust.stats import permutation_p
+from probes.design import Units, exchangeable, flipped_p, nested, smallest_flip_p
 from probes.folds import design
 from probes.moments import SOLVERS
 from probes.site_fits import SiteRows, held_out_labels
+
+log = logging.getLogger(__name__)
 
 CONDITIONS = ("without", "with")
 
@@ -36,7 +39,7 @@ class PairedDecoding(Shown):
     Attributes:
         frame: one row a site: ``site, kind, layer, head, by, probe, penalty, accuracy_without,
             accuracy_with, value`` (the difference), ``ci_low, ci_high`` (95 %, over items), ``p,
-            p_corrected`` (two-sided), ``n, n_items``.
+            p_corrected`` (two-sided), ``smallest_p, n, n_items``.
         right: whether each prompt was read right, ``(condition, site, prompt)``.
     """
 
@@ -63,6 +66,7 @@ def decode(
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     folds: int = 5,
+    units: Units = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> PairedDecoding:
@@ -71,13 +75,15 @@ def decode(
     Args:
         without, with_demonstrations: activations of the same queries in the same order.
         target: the component; a label. Numbers are classes too.
-        groups: the nuisance item, held out whole and resampled; a label.
+        groups: the nuisance item, held out whole; a label.
         kind: ``ridge``, ``lda`` or ``mass_mean``, as in `probes.probe`.
         penalty: in units of the mean eigenvalue of the training scatter.
         kinds: only these kinds of site.
         position: which read position, if the activations hold several.
         folds: number of splits.
-        resamples: of the items for the interval, and exchanges for p.
+        units: rows whose change is one (an item of the interval and of p): a column, several or
+            one value a row. Default: those of one group, or of one wording where groups are finer.
+        resamples: of the items for the interval, and exchanges for p (all there are if fewer).
         seed: of folds, resamples and exchanges.
 
     Raises:
@@ -99,8 +105,15 @@ def decode(
         raise InputError(f"decode: kind {kind!r} is not known: expected one of {list(SOLVERS)}")
     if resamples < 2:
         raise InputError(f"decode: resamples={resamples}, expected at least 2")
+    _require_pairs((without, with_demonstrations), (target, groups))
+    kept, unlabelled = labelled("decode", without, target=target, groups=groups)
+    for note in unlabelled:
+        log.warning("decode: %s", note)
+    if unlabelled:
+        without, with_demonstrations = (
+            side.isel(prompt=kept) for side in (without, with_demonstrations)
+        )
     sides = (without, with_demonstrations)
-    _require_pairs(sides, (target, groups))
     sites = dataset_sites(without, kinds)
     if sites != dataset_sites(with_demonstrations, kinds):
         raise InputError("decode: the two sets hold other sites, expected the same")
@@ -122,7 +135,7 @@ def decode(
             ]
         )
     right = read == true
-    item = np.unique(prompt_labels(without, groups), return_inverse=True)[1]
+    item = _items(without, target, groups, units)
     value, low, high, p, corrected = _paired(right, item, resamples, seed)
     frame = pd.DataFrame(
         {
@@ -140,6 +153,7 @@ def decode(
             "ci_high": high,
             "p": p,
             "p_corrected": corrected,
+            "smallest_p": smallest_flip_p(int(item.max()) + 1, resamples),
             "n": right.shape[2],
             "n_items": item.max() + 1,
         }
@@ -159,18 +173,27 @@ def _paired(
     sizes = np.bincount(item)
     of_item = np.stack([np.bincount(item, row) for row in change])
     value = of_item.sum(1) / sizes.sum()
-    resampling, flipping = np.random.default_rng(seed).spawn(2)
-    drawn = resampling.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), resamples)
+    drawn = np.random.default_rng(seed).multinomial(
+        len(sizes), np.full(len(sizes), 1 / len(sizes)), resamples
+    )
     means = (of_item @ drawn.T) / (drawn @ sizes)
     low, high = np.quantile(means, [0.025, 0.975], axis=1)
-    signs = flipping.choice([-1.0, 1.0], (len(sizes), resamples))
-    null = np.abs(of_item @ signs)
-    observed = np.abs(of_item.sum(1))
-    p = permutation_p(observed, null)
-    return value, low, high, p, permutation_p(observed, null.max(0, keepdims=True))
+    return value, low, high, *flipped_p(change, item, resamples, seed=seed)
+
+
+def _items(acts: xr.Dataset, target: str, groups: str, units: Units) -> Int[np.ndarray, " prompt"]:
+    """The rows whose change is one: those of a group, or of the wording in which groups lie."""
+    labels = prompt_labels(acts, target)
+    if units is not None:
+        return exchangeable(labels, acts, by=target, units=units, call="decode").unit
+    group = np.unique(prompt_labels(acts, groups), return_inverse=True)[1]
+    wording = exchangeable(labels, acts, by=target).wording
+    return wording if wording is not None and nested(group, wording) else group
 
 
 def _require_pairs(sides: tuple[xr.Dataset, xr.Dataset], names: tuple[str, str]) -> None:
+    for each in sides:
+        require_axes(each)
     n, m = (each.sizes["prompt"] for each in sides)
     if n != m:
         raise InputError(f"decode: {n} prompts without and {m} with, expected pairs")

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lensclust.errors import InputError
+from lensclust.labels import MISSING, label_texts
 from lensclust.prompts import Prompts
 
 
@@ -30,7 +31,14 @@ def prompt_strings(prompts: Prompts, name: str) -> np.ndarray:
     """
     if name not in prompts.rows:
         raise InputError(f"interchange: no label {name!r}: rows have {list(prompts.rows)}")
-    return prompts.rows[name].astype(str).to_numpy(dtype=object)
+    found = label_texts(prompts.rows[name].array).astype(object)
+    missing = np.flatnonzero(found == MISSING)
+    if missing.size:
+        raise InputError(
+            f"interchange: label {name!r} of {missing.size} prompts is missing, the first is "
+            f"prompt {missing[0]}; leave them out: prompts.take(prompts.rows[{name!r}].notna())"
+        )
+    return found
 
 
 def answer_table(

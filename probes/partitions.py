@@ -1,19 +1,34 @@
 """Agreement of the partitions of one matrix with a labelling, beside its null.
 
 Agreement is computed from contingency tables, so that a whole null (the same partition against
-permuted labels) is one vectorised call. Nothing here imports torch: worker processes start fast.
+all relabellings) is one vectorised call; label sizes may differ from one relabelling to the next.
+Nothing here imports torch: worker processes start fast.
+
+Agreement *across wordings* counts only pairs of rows with different wordings, so that what is
+shared by the rows of one wording cannot count. Of these pairs, let ``together`` be those in one
+cluster and of one label, ``C`` those in one cluster, ``L`` those of one label, ``N`` all. Then
+
+    cross_wording_ari = (together - E) / ((C + L) / 2 - E),   E = C L / N
+    cross_wording_f1  = 2 together / (C + L)
+
+The first is 1 where clusters and labels agree across wordings. Where states know the wording and
+nothing of the label, ``E`` is the mean of ``together`` over the relabellings (each pair of
+wordings is as likely as any other to share a label), so the score is 0 on average. F1 chance-
+corrected, ``(F1 - 2E / (C + L)) / (1 - 2E / (C + L))``, is that same number; F1 itself is given
+as it is, with its floor beside it in the null. Neither is defined where no two wordings share a
+label, or all do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.special import xlogy
-from sklearn.metrics.cluster import expected_mutual_information
+from scipy.special import gammaln, xlogy
 from threadpoolctl import ThreadpoolController
 
 from probes.groups import Group
@@ -28,15 +43,12 @@ SILHOUETTE_ROWS = 1000
 
 def adjusted_rand(table: Table) -> Scores:
     """Adjusted Rand index (Hubert & Arabie 1985)."""
-    together, in_cluster, in_label, pairs = _pair_counts(table)
-    expected = in_cluster * in_label / np.maximum(pairs, 1)
-    return _ratio(together - expected, (in_cluster + in_label) / 2 - expected)
+    return Pairs.of(table).adjusted()
 
 
 def pair_f1(table: Table) -> Scores:
     """F1 of "these two rows belong together" over all pairs of rows."""
-    together, in_cluster, in_label, _ = _pair_counts(table)
-    return _ratio(2 * together, in_cluster + in_label)
+    return Pairs.of(table).f1()
 
 
 def matched_f1(table: Table) -> Scores:
@@ -46,22 +58,91 @@ def matched_f1(table: Table) -> Scores:
     scores = np.empty(len(f1))
     for index, matrix in enumerate(f1):
         scores[index] = matrix[linear_sum_assignment(matrix, maximize=True)].sum()
-    return scores / table.shape[2]
+    # A relabelling may leave a label out of a group.
+    return scores / (n.sum(1) > 0).sum(1)
 
 
 def adjusted_mutual_information(table: Table) -> Scores:
     """Adjusted mutual information, arithmetic normaliser (Vinh et al. 2010)."""
     n = table.astype(float)
     total = n[0].sum()
-    # Permuting labels keeps both margins, so entropies and the expectation are shared.
-    clusters, labels = n[0].sum(1), n[0].sum(0)
-    entropy = [-xlogy(m / total, m / total).sum() for m in (clusters, labels)]
-    outer = np.maximum(clusters[:, None] * labels[None], 1)
+    clusters, labels = n[0].sum(1), n.sum(1)
+    entropy = (_entropy(clusters / total) + _entropy(labels / total)) / 2
+    outer = np.maximum(clusters[:, None] * labels[:, None], 1)
     information = (xlogy(n, n * total / outer) / total).sum((1, 2))
-    expected = expected_mutual_information(
-        table[0][clusters > 0][:, labels > 0].astype(np.int64), int(total)
+    expected = _expected_information(clusters.astype(int), table.sum(1))
+    return _ratio(information - expected, entropy - expected)
+
+
+def _entropy(p: np.ndarray) -> np.ndarray:
+    return np.asarray(-xlogy(p, p).sum(-1))
+
+
+def _expected_information(
+    clusters: Int[np.ndarray, " cluster"], labels: Int[np.ndarray, "labelling label"]
+) -> Scores:
+    """Mean mutual information of partitions of these sizes: a sum over pairs of sizes."""
+    total = int(clusters.sum())
+    a, times = np.unique(clusters, return_counts=True)
+    b, place = np.unique(labels, return_inverse=True)
+    n = np.arange(1, min(a.max(), b.max()) + 1)
+    log_factorial = gammaln(np.arange(total + 1) + 1.0)
+    one, other, both = a[:, None, None], b[:, None], np.broadcast_to(n, (len(a), len(b), len(n)))
+    rest = total - one - other + both
+    possible = (both <= one) & (both <= other) & (rest >= 0)
+    one, other = (
+        np.broadcast_to(one, both.shape)[possible],
+        np.broadcast_to(other, both.shape)[possible],
     )
-    return _ratio(information - expected, np.full(len(n), np.mean(entropy) - expected))
+    both, rest = both[possible], rest[possible]
+    log_p = log_factorial[one] + log_factorial[total - one] - log_factorial[total]
+    log_p += log_factorial[other] + log_factorial[total - other] - log_factorial[both]
+    log_p -= log_factorial[one - both] + log_factorial[other - both] + log_factorial[rest]
+    term = np.zeros(possible.shape)
+    term[possible] = both / total * np.log(total * both / (one * other)) * np.exp(log_p)
+    return (times @ term.sum(2))[place].reshape(labels.shape).sum(1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of rows: together in both, in one cluster, of one label, and all."""
+
+    together: Scores
+    in_cluster: Scores
+    in_label: Scores
+    total: float
+
+    @classmethod
+    def of(cls, table: Table) -> Pairs:
+        """All pairs of rows."""
+        n = table.astype(float)
+        together, in_cluster, in_label = _pairs(n).sum((1, 2)), n.sum(2), n.sum(1)
+        total = float(_pairs(n[0].sum()))
+        return cls(together, _pairs(in_cluster).sum(1), _pairs(in_label).sum(1), total)
+
+    def across(self, clusters: np.ndarray, cell: np.ndarray, wording: np.ndarray) -> Pairs:
+        """Those with different wordings.
+
+        Rows of one wording and label (a cell) keep a common label under every relabelling, and
+        those of other cells of the wording another: what is taken off is the same for all.
+        """
+        k = int(clusters.max()) + 1
+        within, apart = (Pairs.of(contingency(clusters, c[None], k)) for c in (cell, wording))
+        return Pairs(
+            self.together - within.together,
+            self.in_cluster - apart.together,
+            self.in_label - within.in_label,
+            self.total - float(apart.in_label[0]),
+        )
+
+    def adjusted(self) -> Scores:
+        """Agreement beyond chance; 1 for the best there could be."""
+        expected = self.in_cluster * self.in_label / max(self.total, 1)
+        return _ratio(self.together - expected, (self.in_cluster + self.in_label) / 2 - expected)
+
+    def f1(self) -> Scores:
+        """F1 of "these two rows belong together"."""
+        return _ratio(2 * self.together, self.in_cluster + self.in_label)
 
 
 AGREEMENT: dict[str, Callable[[Table], Scores]] = {
@@ -70,7 +151,11 @@ AGREEMENT: dict[str, Callable[[Table], Scores]] = {
     "pair_f1": pair_f1,
     "matched_f1": matched_f1,
 }
-METRICS = (*AGREEMENT, "silhouette")
+CROSS_WORDING: dict[str, Callable[[Pairs], Scores]] = {
+    "cross_wording_ari": Pairs.adjusted,
+    "cross_wording_f1": Pairs.f1,
+}
+METRICS = (*AGREEMENT, "silhouette", *CROSS_WORDING)
 
 SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda x: x,
@@ -189,17 +274,26 @@ def _score(
     points: np.ndarray, found: np.ndarray | None, group: Group, metrics: Collection[str]
 ) -> dict[tuple[str, str], np.ndarray]:
     """The chosen metrics of every labelling of a group: one row of scores each."""
-    if found is None:
-        n = len(next(iter(group.codes.values())))
-        return {(name, metric): np.zeros(n) for name in group.codes for metric in metrics}
-    apart = label_silhouettes(points, group) if "silhouette" in metrics else {}
+    apart = (
+        label_silhouettes(points, group) if found is not None and "silhouette" in metrics else {}
+    )
     scores = {}
     for name, codes in group.codes.items():
+        known = [m for m in metrics if m not in CROSS_WORDING]
+        across = [m for m in metrics if m in CROSS_WORDING and name in group.crossed]
+        if found is None:
+            scores |= {(name, metric): np.zeros(len(codes)) for metric in (*known, *across)}
+            continue
         table = contingency(found, codes, group.k)
-        for metric in metrics:
+        for metric in known:
             scores[name, metric] = (
                 apart[name] if metric not in AGREEMENT else AGREEMENT[metric](table)
             )
+        if across:
+            wording = group.wording[name]
+            cell = np.unique(wording * (codes.max() + 1) + codes[0], return_inverse=True)[1]
+            pairs = Pairs.of(table).across(found, cell, wording)
+            scores |= {(name, metric): CROSS_WORDING[metric](pairs) for metric in across}
     return scores
 
 
@@ -213,18 +307,6 @@ def _pieces(total: int, width: int) -> list[slice]:
     """Slices of a range so narrow that ``width`` numbers each stay within some 100 MB."""
     step = max(1, 10_000_000 // max(width, 1))
     return [slice(start, start + step) for start in range(0, total, step)]
-
-
-def _pair_counts(table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Pairs of rows together in both, in the cluster, in the label, and overall."""
-    n = table.astype(float)
-    total = n[0].sum()
-    return (
-        _pairs(n).sum((1, 2)),
-        _pairs(n.sum(2)).sum(1),
-        _pairs(n.sum(1)).sum(1),
-        float(_pairs(total)),
-    )
 
 
 def _pairs(n: np.ndarray | float) -> np.ndarray:

@@ -4,15 +4,16 @@ The effect of a site at a position is what the metric gains when the base prompt
 replaced by that of its source: 0 if the state does not matter, the whole gap between the two
 prompts if everything the metric depends on passes through it. Every value is exact, not
 first-order (`probes.attribution` ranks sites first where there are too many). Pairs differ, so
-an effect comes with a bootstrap interval over pairs and the p of sign-flipped effects; p is not
-corrected for the number of sites.
+an effect comes with a bootstrap interval over pairs and the p of sign-flipped effects, flipped
+together where base prompts share a wording; p is not corrected for the number of sites.
 
 Source: Meng et al. (arXiv 2202.05262) and Wang et al. (arXiv 2211.00593) for the normalised logit
-difference; interval and p are TransformerLens' `PatchingResult`.
+difference; interval, and p where no wording is shared, are TransformerLens' `PatchingResult`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.patching import PatchingResult
@@ -34,8 +35,11 @@ from lensclust.fits import require_fits, require_given
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
+from probes.design import COARSE, TASK, Units, exchangeable, flipped_p, smallest_flip_p
 from probes.metrics import DIFFERENCE, metric_of
 from probes.replay import Readout, answers, replay
+
+log = logging.getLogger(__name__)
 
 EVERY = "every"
 
@@ -46,9 +50,10 @@ class Patching(Shown):
 
     Attributes:
         frame: one row a site and position: ``site, kind, layer, head, position, metric, value,
-            normalized, ci_low, ci_high, p, n``. ``value`` is the mean effect over the ``n``
-            pairs, in the metric's units, ``ci_*`` its 95 % bootstrap interval, ``p`` that of
-            sign-flipped effects; ``normalized`` is the mean effect over the mean gap.
+            normalized, ci_low, ci_high, p, n, n_units``. ``value`` is the mean effect over the
+            ``n`` pairs, in the metric's units, ``ci_*`` its 95 % bootstrap interval, ``p`` that of
+            effects sign-flipped in ``n_units`` units; ``normalized`` is the mean effect over the
+            mean gap.
         effects: patched minus unpatched metric ``(site, position, prompt)``; NaN where a pair has
             no such position.
         baseline: metric of the unpatched base prompts ``(prompt)``.
@@ -121,6 +126,7 @@ def patch(
     *,
     at: str | Sequence[str] = "answer",
     metric: str | Readout = DIFFERENCE,
+    units: Units = None,
     resamples: int = 1000,
     seed: int = 0,
     batch_tokens: int | None = None,
@@ -138,7 +144,10 @@ def patch(
         metric: ``logit_difference`` (first token of the source's answer minus that of the
             base's), ``probability`` or ``accuracy`` (of the source's first token), or a function
             of logits ``(row, vocab)`` and pair numbers that gives one number a row.
-        resamples: of the bootstrap and of the sign flips (12 pairs or fewer: all sign flips).
+        units: pairs whose effects p does not take for independent (`probes.design`): a column of
+            the base prompts, several, one value a pair, or ``"rows"``. Default: those whose base
+            prompts share wording and task, as far as columns tell.
+        resamples: of the bootstrap and of the sign flips (all of them where there are few).
         seed: of both.
         batch_tokens: as in `replay`, which also says what this costs on which model.
         progress: show bars.
@@ -159,6 +168,7 @@ def patch(
     if resamples < 1:
         raise InputError(f"patch: resamples={resamples}, expected at least 1")
     name, readout = metric_of(metric, base, source, caller="patch")
+    unit = _units(base, units)
     places, held, base, source = _places(base, source, at)
     budget: dict[str, Any] = {"batch_tokens": batch_tokens}
     before, gap_end = (_numbers(answers(model, p, readout, **budget)) for p in (base, source))
@@ -183,7 +193,15 @@ def patch(
         )
         effects[:, index, rows] = _numbers(patched, chosen) - before[rows]
         tables.append(
-            _table(effects[:, index, rows], before[rows], gap_end[rows], chosen, resamples, seed)
+            _table(
+                effects[:, index, rows],
+                before[rows],
+                gap_end[rows],
+                chosen,
+                None if unit is None else np.unique(unit[rows], return_inverse=True)[1],
+                resamples,
+                seed,
+            )
         )
         tables[-1].insert(4, "position", shown)
     frame = pd.concat(tables, ignore_index=True).assign(metric=name)
@@ -216,6 +234,20 @@ def require_pairs(
     for prompts in (base, source):
         require_fits(model, prompts, caller=caller)
     return resolve(model, sites)
+
+
+def _units(base: Prompts, units: Units) -> Int[np.ndarray, " pair"] | None:
+    """Pairs whose effects are not independent; None where each stands alone."""
+    labels = base.rows[TASK].to_numpy() if TASK in base.rows else np.zeros(len(base))
+    found = exchangeable(labels, base.rows, by=TASK, units=units, call="patch")
+    if found.wording is None:
+        return None
+    number = int(found.unit.max()) + 1
+    if number == len(base):
+        return None
+    if (least := smallest_flip_p(number, 10**9)) > COARSE:
+        log.warning("patch: %d wordings of base prompts: p cannot be below %.2g", number, least)
+    return found.unit
 
 
 def _places(
@@ -268,6 +300,7 @@ def _table(
     before: Float[np.ndarray, " prompt"],
     gap_end: Float[np.ndarray, " prompt"],
     sites: Sequence[Site],
+    unit: Int[np.ndarray, " prompt"] | None,
     resamples: int,
     seed: int,
 ) -> pd.DataFrame:
@@ -280,7 +313,11 @@ def _table(
     frame["value"] = effects.mean(axis=1)
     frame["normalized"] = frame["value"] / gap if gap else np.nan
     frame["ci_low"], frame["ci_high"] = low.numpy(), high.numpy()
-    frame["p"] = result.permutation_pvalue(n_permutations=resamples, seed=seed).numpy()
+    if unit is None:
+        frame["p"] = result.permutation_pvalue(n_permutations=resamples, seed=seed).numpy()
+    else:
+        frame["p"] = flipped_p(effects, unit, resamples, seed=seed)[0]
+    frame["n_units"] = effects.shape[1] if unit is None else int(unit.max()) + 1
     frame["n"] = effects.shape[1]
     return frame
 
@@ -305,4 +342,6 @@ def _in_order(
     """Rows site by site; within a site, positions as given."""
     order = np.arange(len(frame)).reshape(len(places), len(sites)).T.ravel()
     columns = ["site", "kind", "layer", "head", "position", "metric", "value", "normalized"]
-    return frame.iloc[order].reset_index(drop=True)[[*columns, "ci_low", "ci_high", "p", "n"]]
+    return frame.iloc[order].reset_index(drop=True)[
+        [*columns, "ci_low", "ci_high", "p", "n", "n_units"]
+    ]

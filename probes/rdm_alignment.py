@@ -1,7 +1,8 @@
 """Representational similarity: does a site lay prompts apart as a hypothesis says it should?
 
-Standard of evidence: beside each value stand the same score under permuted prompts (the same
-permutations at every site), the value with nuisances (length, template, first token) taken out,
+Standard of evidence: beside each value stand the same score under relabelled prompts (the same
+relabellings at every site; prompts of one wording and value move together, `probes.design`), the
+value with nuisances (length, template, first token) taken out,
 and, since a sweep looks at many sites, ``p_corrected``: how often the best site of a permuted
 sweep does as well (Westfall & Young 1993). How the permutations treat nuisances stands in
 `probes.matrix_tests`. A hypothesis that survives says that the states are arranged so, not that
@@ -27,13 +28,17 @@ from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
+from probes.design import Units
 from probes.matrix_tests import TRANSFORMS, MatrixTest, relabellings
 from probes.noise_ceilings import noise_ceiling
 from probes.rdm_checks import (
     checked_hypotheses,
     checked_nuisances,
     checked_options,
+    exchange_of,
+    item_columns,
     item_layout,
+    only_labelled,
 )
 from probes.rdm_sweeps import RSA
 from probes.rdms import crossnobis, standardised, state_distances
@@ -72,6 +77,7 @@ def rsa(
     items: str | None = None,
     repeats: str | None = None,
     within: str | None = None,
+    units: Units = None,
     permutations: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -96,8 +102,12 @@ def rsa(
         repeats: the label that tells the repeats of an item apart, such as ``template``; every
             item must stand once in each. RDMs are then item x item, one a repeat (crossnobis:
             one over all), the value is the mean over repeats, and the noise ceiling is given.
-        within: permute only prompts that share this label, where others are not exchangeable.
-        permutations: in the null; p is at least 1 / (permutations + 1).
+        within: permute single prompts, and only with those that share this label.
+        units: prompts that keep a common value of the hypothesis under the null
+            (`probes.design`): a column, several, one value an item, or ``"rows"``. Default: those
+            of one wording and value, as far as columns tell.
+        permutations: relabellings in the null, or all there are; p is at least
+            1 / (permutations + 1) and 1 / the number of distinct relabellings.
         seed: of permutations.
         progress: show a bar.
 
@@ -120,13 +130,27 @@ def rsa(
     distances, compares, scales = checked_options(
         distance, compare, standardise, repeats, permutations
     )
+    acts, hypotheses, nuisance, unlabelled = only_labelled(
+        acts, hypotheses, nuisance, items=items, repeats=repeats, within=within
+    )
     layout = item_layout(acts, items, repeats)
     matrices = checked_hypotheses(acts, hypotheses, layout)
     unwanted, notes = checked_nuisances(acts, nuisance, layout)
-    block = None
+    notes = unlabelled + notes
+    warned = list(notes)
+    options = {"permutations": permutations, "seed": seed}
     if within is not None:
         block = np.unique(prompt_labels(acts, within)[layout[0]], return_inverse=True)[1]
-    orders = relabellings(layout.shape[1], permutations, block=block, seed=seed)
+        same = relabellings(layout.shape[1], block=block, **options)
+        orders = dict.fromkeys(matrices, same)
+        smallest = dict.fromkeys(matrices, 1 / (permutations + 1))
+    else:
+        columns = item_columns(acts, layout)
+        found = {n: exchange_of(m, columns, name=n, units=units) for n, m in matrices.items()}
+        orders = {name: each.orders(**options) for name, each in found.items()}
+        smallest = {name: each.smallest_p(permutations) for name, each in found.items()}
+        notes += [note for each in found.values() for note in each.notes]
+        warned += [each.coarse for each in found.values() if each.coarse]
     tests = {
         (name, method, controlled): MatrixTest.of(
             matrix, unwanted if controlled else (), method, name=name
@@ -135,26 +159,28 @@ def rsa(
         for method in compares
         for controlled in ([False, True] if unwanted else [False])
     }
-    for note in notes:
+    for note in warned:
         log.warning("rsa: %s", note)
     sites = dataset_sites(acts, kinds)
-    columns = _columns(acts, sites, position, distances, scales, layout)
+    measured = _columns(acts, sites, position, distances, scales, layout)
     rows, nulls = [], []
     pairs = layout.shape[1] * (layout.shape[1] - 1) // 2
     total = len(sites) * len(distances) * len(scales)
     with progress_bar("rsa", total, enabled=progress) as advance:
-        for chunk in _chunks(columns, max(1, ENTRIES // (pairs * len(layout)))):
+        for chunk in _chunks(measured, max(1, ENTRIES // (pairs * len(layout)))):
             for row, null in _scored(chunk, tests, orders, seed):
                 rows.append(row)
                 nulls.append(null)
             advance(len(chunk))
     frame = pd.DataFrame(rows)
-    frame["p_corrected"] = _corrected(frame, np.stack(nulls))
+    frame["p_corrected"] = _corrected(frame, nulls)
+    frame["smallest_p"] = frame["hypothesis"].map(smallest)
     frame["position"] = position or str(acts["position"].values[0])
     frame["n"], frame["permutations"] = layout.shape[1], permutations
     places = ["site", "kind", "layer", "head", "position"]
-    scores = ["value", "null_mean", "null_std", "p", "p_corrected", "ceiling_low", "ceiling_high"]
-    ordered = frame[[*places, *SCORED, *scores, "n", "permutations"]].astype({"head": "Int64"})
+    scores = ["value", "null_mean", "null_std", "p", "p_corrected", "smallest_p"]
+    scores += ["ceiling_low", "ceiling_high", "n", "permutations"]
+    ordered = frame[[*places, *SCORED, *scores]].astype({"head": "Int64"})
     return RSA(frame=ordered, notes=tuple(notes))
 
 
@@ -192,7 +218,7 @@ def _chunks(columns: Iterator[_Column], size: int) -> Iterator[list[_Column]]:
 def _scored(
     chunk: Sequence[_Column],
     tests: Mapping[tuple[str, str, bool], MatrixTest],
-    orders: Int[np.ndarray, "labelling item"],
+    orders: Mapping[str, Int[np.ndarray, "labelling item"]],
     seed: int,
 ) -> Iterator[tuple[dict[str, Any], Float[np.ndarray, " labelling"]]]:
     """A row of each column and test, and the statistic under each labelling (true first)."""
@@ -209,7 +235,7 @@ def _scored(
         kept = ("rank" if method != "pearson" else method, controlled)
         if kept not in residuals:
             residuals[kept] = test.transformed(entries)
-        found = test.scores(residuals[kept], orders, seed=seed)
+        found = test.scores(residuals[kept], orders[name], seed=seed)
         for index, column in enumerate(chunk):
             part = slice(starts[index], starts[index + 1])
             value, statistic = found.value[part].mean(), found.statistic[part].mean()
@@ -219,8 +245,10 @@ def _scored(
             row = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
             row |= {"hypothesis": name, "distance": column.distance, "compare": method}
             row |= {"standardised": column.standardised, "controlled": controlled}
-            row |= {"value": float(value), "null_mean": float(null.mean())}
-            row |= {"null_std": float(null.std(ddof=1))}
+            # Where there is no other relabelling, the true one is the null.
+            shown = null if null.size else np.array([statistic])
+            row |= {"value": float(value), "null_mean": float(shown.mean())}
+            row |= {"null_std": float(shown.std(ddof=1)) if shown.size > 1 else 0.0}
             row["p"] = float(permutation_p(statistic, null)) if np.isfinite(value) else np.nan
             row |= {
                 "ceiling_low": np.nan if controlled else low,
@@ -230,13 +258,14 @@ def _scored(
 
 
 def _corrected(
-    frame: pd.DataFrame, statistics: Float[np.ndarray, "row labelling"]
+    frame: pd.DataFrame, statistics: Sequence[Float[np.ndarray, " labelling"]]
 ) -> Float[np.ndarray, " row"]:
     """How often the best site of a permuted sweep does as well as this one."""
     p = np.full(len(frame), np.nan)
     for members in frame.groupby(SCORED, sort=False).indices.values():
-        known = np.asarray(members)[np.isfinite(statistics[members, 0])]
-        if known.size:
-            null = statistics[known, 1:].max(0, keepdims=True)
-            p[known] = permutation_p(statistics[known, 0], null)
+        known = [each for each in members if np.isfinite(statistics[each][0])]
+        if known:
+            found = np.stack([statistics[each] for each in known])
+            null = found[:, 1:].max(0, keepdims=True)
+            p[known] = permutation_p(found[:, 0], null)
     return p

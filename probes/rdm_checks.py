@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations import prompt_labels
+from lensclust.activations import label_names, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
+from probes.design import Exchange, Units, exchangeable
 from probes.matrix_tests import TRANSFORMS
 from probes.rdms import DISTANCES, hypothesis, nuisance, pair_index
 
@@ -41,6 +44,32 @@ def checked_options(
     if standardise not in (True, False, "both"):
         raise InputError(f"rsa: standardise={standardise!r}, expected True, False or 'both'")
     return distances, compares, [False, True] if standardise == "both" else [bool(standardise)]
+
+
+def only_labelled(
+    acts: xr.Dataset, hypotheses: Any, nuisance: Any, **options: str | None
+) -> tuple[xr.Dataset, Any, Any, list[str]]:
+    """Activations and matrices of the prompts that have all labels, and notes on the others."""
+    require_axes(acts)
+    known = label_names(acts)
+    named = [] if isinstance(nuisance, (str, Mapping)) else list(nuisance)
+    if not isinstance(hypotheses, Mapping):
+        named += [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
+    # A label that is not there is told by whoever needs it, with what adds it.
+    rows, notes = labelled("rsa", acts, labels=[n for n in named if n in known], **options)
+    if not notes:
+        return acts, hypotheses, nuisance, []
+
+    def of_these(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        every = acts.sizes["prompt"]
+        return {
+            name: np.asarray(each)[np.ix_(rows, rows)] if np.shape(each) == (every,) * 2 else each
+            for name, each in given.items()
+        }
+
+    return acts.isel(prompt=rows), of_these(hypotheses), of_these(nuisance), notes
 
 
 def item_layout(
@@ -120,6 +149,30 @@ def checked_nuisances(
         if _constant(matrix)
     ]
     return [matrix for matrix in found.values() if not _constant(matrix)], notes
+
+
+def item_columns(acts: xr.Dataset, layout: Int[np.ndarray, "repeat item"]) -> pd.DataFrame:
+    """The columns of the items: those that are the same in all repeats."""
+    columns = {str(n): acts[n].values for n in acts.coords if acts[n].dims == ("prompt",)}
+    return pd.DataFrame(
+        {
+            name: values[layout[0]]
+            for name, values in columns.items()
+            if (values[layout].astype(str) == values[layout[0]].astype(str)).all()
+        }
+    )
+
+
+def exchange_of(
+    matrix: Float[np.ndarray, "item item"], columns: pd.DataFrame, *, name: str, units: Units
+) -> Exchange:
+    """What is relabelled under the null of a hypothesis; its items of distance 0 share a label."""
+    filled = np.where(np.eye(len(matrix), dtype=bool), 0.0, np.round(matrix, 9))
+    labels = np.unique(filled, axis=0, return_inverse=True)[1].ravel()
+    found = exchangeable(labels, columns, by=name, units=units, call="rsa")
+    # Only where labels are the same or not does it not matter which is which.
+    levels = np.unique(filled[pair_index(len(filled))])
+    return replace(found, renamed=bool(len(levels) == 2 and levels[0] == 0))
 
 
 def _of_items(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
 from lensclust.errors import InputError
+from lensclust.labels import MISSING, label_texts
 from lensclust.prompts import Prompts
 from probes.groups import require_two_values
 
@@ -51,9 +52,14 @@ def hypothesis(
     ([0.0, 0.0, 1.0], [0.0, 0.25, 1.0])
     """
     values = _label(rows, name)
-    require_two_values("hypothesis", name, values)
+    texts = label_texts(values)
+    require_two_values("hypothesis", name, texts)
+    if missing := int((texts == MISSING).sum()):
+        raise InputError(
+            f"hypothesis: {missing} of {len(texts)} prompts have no label {name!r}; leave them out"
+        )
     if not graded:
-        codes = np.unique(values.astype(str), return_inverse=True)[1]
+        codes = np.unique(texts, return_inverse=True)[1]
         return (codes[:, None] != codes).astype(np.float64)
     try:
         numbers = values.astype(np.float64)

@@ -3,8 +3,9 @@
 Each edit replaces one site's state at one position of every prompt; the logits of the last
 token say what that did. Edits of any sites and layers share forwards, and what comes before the
 edited position is run once (`probes.prefixes` says how, for which model, and at what cost).
-Whether a model shares prefixes exactly is not taken on trust: the shortest and the longest
-prompt are first run both ways, and a model that disagrees is run in full instead.
+Whether a model shares prefixes exactly is not taken on trust: it has to pass the check of
+`lensclust.sharing`, then the shortest and the longest prompt are run both ways, and a model that
+disagrees is run in full instead.
 """
 
 from __future__ import annotations
@@ -15,22 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import default_budget
+from lensclust.agreement import agrees, relative_error
+from lensclust.batching import announced, default_budget, length_steps
+from lensclust.blocks import blocks_of
+from lensclust.branching_check import FAILURES, named
+from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.middle_states import require_editable
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, answers
-from lensclust.sharing import rounding_tolerance
-from lensclust.sites import model_name, resolve
+from lensclust.sharing import callers_hooks, log_refusal, obstacle, refusal, refuse
+from lensclust.sites import hook_name, resolve
 from probes.edits import Edit
-from probes.prefixes import Batch, Way, batch_width, packed, stacked, ways
+from probes.prefixes import PACKED_TOKENS, Batch, Way, batch_width, packed, stacked, ways
 
 __all__ = ["Edit", "Readout", "answers", "replay"]
-
-log = logging.getLogger(__name__)
 
 
 def replay(
@@ -61,8 +66,8 @@ def replay(
         ``(edit, prompt, ...)``: what ``readout`` gave, on the CPU.
 
     Raises:
-        InputError: if a site or position does not exist, values have the wrong shape, the model
-            is in training mode, or the prompts do not fit it.
+        InputError: if a site or position does not exist, an edit there is thrown away, values
+            have the wrong shape, the model is in training mode, or the prompts do not fit it.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -79,7 +84,8 @@ def replay(
         columns = batch_width(model, len(edits)) if way is packed else lambda width, suffix: width
         out: Tensor | None = None
         with progress_bar("replay", len(edits) * len(prompts), enabled=progress) as advance:
-            for rows in _batches(prompts.lengths, positions, budget, columns):
+            runs = _batches(prompts.lengths, positions, budget, columns, apart=length_steps(model))
+            for rows in announced(runs, 0):
                 batch = Batch.of(prompts, rows, positions)
                 prepared = way(model, batch, budget)
                 for start in range(0, len(edits), prepared.at_once):
@@ -104,9 +110,13 @@ def _check(
         raise InputError("replay: no edit given; `answers` reads the unedited model")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"replay: batch_tokens={batch_tokens}, expected at least 1")
-    resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    sites = resolve(model, list(dict.fromkeys(site for site, _ in edits)))
+    require_effect(model, [hook_name(model, site) for site in sites], caller="replay")
+    require_editable(model, sites, caller="replay")
+    blocks = blocks_of(model)
     for number, (site, values) in enumerate(edits):
-        size = model.cfg.d_model if site.head is None else model.cfg.d_head
+        block = blocks[min(site.layer, len(blocks) - 1)]
+        size = block.d_model if site.head is None else block.d_head
         if tuple(values.shape) != (len(prompts), size):
             raise InputError(
                 f"replay: edit {number} ({site}) has values of shape {tuple(values.shape)}, "
@@ -126,6 +136,16 @@ def _exact_way(
     if len(candidates) == 1 or int(positions.max()) == 0:
         return stacked
     rows = torch.stack([prompts.lengths.argmin(), prompts.lengths.argmax()]).unique()
+    native = isinstance(getattr(model, "original_model", None), NativeModel)
+    longest, suffix = (int(x.max()) for x in (prompts.lengths, prompts.lengths - positions))
+    keys = longest + min(edits * suffix, PACKED_TOKENS)
+    # Native models have no cache: they share inside one sequence, by a mask.
+    if (why_not := callers_hooks(model) if native else obstacle(model)) is not None:
+        log_refusal(model, "replay", why_not, level=logging.INFO)
+        return stacked
+    if not native and (why_not := refusal(model, longest, keys)) is not None:
+        log_refusal(model, "replay", why_not)
+        return stacked
     plain = torch.cat(
         [
             stacked(model, Batch.of(prompts, row[None], positions), budget).run([None])
@@ -133,26 +153,20 @@ def _exact_way(
         ],
         dim=1,
     )
-    tolerance = rounding_tolerance(plain.dtype) * float(plain.abs().max())
     for way in candidates[:-1]:
         try:
             batch = Batch.of(prompts, rows, positions)
             # As many copies as will ever stand side by side: none may see another.
             prepared = way(model, batch, len(rows) * budget)
             found = prepared.run([None] * min(edits, prepared.at_once))
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except FAILURES as failure:
+            why_not = named(failure)
         else:
-            difference = float((found - plain).abs().nan_to_num(torch.inf).max())
-            if difference <= tolerance:
+            expected = plain.expand_as(found)
+            if agrees(found, expected):
                 return way
-            reason = f"logits differ by {difference:.2g}"
-        log.warning(
-            "replay: %s cannot share what comes before an edit (%s); every edit runs its prompt "
-            "in full",
-            model_name(model),
-            reason,
-        )
+            why_not = f"relative error {relative_error(found, expected):.2g} of logits"
+        (log_refusal if native else refuse)(model, "replay", why_not)
     return stacked
 
 
@@ -161,17 +175,27 @@ def _batches(
     positions: Int[Tensor, " prompt"],
     budget: int,
     columns: Callable[[int, int], int],
+    *,
+    apart: Sequence[int],
 ) -> Iterator[Int[Tensor, " row"]]:
-    """Prompts with suffixes of like length together, the longest first, within the budget."""
+    """Prompts with suffixes of like length together, the longest first, within the budget.
+
+    Args:
+        apart: as in `lensclust.batching.batches`.
+    """
     suffixes = lengths - positions
+    steps = sum((lengths > step for step in apart), torch.zeros_like(lengths))
     order = sorted(
-        range(len(lengths)), key=lambda row: (int(suffixes[row]), int(lengths[row])), reverse=True
+        range(len(lengths)),
+        key=lambda row: (int(steps[row]), int(suffixes[row]), int(lengths[row])),
+        reverse=True,
     )
     rows: list[int] = []
     for row in order:
         wider = [*rows, row]
         width = int(lengths[wider].max())
-        if rows and len(wider) * columns(width, int(suffixes[wider].max())) > budget:
+        full = len(wider) * columns(width, int(suffixes[wider].max())) > budget
+        if rows and (full or steps[row] != steps[rows[-1]]):
             yield torch.tensor(rows)
             wider = [row]
         rows = wider

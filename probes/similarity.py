@@ -1,8 +1,8 @@
 """Similarity of states: are a prompt's neighbours, and the states near it, those of its task?
 
-Standard of evidence: each score stands beside the same score under permuted labels, and a
-neighbour counts only from another template (or whatever ``apart`` names), so that a shared
-wording cannot give the task away.
+Standard of evidence: each score stands beside the same score under permuted labels, in which rows
+of one wording keep a common label (`probes.design`), and a neighbour counts only from another
+template (or whatever ``apart`` names), so that a shared wording cannot give the task away.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations import dataset_sites, prompt_labels, site_values
+from lensclust.activations import dataset_sites, prompt_labels, site_values, with_labels
 from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import followed
-from lensclust.stats import permutation_p
+from probes.design import Units, exchangeable
 from probes.devices import host, namespace, placed
 from probes.groups import against_null, label_groups, require_two_values
 from probes.partitions import SCALES, label_silhouettes
@@ -39,6 +39,7 @@ def nearest_neighbour(
     per: str | None = None,
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
+    units: Units = None,
     permutations: int = 100,
     seed: int = 0,
     device: Any = None,
@@ -55,12 +56,14 @@ def nearest_neighbour(
 
     With ``per``, the accuracy of the prompts of each value of that label stands apart (the
     neighbours still come from all prompts). With ``device`` neighbours are looked for there
-    (`probes.devices`), in the same precision. ``progress`` shows a bar.
+    (`probes.devices`), in the same precision. ``progress`` shows a bar. ``units`` are the prompts
+    that keep a common label under the null: a column, several, one value a prompt or ``"rows"``;
+    by default those of one wording, as far as columns tell (`probes.design`).
 
     Returns:
         One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
-        null_mean, null_std, p``, the metric being ``1nn_accuracy``, ``10nn_accuracy``, ...; the
-        null permutes the target labels over the prompts.
+        null_mean, null_std, p, smallest_p, exchanged``, the metric being ``1nn_accuracy``,
+        ``10nn_accuracy``, ...; ``exchanged`` says what trades labels under the null.
 
     Raises:
         InputError: if a label does not exist, the target has one value, a prompt has fewer than
@@ -77,6 +80,7 @@ def nearest_neighbour(
             "nearest_neighbour: expected permutations of at least 2 and k of at least 1, given "
             f"{permutations}, {k}"
         )
+    acts = with_labels("nearest_neighbour", acts, target=target, apart=apart, per=per)
     values = prompt_labels(acts, target)
     require_two_values("nearest_neighbour", target, values)
     labels = _codes(values)
@@ -86,10 +90,12 @@ def nearest_neighbour(
     )
     parts = {"all": np.arange(len(labels))}
     if per is not None:
-        values = prompt_labels(acts, per)
-        parts = {str(value): np.flatnonzero(values == value) for value in np.unique(values)}
-    rng = np.random.default_rng(seed)
-    labellings = np.stack([labels, *(rng.permutation(labels) for _ in range(permutations))])
+        wanted = prompt_labels(acts, per)
+        parts = {str(value): np.flatnonzero(wanted == value) for value in np.unique(wanted)}
+    exchange = exchangeable(values, acts, by=target, units=units, call="nearest_neighbour")
+    labellings = exchange.labellings(permutations, seed=seed)
+    if exchange.coarse:
+        log.warning("nearest_neighbour: %s", exchange.coarse)
     there = None if device is None else found_device(device)
     rows: list[dict[str, Any]] = []
     sites = dataset_sites(acts, kinds)
@@ -98,18 +104,10 @@ def nearest_neighbour(
         right = np.stack([vote(codes[nearest]) == codes for codes in labellings])
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
         for name, members in parts.items():
-            value, *null = right[:, members].mean(1)
+            scores = against_null(right[:, members].mean(1)[None], exchange, permutations)
+            del scores["n_groups"]
             rows.append(
-                {
-                    **place,
-                    "by": target,
-                    "metric": f"{k}nn_accuracy",
-                    "group": name,
-                    "value": float(value),
-                    "null_mean": float(np.mean(null)),
-                    "null_std": float(np.std(null, ddof=1)),
-                    "p": float(permutation_p(float(value), np.array(null))),
-                }
+                {**place, "by": target, "metric": f"{k}nn_accuracy", "group": name} | scores
             )
     return pd.DataFrame(rows).astype({"head": "Int64"})
 
@@ -122,6 +120,7 @@ def silhouettes(
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     scale: str = "none",
+    units: Units = None,
     permutations: int = 100,
     seed: int = 0,
     progress: bool = True,
@@ -136,12 +135,13 @@ def silhouettes(
         given: score the prompts that share this label apart, and average; None scores all
             prompts together.
         scale: ``none``, ``unit`` (rows to unit norm: cosine geometry) or ``standard``.
-        permutations: labellings in the null; p is at least 1 / (permutations + 1).
+        units: rows that keep a common label under the null, as in `cluster`.
+        permutations: relabellings in the null; p is at least 1 / (permutations + 1).
         progress: show a bar.
 
     Returns:
         One row a site: ``site, kind, layer, head, by, given, metric, value, null_mean, null_std,
-        p, n_groups``.
+        p, smallest_p, n_groups, exchanged``.
 
     Raises:
         InputError: if a label does not exist or has one value, no group holds two labels with
@@ -157,17 +157,21 @@ def silhouettes(
         raise InputError(f"silhouettes: scale {scale!r} is not known: expected {list(SCALES)}")
     if permutations < 1:
         raise InputError(f"silhouettes: permutations={permutations}, expected at least 1")
+    acts = with_labels("silhouettes", acts, by=by, given=given)
     condition = None if given is None else prompt_labels(acts, given)
-    groups, left_out = label_groups(
+    groups, exchanges, left_out = label_groups(
         "silhouettes",
         {by: prompt_labels(acts, by)},
+        acts,
         by=by,
         given=given,
         condition=condition,
+        units=units,
         permutations=permutations,
         seed=seed,
     )
-    for reason in left_out:
+    exchange = exchanges[by]
+    for reason in (*left_out, exchange.coarse) if exchange.coarse else left_out:
         log.warning("silhouettes: %s", reason)
     rows: list[dict[str, Any]] = []
     sites = dataset_sites(acts, kinds)
@@ -176,7 +180,7 @@ def silhouettes(
         scores = [label_silhouettes(SCALES[scale](x[group.rows]), group)[by] for group in groups]
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
         shared = {"by": by, "given": given or "none", "metric": "silhouette"}
-        rows.append(place | shared | against_null(np.stack(scores)))
+        rows.append(place | shared | against_null(np.stack(scores), exchange, permutations))
     return pd.DataFrame(rows).astype({"head": "Int64"})
 
 

@@ -44,7 +44,8 @@ class SiteRows:
         stored = select(acts, site, position=position).variable
         if site.kind != "head":
             return cls(str(site), stored, None, device)
-        frame = acts["head_frame"].sel(block=site.layer, head=site.head).values
+        frame = acts["head_frame"].sel(block=site.layer, head=site.head)
+        frame = frame.transpose("d_head", "rank").values
         return cls(str(site), stored, frame.astype(np.float64), device)
 
     def __iter__(self) -> Iterator[tuple[slice, Float[Array, "row d"]]]:

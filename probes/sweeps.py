@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from lensclust import figures
 from lensclust.activations import VARIABLES, select
 from lensclust.errors import InputError
+from lensclust.labels import label_text
 from lensclust.showing import Shown
 from lensclust.sites import Site
 
@@ -24,13 +25,13 @@ class ProbeSweep(Shown):
     Attributes:
         frame: one row a site, penalty and metric: ``site, kind, layer, head, position, by,
             probe, penalty, metric, value, ci_low, ci_high, null_mean, null_std, p, p_corrected,
-            n_folds, exchanged``. ``value`` is the mean over folds; the interval is over folds;
-            ``exchanged`` says what the null permutes.
+            smallest_p, n_folds, exchanged``. ``value`` is the mean over folds; the interval is
+            over folds; ``exchanged`` says what the null permutes.
         directions: a linear score for each label, fitted to all rows with the first penalty, by
             variable of the activations: ``resid (layer, label, d_model)``, ``z (block, head,
             label, d_head)``, with intercepts ``resid_intercept``, ``z_intercept``. They apply to
             activations as stored: ``x @ direction + intercept``, the highest score wins.
-        fold: the fold in which each prompt was tested.
+        fold: the fold in which each prompt was tested; -1 where it was left out.
         notes: what a reader of the scores should know, one sentence each.
         target, probe, penalty: the label, the kind of probe and the first penalty (NaN without).
     """
@@ -55,7 +56,7 @@ class ProbeSweep(Shown):
             raise InputError(f"best: no site of kind {kind!r}, only {set(self.frame['kind'])}")
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
-    def direction(self, label: str, site: Site | str) -> Float[np.ndarray, " d"]:
+    def direction(self, label: Any, site: Site | str) -> Float[np.ndarray, " d"]:
         """Unit vector that raises a label's score, to be added to the activations as stored.
 
         Probes of heads see a head's contribution to the residual stream, so theirs is the change
@@ -66,13 +67,15 @@ class ProbeSweep(Shown):
         """
         place = Site.parse(site) if isinstance(site, str) else site
         weights, _ = self._at(place)
+        label = label_text(label)
         if label not in weights[self.target].values:
             raise InputError(
                 f"direction: {label!r} is not a {self.target}: {weights[self.target].values}"
             )
         vector = weights.sel({self.target: label}).values
         if place.kind == "head":
-            frame = self.directions["head_frame"].sel(block=place.layer, head=place.head).values
+            found = self.directions["head_frame"].sel(block=place.layer, head=place.head)
+            frame = found.transpose("d_head", "rank").values
             vector = np.linalg.pinv(frame.astype(np.float64) @ frame.T) @ vector
         length = np.linalg.norm(vector)
         if length == 0:

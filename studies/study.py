@@ -8,16 +8,26 @@ A study is a frozen dataclass: its fields are its knobs, `Study.run` turns a `Co
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 from lensclust import run_directory
-from lensclust.disk import check_files, locked, seal_files, writing
+from lensclust.disk import (
+    LOCK,
+    check_files,
+    locked,
+    publish,
+    remove_partial,
+    seal_files,
+    staging,
+    writing,
+)
+from lensclust.errors import check_counts
 from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
 
@@ -25,6 +35,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lensclust.views import View
+
+# More repetitions than anybody can wait for.
+MAX_SEEDS = 1_000_000
 
 Frames = Mapping[str, "pd.DataFrame"]
 
@@ -133,13 +146,20 @@ class Study:
             InputError: if ``out`` holds something else, or another process works on it;
                 nothing is written then.
         """
+        check_counts("run", jobs=None if jobs == 0 else abs(jobs))
+        if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
+            raise lc.InputError(f"seeds: expected at least 1, at most {MAX_SEEDS}, given {seeds}")
+        check_counts("run", seeds=seeds)
         numbers = tuple(range(self.default_seeds if seeds is None else seeds))
-        if not numbers:
-            raise lc.InputError(f"seeds: expected at least 1, given {seeds}")
         if jobs == 0:
             raise lc.InputError("jobs: expected a number of processes, or -1 for all, given 0")
         config = {"study": type(self).name(), "preset": preset, "seeds": len(numbers)}
         config |= {"fields": asdict(self)}
+        for knob in fields(self):
+            value, kind = getattr(self, knob.name), str(knob.type)
+            if isinstance(value, float) and not ("float" in kind and math.isfinite(value)):
+                wanted = "a finite number" if "float" in kind else "a whole number"
+                raise lc.InputError(f"{knob.name}={value}: expected {wanted}")
         self.check()
         quiet = nullcontext() if progress else no_bars()
         with quiet, run_directory.claimed(out, config, resume=resume):
@@ -196,17 +216,18 @@ def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
     with writing(what):
         folder.mkdir(parents=True, exist_ok=True)
     # Waits: a worker outlives a killed run, and finishes what a resumed one would do again.
-    with locked(folder / ".lock", what, wait=True):
+    with locked(folder / LOCK, what, wait=True):
         if not done.exists():
             frames = function(item, folder)
             with writing(what):
-                unfinished = folder / ".frames"
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
-                for name, frame in frames.items():
-                    frame.to_parquet(unfinished / f"{name}.parquet", index=False)
-                seal_files(unfinished)
-                unfinished.rename(done)
+                remove_partial(folder)
+                with staging(folder) as top:
+                    unfinished = top / "frames"
+                    unfinished.mkdir()
+                    for name, frame in frames.items():
+                        frame.to_parquet(unfinished / f"{name}.parquet", index=False)
+                    seal_files(unfinished)
+                    publish(unfinished, done)
     files = sorted(done.glob("*.parquet"))
     check_files(done, [path.name for path in files], f"{what}: delete it to have it done again")
     return {path.stem: pd.read_parquet(path) for path in files}

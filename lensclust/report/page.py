@@ -8,6 +8,8 @@ escaped wherever they appear. The same run directories give the same bytes.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,10 +19,10 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from lensclust.disk import write_atomically, writing
+from lensclust.disk import require_name, write_atomically, writing
 from lensclust.errors import InputError
 from lensclust.report.policy import content_policy
-from lensclust.report.run_content import Run, read_run
+from lensclust.report.run_content import CONTENT, Run, read_run
 from lensclust.report.scripts import own_text, view_scripts, view_style
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
@@ -38,11 +40,13 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     Args:
         runs: run directories, in the order of the page.
-        out: where to write; ``report.html`` in the run directory if there is a single run.
+        out: where to write, through links, keeping the mode of a file that is there;
+            ``report.html`` in the run directory if there is a single run.
 
     Raises:
         InputError: if there is no run, several runs but no ``out``, a directory is not a run,
-            or a file of it cannot be read; if the page cannot be written.
+            or a file of it cannot be read; if the page cannot be written, or is a device or one of
+            the files it is made of.
 
     >>> import tempfile
     >>> import pandas as pd
@@ -60,14 +64,41 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise InputError("report: no run directory given, expected at least one")
     if out is None and len(runs) > 1:
         raise InputError(f"report: {len(runs)} runs need a file to write to, given none")
-    out = Path(runs[0]) / "report.html" if out is None else Path(out)
-    if out.is_dir():
-        raise InputError(f"report: cannot write {out}: it is a directory, expected a file")
-    read = [read_run(Path(run), f"run{index}") for index, run in enumerate(runs)]
-    html = _render(read)
-    with writing(f"report {out}", "put that right, then try again"):
-        write_atomically(out, html)
-    return out
+    page = Path(runs[0]) / "report.html" if out is None else Path(out)
+    # A run may be somebody else's: its own link leads nowhere that the caller has not named.
+    if out is None and page.is_symlink():
+        raise InputError(f"report: {page} is a link: name the file to write as out (--out)")
+    what, then = f"report {page}", "put that right, then try again"
+    with writing(what, then):
+        target = _target(page, [Path(run) for run in runs])
+    html = _render([read_run(Path(run), f"run{index}") for index, run in enumerate(runs)])
+    with writing(what, then):
+        write_atomically(target, html)
+    return page
+
+
+def _target(page: Path, runs: Sequence[Path]) -> Path:
+    """The file that a page replaces, behind links; neither what the page is made of nor a device.
+
+    Raises:
+        InputError: says what it is instead.
+    """
+    require_name(page, f"report {page}")
+    target = Path(os.path.realpath(page))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if target.is_dir():
+        raise InputError(f"report: cannot write {page}: it is a directory, expected a file")
+    if target.exists() and not target.is_file():
+        raise InputError(f"report: cannot write {page}: it is a device, expected a file")
+    inputs = [
+        path for run in runs for name in CONTENT for path in (run / name, *run.glob(name + "/*"))
+    ]
+    places = {Path(os.path.realpath(path)) for path in inputs}
+    linked = target.exists() and any(p.is_file() and p.samefile(target) for p in inputs)
+    if linked or not places.isdisjoint((target, *target.parents)):
+        raise InputError(f"report: cannot write {page}: a run consists of it, expected another")
+    return target
 
 
 def _render(read: Sequence[Run]) -> str:

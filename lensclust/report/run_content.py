@@ -12,7 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 from pyarrow import parquet
 
-from lensclust.disk import read_json
+from lensclust.disk import LOCK, read_json
 from lensclust.errors import InputError
 from lensclust.figures import render_svg
 from lensclust.report.score_tables import ScoreTable, score_table
@@ -21,6 +21,8 @@ from lensclust.results import Claim, Verdict
 from lensclust.views import check_view
 
 _FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
+# Whatever a run consists of, beside its page: files, and folders of them.
+CONTENT = (*_FILES, "notes.json", "figures", "views", "parts", LOCK)
 # A hundred times what the largest run writes.
 _MAX_CELLS = 100_000_000
 # Runs from before claims named their figures have none.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
-from lensclust.tokenization import continuation, without_eos
+from lensclust.tokenization import continuation, encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ def single_tokens(
         InputError: if two words begin with the same token, or one is not a single token; says
             which, and how it splits.
     """
-    prompt = without_eos(tokenizer, tokenizer(text)["input_ids"])
+    prompt = encoded(tokenizer, text).ids
     ids = [continuation(tokenizer, text, prompt, word) for word in words]
     split = {
         word: " + ".join(repr(tokenizer.decode([token])) for token in tokens)

@@ -61,9 +61,9 @@ def held(file: Path) -> str:
 @pytest.mark.parametrize(
     ("work", "lock", "said"),
     [
-        (extract, ".a.lock", "store"),
-        (training, "t/.lock", "train:"),
-        (small_study, "r/.lock", "output"),
+        (extract, ".a.lensclust.lock", "store"),
+        (training, "t/.lensclust.lock", "train:"),
+        (small_study, "r/.lensclust.lock", "output"),
     ],
 )
 def test_the_second_is_refused_and_the_dead_hold_nothing(

@@ -104,8 +104,11 @@ def test_prefixes_resuming_and_appending_are_those_of_one_process(nodes, tmp_pat
     tiny_tokenizer(tmp_path / "model")
     shots = [[3 + (7 * i + k) % 50 for k in range(40)] for i in range(2)]
     ids = [[*shots[i % 2], 3 + i % 50, 5] for i in range(40)]
-    calls = [lc.Prompts.from_token_lists(ids[:n], pd.DataFrame({"n": range(n)})) for n in (40, 23)]
-    options = {"shard": 16, "progress": False}
+    calls = [
+        lc.Prompts.from_token_lists(ids[:n], pd.DataFrame({"n": range(n), "call": [n] * n}))
+        for n in (40, 23)
+    ]
+    options = {"shard": 16, "append": True, "progress": False}
     model = lc.load(tmp_path / "model")
     assert lc.plan_prefixes(model, calls[0], shard=16).sharing == 40
     for prompts in calls:

@@ -146,7 +146,7 @@ def test_heads_behind_a_norm_are_refused_by_name():
 
 def test_parallel_blocks_have_no_resid_mid():
     bridge = lc.load(hf_model("neox"))
-    with pytest.raises(lc.InputError, match=r"'resid_mid 0' does not exist: .* has only resid"):
+    with pytest.raises(lc.InputError, match=r"'resid_mid' does not exist: .* has only resid"):
         lc.extract(bridge, some_prompts(2), "resid_mid")
 
 

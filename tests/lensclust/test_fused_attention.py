@@ -9,6 +9,7 @@ import torch
 
 import lensclust as lc
 from lensclust.fused_attention import fused_attention
+from lensclust.partial_forwards import scored_logits
 from tests.tiny import hf_model
 
 FUSED = ("gpt2", "llama", "neox", "opt", "qwen2")
@@ -41,7 +42,7 @@ def seen(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_hooks_logits_and_gradients_are_those_of_the_plain_way(name: str) -> None:
     model, tokens = lc.load(hf_model(name)), tokens_of()
     plain = seen(model, tokens)
-    with fused_attention(model, tokens_of(1)) as fused:
+    with fused_attention(model, 11) as fused:
         assert fused
         found = seen(model, tokens)
     assert found.keys() == plain.keys()
@@ -62,7 +63,7 @@ def test_no_pattern_is_made_inside_and_all_is_as_before_after_it(name: str) -> N
         return parts, forwards, model.original_model.config._attn_implementation
 
     def use(error: type[BaseException] | None) -> None:
-        with fused_attention(model, tokens) as fused:
+        with fused_attention(model, 11) as fused:
             # Heard, though it was not there at the door: nothing reaches it inside.
             handle = pattern.register_forward_hook(lambda *_: patterns.append("made"))
             model.original_model(tokens)
@@ -87,7 +88,7 @@ def test_no_pattern_is_made_inside_and_all_is_as_before_after_it(name: str) -> N
 @pytest.mark.parametrize("name", ["gemma2", "native"])
 def test_models_without_such_code_go_the_plain_way(name: str) -> None:
     model = lc.load("native:sif-small" if name == "native" else hf_model(name))
-    with fused_attention(model, tokens_of()) as fused:
+    with fused_attention(model, 11) as fused:
         assert not fused
 
 
@@ -104,18 +105,53 @@ def test_who_listens_to_attention_is_heard(name: str, point: str) -> None:
     plain = model(tokens)
     with model.hooks(fwd_hooks=[(f"blocks.1.attn.{point}", nothing)]):
         cut = model(tokens)
-        with fused_attention(model, tokens) as fused:
+        with fused_attention(model, 11) as fused:
             assert not fused
             torch.testing.assert_close(model(tokens), cut)
     assert not torch.allclose(plain, cut)
-    with fused_attention(model, tokens) as fused:
+    with fused_attention(model, 11) as fused:
         assert fused
 
 
 def test_code_that_gives_something_else_is_not_used() -> None:
-    model, tokens = lc.load(hf_model("llama")), tokens_of()
+    model = lc.load(hf_model("llama"))
     original = model.blocks[1].attn.original_component
     own = original.forward
     original.forward = lambda *args, **named: (2 * own(*args, **named)[0], None)
-    with fused_attention(model, tokens) as fused:
+    with fused_attention(model, 11) as fused:
         assert not fused
+
+
+def test_code_that_goes_wrong_in_long_sequences_only_is_used_for_short_ones() -> None:
+    """A window that the model's own code ignores bites beyond its length alone."""
+    model: Any = lc.load(hf_model("llama"))
+    original = model.blocks[1].attn.original_component
+    own = original.forward
+
+    def wrong(hidden_states: torch.Tensor, *args: Any, **named: Any) -> Any:
+        out, *rest = own(hidden_states, *args, **named)
+        return out * torch.where(torch.arange(out.shape[1]) < 40, 1.0, 0.5)[:, None], *rest
+
+    original.forward = wrong
+    for longest, expected in ((30, True), (60, False), (40, True), (41, False)):
+        with fused_attention(model, longest) as fused:
+            assert fused == expected, longest
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_an_mlp_that_looks_at_other_tokens_is_run_whole(mixing: bool) -> None:
+    """One that adds a little of the token before, which a first token alone does not show."""
+    model: Any = lc.load(hf_model("gpt2"))
+    mlp = model.blocks[-1].mlp
+    own = mlp.original_component.forward
+    if mixing:
+        mlp.original_component.forward = lambda states: own(
+            states + 0.01 * states.roll(1, dims=1).cumsum(1)
+        )
+    tokens = tokens_of()
+    scored = torch.zeros(tokens.shape, dtype=torch.bool)
+    scored[:, [3, 10]] = True
+    with torch.no_grad():
+        torch.testing.assert_close(
+            scored_logits(model, tokens, scored), model(tokens)[scored], rtol=1e-4, atol=1e-5
+        )

@@ -12,7 +12,7 @@ from lensclust.batching import model_device
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.placement import require_placeable
-from lensclust.sharing import obstacle, trial
+from lensclust.sharing import obstacle, refusal
 from lensclust.weights import fingerprint
 from tests.lensclust.test_extraction import some_prompts
 from tests.tiny import hf_model
@@ -90,7 +90,7 @@ def test_hooks_that_carry_weights_do_not_stand_in_the_way_of_shared_prefixes(sav
     for places in ({"": "cpu"}, offloaded(name, folder)):
         mapped = lc.load(folder, device_map=places)
         assert obstacle(mapped) is None
-        assert trial(mapped) == trial(plain)
+        assert refusal(mapped) == refusal(plain)
         # A caller's own hook is still noticed.
         handle = mapped.original_model.register_forward_hook(lambda *_: None)
         assert obstacle(mapped) is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -91,6 +93,29 @@ def test_digest_sees_tokens_and_labels():
     assert one.digest() != lc.Prompts.from_token_lists([[1, 3]], rows(1)).digest()
     relabelled = lc.Prompts.from_token_lists([[1, 2]], rows(1).assign(task="other"))
     assert one.digest() != relabelled.digest()
+
+
+def test_digest_sees_all_but_padding():
+    """Every part that decides what is read or scored; not the width or the id of the padding."""
+    ids, table = [[1, 2, 3], [4, 5]], rows(2)
+    spans = {"s": [(0, 1), (0, 2)]}
+    variants = [
+        {},
+        {"answers": [[1], [2]]},
+        {"answers": [[1], [3]]},
+        {"spans": spans},
+        {"spans": {"s": [(0, 1), (1, 2)]}},
+        {"spans": {"t": spans["s"]}},
+        {"spans": spans, "answers": [[1], [2]]},
+    ]
+    made = [lc.Prompts.from_token_lists(ids, table, **each) for each in variants]
+    assert len({each.digest() for each in made}) == len(variants)
+    assert len({tuple(each.row_digests()) for each in made}) == len(variants)
+    longer = lc.Prompts.from_token_lists([*ids, [9] * 8], rows(3), pad_id=7)
+    assert longer.take([0, 1]).digest() == made[0].digest()
+    assert longer.row_digests()[:2].tolist() == made[0].row_digests().tolist()
+    wide = replace(made[0], tokens=torch.nn.functional.pad(made[0].tokens, (0, 4), value=9))
+    assert wide.digest() == made[0].digest()
 
 
 @pytest.mark.parametrize(

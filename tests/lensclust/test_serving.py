@@ -8,15 +8,19 @@ import http.client
 import json
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from lensclust import serving
 from lensclust.errors import InputError
 from lensclust.report import write_page
 from lensclust.serving import served
@@ -119,6 +123,88 @@ def test_the_script_of_the_waiting_page_is_the_one_that_its_policy_allows() -> N
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("claims.json", b"3"),
+        ("claims.json", b'{"a": 1}'),
+        ("claims.json", b"[" * 100_000),
+        ("claims.json", b"\xff\xfe"),
+        ("config.json", b"[]"),
+        ("config.json", b""),
+        ("config.json", None),
+        ("report.html", None),
+    ],
+)
+def test_a_malformed_run_is_unavailable_and_the_next_request_is_answered(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str, content: bytes | None
+) -> None:
+    run = make_run(tmp_path / "run")
+    write_page([run])
+    with at_work(run) as port:
+        before = (run / file).read_bytes()
+        (run / file).unlink()
+        if content is None:
+            (run / file).mkdir()
+        else:
+            (run / file).write_bytes(content)
+        assert asked(port, "/")[0] == 503
+        if content is None:
+            (run / file).rmdir()
+        (run / file).write_bytes(before)
+        assert asked(port, "/")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_clients_that_leave_or_wait_are_let_go(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "SECONDS", 0.7)
+    run = make_run(tmp_path / "run")
+    write_page([run])
+    with at_work(run) as port:
+        for said in (
+            b"",
+            b"GET / HT",
+            f"GET / HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode(),
+        ):
+            leaver = socket.create_connection(("127.0.0.1", port))
+            leaver.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaver.sendall(said)
+            leaver.close()
+        # A byte now and then: each alone is soon enough.
+        slow = socket.create_connection(("127.0.0.1", port))
+        ends, is_open = time.monotonic() + 20, True
+        while is_open and time.monotonic() < ends:
+            time.sleep(0.05)
+            try:
+                slow.sendall(b"x")
+            except OSError:
+                is_open = False
+        assert not is_open
+        slow.close()
+        assert asked(port, "/state.json")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_a_crowd_is_answered_or_refused_at_once(tmp_path: Path) -> None:
+    with at_work(unfinished(tmp_path / "run")) as port:
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(serving.MAX_CLIENTS)]
+        began = time.monotonic()
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        said = [client.recv(12) for client in crowd]
+        assert time.monotonic() - began < serving.SECONDS
+        assert set(said) == {b"HTTP/1.0 503"}
+        for client in (*idle, *crowd):
+            client.close()
+        for _ in range(100):
+            if asked(port, "/state.json")[0] == 200:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("nobody is answered any more")
 
 
 # What is started in the background ignores interrupts, and so would what it starts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_store_equals_memory_and_is_read_lazily(model, tmp_path):
 def test_appending_equals_one_pass(model, tmp_path):
     first, second = some_prompts(13), some_prompts(9, seed=3)
     lc.extract(model, first, ["resid", "head"], store=tmp_path / "a", shard=5)
-    both = lc.extract(model, second, ["resid", "head"], store=tmp_path / "a")
+    both = lc.extract(model, second, ["resid", "head"], store=tmp_path / "a", append=True)
     expected = [lc.extract(model, p, ["resid", "head"]) for p in (first, second)]
     for name in ("resid", "z", "task", "n"):
         apart = np.concatenate([e[name].values for e in expected])
@@ -159,8 +160,72 @@ def test_labels_of_another_kind_are_refused_before_anything_is_written(model, tm
 def test_running_a_script_again_adds_nothing(model, tmp_path):
     for _ in range(2):
         for prompts in (some_prompts(7), some_prompts(5, seed=2)):
-            acts = lc.extract(model, prompts, "resid 2", store=tmp_path / "a", resume=True)
+            options = {"resume": True, "append": True}
+            acts = lc.extract(model, prompts, "resid 2", store=tmp_path / "a", **options)
     assert acts.sizes["prompt"] == 12
+
+
+def test_prompts_come_once_into_a_store(model, tmp_path):
+    """The same, some of the same, in another order: no call adds them, and none is lost."""
+    path, first = tmp_path / "a", some_prompts(9)
+    lc.extract(model, first, "resid 2", store=path)
+    with pytest.raises(lc.InputError, match=r"is finished and holds 9 of these 9 prompts"):
+        lc.extract(model, first, "resid 2", store=path)
+    with pytest.raises(lc.InputError, match=r"holds 9 of these 9"):
+        lc.extract(model, first.take([*range(8, -1, -1)]), "resid 2", store=path, append=True)
+    with pytest.raises(lc.InputError, match=r"holds other prompts than these .* append=True"):
+        lc.extract(model, some_prompts(4, seed=2), "resid 2", store=path, resume=True)
+    lc.extract(model, some_prompts(4, seed=2), "resid 2", store=path, append=True)
+    with pytest.raises(lc.InputError, match=r"holds 2 of these 2 prompts"):
+        lc.extract(model, some_prompts(4, seed=2).take([3, 1]), "resid 2", store=path, append=True)
+    again = lc.extract(model, first, "resid 2", store=path, resume=True)
+    assert again.sizes["prompt"] == 13
+    assert store.verify(path).size == 0
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_other_spans_or_answers_are_other_prompts(model, tmp_path, interrupted):
+    rows = pd.DataFrame({"task": list("ababab")})
+    kinds = [
+        {"spans": {"s": [(0, 2)] * 6}},
+        {"spans": {"s": [(0, 5)] * 6}},
+        {"spans": {"s": [(0, 2)] * 6}, "answers": [7] * 6},
+    ]
+    made = [lc.Prompts.from_token_lists([[5, 6, 7, 8, 9, 10]] * 6, rows, **each) for each in kinds]
+    options = {"at": "s_end", "store": tmp_path / "a", "progress": False}
+    lc.extract(model, made[0], "resid 2", **options)
+    if interrupted:
+        (tmp_path / "a" / "resid_crc" / "0.0.0").unlink()
+        store_notes.note(zarr.open_group(str(tmp_path / "a"), mode="r+"), written=0)
+    for other in made[1:]:
+        with pytest.raises(lc.InputError, match=r"other prompts than these .* spans or answers"):
+            lc.extract(model, other, "resid 2", resume=True, **options)
+    resumed = lc.extract(model, made[0], "resid 2", resume=True, **options)
+    fresh = lc.extract(model, made[0], "resid 2", at="s_end", progress=False)
+    np.testing.assert_array_equal(resumed.resid.values, fresh.resid.values)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_left_alone(model, tmp_path):
+    """Without the prompts' keys, and with a tokenizer's fingerprint of one part."""
+    path = tmp_path / "a"
+    written = lc.extract(model, some_prompts(6), "resid 2", store=path).load()
+    shutil.rmtree(path / store_notes.ROW_KEYS)
+    group = zarr.open_group(str(path), mode="r+")
+    assert store_notes.ROW_KEYS not in group
+    store_notes.note(group, layout=store_notes.layout_digest(group, written))
+    xr.testing.assert_identical(lc.open_activations(path).load(), written)
+    for options in ({}, {"resume": True}, {"append": True}):
+        with pytest.raises(lc.InputError, match="written by an earlier version"):
+            lc.extract(model, some_prompts(6), "resid 2", store=path, **options)
+    xr.testing.assert_identical(lc.open_activations(path).load(), written)
+
+
+@pytest.mark.parametrize("name", ["resid", "z", "attn_out", "layer", "prompt", "head_frame"])
+def test_labels_that_are_called_like_a_variable_are_refused(model, name):
+    prompts = some_prompts(3)
+    prompts = replace(prompts, rows=prompts.rows.assign(**{name: "x"}))
+    with pytest.raises(lc.InputError, match=f"label '{name}' of the rows is the name of"):
+        lc.extract(model, prompts, "resid 2")
 
 
 def test_a_store_that_grew_only_in_part_is_unfinished(model, tmp_path):

@@ -59,8 +59,8 @@ def objects(place: store_places.Place) -> dict[str, bytes]:
 
 def test_a_url_holds_what_a_folder_holds(model, tmp_path, url):
     for prompts in (some_prompts(13), some_prompts(9, seed=3)):
-        folder = lc.extract(model, prompts, SITES, store=tmp_path / "a", shard=5)
-        there = lc.extract(model, prompts, SITES, store=url, shard=5)
+        folder = lc.extract(model, prompts, SITES, store=tmp_path / "a", shard=5, append=True)
+        there = lc.extract(model, prompts, SITES, store=url, shard=5, append=True)
     assert not there.resid.variable._in_memory
     assert objects(as_place(url)) == objects(tmp_path / "a")
     xr.testing.assert_identical(lc.open_activations(url).load(), folder.load())
@@ -133,15 +133,50 @@ def test_what_is_there_already_is_kept(model, url):
 
 def test_the_command_writes_to_a_url(url, capsys):
     command = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--sites", "resid 6"]
+    if url.startswith("memory:"):
+        assert main([*command, "--out", url, "--quiet"]) == 2
+        assert "is gone when this command has ended" in capsys.readouterr().err
+        return
     assert main([*command, "--out", url, "--quiet"]) == 0
     assert url in capsys.readouterr().out
     assert lc.open_activations(url).sizes["layer"] == 1
 
 
-def test_a_file_url_is_a_folder(model, tmp_path):
-    lc.extract(model, some_prompts(6), "resid 2", store=f"file://{tmp_path}/a")
+@pytest.mark.parametrize("form", ["file://{}/a", "file:{}/a", "FILE://localhost{}/a"])
+def test_a_file_url_is_a_folder(model, tmp_path, form):
+    lc.extract(model, some_prompts(6), "resid 2", store=form.format(tmp_path))
     assert lc.open_activations(tmp_path / "a").sizes["prompt"] == 6
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://", "s3:/b/a", "memory://", "file://", "file:///", "file://other/x", "file:////x",
+     "reference://a/b", "dir://a/b", "zip://a/b", "simplecache::s3://b/a", "dir://a::file:///x",
+     "nosuch://a/b", "blockcache://x/y"],
+)  # fmt: skip
+def test_a_url_goes_where_it_says_or_is_refused(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lc.InputError, match=r"^store ") as caught:
+        as_place(url)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lack_of_credentials_is_no_damage(model, bucket, monkeypatch):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nowhere",
+                        "AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(lc.InputError, match=r"cannot be reached.*credentials"):
+        lc.extract(model, some_prompts(6), "resid 2", store="s3://bucket/without/a")
+    with pytest.raises(lc.InputError, match=r"cannot be reached.*credentials"):
+        lc.open_activations("s3://bucket/without/a")
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_unusable_urls_are_one_line(model, tmp_path, bucket):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -363,3 +365,97 @@ def test_wrong_input_is_one_clear_line() -> None:
     )
     with pytest.raises(lc.InputError, match="is 99 to 99, expected places within its"):
         ratio(model, beyond)
+
+
+# -- values as they are weighted --------------------------------------------------------------
+
+
+def clipped_network() -> Any:
+    """OLMo whose values are clipped behind their projection, far inside their range."""
+    config = transformers.OlmoConfig(
+        vocab_size=D_VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        clip_qkv=0.05,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        network: Any = transformers.OlmoForCausalLM(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
+
+
+@torch.no_grad()
+def test_values_that_are_clipped_after_their_hook_weigh_as_they_are_used() -> None:
+    model, plain, prompts = lc.load(clipped_network()), clipped_network(), prompts_of(3)
+    found = ratio(model, prompts, weighting="value", draws=2).values
+    for row in range(len(prompts)):
+        projected: list[torch.Tensor] = []
+
+        def keep(*args: Any, projected: list[torch.Tensor] = projected) -> None:
+            projected.append(args[2].clone())  # it is clipped in place
+
+        handles = [
+            layer.self_attn.v_proj.register_forward_hook(keep) for layer in plain.model.layers
+        ]
+        patterns = plain(alone(prompts, row), output_attentions=True).attentions
+        for handle in handles:
+            handle.remove()
+        for block, layer in enumerate(plain.model.layers):
+            assert (projected[block].abs() > 0.05).float().mean() > 0.5
+            v = projected[block][0].clamp(-0.05, 0.05).unflatten(-1, (2, 8))
+            w_o = layer.self_attn.o_proj.weight.T.unflatten(0, (4, 8))
+            long = torch.stack([(v[:, h // 2] @ w_o[h]).norm(dim=-1) for h in range(4)])
+            here = found.isel(weighting=0, block=block, prompt=row)
+            np.testing.assert_allclose(
+                [here["relevant"], here["irrelevant"]],
+                means(prompts, row, patterns[block][0] * long[:, None], "answer"),
+                rtol=1e-4,
+            )
+
+
+def test_a_hybrid_has_patterns_where_it_has_attention_and_gated_values_are_refused() -> None:
+    config = transformers.Qwen3NextConfig(
+        vocab_size=D_VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    network = transformers.Qwen3NextForCausalLM(config).eval()
+    model, prompts = lc.load(copy.deepcopy(network)), prompts_of(3)
+    found = ratio(model, prompts, weighting=["attention", "gradient"], draws=2)
+    assert found.values["block"].values.tolist() == [2]
+    assert set(found.frame["block"]) == {2}
+    with torch.no_grad():
+        for row in range(len(prompts)):
+            pattern = network(alone(prompts, row), output_attentions=True).attentions[-1][0]
+            here = found.values.sel(weighting="attention", block=2).isel(prompt=row)
+            np.testing.assert_allclose(
+                [here["relevant"], here["irrelevant"]],
+                means(prompts, row, pattern, "answer"),
+                rtol=1e-4,
+            )
+    with pytest.raises(lc.InputError, match=r"values of block 2 of .* cannot be weighted"):
+        ratio(model, prompts, weighting="value", draws=2)

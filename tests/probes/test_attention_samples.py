@@ -99,7 +99,7 @@ def test_the_frame_holds_each_weight_once() -> None:
 @pytest.mark.parametrize(
     ("heads", "said"),
     [
-        ("head 6.0", "'head 6.0' is no head of .*blocks 0..5, heads 0..3"),
+        ("head 6.0", r"'head 6.0' is no head of .*heads 0\.\.3 in blocks \[0, 1, 2, 3, 4, 5\]"),
         ("head 0.4", "'head 0.4' is no head of"),
         ("resid 1", "'resid 1' is no head of"),
         ([], "no head given"),

@@ -216,3 +216,79 @@ def test_states_that_are_not_finite_are_refused_with_their_site(jobs):
     acts.resid[[7, 30], 0, 1, 4] = [np.nan, np.inf]
     with pytest.raises(lc.InputError, match=r"'resid 1': 2 of 72 rows hold NaN .* first is row 7"):
         cluster(acts, jobs=jobs)
+
+
+def worded(
+    *, task: float, wording: float, seed: int, source: float = 3, crossed: bool = False
+) -> xr.Dataset:
+    """Five tasks of four wordings, three inputs; codes of tasks and wordings of given strengths."""
+    rng = np.random.default_rng(seed)
+    which, said, given = (a.ravel() for a in np.mgrid[:5, :4, :3])
+    cell = 4 * which + said
+    states = 0.3 * rng.normal(size=(60, 1, 1, D)) + source * rng.normal(size=(3, 1, 1, D))[given]
+    states += task * rng.normal(size=(5, 1, 1, D))[which]
+    states += wording * rng.normal(size=(20, 1, 1, D))[cell]
+    labels = {"task": which, "template": said if crossed else cell, "input": given}
+    return xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), states.astype(np.float32))},
+        {"layer": [0], "position": ["answer"]}
+        | {name: ("prompt", values.astype(str)) for name, values in labels.items()},
+    )
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_states_that_know_wordings_only_are_not_significant_and_tasks_are(crossed):
+    options = {"metrics": ["ari", "cross_wording_ari"], "n_init": 1, "jobs": 1}
+    p = {
+        task: [
+            cluster(worded(task=task, wording=1, seed=s, crossed=crossed), seed=s, **options).frame[
+                "p"
+            ]
+            for s in range(20)
+        ]
+        for task in (0.0, 2.0)
+    }
+    # Five of 20 at .05 come up once in 3,000 times by chance.
+    assert ((np.array(p[0.0]) <= 0.05).sum(0) < 5).all()
+    assert ((np.array(p[2.0]) <= 0.05).sum(0) > 15).all()
+    # Single rows as units call nearly every draw a task.
+    options |= {"units": "rows", "permutations": 40}
+    fooled = [
+        cluster(worded(task=0, wording=1, source=0, seed=s), given=None, **options)
+        .frame["p"]
+        .iloc[0]
+        for s in range(8)
+    ]
+    assert (np.array(fooled) <= 0.05).sum() > 5
+
+
+def test_one_relabelling_serves_all_inputs():
+    """The null of a mean over inputs that repeat each other is as wide as that of one input."""
+    one = worded(task=0, wording=1, seed=3).isel(prompt=slice(0, None, 3))
+    copies = [one.assign_coords(input=("prompt", [str(i)] * 20)) for i in range(9)]
+    many = xr.concat(copies, dim="prompt")
+    alone, repeated = (
+        cluster(acts.sortby("template"), metrics="ari", n_init=1, jobs=1).frame.iloc[0]
+        for acts in (one, many)
+    )
+    assert repeated["n_groups"] == 9
+    assert repeated["value"] == pytest.approx(alone["value"])
+    assert repeated["null_std"] == pytest.approx(alone["null_std"])
+    assert repeated["p"] == alone["p"]
+
+
+def test_agreement_across_wordings_is_left_out_where_there_is_none():
+    acts = worded(task=1, wording=1, seed=0)
+    one = acts.assign_coords(template=("prompt", acts.task.values))
+    clusters = cluster(one, jobs=1, n_init=1)
+    assert "cross_wording_ari" not in set(clusters.frame["metric"])
+    assert any(
+        "cross_wording_ari and cross_wording_f1 by task left out" in n for n in clusters.notes
+    )
+    assert (clusters.frame["p"] == 1).all()
+    assert (clusters.frame["smallest_p"] == 1).all()
+    assert clusters.frame.notna()[["value", "null_mean", "null_std", "p"]].all().all()
+    with pytest.raises(lc.InputError, match="expected a task in two wordings of one group"):
+        cluster(one, metrics="cross_wording_ari", jobs=1)
+    rows = cluster(acts.drop_vars(["template"]), jobs=1, n_init=1)
+    assert any("single rows trade labels" in note for note in rows.notes)

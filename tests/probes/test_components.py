@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,107 @@ def test_a_model_whose_parts_do_not_add_up_is_refused() -> None:
         pytest.raises(InputError, match="do not add up"),
     ):
         decompose(model, prompts_of(), CHOICES, progress=False)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GRANITE: dict[str, Any] = {
+    "residual_multiplier": 0.3,
+    "logits_scaling": 5.0,
+    "embedding_multiplier": 7.0,
+    "attention_multiplier": 0.2,
+}
+
+
+def multiplied(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A network that multiplies what it adds, or its logits."""
+    config = {
+        "granite": lambda: transformers.GraniteConfig(**SIZES, **GRANITE),
+        "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.03),
+        "cohere2": lambda: transformers.Cohere2Config(**SIZES, logit_scale=0.7),
+    }[name]()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        network: Any = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return network.eval().to(dtype)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "cohere2"])
+@torch.no_grad()
+def test_what_a_network_multiplies_is_multiplied(name: str) -> None:
+    plain, prompts, labels = multiplied(name), prompts_of().take(range(4)), [5, 17]
+    model = lc.load(multiplied(name))
+    found = decompose(model, prompts, {"a": 5, "b": 17}, label=None)
+    config = plain.config
+    added = getattr(config, "residual_multiplier", 1.0)
+    scale = getattr(config, "logit_scale", None) or 1 / config.logits_scaling
+    for row, length in enumerate(prompts.lengths.tolist()):
+        seen: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, at: str, seen: dict[str, torch.Tensor] = seen) -> Any:
+            def hook(_module: Any, given: Any, out: Any) -> None:
+                seen[name] = (given[0] if at == "in" else out)[0, -1]
+
+            return hook
+
+        parts = [("norm", plain.model.norm, "in"), ("normed", plain.model.norm, "out")]
+        parts += [(f"z{i}", b.self_attn.o_proj, "in") for i, b in enumerate(plain.model.layers)]
+        parts += [(f"mlp{i}", b.mlp, "out") for i, b in enumerate(plain.model.layers)]
+        handles = [part.register_forward_hook(keep(key, at)) for key, part, at in parts]
+        logits = plain(prompts.tokens[row : row + 1, :length]).logits[0, -1, labels]
+        for handle in handles:
+            handle.remove()
+        here = found.logits[row]
+        np.testing.assert_allclose(here.sum("component"), logits, rtol=1e-4, atol=1e-5)
+        state = seen["norm"]
+        centred = name != "granite"
+        gain = seen["normed"] / (state - state.mean() if centred else state)
+
+        def written(
+            vector: torch.Tensor, centred: bool = centred, gain: torch.Tensor = gain
+        ) -> np.ndarray:
+            vector = added * vector
+            vector = vector - vector.mean() if centred else vector
+            return (scale * (gain * vector) @ plain.lm_head.weight[labels].T).numpy()
+
+        for index, block in enumerate(plain.model.layers):
+            mlp = here.sel(component=f"mlp {index}")
+            np.testing.assert_allclose(mlp, written(seen[f"mlp{index}"]), rtol=2e-3, atol=1e-5)
+            for head in range(4):
+                own = slice(8 * head, 8 * head + 8)
+                vector = block.self_attn.o_proj.weight[:, own] @ seen[f"z{index}"][own]
+                part = here.sel(component=f"head {index}.{head}")
+                np.testing.assert_allclose(part, written(vector), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere"])
+def test_labels_whose_logits_are_near_zero_add_up_in_half_precision(name: str) -> None:
+    model, prompts = lc.load(multiplied(name, torch.bfloat16)), prompts_of().take([0])
+    length = int(prompts.lengths[0])
+    with torch.no_grad():
+        logits = model(prompts.tokens[:, :length])[0, -1].float()
+    a, b = logits.abs().topk(2, largest=False).indices.tolist()
+    assert logits[[a, b]].abs().max() < 0.1 * logits.square().mean().sqrt()
+    found = decompose(model, prompts, {"a": a, "b": b}, label=None)
+    assert found.error < 0.05
+
+
+def test_a_block_without_heads_is_named() -> None:
+    config = transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+    model = lc.load(transformers.AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(InputError, match=r"^decompose: block 0 of .* has no heads"):
+        decompose(model, prompts_of(), {"a": 5, "b": 17}, label=None)
 
 
 @pytest.mark.slow

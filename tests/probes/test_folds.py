@@ -52,6 +52,7 @@ def test_groups_stay_whole_and_permutations_keep_what_folds_were_dealt_by(seed, 
         labelled(task=task.astype(str), template=template),
         groups=None if world == "none" else "template",
         exchange="rows" if world == "rows" else "labels",
+        units="rows" if world == "none" else None,
         seed=seed,
     )
     if world != "none":
@@ -92,12 +93,18 @@ def test_a_label_of_one_group_is_noted_and_unequal_ones_too():
     notes = plan(acts).notes
     assert "1 of 3 task labels have one template or fold only, such as 'lonely'" in notes[0]
     uneven = labelled(task=["a"] * 9 + ["b"] * 27, template=[*np.arange(9) % 3, *np.arange(27) % 3])
-    assert any("of 3 to 9 rows changes how frequent labels are" in n for n in plan(uneven).notes)
+    assert any("3 to 9 rows changes how many rows a label has" in n for n in plan(uneven).notes)
 
 
 def test_few_labellings_are_noted():
     acts = labelled(task=["a", "b"] * 6, template=np.arange(12) // 2 % 3)
-    assert "only 8 labellings by exchanging labels within groups: p is coarse" in plan(acts).notes
+    # Two orders in each of three templates; swapping the names of both tasks changes nothing.
+    found = plan(acts)
+    assert any(
+        "4 distinct relabellings by exchanging task within template" in n for n in found.notes
+    )
+    assert found.codes.shape[1] == 4
+    assert found.smallest_p == 0.25
 
 
 @pytest.mark.parametrize(
@@ -117,7 +124,7 @@ def test_few_labellings_are_noted():
         (
             {"task": np.repeat(["a", "b"], 6), "template": np.arange(12) // 3},
             {"folds": 4},
-            "no labels can be exchanged \\(groups, 4 folds\\)",
+            "no labels can be exchanged \\(template, 4 folds\\)",
         ),
     ],
 )

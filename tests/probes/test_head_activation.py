@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -263,6 +264,87 @@ def test_a_model_without_a_parameter_that_asks_for_gradients_is_measured(name: s
     np.testing.assert_array_equal(
         head_activation(free, prompts).signed, head_activation(closed, prompts).signed
     )
+
+
+# -- whatever computes attention ---------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": N_CTX,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OTHERS: dict[str, Any] = {
+    "gpt1": lambda: transformers.OpenAIGPTConfig(
+        vocab_size=D_VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=N_CTX,
+        **{"attn_implementation": "eager"},
+    ),
+    # Kinks, and tokens that go to other experts.
+    "opt": lambda: transformers.OPTConfig(
+        **{key: size for key, size in SIZES.items() if key != "intermediate_size"},
+        ffn_dim=48,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, **EXPERTS, num_key_value_heads=2),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SIZES, **EXPERTS, num_key_value_heads=2, head_dim=8, sliding_window=4
+    ),
+    "jamba": lambda: transformers.JambaConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mamba_d_state=4,
+        use_mamba_kernels=False,
+    ),
+}
+
+
+def network_of(config: Any, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network: Any = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_equals_attention_matrices_of_an_unwrapped_network(name: str, seed: int) -> None:
+    model = lc.load(network_of(OTHERS[name](), seed))
+    plain, prompts = network_of(OTHERS[name](), seed), prompts_of(4, seed=seed)
+    found = head_activation(model, prompts).signed
+    assert found["block"].values.tolist() == ([1] if name == "jamba" else [0, 1, 2])
+    for row, (prompt, answer) in enumerate(one_by_one(prompts)):
+        out = plain(torch.tensor([prompt + answer]), output_attentions=True)
+        attentions = [each for each in out.attentions if each is not None]
+        slopes = torch.autograd.grad(answer_loss(out.logits, prompt, answer), attentions)
+        theirs = torch.stack(
+            [(a * g)[0].sum((1, 2)) for a, g in zip(attentions, slopes, strict=True)]
+        ).detach()
+        np.testing.assert_allclose(found[row], theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_behind_a_norm_are_refused(dtype: torch.dtype) -> None:
+    config = transformers.BitNetConfig(**SIZES, num_key_value_heads=2)
+    model = lc.load(network_of(config, 0).to(dtype))
+    with pytest.raises(InputError, match=r"cannot be gated: a gate's gradient is not attention"):
+        head_activation(model, prompts_of())
 
 
 # -- gates that do not reach the loss ---------------------------------------------------------

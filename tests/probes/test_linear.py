@@ -140,6 +140,7 @@ def p_values(world: str, draws: int, **options) -> tuple[np.ndarray, np.ndarray]
     ("world", "options"),
     [
         ("constant in a template", {}),
+        ("constant in a template", {"groups": None}),
         ("one instruction a template and task", {}),
         ("row by row", {"exchange": "rows"}),
     ],
@@ -152,7 +153,7 @@ def test_p_is_uniform_where_labels_have_no_structure(world, options):
 @pytest.mark.parametrize(
     ("world", "options"),
     [
-        ("constant in a template", {"groups": None}),
+        ("constant in a template", {"groups": None, "units": "rows"}),
         ("one instruction a template and task", {"exchange": "rows"}),
     ],
 )

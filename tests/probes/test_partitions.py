@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +14,12 @@ from scipy.spatial.distance import cdist
 from sklearn import metrics
 from sklearn.cluster import KMeans
 
+from probes.design import exchangeable
 from probes.groups import Group
 from probes.kmeans import partition
 from probes.partitions import (
     AGREEMENT,
+    Pairs,
     contingency,
     distances,
     score_groups,
@@ -136,3 +139,67 @@ def test_distances_survive_a_far_origin(seed, offset):
     found = distances(x)
     np.testing.assert_allclose(found, cdist(x, x), rtol=1e-5, atol=1e-6)
     assert found[5, 2] < 1e-6
+
+
+def by_hand(clusters, labels, wordings) -> tuple[float, float]:
+    """Agreement over pairs of rows with different wordings, pair by pair."""
+    one, other = np.triu_indices(len(labels), 1)
+    apart = wordings[one] != wordings[other]
+    together = (clusters[one] == clusters[other])[apart]
+    alike = (labels[one] == labels[other])[apart]
+    if not apart.any() or alike.all() or not alike.any():
+        return np.nan, np.nan
+    expected = together.sum() * alike.sum() / len(alike)
+    best = (together.sum() + alike.sum()) / 2
+    both = (together & alike).sum()
+    return (both - expected) / (best - expected), metrics.f1_score(alike, together)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.booleans())
+def test_agreement_across_wordings_is_that_of_pairs_with_different_wordings(seed, nested):
+    rng = np.random.default_rng(seed)
+    n, wordings = int(rng.integers(6, 30)), np.arange(5)
+    wording = rng.integers(0, 5, n)
+    labels = (wordings % 3)[wording] if nested else rng.integers(0, 3, n)
+    frame = pd.DataFrame({"label": labels, "template": wording})
+    if len(set(labels)) < 2:
+        return
+    exchange = exchangeable(labels, frame, by="label")
+    codes = exchange.labellings(5, seed=seed)
+    clusters = rng.integers(0, 3, n)
+    wording, cell = (np.unique(x, return_inverse=True)[1] for x in (wording, wording * 3 + labels))
+    pairs = Pairs.of(contingency(clusters, codes, 3)).across(clusters, cell, wording)
+    expected = np.array([by_hand(clusters, one, wording) for one in codes])
+    known = ~np.isnan(expected[:, 0])
+    np.testing.assert_allclose(pairs.adjusted()[known], expected[known, 0], atol=1e-9)
+    np.testing.assert_allclose(pairs.f1()[known], expected[known, 1], atol=1e-9)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_clusters_of_wordings_agree_across_wordings_by_chance_alone(nested):
+    """Mean over all relabellings of what knows the wording only: 0; of what knows the label: 1."""
+    wording = np.repeat(np.arange(6 if nested else 3), 6)
+    labels = wording // 2 if nested else np.tile([0, 0, 1, 1, 2, 2], 3)
+    frame = pd.DataFrame({"label": labels, "template": wording})
+    codes = exchangeable(labels, frame, by="label").labellings(1000, seed=0)
+    cell = np.unique(wording * 3 + labels, return_inverse=True)[1]
+    for clusters in (wording % 4, np.where(wording > 1, 0, wording)):
+        pairs = Pairs.of(contingency(clusters, codes, 6)).across(clusters, cell, wording)
+        assert pairs.adjusted().mean() == pytest.approx(0, abs=1e-9)
+    perfect = Pairs.of(contingency(labels, codes, 6)).across(labels, cell, wording)
+    assert perfect.adjusted()[0] == perfect.f1()[0] == 1
+    assert perfect.adjusted()[1:].max() < 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000))
+def test_label_sizes_may_differ_between_labellings(seed):
+    rng = np.random.default_rng(seed)
+    clusters = np.concatenate([[0, 1, 2], rng.integers(0, 3, 20)])
+    codes = rng.integers(0, 4, (5, 23))
+    codes[:, :2] = [0, 1]
+    for name, oracle in ORACLES.items():
+        expected = [oracle(np.unique(row, return_inverse=True)[1], clusters) for row in codes]
+        found = AGREEMENT[name](contingency(clusters, codes, 3))
+        np.testing.assert_allclose(found, expected, atol=1e-9, err_msg=name)

@@ -17,6 +17,7 @@ from sklearn.linear_model import LinearRegression
 
 import lensclust as lc
 from probes import combined, hypothesis, matrix_tests, rsa, with_nuisances
+from probes.design import exchangeable
 from probes.matrix_tests import MatrixTest, relabellings, tau_a
 from probes.rdms import crossnobis, standardised
 
@@ -118,7 +119,7 @@ def test_partial_scores_and_their_null_equal_regression_by_hand(compare):
         return entries - LinearRegression().fit(z, entries).predict(z)
 
     residual = squareform(left(name), checks=False)
-    orders = relabellings(len(residual), 19, block=None, seed=0)
+    orders = exchangeable(acts.name.values, acts, by="name").orders(19, seed=0)
     expected = [
         stats.pearsonr(left(rdm), left(squareform(residual[np.ix_(o, o)], checks=False))).statistic
         for o in orders
@@ -228,7 +229,8 @@ def test_repeats_give_the_mean_of_their_scores_their_ceiling_and_crossnobis():
         repeats="template",
         permutations=99,
     )
-    assert found.notes == ("nuisance 'template' is the same for all pairs: nothing to take out",)
+    assert found.notes[0] == "nuisance 'template' is the same for all pairs: nothing to take out"
+    assert "single rows trade labels" in found.notes[1]
     assert (found.frame["n"] == NAMES * ACTIVITIES).all()
     rows = found.frame.set_index(["distance", "compare"])
     parts = [acts.isel(prompt=acts.template.values == f"t{i}") for i in range(3)]

@@ -125,7 +125,7 @@ def test_a_model_that_cannot_share_a_prefix_is_found_out_and_run_in_full(name, c
     edits = some_edits(model, resolve(model, ["resid", "z"]), prompts)
     with caplog.at_level(logging.WARNING):
         found = replay(model, prompts, edits, logits_of)
-    assert "runs its prompt in full" in caplog.text
+    assert "every prompt is run in full" in caplog.text
     expected = one_forward_per_patch(model, prompts, edits, "answer")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

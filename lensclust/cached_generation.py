@@ -1,0 +1,138 @@
+"""Whether a model generates the same with its key/value cache as without.
+
+The libraries below hand a cache from one to the other by the names of arguments. Where a name is
+lost every step sees one token alone, and what is generated is wrong without any error: so does
+transformers 5.24 with TransformerLens 4.3. One short generation shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+from transformer_lens.model_protocol import TransformerLensModel
+from transformers import PreTrainedModel
+
+from lensclust.agreement import agrees, relative_error, remembered
+from lensclust.batching import model_device, without_cache
+from lensclust.effects import unhooked
+from lensclust.errors import InputError
+from lensclust.sites import model_name
+
+log = logging.getLogger(__name__)
+
+# The first release whose caches TransformerLens 4.3 loses; the bound in pyproject.toml.
+FIRST_BAD = (5, 24)
+ROWS, PROMPT, STEPS = 2, 5, 3
+# Windows up to this length are left behind by the tokens that are tried.
+LONGEST_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model was found to do.
+
+    Attributes:
+        right: whether both ways agree; None if that could not be tried.
+        why: one line.
+    """
+
+    right: bool | None
+    why: str
+
+
+def require_right_library(model: TransformerLensModel) -> None:
+    """Refuse a model whose cached generation the installed libraries break; warn of others.
+
+    Raises:
+        InputError: with the versions found and what to install.
+    """
+    verdict = cached_generation(model)
+    if verdict.right is not False:
+        return
+    name, lens = model_name(model), version("transformer-lens")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_BAD:
+        raise InputError(
+            f"load: {name} generates wrongly with a key/value cache under transformers "
+            f"{transformers.__version__} and transformer-lens {lens} ({verdict.why}): "
+            f"pip install 'transformers<{FIRST_BAD[0]}.{FIRST_BAD[1]}'"
+        )
+    log.warning(
+        "load: %s generates wrongly with a key/value cache (%s); generate with "
+        "use_past_kv_cache=False",
+        name,
+        verdict.why,
+    )
+
+
+def cached_generation(model: TransformerLensModel) -> Verdict:
+    """Do the logits of a cached generation equal those of one forward? Tried once for each model.
+
+    A prompt of two rows is continued by several tokens, and beyond the model's window where that
+    is short; the last step depends on every earlier one.
+
+    >>> import lensclust as lc
+    >>> cached_generation(lc.load("native:sif-small"))
+    Verdict(right=None, why='no key/value cache in NativeModel')
+    """
+    network: Any = getattr(model, "original_model", None)
+    if not isinstance(network, PreTrainedModel):
+        return Verdict(None, f"no key/value cache in {type(network or model).__name__}")
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return Verdict(None, "not tried: weights lie off the devices")
+    return remembered(model, "cached generation", lambda: _tried(model, network))
+
+
+def _tried(model: Any, network: Any) -> Verdict:
+    device, most = model_device(model), model.cfg.n_ctx or LONGEST_WINDOW
+    window = getattr(network.config.get_text_config(), "sliding_window", None) or 0
+    prompt = PROMPT + (window if window <= LONGEST_WINDOW else 0)
+    prompt = max(1, min(prompt, most - STEPS))
+    # Distinct tokens: attention to equal ones can be exchanged without effect.
+    tokens = 3 + 7 * torch.arange(prompt) + 5 * torch.arange(ROWS)[:, None]
+    tokens = (tokens % model.cfg.d_vocab).to(device)
+    steps: list[tuple[int, int | None]] = []
+
+    def notice(network: Any, args: Any, given: Any, output: Any) -> None:
+        ids = args[0] if args else given["input_ids"]
+        cache: Any = getattr(output, "past_key_values", None)
+        try:
+            steps.append((ids.shape[1], int(cache.get_seq_length())))
+        except (AttributeError, ValueError):  # no cache, or a recurrent one that does not count
+            steps.append((ids.shape[1], None))
+
+    handle = network.register_forward_hook(notice, with_kwargs=True)
+    try:
+        with torch.no_grad(), unhooked(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = model.generate(
+                tokens,
+                max_new_tokens=STEPS,
+                do_sample=False,
+                stop_at_eos=False,
+                output_logits=True,
+                return_type="tokens",
+                verbose=False,
+            )
+            handle.remove()
+            # The last token is predicted, never read.
+            plain = model(made.sequences[:, :-1], return_type="logits", **without_cache(model))
+    except Exception as error:  # whatever a network's own code raises
+        return Verdict(None, f"not tried: {type(error).__name__}: {error}".partition("\n")[0])
+    finally:
+        handle.remove()
+    read, held = steps[-1]
+    if read > 1:
+        return Verdict(None, "every step runs the whole sequence")
+    found, expected = torch.stack(made.logits, 1), plain[:, -STEPS:]
+    if not agrees(found, expected, dtype=network.dtype):
+        return Verdict(False, f"relative error {relative_error(found, expected):.2g}")
+    # In half precision a lost past can hide in the rounding; a cache that is too short cannot.
+    if held not in (None, prompt + STEPS - 1):
+        return Verdict(False, f"its cache holds {held} of {prompt + STEPS - 1} tokens")
+    return Verdict(True, "equals a forward of the whole sequence")

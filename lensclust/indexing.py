@@ -1,0 +1,80 @@
+"""Rows by number, by mask or by slice, as pandas' ``iloc`` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from lensclust.errors import InputError
+
+
+def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
+    """The rows that an index names, as numbers from 0.
+
+    Args:
+        what: whose rows they are, for errors.
+        given: numbers (negative ones count from the end), one truth value for each row, or a
+            slice; in a list, array, tensor, Series, range or whatever else can be iterated.
+        n: how many rows there are.
+
+    Raises:
+        InputError: if a number is not whole or out of range, or a mask is not one value a row.
+
+    >>> [row_numbers("rows", given, 3).tolist() for given in ([True, False, True], [2, -3])]
+    [[0, 2], [2, 0]]
+    """
+    if isinstance(given, slice):
+        try:
+            return np.arange(n)[given].copy()
+        except TypeError:
+            raise InputError(f"{what}: {given} is not a slice of whole numbers") from None
+    if isinstance(given, pd.Series) and given.dtype.kind == "b":
+        given = _in_order(given, n)
+    if isinstance(given, (str, bytes)):
+        raise InputError(f"{what}: given {given!r}, expected row numbers or a mask")
+    if isinstance(given, Iterable) and not hasattr(given, "__array__"):
+        given = list(given)
+    try:
+        index = np.atleast_1d(np.asarray(given))
+    except (TypeError, ValueError, RuntimeError):
+        index = np.empty(0, dtype=object)
+        given = [given]
+    if index.size == 0 and index.dtype.kind in "fiub" and index.ndim == 1:
+        return np.empty(0, dtype=np.int64)
+    if index.dtype.kind == "O":  # whole numbers or truth values beside something missing
+        kinds = {type(value) for value in index.ravel().tolist()}
+        if kinds == {int}:
+            index = np.array([min(max(value, -n - 1), n) for value in index.tolist()])
+        if kinds == {bool}:
+            index = index.astype(bool)
+    if index.ndim != 1 or index.dtype.kind not in "iub":
+        first = index.ravel()[0] if index.size else given
+        raise InputError(
+            f"{what}: given {_kind(index)} such as {first!s}, expected whole row numbers or one "
+            "truth value for each row"
+        )
+    if index.dtype.kind == "b":
+        if len(index) != n:
+            raise InputError(f"{what}: a mask of {len(index)} values for {n} rows")
+        return np.flatnonzero(index)
+    outside = (index >= n) | (index < -n if index.dtype.kind == "i" else False)
+    if outside.any():
+        raise InputError(f"{what}: no row {index[outside][0]}, there are {n} (0 to {n - 1})")
+    index = index.astype(np.int64)
+    return np.where(index < 0, index + n, index)
+
+
+def _in_order(mask: pd.Series, n: int) -> pd.Series:
+    """A mask whose index names the rows in another order is put into theirs, as pandas does."""
+    numbered = mask.index.dtype.kind in "iu" and set(mask.index) == set(range(n))
+    return mask.reindex(range(n)) if numbered and len(mask) == n else mask
+
+
+def _kind(index: np.ndarray) -> str:
+    if index.ndim > 1:
+        return f"a table of shape {index.shape}"
+    return {"f": "fractions", "U": "texts"}.get(index.dtype.kind, "values")

@@ -1,0 +1,74 @@
+"""Labels as text, one spelling for each: what every comparison of labels goes by.
+
+Task 0 is ``0``, ``"0"``, ``np.int64(0)`` and ``0.0`` (a column of integers becomes one of floats
+as soon as a row is missing). True is ``"True"``, not 1. None, NaN, NA, NaT and the empty string
+are a missing label, as in a CSV file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lensclust.errors import InputError
+
+MISSING = ""
+
+
+def label_text(value: Any) -> str:
+    """A label's text; missing ones give the empty string.
+
+    >>> [label_text(value) for value in (0, "0", 0.0, np.int8(0), 0.5, True, None, float("nan"))]
+    ['0', '0', '0', '0', '0.5', 'True', '', '']
+    """
+    if isinstance(value, str):
+        return str(value)
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, np.generic):
+        return label_text(value.item())  # a tensor or array of no axes
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return MISSING
+    if isinstance(value, np.datetime64):
+        return str(pd.Timestamp(value))
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def label_texts(values: Any) -> np.ndarray:
+    """The texts of a column of labels, as an array of strings.
+
+    >>> label_texts(np.array([1.0, np.nan, 2.5])).tolist()
+    ['1', '', '2.5']
+    """
+    array = np.asarray(values)
+    if array.dtype.kind in "iubU":
+        return array.astype(str)
+    if array.dtype.kind == "f":  # each distinct number is spelt once
+        numbers, place = np.unique(array, return_inverse=True)
+        return np.array([label_text(number) for number in numbers], dtype=str)[place]
+    texts = [value if type(value) is str else label_text(value) for value in array]
+    return np.array(texts, dtype=str)
+
+
+def wanted_texts(name: str, wanted: Any) -> set[str]:
+    """The labels that a selection names: one value, or several in whatever holds them.
+
+    Raises:
+        InputError: if they are nested or in a table.
+
+    >>> sorted(wanted_texts("task", range(2))), sorted(wanted_texts("task", pd.Series(["a"])))
+    (['0', '1'], ['a'])
+    """
+    single = isinstance(wanted, (str, bytes)) or not isinstance(wanted, Iterable)
+    if single or getattr(wanted, "ndim", None) == 0:
+        return {label_text(wanted)}
+    if getattr(wanted, "ndim", 1) != 1:
+        raise InputError(f"{name}: given a table of labels, expected one label or a list of them")
+    values = list(wanted)
+    nested = [value for value in values if isinstance(value, (list, tuple, set, dict, np.ndarray))]
+    if nested:
+        raise InputError(f"{name}: {nested[0]!r} is no label, expected one label or a list of them")
+    return {label_text(value) for value in values}

@@ -1,0 +1,125 @@
+"""Rates of small p, by measure and layout, and the page that shows them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tests.calibration.layouts import INPUT, LAYOUTS, NOISE, STRING, WIDTH, WORDING, Layout
+from tests.calibration.measures import MEASURES, PERMUTATIONS, Measure
+
+DRAWS, AGAIN = 200, 1000
+MOST_05, MOST_01, LEAST_05 = 0.08, 0.03, 0.02
+EFFECT = 1.5
+# Seeds of a cell that is drawn again; those of the power table.
+SECOND, POWERED = 1_000_000, 2_000_000
+
+Drawn = dict[str, np.ndarray]
+
+
+def draw(measure: Measure, layout: Layout, *, task: float, seeds: Sequence[int]) -> Drawn:
+    """p of each score of a measure, by draw."""
+    found = [measure(layout, task, seed) for seed in seeds]
+    return {name: np.array([each.get(name, np.nan) for each in found]) for name in found[0]}
+
+
+def rates(
+    draws: int,
+    *,
+    powered: int,
+    layouts: Sequence[str] = tuple(LAYOUTS),
+    measures: Sequence[Measure] = MEASURES,
+    told: Callable[[str], object] = str,
+) -> pd.DataFrame:
+    """One row a score and layout: share of p up to .05 and .01 without and with a task effect.
+
+    A cell outside its bounds is drawn again, more often, before it is called wrong or timid.
+    """
+    rows = []
+    logging.disable(logging.WARNING)  # the layouts are coarse on purpose
+    try:
+        for name, measure in product(layouts, measures):
+            null = draw(measure, LAYOUTS[name], task=0, seeds=range(draws))
+            seeds = range(POWERED, POWERED + powered)
+            with_task = draw(measure, LAYOUTS[name], task=EFFECT, seeds=seeds)
+            second: Drawn = {}
+            for score, p in null.items():
+                row = _row(p, with_task[score])
+                if (row["wrong"] or row["timid"]) and draws < AGAIN:
+                    seeds = range(SECOND, SECOND + AGAIN)
+                    second = second or draw(measure, LAYOUTS[name], task=0, seeds=seeds)
+                    row = _row(second[score], with_task[score])
+                rows.append(row | {"measure": score, "layout": name})
+                told(
+                    f"{name}: {score}: {row['at_05']:.3f} at .05, {row['at_01']:.3f} at .01, "
+                    f"{row['found']:.2f} with a task, {row['draws']} draws"
+                )
+    finally:
+        logging.disable(logging.NOTSET)
+    return pd.DataFrame(rows)
+
+
+def _row(null: np.ndarray, with_task: np.ndarray) -> dict[str, Any]:
+    at_05, at_01 = (float((null <= level + 1e-9).mean()) for level in (0.05, 0.01))
+    # Where no p reached a level even with the effect, the layout has no relabellings for it.
+    able = bool(min(null.min(), with_task.min()) <= 0.02)
+    timid = able and at_05 < LEAST_05
+    return {
+        "at_05": at_05,
+        "at_01": at_01,
+        "found": float((with_task <= 0.05 + 1e-9).mean()),
+        "smallest": float(min(null.min(), with_task.min())),
+        "timid": timid,
+        "wrong": at_05 > MOST_05 or at_01 > MOST_01,
+        "draws": len(null),
+    }
+
+
+def page(found: pd.DataFrame, draws: int) -> str:
+    """The page of the docs."""
+    lines = [
+        "# Calibration of p-values",
+        "",
+        "Written by `make calibrate`. States are simulated with effects of the wording "
+        f"(standard deviation {WORDING}, half as much again shared by a template's tasks), the "
+        f"string ({STRING}), the input ({INPUT}) and noise ({NOISE}), each drawn by itself in "
+        f"{WIDTH} dimensions, and with no effect of the task. A valid p is at most .05 in at most "
+        "5 % of such draws.",
+        "",
+        f"Each cell: share of p ≤ .05 / share of p ≤ .01 in {draws} draws without a task effect "
+        f"(bounds {MOST_05} and {MOST_01}; a cell above is drawn again, {AGAIN:,} times, and then "
+        f"marked * where it still is); then the share of p ≤ .05 with a task effect of {EFFECT}. "
+        f"{PERMUTATIONS} relabellings, or all there are; † less than {LEAST_05} at .05 although "
+        "the layout has enough relabellings; – the layout has too few for p ≤ .05.",
+        "",
+        "Where tasks do not know all inputs (`inputs known in part`), the input alone tells some "
+        "tasks apart: scores over all rows, and neighbours, which may share an input, find that, "
+        "and the notes of the probes say so. Condition on the input there. The silhouette within "
+        "input stays somewhat liberal in that layout: no relabelling keeps both the number of "
+        "wordings a task has at each input and their company across inputs.",
+        "",
+        *(f"- **{name}**: {layout.what}" for name, layout in LAYOUTS.items()),
+        "",
+        "| p of | " + " | ".join(LAYOUTS) + " |",
+        "|---|" + "---|" * len(LAYOUTS),
+    ]
+    cells = found.set_index(["measure", "layout"])
+    for measure in dict.fromkeys(found["measure"]):
+        texts = [
+            _cell(cells.loc[(measure, name)]) if (measure, name) in cells.index else ""
+            for name in LAYOUTS
+        ]
+        lines.append(f"| {measure} | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(row: pd.Series) -> str:
+    if row["smallest"] > 0.05:
+        return f"– (p ≥ {row['smallest']:.2g})"
+    mark = "*" if row["wrong"] else "†" if row["timid"] else ""
+    return f"{row['at_05']:.3f}{mark} / {row['at_01']:.3f}; {row['found']:.2f}"

@@ -1,0 +1,187 @@
+"""Spans and added tokens by construction, whatever the text says and the template does.
+
+The oracle of spans: a template that is known, so that where it puts each character of a message
+can be computed without rendering anything, and a tokenizer with one token a byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers, processors
+
+import lensclust as lc
+from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
+from tests.tiny import byte_tokenizer, tiny_tokenizer
+
+BYTES = byte_tokenizer()
+# Jinja expression of the message -> what each of its characters becomes.
+CHANGES = {
+    "m['content']": lambda text: list(text),
+    "m['content'] | trim": lambda text: _trimmed(text, text.strip()),
+    "m['content'].lstrip()": lambda text: _trimmed(text, text.lstrip()),
+    "m['content'].rstrip()": lambda text: [
+        *text.rstrip(),
+        *[""] * (len(text) - len(text.rstrip())),
+    ],
+    "m['content'] | upper": lambda text: [character.upper() for character in text],
+    "m['content'] | e": lambda text: [_escaped(character) for character in text],
+    "(m['content'] | trim | e)": lambda text: list(map(_escaped, _trimmed(text, text.strip()))),
+}
+FRAMES = {
+    "plain": "<user> {} <reply>",
+    "close": "{}",
+    "system": "You are a helpful AI. a b  <user>{}.\nAI:",
+    "repeated": "Topic: {} -- now {}.\n<reply>",
+    "cut": "{{% for m in messages %}}{{{{ m['content'][:3] }}}}{{% endfor %}}| {}",
+}
+MESSAGES = st.text(st.sampled_from("aAI <&>é \n{}%你"), min_size=1, max_size=8)
+
+
+def _trimmed(text: str, kept: str) -> list[str]:
+    lead = len(text) - len(text.lstrip()) if kept != text or kept[:1].strip() else 0
+    if not kept:
+        return [""] * len(text)
+    return [*[""] * lead, *kept, *[""] * (len(text) - lead - len(kept))]
+
+
+def _escaped(character: str) -> str:
+    return html.escape(character).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+
+
+def ids_of(text: str) -> list[int]:
+    return BYTES(text)["input_ids"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("frame", FRAMES)
+@settings(max_examples=25)
+@given(text=MESSAGES, data=st.data())
+def test_a_span_is_where_the_template_puts_its_characters(frame, change, text, data):
+    start = data.draw(st.integers(0, len(text)))
+    stop = data.draw(st.integers(start, len(text)))
+    tokenizer = copy.copy(BYTES)
+    shown = "{% for m in messages %}{{ " + change + " }}{% endfor %}"
+    tokenizer.chat_template = FRAMES[frame].format(*[shown] * 2)
+    pieces = CHANGES[change](text)
+    whole = "".join(pieces)
+    outer = FRAMES[frame]
+    if frame == "cut":
+        head, tail = text[:3] + "| ", ""
+    elif frame == "repeated":
+        head, tail = f"Topic: {whole} -- now ", ".\n<reply>"
+    else:
+        head, tail = outer.split("{}")
+    message = head + whole + tail
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    assert rendered == message  # the oracle knows the template
+    if not message:
+        return
+    prompts = lc.Prompts.from_texts(
+        [text], pd.DataFrame({"task": ["a"]}), tokenizer, chat=True, spans={"s": [(start, stop)]}
+    )
+    assert prompts.tokens[0].tolist() == ids_of(message)
+    first, last = prompts.spans["s"][0].tolist()
+    inside = "".join(pieces[start:stop])
+    assert prompts.tokens[0, first:last].tolist() == ids_of(inside)
+    if inside:
+        assert first == len((head + "".join(pieces[:start])).encode())
+
+
+def test_a_template_that_changes_a_message_beyond_recognition_is_refused():
+    tokenizer = copy.copy(BYTES)
+    tokenizer.chat_template = "{{ messages[0]['content'] | reverse }}"
+    arguments = (["abc"], pd.DataFrame({"task": ["a"]}), tokenizer)
+    assert lc.Prompts.from_texts(*arguments, chat=True).text(0) == "cba"
+    with pytest.raises(lc.InputError, match="changes the text 'abc'"):
+        lc.Prompts.from_texts(*arguments, chat=True, spans={"s": [(0, 2)]})
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(lc.InputError, match="refuses the text 'abc': no such role"):
+        lc.Prompts.from_texts(*arguments, chat=True)
+
+
+@pytest.mark.parametrize("single", ["$A", "<bos> $A", "$A <eos>", "<bos> $A <eos>", "<eos> $A"])
+@given(words=st.lists(st.sampled_from(["<bos>", "<eos>", "w1", "w2", "odd"]), max_size=5))
+def test_only_what_the_tokenizer_added_is_left_out(single, words):
+    tokenizer = closing(single)
+    spelt = ["w3", *words] if words[:1] == ["<bos>"] else words
+    text = " ".join(spelt)
+    if not text:
+        return
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompts = lc.Prompts.from_texts([text], pd.DataFrame({"task": ["a"]}), tokenizer)
+    before = {"<bos> $A": [1], "<bos> $A <eos>": [1], "<eos> $A": [2]}.get(single, [])
+    assert prompts.tokens[0].tolist() == [*before, *own]
+
+
+@pytest.mark.parametrize("single", ["$A", "<bos> $A", "<bos> $A <eos>"])
+@pytest.mark.parametrize("text", ["<bos> w1 <eos>", "<bos> <bos> w1", "<bos>"])
+def test_a_bos_that_the_text_spells_is_not_added_again(single, text):
+    tokenizer = closing(single)
+    rows = pd.DataFrame({"task": ["a"]})
+    found = lc.Prompts.from_texts(
+        [text], rows, tokenizer, answers=[" w4 <eos>"], spans={"all": [(0, len(text))]}
+    )
+    own = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found.tokens[0].tolist() == own
+    assert found.answers == ((8, 2),)
+    assert found.spans["all"].tolist() == [[0, len(own)]]
+
+
+def closing(single: str):
+    """A word tokenizer that adds these tokens; unknown words are its BOS, as in GPT-2."""
+    tokenizer = copy.deepcopy(_WORDS)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def words(tmp_path_factory):
+    global _WORDS
+    _WORDS = tiny_tokenizer(tmp_path_factory.mktemp("words"))
+
+
+def test_an_unknown_word_is_no_added_bos(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.bos_token = tokenizer.unk_token
+    prompts = lc.Prompts.from_texts(["<unk> odd w1"], pd.DataFrame({"task": ["a"]}), tokenizer)
+    assert prompts.tokens[0].tolist() == tokenizer("<unk> odd w1")["input_ids"]
+
+
+def test_fingerprints_tell_how_a_text_is_cut(tmp_path):
+    one = tiny_tokenizer(tmp_path)
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(tiny_tokenizer(tmp_path))
+    for part, change in (
+        ("normalizer", normalizers.Lowercase()),
+        ("pre_tokenizer", pre_tokenizers.Whitespace()),
+    ):
+        other = tiny_tokenizer(tmp_path)
+        setattr(other.backend_tokenizer, part, change)
+        found = tokenizer_fingerprint(other)
+        assert found.split(".")[0] == tokenizer_fingerprint(one).split(".")[0]
+        assert not same_tokenizer(found, tokenizer_fingerprint(one))
+        assert same_tokenizer(found.split(".")[0], tokenizer_fingerprint(one))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": "ab"}, "texts given as a str"),
+        ({"texts": ["a", 3]}, "texts 1 is 3, expected a text"),
+        ({"answers": "ab"}, "answers given as a str"),
+        ({"answers": ["a", None]}, "answers 1 is None"),
+        ({"spans": {"s": [(0, 2), (0, 1)]}}, "places within its 1 characters"),
+    ],
+)
+def test_what_no_text_is(arguments, message):
+    rows = pd.DataFrame({"task": ["a", "b"]})
+    given_arguments = {"texts": ["a", "b"], "rows": rows, "tokenizer": BYTES} | arguments
+    with pytest.raises(lc.InputError, match=message):
+        lc.Prompts.from_texts(**given_arguments)
