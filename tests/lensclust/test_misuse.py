@@ -52,10 +52,10 @@ mistakes = {
     "Prompts given as model": (prompts, model),
     "'gpt2' given as model": ("gpt2", prompts),
     "NoneType given as model": (None, prompts),
-    "str given as prompts": (model, "some text"),
-    "list given as prompts": (model, ["one", "two"]),
-    "Tensor given as prompts": (model, torch.tensor([[5, 6]])),
-    "TransformerBridge given as prompts": (model, model),
+    "a str as prompts": (model, "some text"),
+    "a list as prompts": (model, ["one", "two"]),
+    "a Tensor as prompts": (model, torch.tensor([[5, 6]])),
+    "a TransformerBridge as prompts": (model, model),
 }
 sources = {
     "NoneType given": None,
