@@ -499,7 +499,7 @@ def _splits(
             parts: list[Any] = [
                 getattr(getattr(known, name, None), "original_component", None) for name in names
             ]
-            if callable(split) and all(isinstance(part, nn.Module) for part in parts):
+            if split is not None and all(isinstance(part, nn.Module) for part in parts):
                 others = {
                     id(weight)
                     for name, other in known.submodules.items()
