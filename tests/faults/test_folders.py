@@ -217,12 +217,13 @@ def test_a_store_keeps_what_lies_beside_and_in_it(tmp_path: Path, model: Any) ->
     for place in (".a.partial/thesis", ".a.lock"):
         (tmp_path / place).write_text("mine")
     (tmp_path / "a").mkdir(mode=0o700)
+    options: Any = {"store": tmp_path / "a", "append": True, "progress": False}
     for seed in (0, 1):
-        lc.extract(model, some_prompts(3, seed), "resid", store=tmp_path / "a", progress=False)
+        lc.extract(model, some_prompts(3, seed), "resid", **options)
         chunk = f"0.0.{'0' * 31}{seed}.partial"
         (tmp_path / "a" / "resid" / "x.partial").write_text("mine")
         (tmp_path / "a" / "resid" / chunk).write_text("half a chunk")
-    lc.extract(model, some_prompts(3, 2), "resid", store=tmp_path / "a", progress=False)
+    lc.extract(model, some_prompts(3, 2), "resid", **options)
     assert [p.name for p in (tmp_path / "a" / "resid").glob("*.partial")] == ["x.partial"]
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
     assert (tmp_path / ".a.partial" / "thesis").read_text() == "mine"

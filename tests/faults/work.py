@@ -78,9 +78,9 @@ BATCHES = (some_prompts(23), some_prompts(18, seed=1))
 
 def extract(folder: Path) -> None:
     model, sites = tiny_model(), ["resid", "head"]
-    options = {"store": folder / "a", "shard": SHARD, "resume": True, "progress": False}
+    options = {"store": folder / "a", "shard": SHARD, "resume": True, "append": True}
     for prompts in BATCHES:
-        lc.extract(model, prompts, sites, **options)
+        lc.extract(model, prompts, sites, progress=False, **options)
 
 
 def looked_at_store(folder: Path) -> list[Path]:
