@@ -22,6 +22,7 @@ from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
+from lensclust.faithfulness import require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
@@ -139,7 +140,8 @@ def load(
         pretrained.attach_tokenizer(model, _read_tokenizer(tokenizer, request))
     if (own := own_network(model)) is not None:
         own.eval()
-    require_causal(mended(model).eval())
+    require_faithful(mended(model).eval())
+    require_causal(model)
     require_right_library(model)
     return model
 

@@ -1,0 +1,64 @@
+"""A bridge must compute what its network computes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+import lensclust as lc
+from lensclust import pretrained
+from tests.tiny import ARCHITECTURES, hf_model
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sound_networks_load_without_a_word(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        lc.load(hf_model(name))
+    assert not caplog.records
+
+
+def test_a_part_that_computes_something_else_once_wrapped_is_refused(monkeypatch):
+    build = pretrained.build_bridge_from_module
+
+    def mistaken(*args, **options):
+        bridge = build(*args, **options)
+        part = bridge.blocks[1].mlp
+        assert isinstance(part, GeneralizedComponent)
+        part.register_forward_hook(lambda _module, _given, out: out * 1.01)
+        return bridge
+
+    monkeypatch.setattr(pretrained, "build_bridge_from_module", mistaken)
+    with pytest.raises(lc.InputError, match="other logits once TransformerLens has wrapped it"):
+        lc.load(hf_model("llama"))
+
+
+def test_code_that_cannot_be_made_eager_is_refused():
+    # Falcon's attention keeps the code it was built with, and its biases are scaled differently.
+    config = transformers.FalconConfig(**SIZES, alibi=True)
+    lc.load(perturbed(config, "eager"))
+    with pytest.raises(lc.InputError, match="attn_implementation='eager'"):
+        lc.load(perturbed(config, "sdpa"))
+
+
+def perturbed(config, attention: str):
+    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) / 5)
+    return network.eval()
+
+
+def test_a_network_that_was_trained_is_loaded_again():
+    network = hf_model("gpt2")
+    first = lc.load(network)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.1)
+    assert lc.load(network) is first
