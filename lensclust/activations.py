@@ -85,7 +85,7 @@ def select(acts: xr.Dataset, site: Site, *, position: str | None = None) -> xr.D
     place = {axis: site.layer} | ({} if site.head is None else {"head": site.head})
     if variable not in acts or any(v not in acts[k].values for k, v in place.items()):
         raise InputError(f"site {str(site)!r} is not in these activations: {dataset_kinds(acts)}")
-    names = list(acts["position"].values)
+    names = [str(name) for name in acts["position"].values]
     if position is None and len(names) > 1:
         raise InputError(f"position: these activations hold {names}, name one of them")
     if position is not None and position not in names:

@@ -53,6 +53,22 @@ def label_texts(values: Any) -> np.ndarray:
     return np.array(texts, dtype=str)
 
 
+def in_type_of(values: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Labels given as texts, as numbers where the column that they come from holds numbers.
+
+    >>> in_type_of(np.array([3, 4]), np.array(["4", "3"]))
+    array([4, 3])
+    """
+    kind = values.dtype.kind
+    if kind not in "iufb":
+        return texts
+    try:
+        numbers = texts == "True" if kind == "b" else texts.astype(values.dtype)
+    except ValueError:
+        return texts
+    return numbers if (label_texts(numbers) == texts).all() else texts
+
+
 def wanted_texts(name: str, wanted: Any) -> set[str]:
     """The labels that a selection names: one value, or several in whatever holds them.
 

@@ -117,6 +117,7 @@ def load(
     >>> model(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 128])
     """
+    _require_device(device)
     request = _Request(
         source=source,
         tokenizer=tokenizer,
@@ -144,6 +145,18 @@ def load(
     require_causal(model)
     require_right_library(model)
     return model
+
+
+def _require_device(device: str | torch.device | None) -> None:
+    """Refuse a device that is not there, before anything is read."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"load: device {str(device)!r} cannot be used here ({reason}); expected 'cpu' or an "
+            "accelerator that torch finds"
+        ) from error
 
 
 def _misfit(source: Any) -> str:

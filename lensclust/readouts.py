@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches, default_budget, length_steps, model_device, without_cache
+from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.packed_forwards import Hooks
 from lensclust.prefix import Packing
@@ -62,6 +63,21 @@ def answers(
         (),
         batch_tokens=batch_tokens,
         share_prefixes=share_prefixes,
+    )
+
+
+def one_a_row(found: Any, rows: Int[Tensor, " row"]) -> Tensor:
+    """What a readout gave, if it is a tensor with one value, or tensor, a row.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if isinstance(found, Tensor) and found.ndim and len(found) == len(rows):
+        return found
+    given = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise InputError(
+        f"readout: gave {given} for {len(rows)} prompts, expected a tensor with one value, or "
+        "tensor, for each"
     )
 
 
@@ -202,7 +218,7 @@ class _Reading:
     def _keep(
         self, logits: Float[Tensor, "row vocab"], states: States, rows: Int[Tensor, " row"]
     ) -> None:
-        self.parts.append(self.readout(logits, rows, states).cpu())
+        self.parts.append(one_a_row(self.readout(logits, rows, states), rows).cpu())
         self.order.append(rows)
 
 

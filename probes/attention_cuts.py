@@ -24,7 +24,7 @@ from lensclust.batching import batches, default_budget, model_device, without_ca
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.prompts import Prompts
-from lensclust.readouts import Readout
+from lensclust.readouts import Readout, one_a_row
 from lensclust.sites import model_name
 from probes.attention_masks import attention_blocks, hidden_from, hiding_places
 
@@ -36,7 +36,7 @@ def answers_cut_off(
     hidden: Bool[Tensor, "prompt position"],
     *,
     since: str = "query_start",
-    blocks: Sequence[int] | None = None,
+    blocks: int | Sequence[int] | None = None,
     batch_tokens: int | None = None,
 ) -> Tensor:
     """What ``readout`` makes of the last token's logits while some tokens are out of sight.
@@ -67,6 +67,12 @@ def answers_cut_off(
     """
     require_fits(model, prompts, caller="answers_cut_off")
     begin = prompts.position(since)
+    hidden = torch.as_tensor(hidden)
+    if hidden.dtype != torch.bool:
+        raise InputError(
+            f"answers_cut_off: hidden tokens of type {hidden.dtype}, expected a mask of "
+            "true and false"
+        )
     if hidden.shape != prompts.tokens.shape:
         raise InputError(
             f"answers_cut_off: hidden tokens of shape {tuple(hidden.shape)}, expected "
@@ -79,7 +85,8 @@ def answers_cut_off(
             f"answers_cut_off: token {place} of prompt {row} is hidden, expected tokens before "
             f"{since!r}, which is {int(begin[row])}"
         )
-    chosen = attention_blocks(model) if blocks is None else list(blocks)
+    given = [blocks] if isinstance(blocks, int) else blocks
+    chosen = attention_blocks(model) if given is None else list(given)
     if unknown := [block for block in chosen if not 0 <= block < model.cfg.n_layers]:
         raise InputError(
             f"answers_cut_off: block {unknown[0]} does not exist: {model_name(model)} has blocks "
@@ -106,7 +113,7 @@ def answers_cut_off(
                     return_type="logits",
                     **without_cache(model),
                 )[0]
-            parts.append(readout(logits.float(), rows).cpu())
+            parts.append(one_a_row(readout(logits.float(), rows), rows).cpu())
             order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
 

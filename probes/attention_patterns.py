@@ -17,6 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, remembered
 from lensclust.batching import model_device, without_cache
+from lensclust.blocks import blocks_of
 from lensclust.effects import attention_kernel, unhooked
 from lensclust.errors import InputError
 from lensclust.sites import Site, head_blocks, head_frames, hook_name, model_name
@@ -140,11 +141,12 @@ def value_readings(
             lambda: _find_values(model, head_blocks(model)),
         )
     for block in blocks:
-        if found[block] is None:
+        if found[block] is None or "attn_out" in blocks_of(model)[block].refused:
             raise InputError(
                 f"{caller}: values of block {block} of {model_name(model)} cannot be weighted: its "
                 "heads' output is not attention times values (it is gated or normed, or values "
-                "are changed after they can be read); use another weighting"
+                "are changed after they can be read), or not what the block adds; use another "
+                "weighting"
             )
     return {block: reading for block in blocks if (reading := found[block]) is not None}
 

@@ -29,7 +29,7 @@ from lensclust.fits import require_fits
 from lensclust.middle_states import require_editable
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
-from lensclust.readouts import Readout, answers
+from lensclust.readouts import Readout, answers, one_a_row
 from lensclust.sharing import callers_hooks, log_refusal, obstacle, refusal, refuse
 from lensclust.sites import hook_name, resolve
 from probes.edits import Edit
@@ -91,7 +91,8 @@ def replay(
                 for start in range(0, len(edits), prepared.at_once):
                     some = edits[start : start + prepared.at_once]
                     logits = prepared.run(some).flatten(0, 1).float()
-                    read = readout(logits, rows.repeat(len(some)))
+                    each = rows.repeat(len(some))
+                    read = one_a_row(readout(logits, each), each)
                     if out is None:
                         out = read.new_empty(
                             (len(edits), len(prompts), *read.shape[1:]), device="cpu"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from lensclust import figures
 from lensclust.activations import VARIABLES, select
 from lensclust.errors import InputError
-from lensclust.labels import label_text
+from lensclust.labels import in_type_of, label_text
 from lensclust.showing import Shown
 from lensclust.sites import Site
 
@@ -87,6 +87,8 @@ class ProbeSweep(Shown):
     ) -> np.ndarray:
         """The label that the probe of a site reads off each prompt of an activation set.
 
+        Where the activations hold the label as numbers, numbers are returned, else texts.
+
         Raises:
             InputError: if the sweep or the activations do not hold the site.
         """
@@ -94,7 +96,10 @@ class ProbeSweep(Shown):
         weights, intercepts = self._at(place)
         values = select(acts, place, position=position).values.astype(np.float64)
         scores = values @ weights.values.T + intercepts.values
-        return weights[self.target].values[scores.argmax(1)]
+        names = weights[self.target].values
+        if self.target in acts.coords:
+            names = in_type_of(acts[self.target].values, names)
+        return names[scores.argmax(1)]
 
     def plot(self, metric: str = "accuracy") -> Any:
         """Score by layer over its permuted-label band; a heat map where there are heads."""

@@ -84,10 +84,9 @@ class Run:
 def read_run(folder: Path, anchor: str) -> Run:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        what = "a directory" if folder.is_dir() else "no directory"
+        what = f"is a directory without {missing[0]}" if folder.is_dir() else "is no directory"
         raise InputError(
-            f"report: {folder} is {what} without {missing[0]}: expected a run directory with "
-            f"{', '.join(_FILES)}"
+            f"report: {folder} {what}: expected a run directory with {', '.join(_FILES)}"
         )
     config = _read_json(folder / "config.json", dict)
     provenance = _read_json(folder / "provenance.json", dict)

@@ -337,7 +337,8 @@ def exchangeable(
         if by in WORDINGS and TASK in columns:
             block = _pairs(block, columns[TASK])
             exchanged += f" within {TASK}"
-    if wording is not None and given is not None and nested(given, label):
+    # Of one label alone every input is; nothing trades it then.
+    if wording is not None and given is not None and label.max() > 0 and nested(given, label):
         joined = _linked(unit, given)
         if joined.max() < unit.max():
             unit, exchanged = joined, f"{exchanged} and {INPUT}s"

@@ -331,7 +331,7 @@ def test_a_broken_run_is_one_line_naming_the_file(
 def test_no_run_and_no_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run directory given"):
         write_page([])
-    with pytest.raises(InputError, match="no directory without config"):
+    with pytest.raises(InputError, match="is no directory: expected"):
         write_page([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="is a directory, expected a file"):
         write_page([make_run(tmp_path / "run")], tmp_path)
