@@ -58,7 +58,8 @@ def rounding_tolerance(dtype: torch.dtype) -> float:
     >>> round(rounding_tolerance(torch.float32), 6), rounding_tolerance(torch.bfloat16)
     (6e-05, 0.1)
     """
-    epsilon = torch.finfo(dtype).eps
+    # Networks take norms and softmax in float32 even where their weights are float64.
+    epsilon = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     if torch.get_float32_matmul_precision() != "highest":
         epsilon = max(epsilon, 2**-10)
     return min(ROUNDING * epsilon, SHARE)

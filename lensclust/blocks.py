@@ -8,7 +8,9 @@ forward of a few tokens, once for each model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +63,40 @@ def blocks_of(model: TransformerLensModel) -> tuple[Block, ...]:
     >>> [(block.heads, block.d_head) for block in blocks_of(lc.load("native:sif-small"))][:2]
     [(4, 16), (4, 16)]
     """
-    return remembered(model, "blocks", lambda: _examined(model))
+
+    def find() -> tuple[Block, ...]:
+        with unhooked(model):
+            return _examined(model)
+
+    return remembered(model, "blocks", find)
+
+
+@contextmanager
+def unhooked(model: TransformerLensModel) -> Iterator[None]:
+    """Inside, hooks that are on the model do not fire: a check runs other tokens than theirs.
+
+    >>> import lensclust as lc
+    >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3]])
+    >>> before = model(tokens)
+    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+    ...     with unhooked(model):
+    ...         same = torch.equal(model(tokens), before)
+    ...     same, torch.equal(model(tokens), before)
+    (True, False)
+    """
+    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    there = {point: point._forward_hooks for point in points.values()}
+    try:
+        for point in there:
+            # Taken off and put back, hooks would lose their order and their contexts. What is
+            # not placed by name belongs to the model.
+            placed = {handle.hook.id for handle in point.fwd_hooks}
+            kept = {key: hook for key, hook in there[point].items() if key not in placed}
+            point._forward_hooks = OrderedDict(kept)
+        yield
+    finally:
+        for point, hooks in there.items():
+            point._forward_hooks = hooks
 
 
 def contribution_scale(model: TransformerLensModel, block: int) -> float:

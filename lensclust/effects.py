@@ -6,10 +6,9 @@ computation: such a hook shows the right tensor, and an edit of it is thrown awa
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import relative_error, remembered
 from lensclust.batching import default_budget, model_device, without_cache
+from lensclust.blocks import unhooked
 from lensclust.errors import InputError
 from lensclust.sites import model_name
 
@@ -70,34 +70,6 @@ def attention_kernel(model: TransformerLensModel) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-@contextmanager
-def unhooked(model: TransformerLensModel) -> Iterator[None]:
-    """Inside, hooks that are on the model do not fire: a check runs other tokens than theirs.
-
-    >>> import lensclust as lc
-    >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3]])
-    >>> before = model(tokens)
-    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
-    ...     with unhooked(model):
-    ...         same = torch.equal(model(tokens), before)
-    ...     same, torch.equal(model(tokens), before)
-    (True, False)
-    """
-    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
-    there = {point: point._forward_hooks for point in points.values()}
-    try:
-        for point in there:
-            # Taken off and put back, hooks would lose their order and their contexts. What is
-            # not placed by name belongs to the model.
-            placed = {handle.hook.id for handle in point.fwd_hooks}
-            kept = {key: hook for key, hook in there[point].items() if key not in placed}
-            point._forward_hooks = OrderedDict(kept)
-        yield
-    finally:
-        for point, hooks in there.items():
-            point._forward_hooks = hooks
-
-
 @torch.no_grad()
 def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
     """What is wrong with an edit at each hook, None where nothing is."""
@@ -144,8 +116,34 @@ def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
     def fault(row: int, name: str) -> str | None:
         if name not in fired:
             return "it does not fire in a forward; load the model with eager attention"
-        if not relative_error(edited[row], plain[row]) > rounding:
-            return "what is changed there is not what the network goes on with"
-        return None
+        if relative_error(edited[row], plain[row]) > rounding:
+            return None
+        if _projected(model, name, lambda: logits([]), lambda: logits([(name, noise(row, name))])):
+            return None
+        return "what is changed there is not what the network goes on with"
 
     return {name: fault(row, name) for row, name in enumerate(names)}
+
+
+def _projected(
+    model: Any, name: str, plain: Callable[[], Tensor], edited: Callable[[], Tensor]
+) -> bool:
+    """Whether heads' outputs go into the output projection as they were changed.
+
+    Where its weights are 0, as of heads that were taken out, no logits move.
+    """
+    found = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", name)
+    attention = model.blocks[int(found[1])].attn if found else None
+    projection = getattr(getattr(attention, "o", None), "original_component", None)
+    if projection is None:
+        return False
+    entered: list[Tensor] = []
+    handle = projection.register_forward_pre_hook(
+        lambda _, given: entered.append(given[0].detach().clone())
+    )
+    try:
+        for forward in (plain, edited):
+            forward()
+    finally:
+        handle.remove()
+    return len(entered) == 2 and not torch.equal(*entered)

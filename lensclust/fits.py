@@ -42,12 +42,18 @@ def require_model(model: Any, *, caller: str) -> None:
         raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
     modules = modules_of(model)
     # Dropout works in a part that is in training mode, whatever the mode of the whole.
-    if any(module.training for module in modules):
-        kinds = sorted({type(module).__name__ for module in modules if module.training})
+    training = [module for module in modules if module.training and not _quantised(module)]
+    if training:
+        kinds = sorted({type(module).__name__ for module in training})
         raise InputError(
             f"{caller}: {name} is in training mode in part ({', '.join(kinds[:3])}); call eval() "
             "of the network that was loaded, and model.eval()"
         )
+
+
+def _quantised(module: nn.Module) -> bool:
+    """Whether a part is one of torch's quantised ones, which say they train and cannot."""
+    return type(module).__module__.startswith("torch.ao.")
 
 
 def _require_hooked(model: Any, caller: str) -> None:

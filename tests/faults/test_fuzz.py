@@ -209,8 +209,10 @@ def test_labels_of_any_kind_come_back_from_a_store(
             path,
             frame,
             lambda m: [(r, {"resid": values[r.start : r.stop]}) for r in m],
+            keys=prompts.row_digests(),
             shard=3,
             resume=False,
+            append=False,
         )
         for name, label in labels.items():
             assert [str(v) for v in acts[name].values] == [str(v) for v in label], name

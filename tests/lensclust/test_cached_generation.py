@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import transformers
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 import lensclust as lc
@@ -59,7 +59,9 @@ def test_a_lost_cache_is_found(name, dtype, lost_cache, monkeypatch, caplog):
         bridge: Any = lc.load(hf_model(name).to(dtype))
     assert cached_generation(bridge).right is False
     assert [r.getMessage() for r in caplog.records if "use_past_kv_cache=False" in r.getMessage()]
-    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    monkeypatch.setattr(
+        sys.modules["lensclust.cached_generation"].transformers, "__version__", "5.24.0"
+    )
     with pytest.raises(lc.InputError, match=r"pip install 'transformers<5\.24'") as caught:
         lc.load(hf_model(name).to(dtype))
     assert "5.24.0 and transformer-lens 4." in str(caught.value)

@@ -167,7 +167,7 @@ def test_identical_states_score_zero_with_one_reason(recwarn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "mood"}, "label 'mood' is not in these activations: they have"),
+        ({"by": "mood"}, "label 'mood' is not in these activations: give"),
         ({"given": "mood"}, "label 'mood'"),
         ({"k": 25}, "k=25 clusters asked for, but at most 24 rows"),
         ({"k": 1}, "k of at least 2"),

@@ -265,7 +265,7 @@ def test_more_features_than_rows_and_a_layer_in_which_nothing_varies():
     ("options", "message"),
     [
         ({"kind": "svm"}, "kind 'svm' is not known: expected one of"),
-        ({"target": "mood"}, "label 'mood' is not in these activations: they have"),
+        ({"target": "mood"}, "label 'mood' is not in these activations: give"),
         ({"folds": 11}, "folds=11, expected 2 to 10, the number of groups of 'template'"),
         ({"penalties": []}, "penalties=\\[\\], expected numbers from"),
         ({"penalties": [0.0]}, "penalties=\\[0.0\\], expected numbers from"),

@@ -175,6 +175,7 @@ def test_contexts_nest_and_leave_what_was_there():
                     pass
                 torch.testing.assert_close(bridge(tokens), both)
             torch.testing.assert_close(bridge(tokens), once)
+        # Whether edits take effect is tried without hooks.
         assert len(seen) == 5
     assert hooks_of(bridge) == 0
     # The inner one sees what the outer one left: 2 (x + v), not 2 x + v.
