@@ -89,8 +89,8 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     try:
         for point in there:
             # Taken off and put back, hooks would lose their order and their contexts. What is
-            # not placed by name belongs to the model.
-            placed = {handle.hook.id for handle in point.fwd_hooks}
+            # not placed by name, or for good, belongs to the model.
+            placed = {each.hook.id for each in point.fwd_hooks if not each.is_permanent}
             kept = {key: hook for key, hook in there[point].items() if key not in placed}
             point._forward_hooks = OrderedDict(kept)
         yield

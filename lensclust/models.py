@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,23 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
+from lensclust.agreement import agrees
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
-from lensclust.faithfulness import require_faithful
+from lensclust.faithfulness import bare_logits, require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
-from lensclust.wrapping import known_bridge, own_network, release, remember, wrapped_copy
+from lensclust.wrapping import (
+    keep_up,
+    known_bridge,
+    own_network,
+    release,
+    remember,
+    wrapped_copy,
+)
 
 __all__ = ["load", "native_config", "release"]
 
@@ -118,6 +127,8 @@ def load(
     torch.Size([1, 3, 128])
     """
     _require_device(device)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise InputError(f"load: dtype={dtype!r}, expected a torch type such as torch.bfloat16")
     request = _Request(
         source=source,
         tokenizer=tokenizer,
@@ -295,12 +306,32 @@ def _wrapped(request: _Request, wrap: Callable[[Any], TransformerBridge]) -> Tra
     where: Any = {"device": request.device, "dtype": request.dtype}
     if (known := known_bridge(own, **where)) is not None:
         own.eval()
-        return known
+        if _in_step(known, own):
+            return known
+        with suppress(InputError):
+            release(known)
     pretrained.require_bare(own)
     # What accelerate has spread, and quantised weights, are tied to the modules they lie in.
     if getattr(own, "hf_device_map", None) or getattr(own, "is_quantized", False):
         return remember(note_placement(wrap(_placed(own, request))), own)
     return wrapped_copy(own, wrap, **where)
+
+
+def _in_step(bridge: TransformerBridge, own: Any) -> bool:
+    """Whether a bridge still computes what its network does.
+
+    It follows weights; not modules, hooks and attributes that were changed since it was made.
+    """
+    try:
+        keep_up(bridge)
+    except InputError:
+        return False
+    network: Any = bridge.original_model
+    found, expected = bare_logits(network), bare_logits(own)
+    if found is None or expected is None:
+        return found is expected
+    coarser = max(own.dtype, network.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return agrees(found, expected, dtype=coarser)
 
 
 def _bridge(request: _Request) -> TransformerBridge:

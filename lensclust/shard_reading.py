@@ -79,7 +79,11 @@ class ShardReader:
     ) -> None:
         require_prompts("extract", prompts)
         chosen = rectangle(model, resolve(model, sites))
-        names = [at] if isinstance(at, str) else list(at)
+        names = list(at) if isinstance(at, (list, tuple)) else [at]
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise InputError(
+                f"extract: at={odd[0]!r}, expected names of positions such as 'answer'"
+            )
         if not names or len(set(names)) < len(names):
             raise InputError(f"extract: positions must be given and differ, given {names}")
         if batch_tokens is not None and batch_tokens < 1:

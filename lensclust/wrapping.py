@@ -333,6 +333,7 @@ class Link:
     _slots: list[tuple[dict[str, Any], dict[str, Any], str, Any, Any]] = field(default_factory=list)
     _versions: Marks = field(default_factory=list)
     _home: tuple[Any, Any] = (None, None)
+    _shapes: list[Any] = field(default_factory=list)
 
     def note(self) -> None:
         """Take the network as it is now for what the copy has the weights of."""
@@ -347,6 +348,7 @@ class Link:
             for name, tensor in held.items()
         ]
         self._versions = self._versions_now()
+        self._shapes = [slot[3].shape if slot[3] is not None else None for slot in self._slots]
         self._home = self._home_now()
         for split in self.splits:
             split.note()
@@ -372,6 +374,16 @@ class Link:
 
     def keep_up(self, *, by_value: bool = False) -> None:
         """Give the copy what has changed in the network; as `lensclust.wrapping.keep_up`."""
+        try:
+            self._keep_up(by_value)
+        except RuntimeError as error:  # split projections of other shapes, found while copying
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.config.model_name}: the network has other shapes than when it was loaded "
+                f"({reason}): load it again"
+            ) from error
+
+    def _keep_up(self, by_value: bool) -> None:
         name = self.config.model_name
         if self.released:
             raise InputError(f"{name}: this bridge was released: load the network again")
@@ -386,6 +398,13 @@ class Link:
             for slot in self._slots
             if slot[0].get(slot[2]) is not slot[3] or slot[1].get(slot[2]) is not slot[4]
         ]
+        # Of parameters given other contents in place.
+        for slot, shape in zip(self._slots, self._shapes, strict=True):
+            if slot[3] is not None and slot[3].shape != shape:
+                raise InputError(
+                    f"{name}: {slot[2]!r} of shape {tuple(slot[3].shape)} was {tuple(shape)} when "
+                    "the network was loaded: load it again"
+                )
         if stale:
             self._replace(stale, name)
         if self.detached and self._versions_now() != self._versions:

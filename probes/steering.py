@@ -44,7 +44,8 @@ def steer(
 ) -> Iterator[TransformerLensModel]:
     """Run a model with its states changed, for scoring and for generation.
 
-    Contexts nest: the inner one sees the states that the outer one left.
+    Contexts nest: the inner one sees the states that the outer one left. A network that was given
+    to `lensclust.load` in memory is not changed: run the hooked model.
 
     Args:
         model: a hooked model, in eval mode; its weights are not touched.
@@ -90,6 +91,11 @@ def steer(
     (False, True)
     """
     require_model(model, caller="steer")
+    if not isinstance(intervention, Intervention):
+        raise InputError(
+            f"steer: {type(intervention).__name__} given as intervention, expected what "
+            "probes.shift, probes.transport and their like make"
+        )
     places = _Places(_checked(positions, since), since is not None)
     sites = resolve(model, at)
     require_editable(model, sites, caller="steer")

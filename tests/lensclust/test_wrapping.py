@@ -482,3 +482,25 @@ def test_a_trainer_that_is_probed_ends_with_the_bytes_of_one_that_is_not(
     assert again.epochs == 2
     assert_same(snapshot(network), snapshot(plain))
     assert_in_step(again.model, network)
+
+
+def test_what_a_bridge_cannot_follow_is_seen_when_its_network_is_loaded_again():
+    network, tokens = hf_model("llama"), torch.tensor([[5, 9, 3, 7]])
+    first = lc.load(network)
+    network.model.layers[1].input_layernorm.variance_epsilon = 5.0
+    second = lc.load(network)
+    assert second is not first
+    with torch.no_grad():
+        torch.testing.assert_close(second(tokens), network(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_with_another_vocabulary_is_loaded_again():
+    network = hf_model("gpt2")
+    first = lc.load(network)
+    network.resize_token_embeddings(network.config.vocab_size + 7)
+    with pytest.raises(lc.InputError, match="load it again"):
+        first(torch.tensor([[5, 9, 3]]))
+    tokens = torch.tensor([[5, 9, network.config.vocab_size - 1]])
+    with torch.no_grad():
+        found, expected = lc.load(network)(tokens), network(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
