@@ -89,9 +89,13 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
     require_model(model, caller=caller)
     require_prompts(caller, prompts)
     name = model_name(model)
-    tokenizer = getattr(model, "tokenizer", None)
-    known = tokenizer is not None and prompts.tokenizer != "none"
-    if known and not same_tokenizer(prompts.tokenizer, tokenizer_fingerprint(tokenizer)):
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    made_with = prompts.tokenizer
+    if tokenizer is None or made_with == "none":
+        same = True  # nothing to compare
+    else:
+        same = same_tokenizer(made_with, tokenizer_fingerprint(tokenizer))
+    if not same:
         raise InputError(
             f"{caller}: these prompts were made with another tokenizer than that of {name}"
         )

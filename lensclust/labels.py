@@ -28,7 +28,8 @@ def label_text(value: Any) -> str:
         return str(value)
     if getattr(value, "ndim", None) == 0 and not isinstance(value, np.generic):
         return label_text(value.item())  # a tensor or array of no axes
-    if pd.api.types.is_scalar(value) and pd.isna(value):
+    single: Any = value
+    if pd.api.types.is_scalar(value) and pd.isna(single):
         return MISSING
     if isinstance(value, np.datetime64):
         return str(pd.Timestamp(value))

@@ -79,7 +79,7 @@ class ShardReader:
     ) -> None:
         require_prompts("extract", prompts)
         chosen = rectangle(model, resolve(model, sites))
-        names = list(at) if isinstance(at, (list, tuple)) else [at]
+        names: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
         if odd := [name for name in names if not isinstance(name, str)]:
             raise InputError(
                 f"extract: at={odd[0]!r}, expected names of positions such as 'answer'"

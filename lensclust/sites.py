@@ -97,8 +97,9 @@ def resolve(model: TransformerLensModel, selectors: SiteSelector) -> list[Site]:
     >>> resolve(lc.load("native:sif-small"), ["resid 0", "mlp_out 5"])
     [Site(kind='resid', layer=0, head=None), Site(kind='mlp_out', layer=5, head=None)]
     """
-    single = isinstance(selectors, (str, Site)) or not isinstance(selectors, Iterable)
-    given: list[Any] = [selectors] if single else list(selectors)
+    given: list[Any] = [selectors]
+    if isinstance(selectors, Iterable) and not isinstance(selectors, (str, Site)):
+        given = list(selectors)
     if odd := [item for item in given if not isinstance(item, (str, Site))]:
         raise InputError(f"site {odd[0]!r} is a {type(odd[0]).__name__}: {EXPECTED}")
     if not given:
