@@ -84,7 +84,7 @@ def test_other_names_of_this_machine_are_refused(tmp_path: Path, host: str) -> N
 
 def test_what_is_no_run_or_no_port_is_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(InputError, match=r"is no directory: expected"),
+        pytest.raises(InputError, match=r"is no directory without config\.json"),
         served(tmp_path / "nowhere"),
     ):
         pass
