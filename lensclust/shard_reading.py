@@ -30,7 +30,7 @@ from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
 from lensclust.host_copies import HostCopy, arrived, upload
 from lensclust.prefix import Packing
-from lensclust.prompts import Prompts, require_prompts
+from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing
 from lensclust.sites import Site, SiteSelector, hook_name, model_name, resolve
 from lensclust.templates import measured, rectangle, template
@@ -77,7 +77,6 @@ class ShardReader:
         share_prefixes: bool = True,
         dtype: str = "float32",
     ) -> None:
-        require_prompts("extract", prompts)
         chosen = rectangle(model, resolve(model, sites))
         names: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
         if odd := [name for name in names if not isinstance(name, str)]:
