@@ -218,7 +218,7 @@ def _chunks(columns: Iterator[_Column], size: int) -> Iterator[list[_Column]]:
 def _scored(
     chunk: Sequence[_Column],
     tests: Mapping[tuple[str, str, bool], MatrixTest],
-    orders: Mapping[str, Int[np.ndarray, "labelling item"]],
+    orders: Mapping[str, Int[np.ndarray, "_labelling item"]],
     seed: int,
 ) -> Iterator[tuple[dict[str, Any], Float[np.ndarray, " labelling"]]]:
     """A row of each column and test, and the statistic under each labelling (true first)."""
@@ -258,7 +258,7 @@ def _scored(
 
 
 def _corrected(
-    frame: pd.DataFrame, statistics: Sequence[Float[np.ndarray, " labelling"]]
+    frame: pd.DataFrame, statistics: Sequence[Float[np.ndarray, " _labelling"]]
 ) -> Float[np.ndarray, " row"]:
     """How often the best site of a permuted sweep does as well as this one."""
     p = np.full(len(frame), np.nan)
