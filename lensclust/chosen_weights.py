@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust.errors import InputError
 from lensclust.sites import Site, model_name, resolve
 
-_WRAPPED = "._original_component"
+WRAPPED = "._original_component"
 
 
 def parameter_names(
@@ -36,7 +36,7 @@ def parameter_names(
 
 def named_parameters(model: TransformerBridge) -> dict[str, nn.Parameter]:
     """A model's parameters under the names they had before TransformerLens wrapped it."""
-    return {name.replace(_WRAPPED, ""): p for name, p in model.named_parameters()}
+    return {name.replace(WRAPPED, ""): p for name, p in model.named_parameters()}
 
 
 def chosen_parameters(

@@ -53,7 +53,7 @@ from lensclust.store_writing import Destination
 from lensclust.tokenization import same_tokenizer
 
 # What must agree before rows may be added to a store.
-IDENTITY = ("weights", "tokenizer", "sites", "dtype")
+IDENTITY = ("weights", "settings", "tokenizer", "sites", "dtype")
 # What zarr calls a file until it is whole.
 _PARTIAL = re.compile(r"[\w.]+\.[0-9a-f]{32}\.partial")
 
@@ -312,7 +312,8 @@ def _grow(
 def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
     for key in IDENTITY:
         same = same_tokenizer if key == "tokenizer" else str.__eq__
-        if not same(store.attrs[key], frame.attrs[key]):
+        # Stores of an earlier version do not note the settings.
+        if not same(store.attrs.get(key, frame.attrs[key]), frame.attrs[key]):
             raise InputError(
                 f"store {path}: holds {key} {store.attrs[key]!r}, these are {frame.attrs[key]!r}"
             )

@@ -16,6 +16,7 @@ from lensclust.blocks import blocks_of
 from lensclust.checked_arrays import SUMS
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
+from lensclust.network_settings import settings_digest
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, head_frames, model_name, resolve
 from lensclust.store_notes import ROW_KEYS
@@ -110,6 +111,7 @@ def _provenance(
     return {
         "model": model_name(model),
         "weights": fingerprint_again(model),
+        "settings": settings_digest(model),
         "tokenizer": prompts.tokenizer,
         "prompts": prompts.digest(),
         "sites": ", ".join(sorted({site.kind for site in sites})),

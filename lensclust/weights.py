@@ -15,6 +15,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.native import NativeModel
 
+from lensclust.chosen_weights import WRAPPED
 from lensclust.errors import InputError
 from lensclust.native import config_from_json, config_to_json, native_bridge_with
 from lensclust.placement import brought_in
@@ -23,7 +24,6 @@ from lensclust.wrapping import keep_up
 
 _log = logging.getLogger(__name__)
 
-_WRAPPED = "._original_component"
 _HEADER = "lensclust"
 
 
@@ -50,12 +50,12 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     plain aliases and the zero bias it adds to every unembedding.
     """
     raw = held_weights(model)
-    wrapped = {prefix for name in raw for prefix in _prefixes(name) if _WRAPPED in name}
-    wrapped = {prefix for prefix in wrapped if f"{prefix}{_WRAPPED}" in wrapped}
+    wrapped = {prefix for name in raw for prefix in _prefixes(name) if WRAPPED in name}
+    wrapped = {prefix for prefix in wrapped if f"{prefix}{WRAPPED}" in wrapped}
     own = {name: tensor for name, tensor in raw.items() if not _is_added(name, wrapped)}
     aliases = {id(tensor) for tensor in own.values()}
     added = {name: tensor for name, tensor in raw.items() if id(tensor) not in aliases}
-    named = {name.replace(_WRAPPED, ""): tensor for name, tensor in own.items()} | added
+    named = {name.replace(WRAPPED, ""): tensor for name, tensor in own.items()} | added
     return {name: tensor for name, tensor in named.items() if not _is_filler(tensor)}
 
 
@@ -208,7 +208,7 @@ def _prefixes(name: str) -> list[str]:
 def _is_added(name: str, wrapped: set[str]) -> bool:
     """Reached through a child that a wrapper has beside the module it wraps."""
     return any(
-        prefix in wrapped and not name.startswith(f"{prefix}{_WRAPPED}.")
+        prefix in wrapped and not name.startswith(f"{prefix}{WRAPPED}.")
         for prefix in _prefixes(name)
     )
 

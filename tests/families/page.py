@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.families import methods, reading
+from tests.families import methods, reading, steering
 from tests.families.registry import FAMILIES, unknown
 from tests.families.subjects import Subject, Verdict
 
 FEATURES: dict[str, Callable[[Subject], None]] = {
     **reading.FEATURES,
     **methods.FEATURES,
+    **steering.FEATURES,
 }
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 WORDS = {"right": "yes", "refused": "no", "none": "–"}

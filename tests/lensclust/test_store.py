@@ -12,6 +12,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -181,6 +182,36 @@ def test_prompts_come_once_into_a_store(model, tmp_path):
     again = lc.extract(model, first, "resid 2", store=path, resume=True)
     assert again.sizes["prompt"] == 13
     assert store.verify(path).size == 0
+
+
+def _stretched(network: Any) -> None:
+    network.model.rotary_emb.inv_freq *= 0.5
+
+
+def _rescaled(network: Any) -> None:
+    network.model.layers[1].self_attn.scaling *= 2
+
+
+def _less_precise(network: Any) -> None:
+    network.model.norm.variance_epsilon = 0.1
+
+
+def _uncapped(network: Any) -> None:
+    network.config.final_logit_softcapping = None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("llama", _stretched), ("qwen2", _rescaled), ("llama", _less_precise), ("gemma2", _uncapped)],
+)
+def test_the_same_weights_in_another_network_are_another_model(tmp_path, name, change):
+    prompts = lc.Prompts.from_token_lists([[5, 6, 7], [8, 9]], pd.DataFrame({"task": ["a", "b"]}))
+    lc.extract(lc.load(hf_model(name)), prompts, "resid", store=tmp_path / "a", resume=True)
+    lc.extract(lc.load(hf_model(name)), prompts, "resid", store=tmp_path / "a", resume=True)
+    network = hf_model(name)
+    change(network)
+    with pytest.raises(lc.InputError, match="holds settings"):
+        lc.extract(lc.load(network), prompts, "resid", store=tmp_path / "a", resume=True)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
