@@ -158,7 +158,8 @@ class Prompts:
                 prompt has none.
             spans: name -> character range of each text; becomes the range of tokens that
                 overlap it. Needs a fast tokenizer.
-            chat: wrap each text in the tokenizer's chat template, ready for the reply. Spans
+            chat: wrap each text in the tokenizer's chat template, ready for the reply; the tokens
+                are those of ``apply_chat_template``, which adds nothing to the template. Spans
                 follow the message through it, though it be trimmed or escaped; where a template
                 repeats the message, they lie in the last copy.
 
@@ -190,7 +191,7 @@ class Prompts:
         _require_unicode(rows, texts)
         _require_unicode(rows, answers or [])
         rendered = [render_chat(tokenizer, text) for text in texts] if chat else texts
-        prompts = [encoded(tokenizer, text, offsets=bool(spans)) for text in rendered]
+        prompts = [encoded(tokenizer, text, offsets=bool(spans), chat=chat) for text in rendered]
         lengths = list(map(len, texts))
         places = None
         if chat and spans:
@@ -213,7 +214,7 @@ class Prompts:
             answers=None
             if answers is None
             else [
-                continuation(tokenizer, text, prompt.ids, answer)
+                continuation(tokenizer, text, prompt.ids, answer, chat=chat)
                 for text, prompt, answer in zip(rendered, prompts, answers, strict=True)
             ],
             spans=token_spans,

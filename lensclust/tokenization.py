@@ -57,7 +57,8 @@ class Encoded:
     """A text's token ids, open at the end.
 
     Attributes:
-        text: the text for which the tokenizer itself gives these ids (but for an end token).
+        text: the text for which the tokenizer itself gives these ids (but for an end token, and
+            for the BOS that a tokenizer adds and a chat template leaves out).
         ids: the tokens.
         offsets: character range of each in the text that was given; those of added tokens are
             empty. None unless wanted.
@@ -68,14 +69,26 @@ class Encoded:
     offsets: list[TokenSpan] | None
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = False) -> Encoded:
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = False, chat: bool = False
+) -> Encoded:
     """Tokenise a text, which stays open for its answer, with one BOS at most.
+
+    A rendered chat holds whatever its template wants, so nothing is added to it, as in
+    ``apply_chat_template``.
 
     What the tokenizer adds is known from the tokenizer: an end token that it added is left out,
     one that the text spells stays. Where the text begins with the BOS that the tokenizer adds, it
     is not added again.
     """
     options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
+    if chat:
+        found = tokenizer(text, add_special_tokens=False, **options)
+        ids = list(found["input_ids"])
+        places = [tuple(place) for place in found["offset_mapping"]] if offsets else None
+        without = text.removeprefix(str(tokenizer.bos_token))
+        added_again = without != text and list(tokenizer(without)["input_ids"]) == ids
+        return Encoded(without if added_again else text, ids, places)
     found = tokenizer(text, return_special_tokens_mask=True, **options)
     ids = list(found["input_ids"])
     places = [tuple(place) for place in found["offset_mapping"]] if offsets else None
@@ -109,10 +122,15 @@ def _added(
 
 
 def continuation(
-    tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int], answer: str
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    prompt: list[int],
+    answer: str,
+    *,
+    chat: bool = False,
 ) -> list[int]:
     """Ids of ``answer`` after ``text``: from the joint text, so that a leading space counts."""
-    joint = encoded(tokenizer, text + answer).ids
+    joint = encoded(tokenizer, text + answer, chat=chat).ids
     if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
         return joint[len(prompt) :]
     return tokenizer(answer, add_special_tokens=False)["input_ids"]

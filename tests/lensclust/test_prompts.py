@@ -41,6 +41,22 @@ def test_bos_stands_as_often_as_the_tokenizer_puts_it(tmp_path, adds_bos, chat):
     )
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("template", [CHAT, CHAT.replace("{{ bos_token }}", "")])
+def test_a_chat_has_the_tokens_of_its_template(tmp_path, adds_bos, template):
+    tokenizer = tiny_tokenizer(tmp_path, adds_bos=adds_bos)
+    tokenizer.chat_template = template
+    texts = ["w1 w2", "<bos> w3"]
+    prompts = lc.Prompts.from_texts(
+        texts, rows(2), tokenizer, answers=[" w4", " w5 w6"], spans={"all": [(0, 5)] * 2}, chat=True
+    )
+    for row, text in enumerate(texts):
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}])["input_ids"]
+        assert prompts.tokens[row, : prompts.lengths[row]].tolist() == chat
+        start, stop = prompts.spans["all"][row].tolist()
+        assert tokenizer.decode(chat[start:stop]) == text[:5]
+
+
 def test_answers_and_spans_follow_the_joint_text(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     tokenizer.chat_template = CHAT
