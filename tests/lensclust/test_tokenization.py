@@ -174,7 +174,6 @@ def test_fingerprints_tell_how_a_text_is_cut(tmp_path):
     ("arguments", "message"),
     [
         ({"texts": "ab"}, "texts given as a str"),
-        ({"texts": ["a", 3]}, "texts 1 is 3, expected a text"),
         ({"answers": "ab"}, "answers given as a str"),
         ({"spans": {"s": [(0, 2), (0, 1)]}}, "places within its 1 characters"),
     ],

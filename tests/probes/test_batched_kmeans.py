@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
@@ -38,14 +39,17 @@ def inertia(x: np.ndarray, labels: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=15, deadline=None)
-@given(world=WORLDS)
-def test_inertia_is_that_of_scikit_learn_where_there_are_clusters(device, world):
-    seed, k, d, _ = world
-    x, _ = mixture(seed, k, d, 4.0)
-    found = partition(x, k, n_init=10, seed=seed, device=device)
-    expected = KMeans(k, n_init=10, random_state=seed).fit(x).labels_
-    assert inertia(x, found) <= 1.01 * inertia(x, expected)
+def test_where_there_are_clusters_it_misses_them_no_more_often_than_scikit_learn(device):
+    worse = np.zeros(2, dtype=int)  # ours, theirs
+    for seed in range(60):
+        k = 2 + seed % 7
+        x, _ = mixture(seed, k, (2, 5, 40)[seed % 3], 4.0)
+        ours = inertia(x, partition(x, k, n_init=10, seed=seed, device=device))
+        theirs = KMeans(k, n_init=10, random_state=seed).fit(x).inertia_
+        worse += ours > 1.01 * theirs, theirs > 1.01 * ours
+    # Either may end in a local minimum; most draws have none.
+    assert worse.sum() < 20
+    assert not worse.sum() or binomtest(worse[0], worse.sum(), alternative="greater").pvalue > 0.01
 
 
 @pytest.mark.parametrize("device", DEVICES)
