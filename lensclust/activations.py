@@ -26,7 +26,8 @@ VARIABLES = {
     "attn_out": ("attn_out", "block"),
     "mlp_out": ("mlp_out", "block"),
 }
-# Options that name a label, and what to give for none.
+# Options that name several labels; options that may name none, and what to give for that.
+SEVERAL = ("score_against", "apart", "labels")
 WITHOUT = dict.fromkeys(("given", "groups", "control", "per", "within"), "None") | {"apart": "()"}
 
 
@@ -198,6 +199,10 @@ def labelled(
     known, notes = label_names(acts), []
     keep = np.ones(acts.sizes.get("prompt", 0), dtype=bool)
     for option, given in options.items():
+        if option not in SEVERAL and not isinstance(given, str | None):
+            raise InputError(
+                f"{call}: {option}={given!r:.60}, expected the name of one label, of {known}"
+            )
         for name in [given] if isinstance(given, str) else list(given or ()):
             if name not in known:
                 none = f", or {option}={WITHOUT[option]} for none" if option in WITHOUT else ""

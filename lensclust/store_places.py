@@ -10,6 +10,7 @@ An object is replaced whole or not at all, as a file in a folder is.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def as_place(store: str | Path | UPath) -> Place:
     >>> str(as_place("memory://runs/a/"))
     'memory://runs/a'
     """
+    if not isinstance(store, str | os.PathLike | UPath):
+        raise InputError(f"store: {type(store).__name__} given, expected a folder or a URL")
     text = str(store)
     url = re.match(r"([A-Za-z][\w+.-]+):/(/?)", text) or re.match(".*(::).*://()", text)
     if not isinstance(store, UPath):

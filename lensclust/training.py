@@ -140,6 +140,11 @@ def train(
     """
     if isinstance(config, str):
         config = native_config(config, **required_sizes(prompts))
+    if not isinstance(config, TransformerBridgeConfig):
+        raise InputError(
+            f"train: {type(config).__name__} given as config, expected a native model's, such as "
+            "'sif-small' (lensclust.finetune trains a model that there is)"
+        )
     _check_knobs(steps, batch_size, lr, warmup, schedule, loss_on, n_checkpoints, save_every)
     check_counts("train", evaluate_every=evaluate_every)
     check_counts("train", least=0, seed=seed)

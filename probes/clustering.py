@@ -28,7 +28,7 @@ from joblib import delayed
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, labelled, prompt_labels, select, site_values
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.showing import Shown
@@ -206,11 +206,8 @@ def cluster(
     """
     if scale not in SCALES:
         raise InputError(f"cluster: scale {scale!r} is not known: expected one of {list(SCALES)}")
-    if permutations < 1 or n_init < 1 or (k is not None and k < 2):
-        raise InputError(
-            "cluster: expected permutations and n_init of at least 1 and k of at least 2, given "
-            f"{permutations}, {n_init}, {k}"
-        )
+    check_counts("cluster", permutations=permutations, n_init=n_init)
+    check_counts("cluster", least=2, k=k)
     chosen = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
     _require_known(chosen, METRICS)
     every = acts.sizes.get("prompt", 0) if isinstance(acts, xr.Dataset) else 0

@@ -238,6 +238,11 @@ def require_labels(centroids: xr.Dataset, by: str, *labels: Label) -> list[int]:
             f"given a {type(centroids).__name__}, expected mean states: the dataset that "
             "probes.mean_states(acts) returns"
         )
+    if "prompt" in centroids.dims:
+        raise InputError(
+            "given activations, expected mean states: the dataset that probes.mean_states(acts) "
+            "returns"
+        )
     if by not in centroids.coords:
         raise InputError(
             f"label {by!r} is not in these centroids: they have {list(centroids.dims)}"

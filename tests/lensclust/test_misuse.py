@@ -66,6 +66,18 @@ sources = {
     "Prompts given": prompts,
     "int given": 3,
 }
+others = {
+    "'sif-small'": lambda: lc.train(network, prompts, steps=1),
+    "by=['task'], expected the name": lambda: probes.cluster(acts, by=["task"]),
+    "given=3, expected the name": lambda: probes.silhouettes(acts, given=3),
+    "k='3', expected a whole number": lambda: probes.cluster(acts, k="3"),
+    "expected mean states": lambda: probes.shift(acts, "a", "b"),
+    "store: int given": lambda: lc.extract(model, prompts, "resid", store=3),
+    "store: TransformerBridge given": lambda: lc.open_activations(model),
+    "texts 1 is 3, expected a text": lambda: lc.Prompts.from_texts(
+        ["a", 3], rows, tiny_tokenizer(sys.argv[1])
+    ),
+}
 for name, call in calls.items():
     for expected, given in mistakes.items():
         try:
@@ -76,6 +88,14 @@ for name, call in calls.items():
                 print(name, "|", expected, "|", said)
         else:
             print(name, "|", expected, "| took it")
+for expected, call in others.items():
+    try:
+        call()
+    except lc.InputError as error:
+        if "\\n" in str(error) or expected not in str(error):
+            print(expected, "|", error)
+    else:
+        print(expected, "| took it")
 for expected, source in sources.items():
     try:
         lc.load(source)
