@@ -133,6 +133,8 @@ def train(
     >>> prompts = sif(n_tasks=2, n_inputs=3, mappings_per_task=2)
     >>> config = native_config("sif-small", n_layers=1, **required_sizes(prompts))
     >>> run = train(config, prompts, steps=4, n_checkpoints=3, progress=False)
+    >>> run
+    TrainingRun(4 steps, 3 checkpoints; answers right at the end: 0... of train, ...)
     >>> [checkpoint.step for checkpoint in run.checkpoints]
     [0, 1, 4]
     >>> run.frame.columns.tolist(), run.model().cfg.n_layers

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.native import native_bridge_with
 from lensclust.sealed import tensors_digest
+from lensclust.showing import as_html
 from lensclust.weights import checkpoint_fingerprint, load_checkpoint
 
 
@@ -21,9 +23,9 @@ class Checkpoint:
     """The model after so many steps, in a file or, without one, in memory."""
 
     step: int
-    config: TransformerBridgeConfig
+    config: TransformerBridgeConfig = field(repr=False)
     path: Path | None = None
-    weights: dict[str, Tensor] | None = None
+    weights: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def model(self) -> TransformerBridge:
         """A fresh model with these weights, in eval mode.
@@ -48,6 +50,18 @@ class Checkpoint:
         return tensors_digest((self.weights or {}).items())
 
 
+def described(run: object, frame: pd.DataFrame, checkpoints: Sequence[Any]) -> str:
+    """A run in one line: how long it was, and what it had learnt at the end."""
+    learnt = ""
+    if len(frame):
+        last = frame[frame["step"] == frame["step"].max()]
+        found = zip(last["split"], last["accuracy"], strict=True)
+        shares = (f"{share:.2f} of {split}" for split, share in found)
+        learnt = f"; answers right at the end: {', '.join(shares)}"
+    steps = f"{checkpoints[-1].step} steps, {len(checkpoints)} checkpoints"
+    return f"{type(run).__name__}({steps}{learnt})"
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
     """A finished training.
@@ -65,6 +79,12 @@ class TrainingRun:
     def model(self) -> TransformerBridge:
         """The trained model."""
         return self.checkpoints[-1].model()
+
+    def __repr__(self) -> str:
+        return described(self, self.frame, self.checkpoints)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self.frame)
 
     def models(self) -> Iterator[tuple[int, TransformerBridge]]:
         """Step and model of each checkpoint, loaded one at a time."""

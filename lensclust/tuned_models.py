@@ -18,6 +18,8 @@ from lensclust.adapters import Adapters
 from lensclust.chosen_weights import left_as_it_was
 from lensclust.errors import InputError
 from lensclust.sealed import read_sealed
+from lensclust.showing import as_html
+from lensclust.training_run import described
 
 HEADER = "lensclust-finetuning"
 
@@ -59,7 +61,7 @@ class TunedCheckpoint:
     step: int
     samples: int
     path: Path | None = None
-    held: Mapping[str, Tensor] | None = None
+    held: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What has moved by then, by name.
@@ -90,6 +92,12 @@ class FinetuningRun:
     _model: TransformerBridge
     _tuned: Tuned
     _in_use: Any = field(default_factory=Lock)
+
+    def __repr__(self) -> str:
+        return described(self, self.frame, self.checkpoints)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self.frame)
 
     @contextmanager
     def at(self, step: int | None = None) -> Iterator[TransformerBridge]:

@@ -32,6 +32,10 @@ class Calibration:
 
     weights: xr.DataArray
 
+    def __repr__(self) -> str:
+        factors = zip(self.weights["label"].values.tolist(), self.weights.values, strict=True)
+        return f"Calibration({', '.join(f'{label}: {factor:.3g}' for label, factor in factors)})"
+
     def scores(self, components: ComponentLogits) -> xr.DataArray:
         """Label probabilities of the model times the factors ``(prompt, label)``.
 

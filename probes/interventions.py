@@ -11,7 +11,7 @@ singles out (`dealt`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Intervention:
     """
 
     name: str
-    edit_at: Callable[[Site], Edit]
+    edit_at: Callable[[Site], Edit] = field(repr=False)
     by_row: bool = False
 
     def size(self, states: States, site: Site) -> Float[Tensor, " row"]:
