@@ -35,10 +35,6 @@ def killed(work: str, kills: int, seed: int) -> dict[str, int]:
     return found
 
 
-def test_a_store_survives_a_few_kills() -> None:
-    killed("extract", kills=2, seed=1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "kills"), [("extract", KILLS), ("train", KILLS), ("run", KILLS), ("emergence", 2)]

@@ -333,6 +333,7 @@ for write in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills by signal")
 def test_killed_in_a_write_and_resumed_it_ends_with_the_same_bits(tmp_path):
     writes, root = (1, 2, 4, 6), Path(__file__).parents[2]

@@ -140,8 +140,8 @@ def p_values(world: str, draws: int, **options) -> tuple[np.ndarray, np.ndarray]
     ("world", "options"),
     [
         ("constant in a template", {}),
-        ("constant in a template", {"groups": None}),
-        ("one instruction a template and task", {}),
+        pytest.param("constant in a template", {"groups": None}, marks=pytest.mark.slow),
+        pytest.param("one instruction a template and task", {}, marks=pytest.mark.slow),
         ("row by row", {"exchange": "rows"}),
     ],
 )

@@ -70,6 +70,7 @@ def test_fits_and_scores_are_those_of_scikit_learn(nonnegative: bool, folds: int
     assert found.folds["error"].sum() == pytest.approx(error)
 
 
+@pytest.mark.slow
 def test_in_noise_p_is_small_no_more_often_than_it_says() -> None:
     """A change that has nothing to do with its bases, whatever they have to do with each other."""
     small = dict.fromkeys(["random", "permuted"], 0)

@@ -450,6 +450,7 @@ def few_shot(model: str) -> Alignment:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_pretrained_part_scores_every_method_on_every_pair(tmp_path):
     found = measure_pretrained(few_shot(word_model(tmp_path, taught=True)))
     scores = found["scores"]

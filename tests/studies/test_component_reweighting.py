@@ -291,6 +291,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_tiny_run_leaves_claims_and_a_page_and_resumes_to_the_same(tmp_path):
     out = tmp_path / "run"
     study = ComponentReweighting(**TINY, pretrained="none")
@@ -344,6 +345,7 @@ def labelled(folder: Path, classes: tuple[str, ...]) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_pretrained_part_end_to_end(tmp_path):
     sets = (("cold", "warm"), ("up", "down", "left"))
     words = {word for classes in sets for word in classes} | {str(i) for i in range(60)}

@@ -131,6 +131,7 @@ def test_fields_reach_the_config_only_by_name():
         Emergence(**preset)
 
 
+@pytest.mark.slow
 def test_the_heads_that_open_are_those_of_the_last_checkpoint(tmp_path):
     study = Emergence(
         **Emergence.presets["smoke"] | {"steps": 4, "n_checkpoints": 2, "permutations": 2}

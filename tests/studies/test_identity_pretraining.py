@@ -362,6 +362,7 @@ def test_the_map_of_conditions_has_zero_in_the_middle():
 # -- a run --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_a_part_ends_with_the_same_claims(tmp_path):
     study = IdentityPretraining(**TINY)
     options: dict[str, Any] = {"seeds": 1, "jobs": 1, "progress": False}

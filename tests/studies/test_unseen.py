@@ -223,6 +223,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", ["synthetic alone", "both"])
 def test_a_tiny_run_leaves_claims_and_a_page_and_resumes_to_the_same(tmp_path, parts):
     out, fields = tmp_path / "run", dict(TINY)
