@@ -121,11 +121,11 @@ def composed(
         ),
     ]
     languages = draw_languages(
-        [strings_per_regex] * (len(tasks) * regexes_per_task),
+        (strings_per_regex,) * (len(tasks) * regexes_per_task),
         n_test=test_strings,
         letters=LETTERS[:n_letters],
         lengths=range(lengths[0], lengths[1] + 1),
-        rng=random.Random(f"composed-strings-{seed}"),
+        seed=f"composed-strings-{seed}",
         caller="composed",
     )
     pairing = random.Random(f"composed-pairs-{seed}")

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import rstr
 
@@ -99,16 +100,21 @@ def _draw_expression(letters: str, longest: int, rng: random.Random) -> _Piece:
     return _sequence(pieces)
 
 
+@lru_cache(maxsize=8)
 def draw_languages(
-    n_train: list[int],
+    n_train: tuple[int, ...],
     *,
     n_test: int,
     letters: str,
     lengths: range,
-    rng: random.Random,
+    seed: str,
     caller: str = "sif",
-) -> list[Language]:
-    """A language for each number of training strings; no string of one matches another."""
+) -> tuple[Language, ...]:
+    """A language for each number of training strings; no string of one matches another.
+
+    It takes about a second for 60 of them, so the last few results are kept.
+    """
+    rng = random.Random(seed)
     languages: list[Language] = []
     for n in n_train:
         candidates = (
@@ -123,7 +129,7 @@ def draw_languages(
                 f"expressions or strings, or longer strings or more letters"
             )
         languages.append(language)
-    return languages
+    return tuple(languages)
 
 
 def _draw_language(

@@ -10,7 +10,7 @@ give the answer away. This is our reconstruction of the task of Wu & Varshney, a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -130,11 +130,11 @@ def sif(
     )
     languages = draw_languages(
         # Held-out expressions come last and have no training strings.
-        [strings_per_regex] * (n_tasks * regexes_per_task) + [0] * (n_tasks * held_out_regexes),
+        (*[strings_per_regex] * (n_tasks * regexes_per_task), *[0] * (n_tasks * held_out_regexes)),
         n_test=rows_per_mapping,
         letters=LETTERS[:n_letters],
         lengths=range(shortest, longest + 1),
-        rng=random.Random(f"sif-strings-{seed}"),
+        seed=f"sif-strings-{seed}",
     )
     pairing = random.Random(f"sif-pairs-{seed}")
     rows = pd.DataFrame(
@@ -220,7 +220,7 @@ def _disagree(a: Table, b: Table) -> bool:
 def _task_rows(
     task: int,
     table: Table,
-    languages: list[Language],
+    languages: Sequence[Language],
     n_trained: int,
     held_out_inputs: int,
     rows_per_mapping: int,
