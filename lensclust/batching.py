@@ -100,6 +100,23 @@ def model_device(model: TransformerLensModel) -> torch.device:
     return torch.device(model.cfg.device or "cpu")
 
 
+def few_tokens(
+    model: TransformerLensModel, length: int = 8, *, rows: int = 1
+) -> Int[Tensor, "row token"]:
+    """Prompts to try a model on, the same each time and no longer than it takes.
+
+    Tokens of a row differ as far as the vocabulary allows: attention to equal ones could be
+    exchanged without effect.
+
+    >>> import lensclust as lc
+    >>> few_tokens(lc.load("native:sif-small"), 4, rows=2).tolist()
+    [[3, 10, 17, 24], [8, 15, 22, 29]]
+    """
+    length = min(length, model.cfg.n_ctx or length)
+    ids = 3 + 7 * torch.arange(length) + 5 * torch.arange(rows)[:, None]
+    return (ids % max(model.cfg.d_vocab, 1)).to(model_device(model))
+
+
 def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
     """Lengths beyond which a forward's longest prompt changes what the model does with all of them.
 

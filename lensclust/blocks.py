@@ -21,7 +21,7 @@ from transformer_lens.model_bridge.generalized_components.base import align_offl
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import remembered, rounding_tolerance
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import few_tokens, without_cache
 
 BLOCK_HOOKS = {
     "resid_mid": "blocks.{}.hook_resid_mid",
@@ -34,7 +34,6 @@ BLOCK_HOOKS = {
 _SUM_ROUNDINGS = 4
 # Rounding of `z @ W_O` in half precision or TF32; a norm or a factor in between exceeds it.
 _HEADS_SHARE = 1e-2
-_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -170,13 +169,6 @@ def _examined(model: Any) -> tuple[Block, ...]:
             part.training = True
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return tuple(_Block(model, number, found, coarsest).examined() for number in numbers)
-
-
-def few_tokens(model: Any) -> Tensor:
-    """Ids from all over the vocabulary, the same each time."""
-    length = min(_TOKENS, model.cfg.n_ctx or _TOKENS)
-    ids = (torch.arange(length) * 7919 + 11) % max(model.cfg.d_vocab, 1)
-    return ids[None].to(model_device(model))
 
 
 class _Block:

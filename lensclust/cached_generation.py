@@ -19,7 +19,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
 from lensclust.agreement import agrees, relative_error, remembered
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import few_tokens, without_cache
 from lensclust.effects import unhooked
 from lensclust.errors import InputError
 from lensclust.sites import model_name
@@ -89,13 +89,11 @@ def cached_generation(model: TransformerLensModel) -> Verdict:
 
 
 def _tried(model: Any, network: Any) -> Verdict:
-    device, most = model_device(model), model.cfg.n_ctx or LONGEST_WINDOW
+    most = model.cfg.n_ctx or LONGEST_WINDOW
     window = getattr(network.config.get_text_config(), "sliding_window", None) or 0
     prompt = PROMPT + (window if window <= LONGEST_WINDOW else 0)
     prompt = max(1, min(prompt, most - STEPS))
-    # Distinct tokens: attention to equal ones can be exchanged without effect.
-    tokens = 3 + 7 * torch.arange(prompt) + 5 * torch.arange(ROWS)[:, None]
-    tokens = (tokens % model.cfg.d_vocab).to(device)
+    tokens = few_tokens(model, prompt, rows=ROWS)
     steps: list[tuple[int, int | None]] = []
 
     def notice(network: Any, args: Any, given: Any, output: Any) -> None:

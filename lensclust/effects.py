@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import relative_error, remembered
-from lensclust.batching import default_budget, model_device, without_cache
+from lensclust.batching import default_budget, few_tokens, without_cache
 from lensclust.blocks import unhooked
 from lensclust.errors import InputError
 from lensclust.sites import model_name
@@ -73,10 +73,7 @@ def attention_kernel(model: TransformerLensModel) -> str | None:
 @torch.no_grad()
 def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
     """What is wrong with an edit at each hook, None where nothing is."""
-    length = min(LENGTH, model.cfg.n_ctx or LENGTH)
-    # Distinct tokens: attention to equal ones can be exchanged without effect.
-    tokens = (3 + 7 * torch.arange(length, device=model_device(model))) % model.cfg.d_vocab
-    tokens = tokens.repeat(len(names), 1)
+    tokens = few_tokens(model, LENGTH).repeat(len(names), 1)
     fired: set[str] = set()
 
     def noise(row: int, name: str) -> Callable[[Tensor, Any], Tensor | None]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, remembered
-from lensclust.batching import without_cache
-from lensclust.blocks import BLOCK_HOOKS, blocks_of, few_tokens
+from lensclust.batching import few_tokens, without_cache
+from lensclust.blocks import BLOCK_HOOKS, blocks_of
 from lensclust.errors import InputError
 from lensclust.sites import Site, model_name
 

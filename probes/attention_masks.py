@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, relative_error, remembered
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import few_tokens, without_cache
 from lensclust.effects import attention_kernel, unhooked
 from lensclust.errors import InputError
 from lensclust.sites import BLOCK_HOOKS, Site, hook_name, model_name
@@ -192,11 +192,10 @@ class _Check:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        length = min(LENGTH, model.cfg.n_ctx or LENGTH)
+        self.tokens = few_tokens(model, LENGTH)
+        length = self.tokens.shape[1]
         self.since = max(1, length - 2)
-        device = model_device(model)
-        self.tokens = (3 + 7 * torch.arange(length, device=device))[None] % model.cfg.d_vocab
-        place = torch.arange(length, device=device)
+        place = torch.arange(length, device=self.tokens.device)
         self.hidden = (place < self.since) & (place >= self.since - 2)
         self.gone = ((place >= self.since)[:, None] & self.hidden)[None, None]
 

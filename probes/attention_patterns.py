@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, remembered
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import few_tokens, without_cache
 from lensclust.blocks import blocks_of
 from lensclust.effects import attention_kernel, unhooked
 from lensclust.errors import InputError
@@ -167,8 +167,7 @@ def _find_values(model: Any, blocks: Sequence[int]) -> dict[int, tuple[str, str]
 
 def _shown_with_large_values(model: Any, block: int, name: str) -> tuple[Tensor, ...]:
     """A block's pattern and ``z`` when its values are far larger than they ever are, and these."""
-    length = min(6, model.cfg.n_ctx or 6)
-    tokens = (3 + 7 * torch.arange(length, device=model_device(model)))[None] % model.cfg.d_vocab
+    tokens = few_tokens(model)
     shown: dict[str, Tensor] = {}
 
     def enlarge(value: Tensor, hook: Any) -> Tensor:

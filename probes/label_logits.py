@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import few_tokens, without_cache
 from lensclust.blocks import blocks_of
 from lensclust.effects import unhooked
 from lensclust.errors import InputError
@@ -92,8 +92,7 @@ class Multipliers:
         behind = {b: name for b, name in behind.items() if name in model.hook_dict}
         names = [BLOCK_HOOKS[kind].format(b) for kind in ("z", "attn_out") for b in blocks]
         names += [*behind.values(), "unembed.hook_out"]
-        length = min(6, model.cfg.n_ctx or 6)
-        tokens = torch.arange(length, device=model_device(model))[None] % model.cfg.d_vocab
+        tokens = few_tokens(model)
         shown: dict[str, Tensor] = {}
 
         def keep(name: str) -> tuple[str, Any]:
