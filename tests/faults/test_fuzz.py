@@ -133,7 +133,7 @@ NAME = st.text(max_size=5)
 COLUMNS = st.dictionaries(NAME, st.lists(SCALAR, max_size=4), max_size=3)
 
 
-@cases(quick=60, slow=3000)
+@cases(quick=30, slow=1200)
 def test_prompts_of_any_ids(count: int) -> None:
     def read(given: Any) -> None:
         ids, columns, answers, spans = given
@@ -169,7 +169,7 @@ def test_prompts_of_any_ids(count: int) -> None:
     fuzz(count, given | even | even | even, read)
 
 
-@cases(quick=40, slow=700)
+@cases(quick=24, slow=700)
 def test_prompts_of_any_texts(count: int) -> None:
     tokenizer = byte_tokenizer()
 
@@ -184,7 +184,7 @@ def test_prompts_of_any_texts(count: int) -> None:
     fuzz(count, st.tuples(st.lists(TEXT, max_size=3), ranges, st.booleans()), read)
 
 
-@cases(quick=12, slow=80)
+@cases(quick=12, slow=40)
 def test_labels_of_any_kind_come_back_from_a_store(
     count: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -260,7 +260,7 @@ def test_descriptions_of_stores(count: int, tmp_path: Path) -> None:
 # -- files of tasks ------------------------------------------------------------------------------
 
 
-@cases(quick=60, slow=2740)
+@cases(quick=30, slow=1200)
 def test_task_files(count: int, tmp_path: Path) -> None:
     wholes = {
         "annotations": {"annotations": ["Write the plural.", "Say it twice."]},
@@ -292,7 +292,7 @@ def test_task_files(count: int, tmp_path: Path) -> None:
 # -- run directories and what they were asked for -------------------------------------------------
 
 
-@cases(quick=40, slow=980)
+@cases(quick=24, slow=400)
 def test_run_directories(count: int, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for path in (run / "figures").glob("*.svg"):
@@ -378,7 +378,7 @@ def test_options_of_studies(count: int, tmp_path: Path, capsys: pytest.CaptureFi
 # -- weights ---------------------------------------------------------------------------------------
 
 
-@cases(quick=30, slow=900)
+@cases(quick=30, slow=400)
 def test_headers_of_checkpoints(count: int, tmp_path: Path) -> None:
     path = save_checkpoint(tiny_model(), tmp_path / "a.safetensors", step=1)
     content, tensors = read_sealed(path, "lensclust")

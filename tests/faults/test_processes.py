@@ -150,7 +150,8 @@ def test_a_real_run_leaves_no_orphan_and_goes_on(
     start += "from lensclust.cli import main; sys.exit(main(sys.argv[1:]))"
     out = tmp_path / "run"
     run = [sys.executable, "-c", start, "run", "emergence", "--preset", "smoke", "--jobs", "2"]
-    run += ["--seeds", "2", "--engine", engine, "--quiet", "--out", str(out), "--resume"]
+    run += ["--steps", "40", "--n-checkpoints", "3", "--permutations", "2", "--seeds", "4"]
+    run += ["--engine", engine, "--quiet", "--out", str(out), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(run, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     children: set[int] = set()
