@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,22 @@ import torch
 import zarr
 
 import lensclust as lc
+from lensclust import downloads, run_directory
+from lensclust.downloads import Pin
+from lensclust.integrity import DIGESTS, seal_folder
 from lensclust.native import config_to_json
+from lensclust.report import write_page
 from lensclust.sealed import read_sealed
+from lensclust.serving import state
 from lensclust.store import verify
 from lensclust.weights import checkpoint_series, load_checkpoint, read_metadata
 from studies.study import _once
-from tests.faults.work import SHARD, extract, training
+from tests.faults.work import SHARD, Small, extract, small_study, training
+from tests.lensclust.test_report import make_run
+from tests.lensclust.views.test_head_view_files import HELD
+from tests.tiny import hf_model, tiny_tokenizer
+
+TINY = Pin("tiny", "1", 1, "0" * 64, "a/b", "0" * 64)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,22 @@ def read_frames(folder: Path) -> Any:
     return {name: frame.to_dict("list") for name, frame in _once(never, 0, folder).items()}
 
 
+def read_run(run: Path) -> Any:
+    shown = {name: value for name, value in state(run).items() if name != "quiet"}
+    page = write_page([run], run.parent / "other.html")
+    return [shown, (run / "report.html").read_text("utf-8"), page.read_text("utf-8")]
+
+
+def read_cached(cache: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LENSCLUST_CACHE", str(cache))
+        patch.setitem(downloads.PINS, "tiny", TINY)
+        model = lc.load("tiny", device="cpu", progress=False)
+    network: Any = model.original_model
+    text = None if model.tokenizer is None else model.to_tokens("w3 w4")
+    return [dict(network.state_dict()), network.config.to_dict(), text]
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
     top = tmp_path_factory.mktemp("kept")
@@ -89,6 +116,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         "t": pd.DataFrame({"c": [1]}),
     }
     _once(lambda item, folder: frames, 0, top / "part")
+    run, cached = make_run(top / "run"), top / "models" / f"tiny-{TINY.version}"
+    (run / "views").mkdir()
+    (run / "views" / "1_heads.json").write_text(json.dumps(HELD))
+    run_directory.seal(run)
+    write_page([run])
+    hf_model("llama").save_pretrained(cached)
+    tiny_tokenizer(cached)
+    seal_folder(cached, {TINY.member: TINY.member_sha256})
     last = top / "t" / "step-000030.safetensors"
     state = top / "t" / "training.state"
     readers: dict[str, tuple[list[Path], Callable[[], Any]]] = {
@@ -99,6 +134,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         "checkpoint": ([last], lambda: read_checkpoint(last)),
         "state": ([state], lambda: read_sealed(state, "lensclust-training")),
         "part": (list((top / "part" / "frames").iterdir()), lambda: read_frames(top / "part")),
+        "run": ([p for p in run.rglob("*") if p.is_file()], lambda: read_run(run)),
+        "model": (list(cached.iterdir()), lambda: read_cached(top)),
     }
     return {name: Kept(sorted(files), read, read()) for name, (files, read) in readers.items()}
 
@@ -122,11 +159,11 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
     return bytes(damaged)
 
 
-@pytest.mark.parametrize(("seed", "flips"), [(0, 50), pytest.param(1, 500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "flips"), [(0, 90), pytest.param(1, 900, marks=pytest.mark.slow)])
 def test_no_flipped_bit_is_read_as_data(kept: dict[str, Kept], seed: int, flips: int) -> None:
     rng, seen = random.Random(seed), dict.fromkeys(kept, 0)
     for _ in range(flips):
-        name = rng.choices(list(kept), [5, 2, 2, 1])[0]
+        name = rng.choices(list(kept), [5, 2, 2, 1, 4, 4])[0]
         file = rng.choice(kept[name].files)
         with changed(file, flipped(file.read_bytes(), rng)):
             seen[name] += not kept[name].still_says()
@@ -136,7 +173,7 @@ def test_no_flipped_bit_is_read_as_data(kept: dict[str, Kept], seed: int, flips:
     assert all(kept[name].still_says() for name in kept)
 
 
-@pytest.mark.parametrize("name", ["store", "checkpoint", "state", "part"])
+@pytest.mark.parametrize("name", ["store", "checkpoint", "state", "part", "run", "model"])
 def test_files_that_end_early_or_are_gone(kept: dict[str, Kept], name: str) -> None:
     rng = random.Random(1)
     for file in rng.sample(kept[name].files, min(12, len(kept[name].files))):
@@ -146,7 +183,7 @@ def test_files_that_end_early_or_are_gone(kept: dict[str, Kept], name: str) -> N
             with changed(file, other):
                 # Only what no one reads can be done without.
                 read_anyway = kept[name].still_says()
-            assert not read_anyway or name == "store", file
+            assert not read_anyway or name == "store" or file.name == DIGESTS, file
 
 
 def test_a_damaged_row_is_named_and_the_others_are_read(tmp_path: Path) -> None:
@@ -216,7 +253,82 @@ def test_a_damaged_part_of_a_study_says_what_to_do(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(lc.InputError, match=r"delete it to have it done again.*a\.parquet is dam"):
         read_frames(tmp_path / "part")
-    digests = tmp_path / "part" / "frames" / "sha256.json"
+    digests = tmp_path / "part" / "frames" / DIGESTS
     digests.write_text(json.dumps([]))
     with pytest.raises(lc.InputError, match="is damaged"):
         read_frames(tmp_path / "part")
+    digests.rename(digests.with_name("sha256.json"))
+    with pytest.raises(lc.InputError, match=r"delete it .* no digests.json: .* earlier version"):
+        read_frames(tmp_path / "part")
+
+
+def test_a_part_of_another_run_or_item_is_refused(tmp_path: Path) -> None:
+    small_study(tmp_path)
+    run = tmp_path / "r"
+    (run / "parts" / "seed-0").rename(tmp_path / "kept")
+    shutil.copytree(run / "parts" / "seed-1", run / "parts" / "seed-0")
+    with pytest.raises(lc.InputError, match=r"seed-0: delete it .* part 'seed-1' instead of"):
+        small_study(tmp_path)
+    shutil.rmtree(run / "parts" / "seed-0")
+    Small(steps=9).execute(tmp_path / "other", seeds=2, jobs=1, progress=False)
+    shutil.copytree(tmp_path / "other" / "parts" / "seed-0", run / "parts" / "seed-0")
+    with pytest.raises(lc.InputError, match=r"seed-0: delete it .* is of run '\w+' instead of '"):
+        small_study(tmp_path)
+
+
+def test_a_damaged_run_is_named_and_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_study(tmp_path)
+    run = tmp_path / "r"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name, refused in (
+        ("notes.json", "is missing"),
+        ("scores.parquet", "is damaged"),
+        ("figures/2_more.svg", "does not belong there"),
+    ):
+        if name[0] == "n":
+            (run / name).unlink()
+        else:
+            (run / name).parent.mkdir(exist_ok=True)
+            (run / name).write_bytes(before.get(run / name, b"12")[:-1])
+        said = rf"^report: .* resume the run .*{name} {refused}"
+        with pytest.raises(lc.InputError, match=said) as caught:
+            write_page([run])
+        assert "\n" not in str(caught.value)
+        if name[0] == "f":
+            (run / name).unlink()
+        small_study(tmp_path)
+        assert {path: path.read_bytes() for path in before} == before
+    assert "notes.json is missing; all but its parts is written again" in caplog.text
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    small_study(tmp_path)
+    page = (tmp_path / "r" / "report.html").read_bytes()
+    (tmp_path / "r" / DIGESTS).unlink()
+    assert write_page([tmp_path / "r"]).read_bytes() == page
+    assert state(tmp_path / "r")["finished"]
+    assert not (tmp_path / "r" / DIGESTS).exists()
+
+
+def test_a_cached_model_of_an_earlier_version_or_another_pin(tmp_path: Path) -> None:
+    cached = tmp_path / "models" / f"tiny-{TINY.version}"
+    hf_model("llama").save_pretrained(cached)
+    before = as_bytes(read_cached(tmp_path)[0])
+    config = cached / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
+    )
+    with pytest.raises(lc.InputError, match=r"tiny-1: delete it .*config\.json is damaged"):
+        read_cached(tmp_path)
+    # Without digests, there is no place in two layers for the weights of the third.
+    (cached / DIGESTS).unlink()
+    with pytest.raises(lc.InputError, match=r"9 weights that its config.json has no place for"):
+        read_cached(tmp_path)
+    hf_model("llama").save_pretrained(cached)
+    seal_folder(cached, {TINY.member: "1" * 64})
+    with pytest.raises(lc.InputError, match=r"delete it .*: is of a/b '1+' instead of '0+'"):
+        read_cached(tmp_path)
+    (cached / DIGESTS).unlink()
+    assert as_bytes(read_cached(tmp_path)[0]) == before

@@ -20,7 +20,7 @@ import lensclust as lc
 from lensclust import store, store_notes
 from lensclust.checked_arrays import open_group
 from lensclust.cli import main
-from lensclust.disk import file_digest
+from lensclust.integrity import file_digest
 from tests.lensclust.test_store import some_prompts
 from tests.tiny import hf_model, tiny_tokenizer
 
