@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -16,19 +17,37 @@ import pandas as pd
 import pytest
 import torch
 import zarr
+from safetensors.torch import save_file
 
 import lensclust as lc
 from lensclust import downloads, run_directory
 from lensclust.downloads import Pin
 from lensclust.integrity import DIGESTS, seal_folder
-from lensclust.native import config_to_json
+from lensclust.native import config_to_json, native_config
 from lensclust.report import write_page
 from lensclust.sealed import read_sealed
 from lensclust.serving import state
 from lensclust.store import verify
-from lensclust.weights import checkpoint_series, load_checkpoint, read_metadata
+from lensclust.training import required_sizes, train
+from lensclust.weights import (
+    checkpoint_fingerprint,
+    checkpoint_series,
+    load_checkpoint,
+    read_metadata,
+    save_checkpoint,
+)
 from studies.study import _once
-from tests.faults.work import SHARD, Small, extract, small_study, training
+from tests.faults.work import (
+    KNOBS,
+    PROMPTS,
+    SHARD,
+    SIZES,
+    Small,
+    extract,
+    small_study,
+    tiny_model,
+    training,
+)
 from tests.lensclust.test_report import make_run
 from tests.lensclust.views.test_head_view_files import HELD
 from tests.tiny import hf_model, tiny_tokenizer
@@ -242,9 +261,42 @@ def test_a_training_does_not_go_on_from_damage(tmp_path: Path) -> None:
     at = content.index(b"step") + 8
     with (
         changed(step, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]),
-        pytest.raises(lc.InputError, match="is damaged: its header does not match"),
+        pytest.raises(lc.InputError, match=r"its header (is damaged|is not readable)"),
     ):
         checkpoint_series(tmp_path / "t")
+
+
+def test_checkpoints_of_another_training_or_step_are_refused(tmp_path: Path) -> None:
+    training(tmp_path)
+    config = native_config("sif-small", **{**SIZES, **required_sizes(PROMPTS)})
+    train(config, PROMPTS, out=tmp_path / "u", progress=False, **{**KNOBS, "seed": 1})
+    ours, last = tmp_path / "t" / "step-000001.safetensors", "step-000030.safetensors"
+    for content, said in (
+        ((tmp_path / "u" / ours.name).read_bytes(), "000001.* is of another training: delete its"),
+        ((tmp_path / "t" / last).read_bytes(), "000001.* is of another step: delete its folder"),
+    ):
+        with changed(ours, content), pytest.raises(lc.InputError, match=said):
+            training(tmp_path)
+    shutil.copy(tmp_path / "u" / last, tmp_path / "t")
+    with pytest.raises(lc.InputError, match=f"{last}' is of another training than 'step-000000"):
+        checkpoint_series(tmp_path / "t")
+    # Without a state to go on from, they are not written over either.
+    (tmp_path / "t" / "training.state").unlink()
+    with pytest.raises(lc.InputError, match=f"{last}' is of another training"):
+        training(tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = save_checkpoint(tiny_model(), tmp_path / "a.safetensors", step=3)
+    content, weights = read_sealed(path, "lensclust")
+    text = json.dumps({"content": content, "tensors": checkpoint_fingerprint(path)})
+    said = f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
+    save_file(weights, path, metadata={"lensclust": said})
+    assert read_metadata(path) == {"step": 3}
+    assert lc.fingerprint(lc.load(path)) == checkpoint_fingerprint(path)
+    path.write_bytes(path.read_bytes().replace(b'step\\": 3', b'step\\": 4'))
+    with pytest.raises(lc.InputError, match="its header"):
+        read_metadata(path)
 
 
 def test_a_damaged_part_of_a_study_says_what_to_do(tmp_path: Path) -> None:
