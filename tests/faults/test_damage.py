@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import zarr
 from safetensors.torch import save_file
 
 import lensclust as lc
 from lensclust import downloads, run_directory
+from lensclust.checked_arrays import ZARR_FORMAT, open_group
 from lensclust.downloads import Pin
 from lensclust.integrity import DIGESTS, seal_folder
 from lensclust.native import config_to_json, native_config
@@ -28,6 +28,7 @@ from lensclust.report import write_page
 from lensclust.sealed import read_sealed
 from lensclust.serving import state
 from lensclust.store import verify
+from lensclust.store_notes import DONE, layout_digest, note
 from lensclust.training import required_sizes, train
 from lensclust.weights import (
     checkpoint_fingerprint,
@@ -38,6 +39,7 @@ from lensclust.weights import (
 )
 from studies.study import _once
 from tests.faults.work import (
+    BATCHES,
     KNOBS,
     PROMPTS,
     SHARD,
@@ -205,23 +207,78 @@ def test_files_that_end_early_or_are_gone(kept: dict[str, Kept], name: str) -> N
             assert not read_anyway or name == "store" or file.name == DIGESTS, file
 
 
-def test_a_damaged_row_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_damaged_chunk_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     extract(tmp_path)
     acts = lc.open_activations(tmp_path / "a").load()
-    values = zarr.open_group(str(tmp_path / "a"), mode="r+")["resid"]
-    values[13, 0, 2, 5] = np.nextafter(values[13, 0, 2, 5], np.float32(9))
-    assert verify(tmp_path / "a").tolist() == [13]
-    damaged = lc.open_activations(tmp_path / "a")
-    with pytest.raises(lc.InputError, match=r"1 of 41 vectors of 'resid' .* the first in row 13"):
-        _ = damaged.resid.sel(layer=2).values
-    with pytest.raises(lc.InputError, match="the first in row 13"):
-        _ = damaged.resid.isel(layer=2, d_model=0, prompt=[20, 13]).values
-    assert np.array_equal(damaged.resid.isel(layer=1).values, acts.resid.isel(layer=1).values)
-    others = [i for i in range(41) if i != 13]
-    assert np.array_equal(damaged.resid[others].values, acts.resid[others].values)
-    # A file that cannot be read at all takes the rows of its shard.
-    (tmp_path / "a" / "z" / "1.0.0.0.0").write_bytes(b"\x02\x01\x21\x04")
-    assert verify(tmp_path / "a").tolist() == sorted({*range(SHARD, 2 * SHARD), 13})
+    chunk, rows = tmp_path / "a" / "resid" / "2.0.2.0", [*range(2 * SHARD, 3 * SHARD)]
+    for content, said in (
+        (flipped(chunk.read_bytes(), random.Random(0)), "checksum of the data"),
+        (None, r"1 of \d+ chunks are missing, the first is 2\.0\.2\.0; extract them again"),
+    ):
+        with changed(chunk, content):
+            assert verify(tmp_path / "a").tolist() == rows
+            damaged = lc.open_activations(tmp_path / "a")
+            with pytest.raises(lc.InputError, match=f"a/resid: is damaged.*{said}"):
+                _ = damaged.resid.sel(layer=2).values
+            others = damaged.resid.isel(layer=1)
+            assert np.array_equal(others.values, acts.resid.isel(layer=1).values)
+            several = [i for i in range(41) if i not in rows]
+            assert np.array_equal(damaged.resid[several].values, acts.resid[several].values)
+    assert verify(tmp_path / "a").tolist() == []
+
+
+def test_activations_of_another_store_are_refused(tmp_path: Path) -> None:
+    """Of another model, or of the same one for other prompts; a chunk, or the whole variable."""
+    extract(tmp_path)
+    options = {"shard": SHARD, "append": True, "progress": False}
+    other = lc.load(native_config("sif-small", **SIZES), seed=1, device="cpu")
+    for name, model, batches in (("b", other, BATCHES), ("c", tiny_model(), BATCHES[::-1])):
+        for prompts in batches:
+            lc.extract(model, prompts, ["resid", "head"], store=tmp_path / name, **options)
+        chunk = tmp_path / "a" / "resid" / "2.0.2.0"
+        theirs = (tmp_path / name / "resid" / chunk.name).read_bytes()
+        with changed(chunk, theirs), pytest.raises(lc.InputError, match="is damaged"):
+            _ = lc.open_activations(tmp_path / "a").resid.values
+        resid = tmp_path / "a" / "resid"
+        resid.rename(tmp_path / "kept")
+        shutil.copytree(tmp_path / name / "resid", resid)
+        for read in (lc.open_activations, verify):
+            with pytest.raises(lc.InputError, match="'resid' is of another store, or damaged"):
+                read(tmp_path / "a")
+        with pytest.raises(lc.InputError, match="'resid' is of another store, or damaged"):
+            extract(tmp_path)
+        shutil.rmtree(resid)
+        (tmp_path / "kept").rename(resid)
+    assert lc.open_activations(tmp_path / "a").load().sizes["prompt"] == 41
+
+
+def test_a_store_with_checksums_beside_its_arrays_is_read_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The form of an earlier version."""
+    extract(tmp_path)
+    path = tmp_path / "a"
+    whole = lc.open_activations(path).load()
+    sums = {f"{n}_crc": whole[n].dims[:3] for n in ("resid", "z")}
+    beside = {n: (dims, np.ones([whole.sizes[d] for d in dims], "u4")) for n, dims in sums.items()}
+    for name in ("resid", "z", DONE):
+        shutil.rmtree(path / name)
+    bare = whole[["resid", "z"]].drop_vars([*whole.coords]).drop_attrs(deep=False).assign(beside)
+    attributes = (path / ".zattrs").read_text()
+    bare.to_zarr(str(path), mode="a", zarr_format=ZARR_FORMAT, consolidated=False)
+    (path / ".zattrs").write_text(attributes)
+    group = open_group(path, "r+")
+    note(group, layout=layout_digest(group, whole))
+    assert as_bytes(read_store(path)) == as_bytes(
+        {**{str(n): (list(v.dims), v.values) for n, v in whole.variables.items()},
+         "attributes": dict(whole.attrs)}
+    )  # fmt: skip
+    assert "a: is of an earlier version: damage may go unnoticed" in caplog.text
+    with pytest.raises(lc.InputError, match="written by an earlier version: it can be read"):
+        extract(tmp_path)
+    note(group, written=3)
+    with pytest.raises(lc.InputError, match="holds some of 41 prompts, its writing was interrup"):
+        lc.open_activations(path)
 
 
 @pytest.mark.parametrize(
