@@ -39,7 +39,6 @@ from lensclust.sealed import save_sealed
 from lensclust.sites import Site
 from lensclust.training_data import content_digest
 from lensclust.training_state import (
-    check_checkpoints,
     checkpoint_path,
     claimed,
     copied,
@@ -164,10 +163,15 @@ def finetune(
         progress_bar("fine-tuning", total=steps, enabled=progress) as advance,
     ):
         start, done = open_folder(
-            folder, resume, knobs, tuned.parameters, optimizer, header=HEADER, caller="finetune"
+            folder,
+            resume,
+            knobs,
+            tuned.parameters,
+            optimizer,
+            at=at,
+            header=HEADER,
+            caller="finetune",
         )
-        if folder is not None and done:
-            check_checkpoints(folder, [step for step in at if step <= start], caller="finetune")
         scores, losses = list(done.get("scores", [])), list(done.get("losses", []))
         for name, parameter in {**named, **tuned.parameters}.items():
             parameter.requires_grad_(name in masks)

@@ -46,7 +46,6 @@ from lensclust.training_data import (
 )
 from lensclust.training_run import Checkpoint, TrainingRun
 from lensclust.training_state import (
-    check_checkpoints,
     checkpoint_path,
     claimed,
     copied,
@@ -197,12 +196,9 @@ def train(
     ):
         tensors = model.state_dict(keep_vars=True)
         start, done = open_folder(
-            folder, resume, knobs, tensors, optimizer, header=HEADER, caller="train"
+            folder, resume, knobs, tensors, optimizer, at=at, header=HEADER, caller="train"
         )
         scores = done.get("scores", [])
-        if folder is not None:
-            made = [row["step"] for row in scores if row["step"] in at]
-            check_checkpoints(folder, made, caller="train")
         # The state of this step lies in the folder already, unless nothing does.
         kept = start if scores else None
         advance(start)

@@ -54,6 +54,7 @@ def open_folder(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     *,
+    at: Sequence[int],
     header: str,
     caller: str,
 ) -> tuple[int, dict[str, Any]]:
@@ -61,6 +62,7 @@ def open_folder(
 
     Args:
         tensors: the weights, which take the values that the state holds for them.
+        at: steps of the checkpoints.
         header: the key of the checkpoints' headers.
         caller: in whose name errors speak.
     """
@@ -73,9 +75,12 @@ def open_folder(
             f"{caller}: {str(folder)!r} holds a training: expected another folder or resume=True"
         )
     remove_partial(folder)
+    done: dict[str, Any] = {"knobs": knobs}
+    held: dict[str, Tensor] = {}
     known = (folder / _STATE).exists()
     try:
-        done, held = read_sealed(folder / _STATE, _HEADER) if known else ({"knobs": knobs}, {})
+        if known:
+            done, held = read_sealed(folder / _STATE, _HEADER)
     except InputError as error:
         raise InputError(f"{caller}: cannot resume from {error}") from error
     changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
@@ -85,7 +90,8 @@ def open_folder(
             f"{caller}: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
             f"and cannot go on with {name}={knobs[name]!r}"
         )
-    for path in sorted(folder.glob("step-[0-9]*[0-9].safetensors")):
+    ours = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdigit())
+    for path in sorted(ours):
         said = read_content(path, header)[0]
         said = said.get("metadata", said)
         # Those of an earlier version do not say of which training they are.
@@ -95,6 +101,12 @@ def open_folder(
             raise InputError(f"{caller}: {str(path)!r} is of another step: delete its folder")
     if not known:
         return 0, {}
+    for path in (checkpoint_path(folder, step) for step in at if step <= done["step"]):
+        if not path.exists():
+            raise InputError(
+                f"{caller}: {str(path)!r} is missing, so this training cannot be resumed: expected "
+                "the folder as it was left"
+            )
     for name, tensor in tensors.items():
         if f"weights/{name}" in held:
             with torch.no_grad():
@@ -123,16 +135,6 @@ def save_state(
     # Replaced in one move: a kill leaves the old state or the new one, never half of one.
     with writing(f"{caller}: {str(folder)!r}"):
         save_sealed(folder / _STATE, _HEADER, content, held)
-
-
-def check_checkpoints(folder: Path, steps: Sequence[int], *, caller: str) -> None:
-    """Raises InputError unless the folder holds the checkpoints of these steps."""
-    missing = [step for step in steps if not checkpoint_path(folder, step).exists()]
-    if missing:
-        raise InputError(
-            f"{caller}: {str(checkpoint_path(folder, missing[0]))!r} is missing, so this training "
-            "cannot be resumed: expected the folder as it was left"
-        )
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -163,11 +163,10 @@ def checkpoint_series(folder: str | Path) -> pd.DataFrame:
         raise InputError(f"checkpoint_series: no '*.safetensors' in {str(folder)!r}")
     said = {path: read_metadata(path) for path in paths}
     steps = {path: metadata.get("step") for path, metadata in said.items()}
-    of = {path: metadata.get("training") for path, metadata in said.items()}
-    others = [path.name for path in paths if of[path] != of[paths[0]]]
-    if others:
+    trainings = {metadata.get("training") for metadata in said.values()}
+    if len(trainings) > 1:
         raise InputError(
-            f"checkpoint_series: {others[0]!r} is of another training than {paths[0].name!r}: "
+            f"checkpoint_series: {str(folder)!r} holds checkpoints of {len(trainings)} trainings, "
             "expected a folder for each"
         )
     without = [path.name for path, step in steps.items() if not isinstance(step, int)]

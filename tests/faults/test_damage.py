@@ -335,7 +335,7 @@ def test_checkpoints_of_another_training_or_step_are_refused(tmp_path: Path) -> 
         with changed(ours, content), pytest.raises(lc.InputError, match=said):
             training(tmp_path)
     shutil.copy(tmp_path / "u" / last, tmp_path / "t")
-    with pytest.raises(lc.InputError, match=f"{last}' is of another training than 'step-000000"):
+    with pytest.raises(lc.InputError, match="holds checkpoints of 2 trainings, expected a"):
         checkpoint_series(tmp_path / "t")
     # Without a state to go on from, they are not written over either.
     (tmp_path / "t" / "training.state").unlink()
