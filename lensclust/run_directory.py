@@ -2,15 +2,17 @@
 
 ``config.json provenance.json scores.parquet claims.json notes.json figures/ views/ report.html``,
 and ``parts/``, from which a killed run continues. ``claims.json`` is written when all that it
-rests on is there; the page is made from it.
+rests on is there; the page is made from it; ``digests.json`` comes last, and by it whoever reads
+the run notices what changed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +31,7 @@ from lensclust.disk import (
     writing,
 )
 from lensclust.errors import InputError
+from lensclust.integrity import DIGESTS, check_folder, difference, digest_of, seal_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +39,11 @@ if TYPE_CHECKING:
     from lensclust.results import Claim
     from lensclust.views import View
 
+_log = logging.getLogger(__name__)
+
+# What a finished run consists of; runs of an earlier version lack some of these.
+FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
+PAGE = "report.html"
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-learn", "numpy")
 
 
@@ -77,10 +85,15 @@ def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
     if not isinstance(held, dict) or not isinstance(held.get("fields", {}), dict):
         raise InputError(f"output {out}: {known} is not the configuration of a run")
     if held != wanted:
-        raise InputError(f"output {out}: holds another run ({_difference(held, wanted)})")
+        flat = [{**c, **c.get("fields", {}), "fields": None} for c in (held, wanted)]
+        raise InputError(f"output {out}: holds another run ({difference(*flat)})")
     if not resume:
         raise InputError(f"output {out}: holds this run already; continue it with --resume")
     remove_partial(out, out / "figures", out / "views")
+    try:
+        check(out, f"output {out}")
+    except InputError as error:
+        _log.warning("%s; all but its parts is written again", error)
     return False
 
 
@@ -91,6 +104,31 @@ def _give_back(out: Path) -> None:
             folder.rmdir()
     if {path.name for path in out.iterdir()} <= {"config.json", LOCK}:
         (out / "config.json").unlink()
+
+
+def contents(out: Path) -> list[str]:
+    """Names of the files that a finished run consists of, its page among them."""
+    flat = [out / name for name in (*FILES, "notes.json", PAGE)]
+    found = [*flat, *(out / "figures").glob("*"), *(out / "views").glob("*")]
+    return [path.relative_to(out).as_posix() for path in found if path.is_file()]
+
+
+def check(out: Path, what: str, chosen: Callable[[str], bool] = lambda name: True) -> None:
+    """Hold a finished run, or some of its files, against its digests, if it has any.
+
+    A run of an earlier version, or by other means, has none.
+
+    Raises:
+        InputError: names the file that is gone, changed or does not belong there.
+    """
+    if (out / DIGESTS).exists():
+        check_folder(out, what, names=contents(out), chosen=chosen)
+
+
+def seal(out: Path) -> None:
+    """Note the digests of a finished run."""
+    run = digest_of(read_json(out / "config.json"))
+    seal_folder(out, {"run": run}, contents(out))
 
 
 def require_place(out: Path) -> None:
@@ -136,6 +174,7 @@ def finish(
     if len(set(ids)) != len(ids):
         raise ValueError(f"claims: ids must differ, given {ids}")
     with writing(f"output {out}"):
+        (out / DIGESTS).unlink(missing_ok=True)
         with replacing(out / "scores.parquet") as partial:
             scores.to_parquet(partial, index=False)
         for number, (name, chart) in enumerate(figures.items(), start=1):
@@ -147,6 +186,7 @@ def finish(
         write_atomically(out / "notes.json", _encode(list(notes)))
         write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
         write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))
+        seal(out)
         write_page([out])
 
 
@@ -167,9 +207,3 @@ def machine() -> dict[str, Any]:
 def _encode(value: Any) -> str:
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
     return f"{text}\n"
-
-
-def _difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    flat = [{**c, **c.get("fields", {}), "fields": None} for c in (held, wanted)]
-    keys = [k for k in flat[1] if flat[0].get(k) != flat[1][k]]
-    return ", ".join(f"{k} {flat[0].get(k)!r} instead of {flat[1][k]!r}" for k in keys) or "older"

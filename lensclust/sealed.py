@@ -1,8 +1,9 @@
-"""Tensors in a safetensors file that knows its own checksums: checkpoints and training states.
+"""Tensors in a safetensors file that carries its own digests: checkpoints and training states.
 
-The file's metadata holds, under a key of ours, JSON ``{"content": ..., "tensors": digest}`` behind
-the digest of that JSON. So what the file says can be trusted after its header was read, and the
-tensors after they were. Nothing is pickled, and the file appears whole or not at all.
+Such a file travels alone, so what `lensclust.integrity` notes beside other files stands in its
+header: sealed JSON ``{"content": ..., "tensors": digest}`` under a key of ours. What the file says
+can be trusted after its header was read, and the tensors after they were. Nothing is pickled, and
+the file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lensclust.disk import parse_json, replacing
 from lensclust.errors import InputError
+from lensclust.integrity import sealed, unsealed
 
 
 def save_sealed(
@@ -34,10 +36,10 @@ def save_sealed(
     >>> read_sealed(path, "mine")
     ({'step': 3}, {'w': tensor([1., 1.])})
     """
-    header = json.dumps({"content": content, "tensors": tensors_digest(tensors.items())})
+    header = sealed({"content": content, "tensors": tensors_digest(tensors.items())})
     # One entry: safetensors writes several in an order of its own, never the same bytes.
     with replacing(path) as partial:
-        save_file(dict(tensors), partial, metadata={key: f"{_digest(header)} {header}"})
+        save_file(dict(tensors), partial, metadata={key: json.dumps(header)})
 
 
 def read_sealed(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -91,17 +93,14 @@ def _read(path: Path, key: str, *, with_tensors: bool) -> tuple[dict[str, Any], 
         raise InputError(f"{path}: is no readable safetensors file: {error}") from error
     if key not in metadata:
         raise InputError(f"{path}: is not a lensclust checkpoint: no {key!r} in its header")
-    digest, _, text = metadata[key].partition(" ")
-    if digest != _digest(text):
-        raise InputError(f"{path}: is damaged: its header does not match its checksum")
-    header = parse_json(text, str(path))
+    text = metadata[key]
+    if hashlib.sha256(text[65:].encode()).hexdigest() == text[:64]:  # of an earlier version
+        header = parse_json(text[65:], str(path))
+    else:
+        header = unsealed(parse_json(text, f"{path}: its header"), f"{path}: its header")
     if not isinstance(header, dict) or not isinstance(header.get("content"), dict):
         raise InputError(f"{path}: is not a lensclust checkpoint: its header holds no content")
     return {"tensors": None, **header}, tensors
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _content(tensor: Tensor) -> str:

@@ -22,10 +22,13 @@ from typing import Any
 
 from lensclust.disk import read_json
 from lensclust.errors import InputError
+from lensclust.run_directory import PAGE, check
 
 HOST = "127.0.0.1"
 # Clients that are answered at a time, and seconds that a request may take, its answer included.
 MAX_CLIENTS, SECONDS = 64, 10.0
+# What is shown of a run.
+_SHOWN = ("config.json", "claims.json", PAGE)
 _WAITING = Path(__file__).parent / "report" / "waiting.html"
 # The page has its own policy inside; this one only adds that nobody may frame it.
 _HEADERS = {
@@ -48,11 +51,12 @@ def state(run: Path) -> dict[str, Any]:
     Raises:
         InputError: if the folder holds no run.
     """
+    check(run, f"serve: {run}: resume the run to have it written again", {*_SHOWN}.__contains__)
     config = read_json(run / "config.json", what="serve: ")
     if not isinstance(config, dict):
         raise InputError(f"serve: {run / 'config.json'} is not the configuration of a run")
     parts = sorted(path for path in (run / "parts").glob("*") if path.is_dir())
-    finished = (run / "claims.json").exists() and (run / "report.html").exists()
+    finished = (run / "claims.json").exists() and (run / PAGE).exists()
     claims = read_json(run / "claims.json", what="serve: ") if finished else []
     if not isinstance(claims, list):
         raise InputError(f"serve: {run / 'claims.json'} holds no list of claims")
@@ -155,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             found, kind = state(self.run), "application/json"
             content = json.dumps(found).encode()
             if self.path == "/":
-                page = self.run / "report.html" if found["finished"] else _WAITING
+                page = self.run / PAGE if found["finished"] else _WAITING
                 content, kind = page.read_bytes(), "text/html; charset=utf-8"
         except (InputError, OSError) as error:
             # It may be written just now: the next question finds it.

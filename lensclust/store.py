@@ -1,10 +1,9 @@
 """Activations on disk: a zarr group written shard by shard, resumable, appendable, verifiable.
 
-Beside each variable lie its checksums: one of each vector that was read from the model, written
-after the shard they belong to; 0 means "not there yet". What is missing after a kill is what has
-no checksum, and what rotted on disk is what no longer matches its own: that is looked at whenever
-activations are read, and a damaged vector is an error, never data. Labels and provenance are held
-against digests in the store's attributes when it is opened.
+A shard is noted as written after its chunks are there: what is missing after a kill is what was
+not noted. Chunks carry checksums, and what no longer matches its own is an error when it is read,
+never data (`lensclust.checked_arrays`). Labels and provenance are held against digests in the
+store's attributes when it is opened.
 
 Shards follow the chunks of the arrays, so no two shards of one call touch the same file; a chunk
 that an earlier call left half full is replaced whole, in one rename. One process writes at a time.
@@ -25,17 +24,17 @@ import xarray as xr
 from jaxtyping import Int, UInt64
 
 from lensclust.checked_arrays import (
-    CHECKED_AXES,
     PACKED,
-    SUMS,
     ZARR_FORMAT,
     CheckedArray,
     damage_named,
     open_group,
+    packing,
 )
 from lensclust.disk import writing
 from lensclust.errors import InputError
 from lensclust.store_notes import (
+    DONE,
     ROW_KEYS,
     batch_entry,
     batches_written,
@@ -43,6 +42,7 @@ from lensclust.store_notes import (
     layout_digest,
     measured_names,
     note,
+    provenance,
     rows_done,
     rows_expected,
     stored_kind,
@@ -161,7 +161,7 @@ def fill(
 
 
 def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
-    """Rows whose activations no longer match their checksums, read shard by shard.
+    """Rows in shards that no longer match their checksums, or are gone.
 
     Raises:
         InputError: if there is no finished store, or its labels or attributes are damaged.
@@ -176,33 +176,29 @@ def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
     place = as_place(path)
     sizes = open_activations(place).sizes
     store = open_group(place, "r")
-    arrays = [CheckedArray(place, store, name) for name in measured_names(store)]
+    whole = DONE in store
+    arrays = [CheckedArray(place, store, name, whole=whole) for name in measured_names(store)]
     shards = shard_ranges(0, sizes["prompt"], int(store.attrs["shard"]))
-    bad = [rows.start + np.flatnonzero(sum(a.damaged(rows) for a in arrays)) for rows in shards]
-    return np.concatenate(bad)
+    bad = [rows for rows in shards if any(array.is_damaged(rows) for array in arrays)]
+    return np.array([row for rows in bad for row in rows], dtype=int)
 
 
 def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
     """Lay out the store beside its place and move it there whole."""
     measured = [str(n) for n in frame if "prompt" in frame[n].dims and n != ROW_KEYS]
     shard = min(shard, frame.sizes["prompt"])
-    checked = {name: [str(d) for d in frame[name].dims if d in CHECKED_AXES] for name in measured}
-    sums = {
-        f"{name}{SUMS}": (dims, np.broadcast_to(np.uint32(0), [frame.sizes[d] for d in dims]))
-        for name, dims in checked.items()
-    }
-    layout = frame.assign(sums).drop_attrs(deep=False)
+    done = ("prompt", np.zeros(frame.sizes["prompt"], np.uint8))
+    layout = frame.assign({DONE: done}).drop_attrs(deep=False)
     # What is always read whole carries a checksum of its own: no decoder is given damaged bytes.
     guarded = numcodecs.Zstd(level=1, checksum=True)
     encoding: dict[str, Any] = {str(name): {PACKED: guarded} for name in layout.variables}
     for name in measured:
         # One file a shard, position and layer: a sweep over sites reads only what it needs.
-        encoding[name] = {"chunks": _chunks(frame[name], shard), "_FillValue": None}
-    for name in sums:
-        # The fill value is what "not there yet" reads as, in chunks that do not exist.
-        shape = (shard, *layout[name].shape[1:])
-        encoding[name] |= {"chunks": shape, "_FillValue": 0}
-    for name, label in frame.variables.items():
+        packed = packing(provenance(frame.attrs))
+        encoding[name] = {"chunks": _chunks(frame[name], shard), "_FillValue": None, **packed}
+    # The fill value is what "not there yet" reads as, in chunks that do not exist.
+    encoding[DONE]["_FillValue"] = 0
+    for name, label in layout.variables.items():
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
     with made_whole(path) as building:
@@ -298,9 +294,8 @@ def _require_new(path: Place, there: np.ndarray, keys: np.ndarray, append: bool)
 def _grow(
     store: Any, frame: xr.Dataset, keys: UInt64[np.ndarray, " prompt"], rows: slice, total: int
 ) -> None:
-    for name in measured_names(store):
-        for array in (store[name], store[f"{name}{SUMS}"]):
-            array.resize((total, *array.shape[1:]))
+    for name in (*measured_names(store), DONE):
+        store[name].resize((total, *store[name].shape[1:]))
     labels = {
         str(n): label.values for n, label in frame.coords.items() if label.dims == ("prompt",)
     }
@@ -317,10 +312,10 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
             raise InputError(
                 f"store {path}: holds {key} {store.attrs[key]!r}, these are {frame.attrs[key]!r}"
             )
-    if ROW_KEYS not in store:
+    if ROW_KEYS not in store or DONE not in store:
         raise InputError(
-            f"store {path}: was written by an earlier version, which did not note the prompts' "
-            "spans and answers: it can be read (open_activations), not resumed or appended to"
+            f"store {path}: was written by an earlier version: it can be read "
+            "(open_activations), not resumed or appended to"
         )
     labels = {str(name) for name, label in frame.coords.items() if label.dims == ("prompt",)}
     for name, label in frame.coords.items():
@@ -330,8 +325,7 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
             raise InputError(f"store {path}: holds {name} as {store[str(name)].dtype}, not these")
         if str(name) not in labels and list(store[str(name)][:]) != list(label.values):
             raise InputError(f"store {path}: holds {name} {list(store[str(name)][:])}, not these")
-    own = {ROW_KEYS, *(f"{name}{SUMS}" for name in measured_names(store))}
-    extra = set(store.array_keys()) - labels - set(map(str, frame.variables)) - own
+    extra = set(store.array_keys()) - labels - set(map(str, frame.variables)) - {ROW_KEYS, DONE}
     if extra:
         raise InputError(f"store {path}: holds {sorted(extra)}, these activations do not")
 

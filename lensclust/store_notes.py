@@ -4,7 +4,7 @@ The attributes hold, beside the provenance of the activations: ``batches`` (of e
 wrote: the number of its prompts, their digest, the digest of their labels), ``measured`` (names
 of the variables with activations), ``shard`` (rows of a chunk), ``written`` (rows of a finished
 store), ``layout`` (digest of names, axes, types and whatever does not grow) and ``seal`` (digest
-of the attributes themselves). They are replaced in one move.
+of the attributes themselves). They are replaced in one move, when what they tell of is there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool
 
-from lensclust.checked_arrays import SUMS
+from lensclust.integrity import digest_of
 
 # A number for each row, that of its prompt: which prompts are there, to tell when one comes twice.
 ROW_KEYS = "prompt_key"
+# Of each row, 1 when its activations are there: what a call that was interrupted goes on from.
+DONE = "prompt_written"
 _OWN = ("batches", "measured", "shard", "written", "layout", "seal")
 
 
@@ -32,7 +34,7 @@ def measured_names(store: Any) -> list[str]:
         ValueError: if they are not arrays of the store (`damage_named` says where).
     """
     names = json.loads(store.attrs["measured"])
-    missing = {part for name in names for part in (name, f"{name}{SUMS}")} - {*store.array_keys()}
+    missing = {*names} - {*store.array_keys()}
     if missing or not names:
         raise ValueError(f"{sorted(missing)} of {names} are not in it")
     return names
@@ -52,9 +54,8 @@ def rows_expected(store: Any) -> int:
 
 
 def rows_done(store: Any, rows: slice) -> Bool[np.ndarray, " row"]:
-    """Which rows have all their checksums, and so were written."""
-    sums = [np.asarray(store[f"{name}{SUMS}"][rows]) for name in measured_names(store)]
-    return np.logical_and.reduce([(part != 0).reshape(len(part), -1).all(1) for part in sums])
+    """Which rows were written."""
+    return np.asarray(store[DONE][rows]) != 0
 
 
 def note(store: Any, **changes: Any) -> None:
@@ -65,7 +66,7 @@ def note(store: Any, **changes: Any) -> None:
 
 def seal(attributes: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in attributes.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(kept)[:16]
 
 
 def layout_digest(store: Any, dataset: xr.Dataset) -> str:

@@ -1,21 +1,27 @@
-"""Reading a store: only what is finished, and nothing that does not match its checksum."""
+"""Reading a store: only what is finished, and nothing that does not match its checksum.
+
+Stores of an earlier version kept checksums in arrays of their own: they are read without.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from lensclust.checked_arrays import (
-    SUMS,
+    PACKED,
     ZARR_FORMAT,
     CheckedArray,
     damage_named,
     open_group,
+    packing,
 )
 from lensclust.errors import InputError
 from lensclust.store_notes import (
+    DONE,
     ROW_KEYS,
     batches_written,
     label_digest,
@@ -27,6 +33,8 @@ from lensclust.store_notes import (
     seal,
 )
 from lensclust.store_places import Place, as_place, zarr_store
+
+_log = logging.getLogger(__name__)
 
 
 def open_activations(path: str | Place) -> xr.Dataset:
@@ -46,7 +54,10 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
     with damage_named(path):
         _require_even(path, store)
         measured = measured_names(store)
-        unread = [ROW_KEYS, *measured, *(f"{name}{SUMS}" for name in measured)]
+        unread, whole = [ROW_KEYS, DONE, *measured], DONE in store
+        if not whole:
+            _log.warning("store %s: is of an earlier version: damage may go unnoticed", path)
+            unread += [f"{name}_crc" for name in measured]
         dataset = xr.open_dataset(
             zarr_store(path, read_only=True),
             engine="zarr",
@@ -59,7 +70,8 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
         labels = [name for name, variable in read.items() if variable.dims == ("prompt",)]
         dataset = dataset.assign(read).set_coords(labels)
         _check(path, store, dataset)
-        lazy = {name: CheckedArray(path, store, name).variable() for name in measured}
+        arrays = {name: CheckedArray(path, store, name, whole=whole) for name in measured}
+        lazy = {name: array.variable() for name, array in arrays.items()}
         dataset = dataset.assign(lazy).isel(prompt=slice(0, int(store.attrs["written"])))
     return dataset.drop_attrs(deep=False).assign_attrs(provenance(dataset.attrs))
 
@@ -78,6 +90,13 @@ def opened(path: Place, mode: str) -> Any:
             )
         if store.attrs.get("seal") != seal(dict(store.attrs)):
             raise InputError(f"store {path}: is damaged: its attributes changed since written")
+        expected = packing(provenance(dict(store.attrs)))[PACKED]
+        for name in measured_names(store) if DONE in store else ():
+            packed = getattr(store[name], PACKED)
+            if expected not in (packed if isinstance(packed, tuple) else (packed,)):
+                raise InputError(
+                    f"store {path}: {name!r} is of another store, or damaged: extract it again"
+                )
     return store
 
 
@@ -87,8 +106,7 @@ def _finished(path: Place) -> Any:
     with damage_named(path):
         total = rows_expected(store)
         if int(store.attrs["written"]) != total:
-            grown = min(store[f"{name}{SUMS}"].shape[0] for name in measured_names(store))
-            there = int(np.count_nonzero(rows_done(store, slice(0, grown))))
+            there = np.count_nonzero(rows_done(store, slice(None))) if DONE in store else "some"
             raise InputError(
                 f"store {path}: holds {there} of {total} prompts, its writing was interrupted; "
                 "finish it with resume=True"

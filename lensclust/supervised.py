@@ -30,6 +30,7 @@ from lensclust.disk import writing
 from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import score_answers
 from lensclust.fits import require_answers, require_fits, require_given
+from lensclust.integrity import digest_of
 from lensclust.partial_forwards import scored_logits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -38,7 +39,6 @@ from lensclust.sealed import save_sealed
 from lensclust.sites import Site
 from lensclust.training_data import content_digest
 from lensclust.training_state import (
-    check_checkpoints,
     checkpoint_path,
     claimed,
     copied,
@@ -163,10 +163,15 @@ def finetune(
         progress_bar("fine-tuning", total=steps, enabled=progress) as advance,
     ):
         start, done = open_folder(
-            folder, resume, knobs, tuned.parameters, optimizer, caller="finetune"
+            folder,
+            resume,
+            knobs,
+            tuned.parameters,
+            optimizer,
+            at=at,
+            header=HEADER,
+            caller="finetune",
         )
-        if folder is not None and done:
-            check_checkpoints(folder, [step for step in at if step <= start], caller="finetune")
         scores, losses = list(done.get("scores", [])), list(done.get("losses", []))
         for name, parameter in {**named, **tuned.parameters}.items():
             parameter.requires_grad_(name in masks)
@@ -187,6 +192,7 @@ def finetune(
                 else:
                     with writing(f"finetune: {str(folder)!r}"):
                         content = {"step": step, "samples": samples[step]}
+                        content |= {"training": digest_of(knobs)}
                         save_sealed(checkpoint_path(folder, step), HEADER, content, moved)
             if folder is not None and is_new and (step in at or step % save_every == 0):
                 content = {"step": step, "knobs": knobs, "scores": scores, "losses": losses}

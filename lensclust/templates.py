@@ -13,20 +13,19 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
 from lensclust.blocks import blocks_of
-from lensclust.checked_arrays import SUMS
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.network_settings import settings_digest
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, head_frames, model_name, resolve
-from lensclust.store_notes import ROW_KEYS
+from lensclust.store_notes import DONE, ROW_KEYS
 
 # What a label cannot be called, whichever of these an extraction has and a store adds.
 RESERVED = {
     *("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank", "head_frame"),
     *(variable for variable, _ in VARIABLES.values()),
-    *(f"{variable}{SUMS}" for variable, _ in VARIABLES.values()),
     ROW_KEYS,
+    DONE,
 }
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch")
 

@@ -25,6 +25,7 @@ from transformer_lens.utilities.statistics import derive_generator
 from lensclust.disk import writing
 from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import LogitsAt, score_answers
+from lensclust.integrity import digest_of
 from lensclust.native import config_to_json, native_bridge, native_config
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -45,14 +46,19 @@ from lensclust.training_data import (
 )
 from lensclust.training_run import Checkpoint, TrainingRun
 from lensclust.training_state import (
-    check_checkpoints,
     checkpoint_path,
     claimed,
     copied,
     open_folder,
     save_state,
 )
-from lensclust.weights import fingerprint, named_weights, report_repeats, save_checkpoint
+from lensclust.weights import (
+    HEADER,
+    fingerprint,
+    named_weights,
+    report_repeats,
+    save_checkpoint,
+)
 
 __all__ = [
     "Auxiliary",
@@ -189,11 +195,10 @@ def train(
         progress_bar("training", total=steps, enabled=progress) as advance,
     ):
         tensors = model.state_dict(keep_vars=True)
-        start, done = open_folder(folder, resume, knobs, tensors, optimizer, caller="train")
+        start, done = open_folder(
+            folder, resume, knobs, tensors, optimizer, at=at, header=HEADER, caller="train"
+        )
         scores = done.get("scores", [])
-        if folder is not None:
-            made = [row["step"] for row in scores if row["step"] in at]
-            check_checkpoints(folder, made, caller="train")
         # The state of this step lies in the folder already, unless nothing does.
         kept = start if scores else None
         advance(start)
@@ -207,7 +212,8 @@ def train(
                     in_memory[step] = {name: copied(tensor) for name, tensor in tensors.items()}
                 elif is_checkpoint and folder is not None:
                     with writing(f"train: {str(folder)!r}"):
-                        save_checkpoint(model, checkpoint_path(folder, step), step=step, seed=seed)
+                        said = {"step": step, "seed": seed, "training": digest_of(knobs)}
+                        save_checkpoint(model, checkpoint_path(folder, step), **said)
             is_saved = is_checkpoint or step % save_every == 0
             if folder is not None and is_saved and step != kept:
                 content = {"step": step, "knobs": knobs, "scores": scores}

@@ -1,7 +1,8 @@
 """The folder of a training: its checkpoints, and the state to resume from exactly.
 
 The state holds the step to do next, the weights, the optimizer's moments, what was noted so far
-and the knobs of the training, which goes on with those and no others.
+and the knobs of the training, which goes on with those and no others. A checkpoint says of which
+knobs it is, so that none of another training is taken for one of this.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from lensclust.disk import LOCK, created, locked, remove_partial, require_name, writing
 from lensclust.errors import InputError
-from lensclust.sealed import read_sealed, save_sealed
+from lensclust.integrity import digest_of
+from lensclust.sealed import read_content, read_sealed, save_sealed
 
 # A safetensors file, named otherwise so that no one takes it for a checkpoint.
 _STATE = "training.state"
@@ -52,12 +54,16 @@ def open_folder(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     *,
+    at: Sequence[int],
+    header: str,
     caller: str,
 ) -> tuple[int, dict[str, Any]]:
     """Restore what was done in the folder: the step to do next and what was noted so far.
 
     Args:
         tensors: the weights, which take the values that the state holds for them.
+        at: steps of the checkpoints.
+        header: the key of the checkpoints' headers.
         caller: in whose name errors speak.
     """
     if folder is None:
@@ -69,10 +75,12 @@ def open_folder(
             f"{caller}: {str(folder)!r} holds a training: expected another folder or resume=True"
         )
     remove_partial(folder)
-    if not (folder / _STATE).exists():
-        return 0, {}
+    done: dict[str, Any] = {"knobs": knobs}
+    held: dict[str, Tensor] = {}
+    known = (folder / _STATE).exists()
     try:
-        done, held = read_sealed(folder / _STATE, _HEADER)
+        if known:
+            done, held = read_sealed(folder / _STATE, _HEADER)
     except InputError as error:
         raise InputError(f"{caller}: cannot resume from {error}") from error
     changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
@@ -82,6 +90,23 @@ def open_folder(
             f"{caller}: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
             f"and cannot go on with {name}={knobs[name]!r}"
         )
+    ours = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdigit())
+    for path in sorted(ours):
+        said = read_content(path, header)[0]
+        said = said.get("metadata", said)
+        # Those of an earlier version do not say of which training they are.
+        if said.get("training", digest_of(knobs)) != digest_of(knobs):
+            raise InputError(f"{caller}: {str(path)!r} is of another training: delete its folder")
+        if said.get("step") != int(path.stem[5:]):
+            raise InputError(f"{caller}: {str(path)!r} is of another step: delete its folder")
+    if not known:
+        return 0, {}
+    for path in (checkpoint_path(folder, step) for step in at if step <= done["step"]):
+        if not path.exists():
+            raise InputError(
+                f"{caller}: {str(path)!r} is missing, so this training cannot be resumed: expected "
+                "the folder as it was left"
+            )
     for name, tensor in tensors.items():
         if f"weights/{name}" in held:
             with torch.no_grad():
@@ -110,16 +135,6 @@ def save_state(
     # Replaced in one move: a kill leaves the old state or the new one, never half of one.
     with writing(f"{caller}: {str(folder)!r}"):
         save_sealed(folder / _STATE, _HEADER, content, held)
-
-
-def check_checkpoints(folder: Path, steps: Sequence[int], *, caller: str) -> None:
-    """Raises InputError unless the folder holds the checkpoints of these steps."""
-    missing = [step for step in steps if not checkpoint_path(folder, step).exists()]
-    if missing:
-        raise InputError(
-            f"{caller}: {str(checkpoint_path(folder, missing[0]))!r} is missing, so this training "
-            "cannot be resumed: expected the folder as it was left"
-        )
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

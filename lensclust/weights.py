@@ -24,7 +24,7 @@ from lensclust.wrapping import keep_up
 
 _log = logging.getLogger(__name__)
 
-_HEADER = "lensclust"
+HEADER = "lensclust"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -103,7 +103,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path
         content = json.dumps({"config": config, "metadata": metadata}, default=_plain_number)
     except (TypeError, AttributeError) as error:
         raise InputError(f"save_checkpoint: metadata must be JSON: {error}") from error
-    save_sealed(path, _HEADER, json.loads(content), weights)
+    save_sealed(path, HEADER, json.loads(content), weights)
     return path
 
 
@@ -123,7 +123,7 @@ def load_checkpoint(path: str | Path) -> TransformerBridge:
         InputError: as :func:`read_metadata`, or if weights and configuration disagree.
     """
     path = Path(path)
-    content, weights = read_sealed(path, _HEADER)
+    content, weights = read_sealed(path, HEADER)
     config = config_from_json(json.dumps(content.get("config")), where=str(path))
     return native_bridge_with(config, weights, name=str(path))
 
@@ -155,12 +155,20 @@ def checkpoint_series(folder: str | Path) -> pd.DataFrame:
         a series that repeats itself was not trained, or was saved from the wrong model.
 
     Raises:
-        InputError: if there is no checkpoint, or one is damaged or has no step.
+        InputError: if there is no checkpoint, one is damaged or has no step, or they are of
+            several trainings.
     """
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise InputError(f"checkpoint_series: no '*.safetensors' in {str(folder)!r}")
-    steps = {path: read_metadata(path).get("step") for path in paths}
+    said = {path: read_metadata(path) for path in paths}
+    steps = {path: metadata.get("step") for path, metadata in said.items()}
+    trainings = {metadata.get("training") for metadata in said.values()}
+    if len(trainings) > 1:
+        raise InputError(
+            f"checkpoint_series: {str(folder)!r} holds checkpoints of {len(trainings)} trainings, "
+            "expected a folder for each"
+        )
     without = [path.name for path, step in steps.items() if not isinstance(step, int)]
     if without:
         raise InputError(f"checkpoint_series: {without[0]!r} was saved without a step")
@@ -168,7 +176,7 @@ def checkpoint_series(folder: str | Path) -> pd.DataFrame:
         [
             {"step": steps[path], "path": path, "fingerprint": tensors_digest(weights.items())}
             for path in paths
-            for _, weights in [read_sealed(path, _HEADER)]
+            for _, weights in [read_sealed(path, HEADER)]
         ]
     ).sort_values("step", ignore_index=True)
     duplicates = report_repeats(
@@ -229,7 +237,7 @@ def _plain_number(value: Any) -> Any:
 
 def _content(path: str | Path) -> tuple[dict[str, Any], str]:
     """What a checkpoint says in its header, and the digest of its weights."""
-    content, digest = read_content(Path(path), _HEADER)
+    content, digest = read_content(Path(path), HEADER)
     if not all(isinstance(content.get(name), dict) for name in ("config", "metadata")):
         raise InputError(f"{path}: is not a lensclust checkpoint: no config or no metadata in it")
     return content, digest

@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
 from lensclust import run_directory
-from lensclust.disk import (
-    LOCK,
-    check_files,
-    locked,
-    publish,
-    remove_partial,
-    seal_files,
-    staging,
-    writing,
-)
+from lensclust.disk import LOCK, locked, publish, read_json, remove_partial, staging, writing
 from lensclust.errors import check_counts
+from lensclust.integrity import check_folder, digest_of, seal_folder
 from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
 
@@ -97,9 +89,11 @@ class Context:
 
         from lensclust.sweeping import in_parallel
 
+        config = self.out / "config.json"
+        run = digest_of(read_json(config)) if config.exists() else None
         folders = [self.out / "parts" / f"{title}-{item}" for item in items]
         calls = (
-            delayed(_once)(function, item, folder)
+            delayed(_once)(function, item, folder, run=run)
             for item, folder in zip(items, folders, strict=True)
         )
         found: dict[str, list[pd.DataFrame]] = {}
@@ -208,11 +202,14 @@ def check_clusters(k: int, rows: pd.DataFrame, groups: list[str]) -> None:
         )
 
 
-def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
-    """The frames of one item, from disk if it was done before."""
+def _once(
+    function: Callable[..., Frames], item: Any, folder: Path, *, run: str | None = None
+) -> Frames:
+    """The frames of one item, from disk if it was done before, by this ``run`` and no other."""
     import pandas as pd
 
     done, what = folder / "frames", f"part {folder}"
+    of = {"part": folder.name, "run": run}
     with writing(what):
         folder.mkdir(parents=True, exist_ok=True)
     # Waits: a worker outlives a killed run, and finishes what a resumed one would do again.
@@ -226,8 +223,7 @@ def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
                     unfinished.mkdir()
                     for name, frame in frames.items():
                         frame.to_parquet(unfinished / f"{name}.parquet", index=False)
-                    seal_files(unfinished)
+                    seal_folder(unfinished, of)
                     publish(unfinished, done)
-    files = sorted(done.glob("*.parquet"))
-    check_files(done, [path.name for path in files], f"{what}: delete it to have it done again")
-    return {path.stem: pd.read_parquet(path) for path in files}
+    check_folder(done, f"{what}: delete it to have it done again", of=of)
+    return {path.stem: pd.read_parquet(path) for path in sorted(done.glob("*.parquet"))}

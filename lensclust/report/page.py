@@ -21,11 +21,13 @@ from markupsafe import Markup
 
 from lensclust.disk import require_name, write_atomically, writing
 from lensclust.errors import InputError
+from lensclust.integrity import DIGESTS
 from lensclust.report.policy import content_policy
 from lensclust.report.run_content import CONTENT, Run, read_run
 from lensclust.report.scripts import own_text, view_scripts, view_style
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
+from lensclust.run_directory import PAGE, seal
 
 _HERE = Path(__file__).parent
 _SYMBOLS = {"supported": "✓", "contradicted": "✗", "inconclusive": "?"}
@@ -36,7 +38,8 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     Reads ``config.json``, ``provenance.json``, ``claims.json``, ``scores.parquet``, every
     ``figures/NAME.vl.json`` and ``figures/NAME.svg``, and ``notes.json`` where there is one (a
-    list of sentences that the study wants said plainly).
+    list of sentences that the study wants said plainly). A run with ``digests.json`` is held
+    against it.
 
     Args:
         runs: run directories, in the order of the page.
@@ -64,7 +67,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise InputError("report: no run directory given, expected at least one")
     if out is None and len(runs) > 1:
         raise InputError(f"report: {len(runs)} runs need a file to write to, given none")
-    page = Path(runs[0]) / "report.html" if out is None else Path(out)
+    page = Path(runs[0]) / PAGE if out is None else Path(out)
     # A run may be somebody else's: its own link leads nowhere that the caller has not named.
     if out is None and page.is_symlink():
         raise InputError(f"report: {page} is a link: name the file to write as out (--out)")
@@ -74,6 +77,9 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     html = _render([read_run(Path(run), f"run{index}") for index, run in enumerate(runs)])
     with writing(what, then):
         write_atomically(target, html)
+        for run in map(Path, runs):
+            if (run / DIGESTS).exists() and target == Path(os.path.realpath(run / PAGE)):
+                seal(run)
     return page
 
 

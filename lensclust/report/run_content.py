@@ -15,14 +15,15 @@ from pyarrow import parquet
 from lensclust.disk import LOCK, read_json
 from lensclust.errors import InputError
 from lensclust.figures import render_svg
+from lensclust.integrity import DIGESTS
 from lensclust.report.score_tables import ScoreTable, score_table
 from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped
 from lensclust.results import Claim, Verdict
+from lensclust.run_directory import FILES, PAGE, check
 from lensclust.views import check_view
 
-_FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
 # Whatever a run consists of, beside its page: files, and folders of them.
-CONTENT = (*_FILES, "notes.json", "figures", "views", "parts", LOCK)
+CONTENT = (*FILES, "notes.json", "figures", "views", "parts", DIGESTS, LOCK)
 # A hundred times what the largest run writes.
 _MAX_CELLS = 100_000_000
 # Runs from before claims named their figures have none.
@@ -82,12 +83,14 @@ class Run:
 
 
 def read_run(folder: Path, anchor: str) -> Run:
-    missing = [name for name in _FILES if not (folder / name).is_file()]
+    missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         what = f"is a directory without {missing[0]}" if folder.is_dir() else "is no directory"
         raise InputError(
-            f"report: {folder} {what}: expected a run directory with {', '.join(_FILES)}"
+            f"report: {folder} {what}: expected a run directory with {', '.join(FILES)}"
         )
+    what = f"report: {folder}: resume the run to have it written again"
+    check(folder, what, lambda name: name != PAGE)
     config = _read_json(folder / "config.json", dict)
     provenance = _read_json(folder / "provenance.json", dict)
     claims = _read_claims(folder / "claims.json")

@@ -2,7 +2,7 @@
 
 StaICC (by Hakaze Cho; the package is Apache-2.0) holds each data set as a pickle of
 ``[([text], label), ...]``. The wheel is pinned by content; its pickles are read once, naming no
-code, and kept as parquet under checksums.
+code, and kept as parquet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from lensclust.disk import check_files, seal_files
 from lensclust.downloads import Pin, fetch_data
 from lensclust.errors import InputError
 from lensclust.plain_pickles import read_plain_pickle
@@ -48,12 +47,11 @@ def read_staicc(name: str, *, progress: bool = False) -> pd.DataFrame:
         InputError: if there is no network for the first download, or the copy is damaged.
     """
     folder = fetch_data("staicc", list(PINS.values()), convert, progress=progress)
-    check_files(folder / "texts", [f"{name}.parquet" for name in PINS], f"data {folder}: delete it")
     return pd.read_parquet(folder / "texts" / f"{name}.parquet")
 
 
 def convert(members: Path, made: Path) -> None:
-    """Write every pickle of a folder as parquet, and seal them.
+    """Write every pickle of a folder as parquet.
 
     Raises:
         InputError: if one is not a list of one text and one label each.
@@ -68,7 +66,6 @@ def convert(members: Path, made: Path) -> None:
             {"text": [text for (text,), _ in rows], "label": [label for _, label in rows]}
         )
         table.to_parquet(texts / f"{path.stem}.parquet", index=False)
-    seal_files(texts)
 
 
 def _is_row(row: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 import lensclust as lc
 from lensclust import store
-from lensclust.disk import file_digest
+from lensclust.integrity import file_digest
 from lensclust.native import native_config
 
 ROUNDS = 3

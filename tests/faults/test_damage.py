@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +16,45 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import zarr
+from safetensors.torch import save_file
 
 import lensclust as lc
-from lensclust.native import config_to_json
+from lensclust import downloads, run_directory
+from lensclust.checked_arrays import ZARR_FORMAT, open_group
+from lensclust.downloads import Pin
+from lensclust.integrity import DIGESTS, seal_folder
+from lensclust.native import config_to_json, native_config
+from lensclust.report import write_page
 from lensclust.sealed import read_sealed
+from lensclust.serving import state
 from lensclust.store import verify
-from lensclust.weights import checkpoint_series, load_checkpoint, read_metadata
+from lensclust.store_notes import DONE, layout_digest, note
+from lensclust.training import required_sizes, train
+from lensclust.weights import (
+    checkpoint_fingerprint,
+    checkpoint_series,
+    load_checkpoint,
+    read_metadata,
+    save_checkpoint,
+)
 from studies.study import _once
-from tests.faults.work import SHARD, extract, training
+from tests.faults.work import (
+    BATCHES,
+    KNOBS,
+    PROMPTS,
+    SHARD,
+    SIZES,
+    Small,
+    extract,
+    small_study,
+    tiny_model,
+    training,
+)
+from tests.lensclust.test_report import make_run
+from tests.lensclust.views.test_head_view_files import HELD
+from tests.tiny import hf_model, tiny_tokenizer
+
+TINY = Pin("tiny", "1", 1, "0" * 64, "a/b", "0" * 64)
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,22 @@ def read_frames(folder: Path) -> Any:
     return {name: frame.to_dict("list") for name, frame in _once(never, 0, folder).items()}
 
 
+def read_run(run: Path) -> Any:
+    shown = {name: value for name, value in state(run).items() if name != "quiet"}
+    page = write_page([run], run.parent / "other.html")
+    return [shown, (run / "report.html").read_text("utf-8"), page.read_text("utf-8")]
+
+
+def read_cached(cache: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LENSCLUST_CACHE", str(cache))
+        patch.setitem(downloads.PINS, "tiny", TINY)
+        model = lc.load("tiny", device="cpu", progress=False)
+    network: Any = model.original_model
+    text = None if model.tokenizer is None else model.to_tokens("w3 w4")
+    return [dict(network.state_dict()), network.config.to_dict(), text]
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
     top = tmp_path_factory.mktemp("kept")
@@ -89,6 +137,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         "t": pd.DataFrame({"c": [1]}),
     }
     _once(lambda item, folder: frames, 0, top / "part")
+    run, cached = make_run(top / "run"), top / "models" / f"tiny-{TINY.version}"
+    (run / "views").mkdir()
+    (run / "views" / "1_heads.json").write_text(json.dumps(HELD))
+    run_directory.seal(run)
+    write_page([run])
+    hf_model("llama").save_pretrained(cached)
+    tiny_tokenizer(cached)
+    seal_folder(cached, {TINY.member: TINY.member_sha256})
     last = top / "t" / "step-000030.safetensors"
     state = top / "t" / "training.state"
     readers: dict[str, tuple[list[Path], Callable[[], Any]]] = {
@@ -99,6 +155,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         "checkpoint": ([last], lambda: read_checkpoint(last)),
         "state": ([state], lambda: read_sealed(state, "lensclust-training")),
         "part": (list((top / "part" / "frames").iterdir()), lambda: read_frames(top / "part")),
+        "run": ([p for p in run.rglob("*") if p.is_file()], lambda: read_run(run)),
+        "model": (list(cached.iterdir()), lambda: read_cached(top)),
     }
     return {name: Kept(sorted(files), read, read()) for name, (files, read) in readers.items()}
 
@@ -122,11 +180,11 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
     return bytes(damaged)
 
 
-@pytest.mark.parametrize(("seed", "flips"), [(0, 50), pytest.param(1, 500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "flips"), [(0, 90), pytest.param(1, 900, marks=pytest.mark.slow)])
 def test_no_flipped_bit_is_read_as_data(kept: dict[str, Kept], seed: int, flips: int) -> None:
     rng, seen = random.Random(seed), dict.fromkeys(kept, 0)
     for _ in range(flips):
-        name = rng.choices(list(kept), [5, 2, 2, 1])[0]
+        name = rng.choices(list(kept), [5, 2, 2, 1, 4, 4])[0]
         file = rng.choice(kept[name].files)
         with changed(file, flipped(file.read_bytes(), rng)):
             seen[name] += not kept[name].still_says()
@@ -136,7 +194,7 @@ def test_no_flipped_bit_is_read_as_data(kept: dict[str, Kept], seed: int, flips:
     assert all(kept[name].still_says() for name in kept)
 
 
-@pytest.mark.parametrize("name", ["store", "checkpoint", "state", "part"])
+@pytest.mark.parametrize("name", ["store", "checkpoint", "state", "part", "run", "model"])
 def test_files_that_end_early_or_are_gone(kept: dict[str, Kept], name: str) -> None:
     rng = random.Random(1)
     for file in rng.sample(kept[name].files, min(12, len(kept[name].files))):
@@ -146,26 +204,81 @@ def test_files_that_end_early_or_are_gone(kept: dict[str, Kept], name: str) -> N
             with changed(file, other):
                 # Only what no one reads can be done without.
                 read_anyway = kept[name].still_says()
-            assert not read_anyway or name == "store", file
+            assert not read_anyway or name == "store" or file.name == DIGESTS, file
 
 
-def test_a_damaged_row_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+def test_a_damaged_chunk_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     extract(tmp_path)
     acts = lc.open_activations(tmp_path / "a").load()
-    values = zarr.open_group(str(tmp_path / "a"), mode="r+")["resid"]
-    values[13, 0, 2, 5] = np.nextafter(values[13, 0, 2, 5], np.float32(9))
-    assert verify(tmp_path / "a").tolist() == [13]
-    damaged = lc.open_activations(tmp_path / "a")
-    with pytest.raises(lc.InputError, match=r"1 of 41 vectors of 'resid' .* the first in row 13"):
-        _ = damaged.resid.sel(layer=2).values
-    with pytest.raises(lc.InputError, match="the first in row 13"):
-        _ = damaged.resid.isel(layer=2, d_model=0, prompt=[20, 13]).values
-    assert np.array_equal(damaged.resid.isel(layer=1).values, acts.resid.isel(layer=1).values)
-    others = [i for i in range(41) if i != 13]
-    assert np.array_equal(damaged.resid[others].values, acts.resid[others].values)
-    # A file that cannot be read at all takes the rows of its shard.
-    (tmp_path / "a" / "z" / "1.0.0.0.0").write_bytes(b"\x02\x01\x21\x04")
-    assert verify(tmp_path / "a").tolist() == sorted({*range(SHARD, 2 * SHARD), 13})
+    chunk, rows = tmp_path / "a" / "resid" / "2.0.2.0", [*range(2 * SHARD, 3 * SHARD)]
+    for content, said in (
+        (flipped(chunk.read_bytes(), random.Random(0)), "checksum of the data"),
+        (None, r"1 of \d+ chunks are missing, the first is 2\.0\.2\.0; extract them again"),
+    ):
+        with changed(chunk, content):
+            assert verify(tmp_path / "a").tolist() == rows
+            damaged = lc.open_activations(tmp_path / "a")
+            with pytest.raises(lc.InputError, match=f"a/resid: is damaged.*{said}"):
+                _ = damaged.resid.sel(layer=2).values
+            others = damaged.resid.isel(layer=1)
+            assert np.array_equal(others.values, acts.resid.isel(layer=1).values)
+            several = [i for i in range(41) if i not in rows]
+            assert np.array_equal(damaged.resid[several].values, acts.resid[several].values)
+    assert verify(tmp_path / "a").tolist() == []
+
+
+def test_activations_of_another_store_are_refused(tmp_path: Path) -> None:
+    """Of another model, or of the same one for other prompts; a chunk, or the whole variable."""
+    extract(tmp_path)
+    options = {"shard": SHARD, "append": True, "progress": False}
+    other = lc.load(native_config("sif-small", **SIZES), seed=1, device="cpu")
+    for name, model, batches in (("b", other, BATCHES), ("c", tiny_model(), BATCHES[::-1])):
+        for prompts in batches:
+            lc.extract(model, prompts, ["resid", "head"], store=tmp_path / name, **options)
+        chunk = tmp_path / "a" / "resid" / "2.0.2.0"
+        theirs = (tmp_path / name / "resid" / chunk.name).read_bytes()
+        with changed(chunk, theirs), pytest.raises(lc.InputError, match="is damaged"):
+            _ = lc.open_activations(tmp_path / "a").resid.values
+        resid = tmp_path / "a" / "resid"
+        resid.rename(tmp_path / "kept")
+        shutil.copytree(tmp_path / name / "resid", resid)
+        for read in (lc.open_activations, verify):
+            with pytest.raises(lc.InputError, match="'resid' is of another store, or damaged"):
+                read(tmp_path / "a")
+        with pytest.raises(lc.InputError, match="'resid' is of another store, or damaged"):
+            extract(tmp_path)
+        shutil.rmtree(resid)
+        (tmp_path / "kept").rename(resid)
+    assert lc.open_activations(tmp_path / "a").load().sizes["prompt"] == 41
+
+
+def test_a_store_with_checksums_beside_its_arrays_is_read_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The form of an earlier version."""
+    extract(tmp_path)
+    path = tmp_path / "a"
+    whole = lc.open_activations(path).load()
+    sums = {f"{n}_crc": whole[n].dims[:3] for n in ("resid", "z")}
+    beside = {n: (dims, np.ones([whole.sizes[d] for d in dims], "u4")) for n, dims in sums.items()}
+    for name in ("resid", "z", DONE):
+        shutil.rmtree(path / name)
+    bare = whole[["resid", "z"]].drop_vars([*whole.coords]).drop_attrs(deep=False).assign(beside)
+    attributes = (path / ".zattrs").read_text()
+    bare.to_zarr(str(path), mode="a", zarr_format=ZARR_FORMAT, consolidated=False)
+    (path / ".zattrs").write_text(attributes)
+    group = open_group(path, "r+")
+    note(group, layout=layout_digest(group, whole))
+    assert as_bytes(read_store(path)) == as_bytes(
+        {**{str(n): (list(v.dims), v.values) for n, v in whole.variables.items()},
+         "attributes": dict(whole.attrs)}
+    )  # fmt: skip
+    assert "a: is of an earlier version: damage may go unnoticed" in caplog.text
+    with pytest.raises(lc.InputError, match="written by an earlier version: it can be read"):
+        extract(tmp_path)
+    note(group, written=3)
+    with pytest.raises(lc.InputError, match="holds some of 41 prompts, its writing was interrup"):
+        lc.open_activations(path)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +318,42 @@ def test_a_training_does_not_go_on_from_damage(tmp_path: Path) -> None:
     at = content.index(b"step") + 8
     with (
         changed(step, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]),
-        pytest.raises(lc.InputError, match="is damaged: its header does not match"),
+        pytest.raises(lc.InputError, match=r"its header (is damaged|is not readable)"),
     ):
         checkpoint_series(tmp_path / "t")
+
+
+def test_checkpoints_of_another_training_or_step_are_refused(tmp_path: Path) -> None:
+    training(tmp_path)
+    config = native_config("sif-small", **{**SIZES, **required_sizes(PROMPTS)})
+    train(config, PROMPTS, out=tmp_path / "u", progress=False, **{**KNOBS, "seed": 1})
+    ours, last = tmp_path / "t" / "step-000001.safetensors", "step-000030.safetensors"
+    for content, said in (
+        ((tmp_path / "u" / ours.name).read_bytes(), "000001.* is of another training: delete its"),
+        ((tmp_path / "t" / last).read_bytes(), "000001.* is of another step: delete its folder"),
+    ):
+        with changed(ours, content), pytest.raises(lc.InputError, match=said):
+            training(tmp_path)
+    shutil.copy(tmp_path / "u" / last, tmp_path / "t")
+    with pytest.raises(lc.InputError, match="holds checkpoints of 2 trainings, expected a"):
+        checkpoint_series(tmp_path / "t")
+    # Without a state to go on from, they are not written over either.
+    (tmp_path / "t" / "training.state").unlink()
+    with pytest.raises(lc.InputError, match=f"{last}' is of another training"):
+        training(tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = save_checkpoint(tiny_model(), tmp_path / "a.safetensors", step=3)
+    content, weights = read_sealed(path, "lensclust")
+    text = json.dumps({"content": content, "tensors": checkpoint_fingerprint(path)})
+    said = f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
+    save_file(weights, path, metadata={"lensclust": said})
+    assert read_metadata(path) == {"step": 3}
+    assert lc.fingerprint(lc.load(path)) == checkpoint_fingerprint(path)
+    path.write_bytes(path.read_bytes().replace(b'step\\": 3', b'step\\": 4'))
+    with pytest.raises(lc.InputError, match="its header"):
+        read_metadata(path)
 
 
 def test_a_damaged_part_of_a_study_says_what_to_do(tmp_path: Path) -> None:
@@ -216,7 +362,82 @@ def test_a_damaged_part_of_a_study_says_what_to_do(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(lc.InputError, match=r"delete it to have it done again.*a\.parquet is dam"):
         read_frames(tmp_path / "part")
-    digests = tmp_path / "part" / "frames" / "sha256.json"
+    digests = tmp_path / "part" / "frames" / DIGESTS
     digests.write_text(json.dumps([]))
     with pytest.raises(lc.InputError, match="is damaged"):
         read_frames(tmp_path / "part")
+    digests.rename(digests.with_name("sha256.json"))
+    with pytest.raises(lc.InputError, match=r"delete it .* no digests.json: .* earlier version"):
+        read_frames(tmp_path / "part")
+
+
+def test_a_part_of_another_run_or_item_is_refused(tmp_path: Path) -> None:
+    small_study(tmp_path)
+    run = tmp_path / "r"
+    (run / "parts" / "seed-0").rename(tmp_path / "kept")
+    shutil.copytree(run / "parts" / "seed-1", run / "parts" / "seed-0")
+    with pytest.raises(lc.InputError, match=r"seed-0: delete it .* part 'seed-1' instead of"):
+        small_study(tmp_path)
+    shutil.rmtree(run / "parts" / "seed-0")
+    Small(steps=9).execute(tmp_path / "other", seeds=2, jobs=1, progress=False)
+    shutil.copytree(tmp_path / "other" / "parts" / "seed-0", run / "parts" / "seed-0")
+    with pytest.raises(lc.InputError, match=r"seed-0: delete it .* is of run '\w+' instead of '"):
+        small_study(tmp_path)
+
+
+def test_a_damaged_run_is_named_and_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_study(tmp_path)
+    run = tmp_path / "r"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name, refused in (
+        ("notes.json", "is missing"),
+        ("scores.parquet", "is damaged"),
+        ("figures/2_more.svg", "does not belong there"),
+    ):
+        if name[0] == "n":
+            (run / name).unlink()
+        else:
+            (run / name).parent.mkdir(exist_ok=True)
+            (run / name).write_bytes(before.get(run / name, b"12")[:-1])
+        said = rf"^report: .* resume the run .*{name} {refused}"
+        with pytest.raises(lc.InputError, match=said) as caught:
+            write_page([run])
+        assert "\n" not in str(caught.value)
+        if name[0] == "f":
+            (run / name).unlink()
+        small_study(tmp_path)
+        assert {path: path.read_bytes() for path in before} == before
+    assert "notes.json is missing; all but its parts is written again" in caplog.text
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    small_study(tmp_path)
+    page = (tmp_path / "r" / "report.html").read_bytes()
+    (tmp_path / "r" / DIGESTS).unlink()
+    assert write_page([tmp_path / "r"]).read_bytes() == page
+    assert state(tmp_path / "r")["finished"]
+    assert not (tmp_path / "r" / DIGESTS).exists()
+
+
+def test_a_cached_model_of_an_earlier_version_or_another_pin(tmp_path: Path) -> None:
+    cached = tmp_path / "models" / f"tiny-{TINY.version}"
+    hf_model("llama").save_pretrained(cached)
+    before = as_bytes(read_cached(tmp_path)[0])
+    config = cached / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
+    )
+    with pytest.raises(lc.InputError, match=r"tiny-1: delete it .*config\.json is damaged"):
+        read_cached(tmp_path)
+    # Without digests, there is no place in two layers for the weights of the third.
+    (cached / DIGESTS).unlink()
+    with pytest.raises(lc.InputError, match=r"9 weights that its config.json has no place for"):
+        read_cached(tmp_path)
+    hf_model("llama").save_pretrained(cached)
+    seal_folder(cached, {TINY.member: "1" * 64})
+    with pytest.raises(lc.InputError, match=r"delete it .*: is of a/b '1+' instead of '0+'"):
+        read_cached(tmp_path)
+    (cached / DIGESTS).unlink()
+    assert as_bytes(read_cached(tmp_path)[0]) == before

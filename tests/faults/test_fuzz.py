@@ -233,7 +233,9 @@ def test_descriptions_of_stores(count: int, tmp_path: Path) -> None:
     extract(tmp_path)
     path = tmp_path / "a"
     names = [".zattrs", ".zgroup"]
-    names += [f"{n}/{f}" for n in ("resid", "z_crc", "n", "task") for f in (".zarray", ".zattrs")]
+    names += [
+        f"{n}/{f}" for n in ("resid", "prompt_written", "n", "task") for f in (".zarray", ".zattrs")
+    ]
     wholes = {name: json.loads((path / name).read_text()) for name in names}
     batches = json.loads(wholes[".zattrs"].pop("batches"))
 

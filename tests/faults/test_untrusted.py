@@ -223,7 +223,7 @@ def test_a_folder_that_asks_for_more_than_it_holds(fields: dict[str, int], tmp_p
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["n", "resid", "resid_crc", "layer", "position"])
+@pytest.mark.parametrize("name", ["n", "resid", "prompt_written", "layer", "position"])
 def test_a_store_that_says_more_than_it_holds(name: str, tmp_path: Path) -> None:
     extract(tmp_path)
     array = tmp_path / "a" / name / ".zarray"

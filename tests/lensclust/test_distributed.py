@@ -20,7 +20,7 @@ import lensclust as lc
 from lensclust import store, store_notes
 from lensclust.checked_arrays import open_group
 from lensclust.cli import main
-from lensclust.disk import file_digest
+from lensclust.integrity import file_digest
 from tests.lensclust.test_store import some_prompts
 from tests.tiny import hf_model, tiny_tokenizer
 
@@ -117,8 +117,7 @@ def test_prefixes_resuming_and_appending_are_those_of_one_process(nodes, tmp_pat
             tmp_path / "model", prompts, SITES, store=tmp_path / "many", threads=1, **options
         )
     assert files(tmp_path / "many") == files(tmp_path / "one")
-    for name in ("resid_crc", "z_crc"):
-        (tmp_path / "many" / name / f"3{'.0' * 2}").unlink()
+    (tmp_path / "many" / store_notes.DONE / "3").unlink()
     store_notes.note(open_group(tmp_path / "many", "r+"), written=40)
     with pytest.raises(lc.InputError, match="finish it with resume=True"):
         lc.extract_with_ray(
