@@ -231,7 +231,9 @@ class ChatPlaces:
             return place, end
         places = {_leftmost(copies, rendered, end), _rightmost(copies, rendered, end)}
         place = places.pop()
-        return None if places or place is None else (place, end)
+        if places or place is None:
+            return None
+        return place, end
 
 
 # Where the last gap begins of those that the pieces leave in a text, the first piece at its front;

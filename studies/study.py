@@ -210,7 +210,6 @@ def check_clusters(k: int, rows: pd.DataFrame, groups: list[str]) -> None:
 
 def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
     """The frames of one item, from disk if it was done before."""
-    import pandas as pd
 
     done, what = folder / "frames", f"part {folder}"
     with writing(what):
@@ -230,4 +229,4 @@ def _once(function: Callable[..., Frames], item: Any, folder: Path) -> Frames:
                     publish(unfinished, done)
     files = sorted(done.glob("*.parquet"))
     check_files(done, [path.name for path in files], f"{what}: delete it to have it done again")
-    return {path.stem: pd.read_parquet(path) for path in files}
+    return {path.stem: read_frame(path, what=f"{what}: ") for path in files}

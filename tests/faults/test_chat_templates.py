@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import lensclust as lc
-from lensclust import chat_templates
+from lensclust.chat_templates import render
 from lensclust.tokenization import ChatPlaces
 from tests.tiny import byte_tokenizer
 
@@ -55,13 +55,10 @@ def chat(template: Any, text: str = "hi", **options: Any) -> lc.Prompts:
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two seconds are enough to see that there is an end."""
-    program = chat_templates._PROGRAM
-    hurried = "import lensclust.chat_templates as c; c.SECONDS = 2; serve()"
-    monkeypatch.setattr(chat_templates, "_PROGRAM", program.replace("serve()", hurried))
-    monkeypatch.setattr(chat_templates, "SECONDS", 2)
-    chat_templates._RENDERER.end()
+    render.end()
+    monkeypatch.setattr(render, "seconds", 2)
     yield
-    chat_templates._RENDERER.end()
+    render.end()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -139,8 +136,8 @@ def test_an_interrupted_question_gets_no_other_ones_answer() -> None:
 
 def test_the_process_ends_with_its_parent() -> None:
     program = (
-        "import os, signal; from lensclust import chat_templates as c; "
-        "c.render('a', 'b', {}); print(c._RENDERER.process.pid, flush=True); "
+        "import os, signal; from lensclust.chat_templates import render; "
+        "render('a', 'b', {}); print(render.process.pid, flush=True); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
