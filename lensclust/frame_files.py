@@ -7,8 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow
-import pyarrow.compute
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from lensclust.errors import InputError
 
@@ -73,11 +72,11 @@ def _is_text(kind: Any) -> bool:
 
 def _text_bytes(column: pyarrow.ChunkedArray) -> int:
     """What the texts of a column take when each is spelt out in its row."""
-    total = 0
+    total, kernels = 0, vars(compute)  # made at run time
     for chunk in column.chunks:
         if isinstance(chunk, pyarrow.DictionaryArray):
-            lengths = pyarrow.compute.binary_length(chunk.dictionary)
-            total += pyarrow.compute.sum(lengths.take(chunk.indices)).as_py() or 0
+            lengths = kernels["binary_length"](chunk.dictionary)
+            total += kernels["sum"](lengths.take(chunk.indices)).as_py() or 0
         else:
             total += chunk.nbytes
     return total

@@ -227,8 +227,8 @@ class ChatPlaces:
         end = len(rendered) - len(after)
         if not (rendered.startswith(copies[0]) and rendered.endswith(after)):
             return None
-        if size and (place := _evenly(copies, rendered, size)) == end - size:
-            return place, end
+        if size and _evenly(copies, rendered, size) == end - size:
+            return end - size, end
         places = {_leftmost(copies, rendered, end), _rightmost(copies, rendered, end)}
         place = places.pop()
         if places or place is None:

@@ -28,6 +28,7 @@ from lensclust.disk import (
     writing,
 )
 from lensclust.errors import check_counts
+from lensclust.frame_files import read_frame
 from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
 
