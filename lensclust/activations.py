@@ -44,6 +44,7 @@ def head_residual(
     Raises:
         InputError: if ``acts`` holds no heads, or was not read with site ``head``.
     """
+    require_axes(acts, "z")
     if "head_frame" not in acts:
         raise InputError(f"head_residual: expected activations of 'head', given {list(acts)}")
     w_o = np.stack(
@@ -53,7 +54,8 @@ def head_residual(
         ]
     )
     weights = xr.DataArray(w_o, dims=("block", "head", "d_head", "d_model"))
-    return xr.dot(acts["z"].astype(np.float32), weights, dim="d_head").rename("head_residual")
+    found = xr.dot(acts["z"].astype(np.float32), weights, dim="d_head").rename("head_residual")
+    return found.transpose("prompt", "position", "block", "head", "d_model")
 
 
 def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) -> np.ndarray:
@@ -66,7 +68,8 @@ def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) ->
         InputError: if the dataset does not hold the site, or several positions and none named,
             or if a prompt's activations are not finite.
     """
-    values = select(acts, site, position=position).values.astype(np.float32)
+    # In memory as if never transposed: sums along an axis depend on it in their last digit.
+    values = np.ascontiguousarray(select(acts, site, position=position).values, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(values).all(1))
     if bad.size:
         raise InputError(
@@ -149,12 +152,19 @@ choosing with a list, such as acts.isel(layer=[0])
         )
     for variable, axis in VARIABLES.values():
         if variable in acts and variable in (variables or acts):
-            for name in ("prompt", "position", axis):
-                if name not in acts[variable].dims:
+            own = ("head", "d_head") if variable == "z" else ("d_model",)
+            expected, held = ("prompt", "position", axis, *own), acts[variable].dims
+            for name in expected:
+                if name not in held:
                     raise InputError(
                         f"these activations have no axis {name!r} any more: keep it by choosing "
                         f"with a list, such as acts.isel({name}=[0])"
                     )
+            if more := [str(name) for name in held if name not in expected]:
+                raise InputError(
+                    f"these activations have the axes {more} beside {list(expected)}: choose one "
+                    f"place along each, such as acts.isel({more[0]}=0)"
+                )
 
 
 def prompt_labels(acts: xr.Dataset, name: str) -> np.ndarray:

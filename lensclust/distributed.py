@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from upath import UPath
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError, check_counts
+from lensclust.errors import InputError, check_counts, whole_numbers
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts, require_prompts
@@ -45,6 +45,7 @@ DEATHS = 3
 PATIENCE = 10.0
 
 
+@whole_numbers
 def extract_with_ray(
     source: Source,
     prompts: Prompts,

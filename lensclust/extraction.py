@@ -13,7 +13,7 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.errors import check_counts
+from lensclust.errors import check_counts, whole_numbers
 from lensclust.fits import require_given
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -23,6 +23,7 @@ from lensclust.store_places import Place, as_place
 from lensclust.templates import measured
 
 
+@whole_numbers
 def extract(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -23,7 +23,7 @@ from lensclust.agreement import agrees
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.faithfulness import bare_logits, require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
@@ -63,6 +63,7 @@ class _Request:
     progress: bool
 
 
+@whole_numbers
 def load(
     source: Source,
     *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Every block holds a causal mask of its own, a byte for each pair of positions.
 _MAX_MASK_BYTES = 2**32
+# Several times as many blocks as any model has.
+_MAX_LAYERS = 1000
 
 # What the native model reads. TransformerBridgeConfig has sixty more fields, written for other
 # architectures, that it would accept and silently ignore.
@@ -130,6 +133,7 @@ def native_bridge(
     if reseed or config.seed is None:
         config.seed = seed
     try:
+        _require_buildable(config)
         return boot_native(
             config, device=device, dtype=dtype or config.dtype, model_name=name
         ).eval()
@@ -151,6 +155,21 @@ def native_bridge_with(
         model = NativeModel(copy.deepcopy(config))
     model.load_state_dict(dict(weights), assign=True)
     return wrap_native(model, name=name)
+
+
+def _require_buildable(config: TransformerBridgeConfig) -> None:
+    """Refuse a configuration of more layers, masks or weights than there can be."""
+    mlp, width = config.d_mlp or 0, config.n_heads * config.d_head
+    blocks = config.n_layers * config.d_model * (4 * width + 2 * mlp)
+    weights = blocks + config.d_model * (2 * config.d_vocab + config.n_ctx)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    masks = config.n_layers * config.n_ctx**2
+    if config.n_layers > _MAX_LAYERS or masks > _MAX_MASK_BYTES or 4 * weights > memory:
+        raise ValueError(
+            f"n_layers={config.n_layers} and n_ctx={config.n_ctx} ask for {weights:,} weights and "
+            f"{masks:,} bytes of masks, expected at most {_MAX_LAYERS} layers and what fits into "
+            "memory"
+        )
 
 
 def _require_fit(

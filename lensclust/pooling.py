@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fits import require_fits, require_given
 from lensclust.host_copies import HostCopy, upload
 from lensclust.progress import progress_bar
@@ -52,6 +52,7 @@ POOLS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 
+@whole_numbers
 def pooled(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -36,7 +36,12 @@ from transformers.utils import logging as transformers_logging
 from lensclust.errors import InputError
 from lensclust.faithfulness import bare_logits, note_bare
 from lensclust.placement import DeviceMap, require_placeable
-from lensclust.weight_files import gguf_contents, require_affordable, safetensors_contents
+from lensclust.weight_files import (
+    gguf_contents,
+    require_affordable,
+    require_buildable,
+    safetensors_contents,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -88,8 +93,10 @@ def read_pretrained(
         }
         if gguf is None and folder.is_dir() and random_seed is None:
             held = safetensors_contents(folder)
-        if held is not None:
-            build = partial(random_twin, seed=0, trust_remote_code=trust_remote_code)
+        build = partial(random_twin, seed=0, trust_remote_code=trust_remote_code)
+        if random_seed is not None:
+            require_buildable(config, build, name=name)
+        elif held is not None:
             require_affordable(config, held, build, name=name)
         # What TransformerLens knows must be patched before this architecture is read.
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(

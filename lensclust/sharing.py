@@ -27,6 +27,7 @@ from lensclust.agreement import Size, SizedCheck, agrees, power_of_two, relative
 from lensclust.batching import default_budget, model_device
 from lensclust.branching_check import FAILURES, TAIL, branching_failure, named
 from lensclust.costs import forward_cost, most_cached
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fits import require_given
 from lensclust.packed_forwards import Hooks, PackedForwards
 from lensclust.prefix import Packing, PrefixPlan, pack
@@ -144,6 +145,7 @@ class PrefixSharing:
         return f"relative error {max(errors):.2g}" if errors else None
 
 
+@whole_numbers
 def plan_prefixes(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -180,6 +182,8 @@ def plan_prefixes(
     """
     require_given(model, prompts, caller="plan_prefixes")
     names = [at] if isinstance(at, str) else list(at)
+    if not names:
+        raise InputError("plan_prefixes: at names no position, expected such as 'answer'")
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
     reason = obstacle(model)
     plans = []

@@ -20,6 +20,7 @@ from typing import Any
 import zarr
 from upath import UPath
 
+from lensclust.chunk_sizes import bounded
 from lensclust.disk import (
     LOCK,
     created,
@@ -93,8 +94,13 @@ def zarr_store(place: Place, *, read_only: bool) -> Any:
         from zarr.storage import FsspecStore
 
         options: Any = dict(place.storage_options)
-        return FsspecStore.from_url(str(place), storage_options=options, read_only=read_only)
-    return str(place)
+        remote = bounded(FsspecStore)
+        return remote.from_url(str(place), storage_options=options, read_only=read_only)
+    if ZARR_2:
+        return str(place)
+    from zarr.storage import LocalStore
+
+    return bounded(LocalStore)(str(place), read_only=read_only)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Stores of an earlier version kept checksums in arrays of their own: they are rea
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ from lensclust.store_places import Place, as_place, zarr_store
 
 _log = logging.getLogger(__name__)
 
+# An array may say that it has this many bytes, or this many times those of its files.
+_MAX_UNBACKED, _MAX_RATIO = 2**28, 100
+
 
 def open_activations(path: str | Place) -> xr.Dataset:
     """Open a finished store; labels are loaded, activations are read when they are used.
@@ -53,6 +57,7 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
     """The rows that were finished; those of a call that was interrupted are left out."""
     with damage_named(path):
         _require_even(path, store)
+        _require_backed(path, store)
         measured = measured_names(store)
         unread, whole = [ROW_KEYS, DONE, *measured], DONE in store
         if not whole:
@@ -123,6 +128,25 @@ def _require_even(path: Place, store: Any) -> None:
                 raise InputError(
                     f"store {path}: is damaged: {name!r} is {size} long along {axis!r}, "
                     f"expected {sizes[axis]}"
+                )
+
+
+def _require_backed(path: Place, store: Any) -> None:
+    """Arrays say no more than their files can hold, before room is made for what they say.
+
+    Labels go by their number of rows, which is that of the activations.
+    """
+    measured = measured_names(store)
+    for name, array in store.arrays():
+        if name not in measured and "prompt" in array.attrs["_ARRAY_DIMENSIONS"]:
+            continue
+        size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        if size > _MAX_UNBACKED:
+            files = [file.stat().st_size for file in (path / name).rglob("*") if file.is_file()]
+            if size > _MAX_RATIO * sum(files):
+                raise InputError(
+                    f"store {path}: is damaged: {name!r} says {size:,} bytes, its "
+                    f"{len(files)} files hold {sum(files):,}"
                 )
 
 

@@ -27,7 +27,7 @@ from lensclust.adapters import Adapters, Lora
 from lensclust.batching import default_budget, model_device, training_batches
 from lensclust.chosen_weights import chosen_parameters, left_as_it_was, named_parameters
 from lensclust.disk import writing
-from lensclust.errors import InputError, check_counts
+from lensclust.errors import InputError, check_counts, whole_numbers
 from lensclust.evaluation import score_answers
 from lensclust.fits import require_answers, require_fits, require_given
 from lensclust.integrity import digest_of
@@ -51,6 +51,7 @@ from lensclust.weights import fingerprint
 __all__ = ["FinetuningRun", "finetune"]
 
 
+@whole_numbers
 def finetune(
     model: TransformerBridge,
     prompts: Prompts,

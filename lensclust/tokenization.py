@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lensclust.chat_templates import render
 from lensclust.errors import InputError
 
 if TYPE_CHECKING:
@@ -147,15 +147,21 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> Tok
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A user's message in the tokenizer's chat template, ready for the reply."""
-    message = [{"role": "user", "content": text}]
+    from transformers import PreTrainedTokenizerBase
+
     try:
-        return str(
-            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        )
-    except Exception as error:  # whatever a template raises
+        # Code, not a template: the user's own, or allowed by trust_remote_code.
+        if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            message = [{"role": "user", "content": text}]
+            return str(
+                tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            )
+        template = tokenizer.get_chat_template()
+        return render(template, text, dict(tokenizer.special_tokens_map))
+    except Exception as error:  # whatever a tokenizer or its template raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"Prompts: the chat template refuses the text {text!r}: {reason}"
+            f"Prompts: the chat template refuses the text {text!r:.60}: {reason}"
         ) from error
 
 
@@ -218,20 +224,59 @@ class ChatPlaces:
         # Each copy shows the character in as many others, as `&lt;` for `<`; or else there is one
         # way only to divide the chat among the copies.
         size = max(0, (len(rendered) - len(marked)) // len(copies) + 1)
-        for shown in ([f"(.{{{size}}})"] if size else [], ["(.+?)", "(.+)"]):
-            found = {
-                match.span(len(copies))
-                for one in shown
-                if (match := _fullmatch(copies, one, after, rendered))
-            }
-            if len(found) == 1:
-                return found.pop()
-        return None
+        end = len(rendered) - len(after)
+        if not (rendered.startswith(copies[0]) and rendered.endswith(after)):
+            return None
+        if size and _evenly(copies, rendered, size) == end - size:
+            return end - size, end
+        places = {_leftmost(copies, rendered, end), _rightmost(copies, rendered, end)}
+        place = places.pop()
+        if places or place is None:
+            return None
+        return place, end
 
 
-def _fullmatch(copies: list[str], shown: str, after: str, rendered: str) -> re.Match[str] | None:
-    pattern = "".join(re.escape(copy) + shown for copy in copies) + re.escape(after)
-    return re.fullmatch(pattern, rendered, re.DOTALL)
+# Where the last gap begins of those that the pieces leave in a text, the first piece at its front;
+# no gap is empty, and the last ends at `end`. No search goes back: that could take for ever.
+
+
+def _evenly(pieces: list[str], text: str, size: int) -> int | None:
+    """With gaps of one size."""
+    place = -size
+    for piece in pieces:
+        place += size
+        if not text.startswith(piece, place):
+            return None
+        place += len(piece)
+    return place
+
+
+def _leftmost(pieces: list[str], text: str, end: int) -> int | None:
+    """With each piece as early as it can be.
+
+    >>> _leftmost(["a", "b"], "axbxbx", 6), _rightmost(["a", "b"], "axbxbx", 6)
+    (3, 5)
+    """
+    place = len(pieces[0])
+    for piece in pieces[1:]:
+        found = text.find(piece, place + 1, end)
+        if found < 0:
+            return None
+        place = found + len(piece)
+    return place if place < end else None
+
+
+def _rightmost(pieces: list[str], text: str, end: int) -> int | None:
+    """With each piece as late as it can be."""
+    last, limit = None, end
+    for piece in reversed(pieces[1:]):
+        found = text.rfind(piece, 0, max(0, limit - 1))
+        if found < 0:
+            return None
+        last = found + len(piece) if last is None else last
+        limit = found
+    place = len(pieces[0])
+    return (place if last is None else last) if place < limit else None
 
 
 def _changed(text: str) -> InputError:

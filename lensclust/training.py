@@ -23,7 +23,7 @@ from transformer_lens.utilities.devices import get_device
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.disk import writing
-from lensclust.errors import InputError, check_counts
+from lensclust.errors import InputError, check_counts, whole_numbers
 from lensclust.evaluation import LogitsAt, score_answers
 from lensclust.integrity import digest_of
 from lensclust.native import config_to_json, native_bridge, native_config
@@ -70,6 +70,7 @@ __all__ = [
 ]
 
 
+@whole_numbers
 def train(
     config: str | TransformerBridgeConfig,
     prompts: Prompts,

@@ -7,6 +7,7 @@ from elsewhere is held against the size of its own file first.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _SCALARS = {
     GGUFValueType.FLOAT64: 8,
 }
 _MAX_DIMENSIONS = 8
+# Several times as many layers, or experts of one, as any model has.
+_MAX_MODULES = 1000
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,35 @@ def require_affordable(config: Any, held: Contents, build: Any, *, name: str) ->
     # Weights that are tied, or filled in, are not in the files; twice as many are not.
     if asked > 2 * held.numbers:
         raise InputError(f"load: {name}: asks for {asked:,} weights, but its files hold {held}")
+
+
+def require_buildable(config: Any, build: Any, *, name: str) -> None:
+    """Refuse random weights that no machine like this one has room for.
+
+    Args:
+        build: as in `require_affordable`.
+
+    Raises:
+        InputError: if there are more layers or experts than any model has, or more weights than
+            this machine has memory for.
+    """
+    text = config.get_text_config()
+    counts: Mapping[str, Any] = {**config.to_dict(), **text.to_dict()}
+    counts |= {"num_hidden_layers": getattr(text, "num_hidden_layers", 0)}
+    for field, value in counts.items():
+        many = "layer" in field or "expert" in field
+        if many and isinstance(value, int) and value > _MAX_MODULES:
+            raise InputError(
+                f"load: {name}: {field}={value}, expected at most {_MAX_MODULES} for random weights"
+            )
+    with torch.device("meta"):
+        asked = sum(parameter.numel() for parameter in build(config).parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * asked > memory:
+        raise InputError(
+            f"load: {name}: asks for {asked:,} random weights, {4 * asked / 1e9:,.0f} GB, but this "
+            f"machine has {memory / 1e9:,.0f} GB of memory"
+        )
 
 
 class _Header:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
@@ -44,6 +44,7 @@ WEIGHTINGS = ("attention", "value", "gradient")
 AXES = ("weighting", "prompt", "block", "head", "relevant", "irrelevant")
 
 
+@whole_numbers
 def attention_ratio(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fits import require_fits
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, model_name, resolve
@@ -117,6 +117,7 @@ class AttentionSamples:
         )
 
 
+@whole_numbers
 def sample_attention(
     model: TransformerLensModel,
     prompts: Prompts,

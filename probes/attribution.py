@@ -31,7 +31,7 @@ from transformer_lens.tools.analysis.attribution_patching import cache_activatio
 
 from lensclust.activations import select
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
@@ -77,6 +77,7 @@ class AttributionCheck(Shown):
         return self.correlation, self.frame[self.frame["chosen"] != "none"]
 
 
+@whole_numbers
 def rank(
     model: TransformerLensModel,
     base: Prompts,

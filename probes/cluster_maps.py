@@ -24,7 +24,7 @@ from sklearn.decomposition import PCA
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, site_values
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.showing import Shown
 from lensclust.views import ClusterView
 
@@ -90,6 +90,7 @@ class ClusterMap(Shown):
         )
 
 
+@whole_numbers
 def cluster_map(
     acts: xr.Dataset | Iterable[tuple[int, xr.Dataset]],
     *,

@@ -28,7 +28,7 @@ from joblib import delayed
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, labelled, prompt_labels, select, site_values
-from lensclust.errors import InputError, check_counts
+from lensclust.errors import InputError, check_counts, whole_numbers
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.showing import Shown
@@ -143,6 +143,7 @@ class Clustering(Shown):
         return self.frame[(self.frame["metric"] == metric) & (self.frame["by"] == self.by)]
 
 
+@whole_numbers
 def cluster(
     acts: xr.Dataset,
     *,

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import rounding_tolerance
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits, require_given
 from lensclust.labels import label_texts
@@ -47,6 +47,7 @@ TOLERANCE = 1e-3
 AXES = ("prompt", "component", "kind", "block", "head", "token", "target")
 
 
+@whole_numbers
 def decompose(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.activations import prompt_labels, select, with_labels
+from lensclust.errors import whole_numbers
 from lensclust.sites import Site
 from probes.interventions import Edit, Intervention, States
 
@@ -64,6 +65,7 @@ def erase(
     return Intervention(name, edit_at)
 
 
+@whole_numbers
 def erase_random(
     acts: xr.Dataset,
     *,

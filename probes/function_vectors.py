@@ -29,7 +29,7 @@ from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust import figures
 from lensclust.activations import head_residual, select
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.extraction import extract
 from lensclust.fits import require_given
 from lensclust.labels import label_text
@@ -133,6 +133,7 @@ class FunctionVector(Shown):
         return np.sum([place.values for place in places], axis=0)
 
 
+@whole_numbers
 def function_vector(
     model: TransformerLensModel,
     prompts: Prompts,

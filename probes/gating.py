@@ -67,7 +67,8 @@ def only_members(
         axes = [axis for axis in (given, by) if axis is not None]
         if set(values.dims[:-1]) != set(axes):
             raise InputError(f"only_members: means by {values.dims[:-1]}, expected by {axes}")
-        means = values.transpose(*axes, ...).values.reshape(-1, values.shape[-1])
+        values = values.transpose(*axes, ...)
+        means = values.values.reshape(-1, values.shape[-1])
         owner = np.broadcast_to(np.arange(len(values[by])), values.shape[:-1]).ravel() == place
         known = np.isfinite(means).all(-1)
         points = torch.from_numpy(means[known].astype(np.float32))

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.batching import batches, default_budget, length_steps, model_device
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits, require_given
 from lensclust.fused_attention import fused_attention
@@ -51,6 +51,7 @@ from probes.head_gates import (
 FUSED = 2
 
 
+@whole_numbers
 def head_activation(
     model: TransformerBridge,
     prompts: Prompts,

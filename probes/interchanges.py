@@ -24,7 +24,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.activations import select
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.extraction import extract
 from lensclust.fits import require_given
 from lensclust.prompts import Prompts
@@ -100,6 +100,7 @@ class Interchange(Shown):
         return (self.by_site().pivot_table("value", "site", "method", sort=False),)
 
 
+@whole_numbers
 def interchange(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.activations import VARIABLES, prompt_labels
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.labels import MISSING, label_text, label_texts
 from lensclust.sites import Site
 
@@ -173,6 +173,7 @@ def transport(
     return Intervention(name, edit_at)
 
 
+@whole_numbers
 def dealt(
     acts: xr.Dataset, *, by: str = "task", given: str | None = None, seed: int = 0
 ) -> xr.Dataset:

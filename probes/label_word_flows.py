@@ -32,7 +32,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.fits import require_fits
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -89,6 +89,7 @@ class LabelWordFlow(Shown):
         return f"LabelWordFlow({self.values.sizes['prompt']} prompts; strongest {strongest})"
 
 
+@whole_numbers
 def label_word_flow(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
 from lensclust.activations import dataset_sites, labelled, prompt_labels, require_axes
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.showing import Shown
 from probes.design import Units, exchangeable, flipped_p, nested, smallest_flip_p
 from probes.folds import design
@@ -55,6 +55,7 @@ class PairedDecoding(Shown):
         )
 
 
+@whole_numbers
 def decode(
     without: xr.Dataset,
     with_demonstrations: xr.Dataset,

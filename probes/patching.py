@@ -29,7 +29,7 @@ from transformer_lens.patching import PatchingResult
 
 from lensclust import figures
 from lensclust.activations import select
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.extraction import extract
 from lensclust.fits import require_fits, require_given
 from lensclust.prompts import Prompts
@@ -118,6 +118,7 @@ class Patching(Shown):
         )
 
 
+@whole_numbers
 def patch(
     model: TransformerLensModel,
     base: Prompts,

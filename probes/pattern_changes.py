@@ -15,7 +15,7 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust import figures
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
 from lensclust.showing import Shown
@@ -61,6 +61,7 @@ class PatternChange(Shown):
         )
 
 
+@whole_numbers
 def change(
     series: Iterable[tuple[int, TransformerBridge | HeadActivation]],
     prompts: Prompts | None = None,

@@ -22,7 +22,7 @@ from itertools import combinations, pairwise
 import numpy as np
 from jaxtyping import Float
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 
 SHAPES = ("constant", "linear")
 # Points of a piece: a level of one point is the point itself.
@@ -48,6 +48,7 @@ class PiecewiseFit:
     bic: float
 
 
+@whole_numbers
 def change_points(
     curves: Float[np.ndarray, "point curve"],
     *,

@@ -25,6 +25,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values
+from lensclust.errors import whole_numbers
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
@@ -60,6 +61,7 @@ class _Column:
     rdms: Float[np.ndarray, "repeat pair"]
 
 
+@whole_numbers
 def rsa(
     acts: xr.Dataset,
     hypotheses: str | Sequence[str] | Mapping[str, Float[np.ndarray, "prompt prompt"]],

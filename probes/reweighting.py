@@ -30,7 +30,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from probes.component_logits import WRITERS, ComponentLogits
 from probes.component_weights import Reweighting
 from probes.folds import deal
@@ -39,11 +39,13 @@ from probes.scripted_fits import scripted_fits
 from probes.sparse_fits import sparse_fits
 
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+_MAX_PENALTY = 1e12  # far beyond, where all weights are 0, the solver overflows
 # Gap at which a penalty can be told from another.
 CHOOSING = 1e-3
 SCRIPT = {"rate": 0.05, "penalty": 0.01, "steps": 2000}
 
 
+@whole_numbers
 def reweight(
     components: ComponentLogits,
     *,
@@ -69,6 +71,7 @@ def reweight(
     )[0]
 
 
+@whole_numbers
 def reweight_many(
     components: Sequence[ComponentLogits],
     *,
@@ -147,10 +150,15 @@ def _check(
             raise InputError(f"reweight: {each!r} has other components than {components[0]!r}")
     if official and (penalty is not None or not box):
         raise InputError("reweight: official=True has its own penalty and box, give none")
-    if penalty is not None and not (np.isfinite(penalty) and penalty > 0):
-        raise InputError(f"reweight: penalty={penalty}, expected more than 0")
+    if penalty is not None and not 0 < penalty <= _MAX_PENALTY:
+        raise InputError(
+            f"reweight: penalty={penalty}, expected more than 0 and at most {_MAX_PENALTY:g}"
+        )
     if folds < 2:
         raise InputError(f"reweight: folds={folds}, expected at least 2")
+    prompts = max(each.data.sizes["prompt"] for each in components)
+    if folds > prompts:
+        raise InputError(f"reweight: folds={folds}, expected at most {prompts}, one a prompt")
 
 
 def _held_out(

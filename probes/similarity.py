@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values, with_labels
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.placement import found_device
 from lensclust.progress import followed
 from probes.design import Units, exchangeable
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 BLOCK = 2048
 
 
+@whole_numbers
 def nearest_neighbour(
     acts: xr.Dataset,
     *,
@@ -80,6 +81,11 @@ def nearest_neighbour(
             "nearest_neighbour: expected permutations of at least 2 and k of at least 1, given "
             f"{permutations}, {k}"
         )
+    if isinstance(acts, xr.Dataset) and k >= acts.sizes.get("prompt", 0):
+        raise InputError(
+            f"nearest_neighbour: k={k}, but of {acts.sizes.get('prompt', 0)} prompts each has one "
+            "neighbour fewer"
+        )
     acts = with_labels("nearest_neighbour", acts, target=target, apart=apart, per=per)
     values = prompt_labels(acts, target)
     require_two_values("nearest_neighbour", target, values)
@@ -112,6 +118,7 @@ def nearest_neighbour(
     return pd.DataFrame(rows).astype({"head": "Int64"})
 
 
+@whole_numbers
 def silhouettes(
     acts: xr.Dataset,
     *,

@@ -20,7 +20,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.activations import select
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
@@ -83,6 +83,7 @@ class Tuning(Shown):
         return (self.frame.pivot_table("value", "site", "strength", sort=False),)
 
 
+@whole_numbers
 def tune(
     model: TransformerLensModel,
     prompts: Prompts,

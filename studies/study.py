@@ -19,6 +19,7 @@ import lensclust as lc
 from lensclust import run_directory
 from lensclust.disk import LOCK, locked, publish, read_json, remove_partial, staging, writing
 from lensclust.errors import check_counts
+from lensclust.frame_files import read_frame
 from lensclust.integrity import check_folder, digest_of, seal_folder
 from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
@@ -206,8 +207,6 @@ def _once(
     function: Callable[..., Frames], item: Any, folder: Path, *, run: str | None = None
 ) -> Frames:
     """The frames of one item, from disk if it was done before, by this ``run`` and no other."""
-    import pandas as pd
-
     done, what = folder / "frames", f"part {folder}"
     of = {"part": folder.name, "run": run}
     with writing(what):
@@ -226,4 +225,6 @@ def _once(
                     seal_folder(unfinished, of)
                     publish(unfinished, done)
     check_folder(done, f"{what}: delete it to have it done again", of=of)
-    return {path.stem: pd.read_parquet(path) for path in sorted(done.glob("*.parquet"))}
+    return {
+        path.stem: read_frame(path, what=f"{what}: ") for path in sorted(done.glob("*.parquet"))
+    }

@@ -34,7 +34,7 @@ def bars(
             at each bar.
 
     Raises:
-        ValueError: if a column is missing, no row is left, or a condition has several rows of
+        InputError: if a column is missing, no row is left, or a condition has several rows of
             a seed.
 
     >>> frame = pd.DataFrame({"condition": ["best layer", "bag of tokens"], "value": [0.7, 0.68]})

@@ -12,6 +12,7 @@ import altair as alt
 import vl_convert
 
 from lensclust.disk import write_atomically
+from lensclust.errors import InputError
 from lensclust.figures.style import Picture
 
 
@@ -21,7 +22,7 @@ def save(chart: Picture, folder: str | Path, name: str) -> Path:
     Both are written whole or not at all, and the same data give the same bytes.
 
     Raises:
-        ValueError: if ``name`` is not a plain file name.
+        InputError: if ``name`` is not a plain file name.
 
     >>> import tempfile
     >>> import pandas as pd
@@ -33,7 +34,7 @@ def save(chart: Picture, folder: str | Path, name: str) -> Path:
     baselines.svg ['baselines.svg', 'baselines.vl.json']
     """
     if not re.fullmatch(r"[\w][\w.-]*", name):
-        raise ValueError(f"save: figure name {name!r} is not a plain file name")
+        raise InputError(f"save: figure name {name!r} is not a plain file name")
     spec = specification(chart)
     content = json.dumps(spec, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomically(Path(folder) / f"{name}.vl.json", content + "\n")

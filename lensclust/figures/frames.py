@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
+from lensclust.errors import InputError
+
 _MAX_POSITIONS = 400  # positions on a line: about one a pixel
 _MAX_POINTS = 3000  # points of a scatter, over all its panels
 
@@ -21,7 +23,7 @@ _MAX_POINTS = 3000  # points of a scatter, over all its panels
 def require_columns(call: str, frame: pd.DataFrame, columns: Sequence[str | None]) -> None:
     for column in columns:
         if column is not None and column not in frame:
-            raise ValueError(f"{call}: no column {column!r}: the frame has {list(frame)}")
+            raise InputError(f"{call}: no column {column!r}: the frame has {list(frame)}")
 
 
 def distinct(names: Sequence[str | None]) -> list[str]:
@@ -41,13 +43,13 @@ def over_seeds(
     """
     kept = frame.dropna(subset=[value, *keys])
     if kept.empty:
-        raise ValueError(f"{call}: no row with a value in {value!r}, of {len(frame)} rows")
+        raise InputError(f"{call}: no row with a value in {value!r}, of {len(frame)} rows")
     unit = [*keys, "seed"] if "seed" in kept and "seed" not in keys else keys
     repeated = kept.duplicated(unit, keep=False)
     if repeated.any():
         first = kept.loc[repeated, unit].iloc[0].to_dict()
         where = ", ".join(f"{key}={item}" for key, item in first.items())
-        raise ValueError(
+        raise InputError(
             f"{call}: several rows at {where}: select rows first, or tell them apart by one of "
             f"{[name for name in frame if name not in unit]}"
         )

@@ -44,7 +44,7 @@ def curves(
         facet: one panel a value.
 
     Raises:
-        ValueError: if a column is missing, no row is left, or rows differ in something that is
+        InputError: if a column is missing, no row is left, or rows differ in something that is
             neither ``x``, ``color``, ``facet`` nor ``seed`` (a mean over it would hide it).
 
     >>> frame = pd.DataFrame({"layer": [0, 1], "value": [0.0, 0.8],

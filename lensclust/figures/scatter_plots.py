@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
+from lensclust.errors import InputError
 from lensclust.figures.encodings import cycled, series, tip
 from lensclust.figures.frames import inline, is_number, require_columns, thin_points
 from lensclust.figures.panels import panel_names, panel_order, panels
@@ -34,7 +35,7 @@ def scatter(
         tooltip: further columns to show under the pointer.
 
     Raises:
-        ValueError: if a column is missing or no row is left.
+        InputError: if a column is missing or no row is left.
 
     >>> frame = pd.DataFrame({"x": [0.0, 1.0], "y": [1.0, 0.0], "task": ["plural", "past"],
     ...                       "layer": [3, 3]})
@@ -45,7 +46,7 @@ def scatter(
     require_columns("scatter", frame, [color, shape, facet, x, y, *tooltip])
     kept = frame.dropna(subset=[x, y])
     if kept.empty:
-        raise ValueError(f"scatter: no row with a value in {x!r} and {y!r}, of {len(frame)} rows")
+        raise InputError(f"scatter: no row with a value in {x!r} and {y!r}, of {len(frame)} rows")
     shown, note = thin_points(kept, facet)
     tooltip = [column for column in tooltip if column not in (color, shape)]
     numbers = is_number(shown[color])

@@ -7,6 +7,7 @@ from typing import Any
 
 import altair as alt
 
+from lensclust.errors import InputError
 from lensclust.figures.files import renamed, specification
 from lensclust.figures.style import Picture
 
@@ -21,7 +22,7 @@ def stack(charts: Sequence[Picture]) -> Picture:
     Captions and alternative texts follow each other, once each.
 
     Raises:
-        ValueError: if there is no chart.
+        InputError: if there is no chart.
 
     >>> import pandas as pd
     >>> from lensclust import figures
@@ -31,7 +32,7 @@ def stack(charts: Sequence[Picture]) -> Picture:
     [['One'], ['Two']]
     """
     if not charts:
-        raise ValueError("stack: no chart given, expected at least one")
+        raise InputError("stack: no chart given, expected at least one")
     # Altair's own vconcat takes selections of one name for one selection, and fails on panels
     # of layers (altair 6.3), so the parts are put together as specifications.
     parts = [_own_names(specification(chart), index) for index, chart in enumerate(charts)]

@@ -6,6 +6,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from lensclust.errors import InputError
 from lensclust.figures.encodings import series, tip
 from lensclust.figures.frames import inline, is_number, require_columns
 from lensclust.figures.panels import panel_names, panels
@@ -37,7 +38,7 @@ def trade_off(
         facet: one panel a value, each with a front of its own.
 
     Raises:
-        ValueError: if a column is missing or no row is left.
+        InputError: if a column is missing or no row is left.
 
     >>> frame = pd.DataFrame({"method": ["a", "b", "c"], "loss": [0.0, 0.2, 0.3],
     ...                       "success": [0.5, 0.9, 0.8]})
@@ -48,7 +49,7 @@ def trade_off(
     require_columns("trade_off", frame, [cost, gain, color, label, facet])
     kept = frame.dropna(subset=[cost, gain])
     if kept.empty:
-        raise ValueError(f"trade_off: no row with {cost!r} and {gain!r}, of {len(frame)} rows")
+        raise InputError(f"trade_off: no row with {cost!r} and {gain!r}, of {len(frame)} rows")
     data = pd.DataFrame({"x": kept[cost], "y": kept[gain]})
     data["line"] = kept[color] if is_number(kept[color]) else kept[color].astype(str)
     if label:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-import pandas as pd
 from markupsafe import Markup
-from pyarrow import parquet
 
+from lensclust.bounded import Bounded
 from lensclust.disk import LOCK, read_json
 from lensclust.errors import InputError
-from lensclust.figures import render_svg
+from lensclust.frame_files import read_frame
 from lensclust.integrity import DIGESTS
 from lensclust.report.score_tables import ScoreTable, score_table
 from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped
@@ -24,8 +23,10 @@ from lensclust.views import check_view
 
 # Whatever a run consists of, beside its page: files, and folders of them.
 CONTENT = (*FILES, "notes.json", "figures", "views", "parts", DIGESTS, LOCK)
-# A hundred times what the largest run writes.
-_MAX_CELLS = 100_000_000
+# A specification is a program: one that makes more rows than memory holds would end this process.
+_drawn = Bounded("lensclust.figures.files", "render_svg", seconds=60, memory=2**31)
+# What makes rows in a specification.
+_MAKERS = {"sequence", "graticule", "density", "impute"}
 # Runs from before claims named their figures have none.
 _CLAIM_KEYS = tuple(field.name for field in fields(Claim) if field.name != "figures")
 _VERDICTS = get_args(Verdict)
@@ -96,7 +97,7 @@ def read_run(folder: Path, anchor: str) -> Run:
     claims = _read_claims(folder / "claims.json")
     notes_file = folder / "notes.json"
     notes = _read_json(notes_file, list) if notes_file.is_file() else []
-    scores = _read_scores(folder / "scores.parquet")
+    scores = read_frame(folder / "scores.parquet", what="report: ")
     return Run(
         anchor=anchor,
         name=folder.resolve().name,
@@ -144,21 +145,6 @@ def _read_claims(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(claims)
 
 
-def _read_scores(path: Path) -> pd.DataFrame:
-    try:
-        held = parquet.read_metadata(path)
-        # A few bytes may stand for millions of rows.
-        if held.num_rows * held.num_columns <= _MAX_CELLS:
-            return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are both
-        reason = str(error).splitlines()[0]
-        raise InputError(f"report: {path} is not a readable parquet file: {reason}") from error
-    raise InputError(
-        f"report: {path} says {held.num_rows:,} rows and {held.num_columns:,} columns, expected at "
-        f"most {_MAX_CELLS:,} cells"
-    )
-
-
 def _read_views(folder: Path, anchor: str) -> list[ExploredView]:
     found = []
     for index, path in enumerate(sorted(folder.glob("*.json"))):
@@ -196,7 +182,7 @@ def _read_figure(
     name = re.sub(r"^\d+_", "", file)
     spec = _read_json(spec_file, dict) if spec_file else {}
     try:
-        svg = svg_file.read_text(encoding="utf-8") if svg_file else render_svg(spec)
+        svg = svg_file.read_text(encoding="utf-8") if svg_file else _drawn(spec)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"report: {svg_file or spec_file} cannot be drawn: {reason}") from error
@@ -211,7 +197,7 @@ def _read_figure(
     caption = str(meta.get("caption", ""))
     if _reaches_out(spec):
         spec = {}
-        caption = f"{caption or title} (Its data lie elsewhere: only its still is shown.)"
+        caption = f"{caption or title} (Its data are not in it: only its still is shown.)"
     return Figure(
         name=name,
         anchor=anchor,
@@ -225,14 +211,17 @@ def _read_figure(
 
 
 def _reaches_out(spec: dict[str, Any]) -> bool:
-    """Whether a specification asks for anything by address: data, an image, a link."""
+    """Whether a specification shows more than its data: asks by address, or makes rows itself."""
     left: list[Any] = [spec]  # no recursion: it may be nested as deeply as JSON can be
     while left:
         node = left.pop()
         if isinstance(node, list):
             left += node
+        elif isinstance(node, str):
+            if re.search(r"sequence\s*\(", node):
+                return True
         elif isinstance(node, dict):
-            if not {"url", "href"}.isdisjoint(node):
+            if not {"url", "href", *_MAKERS}.isdisjoint(node):
                 return True
             # What stands under these is data: a column may have any name.
             left += [item for key, item in node.items() if key not in ("values", "datasets")]

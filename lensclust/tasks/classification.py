@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.label_words import single_tokens
 from lensclust.tasks.labelled_texts import LabelledTexts, data_names, labelled_texts
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@whole_numbers
 def classification(
     data: Any,
     tokenizer: PreTrainedTokenizerBase,

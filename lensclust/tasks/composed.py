@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.regular_languages import LETTERS, Language, draw_languages
 from lensclust.tasks.sif import BOS, PAD, SEP, check_sizes
@@ -28,6 +28,7 @@ _HELD_OUT = 4
 Function = tuple[int, ...]
 
 
+@whole_numbers
 def composed(
     *,
     n_moves: int = 3,
@@ -155,7 +156,14 @@ def _asked(
         for split, strings in (("train", language.train), ("test", language.test)):
             for string in strings:
                 taken: set[Function] = set()
+                tried = 0
                 while len(taken) < per_string:
+                    tried += 1
+                    if tried > 1000 + 100 * len(taken):
+                        raise InputError(
+                            f"composed: inputs_per_string={per_string}, but of width={width} and "
+                            f"n_symbols={n_symbols} there are about {len(taken)} for {split}"
+                        )
                     given = tuple(rng.sample(range(n_symbols), width))
                     if given in taken or _is_held_out(given) != (split == "test"):
                         continue

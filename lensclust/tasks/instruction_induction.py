@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from lensclust.disk import read_json
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.natural import lay_out
 
@@ -29,6 +29,7 @@ CHAT_LAYOUT = "{instruction}\nInput: {input}"
 Pair = tuple[str, str]
 
 
+@whole_numbers
 def instruction_induction(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase,

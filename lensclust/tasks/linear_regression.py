@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import in_random_order
 from lensclust.tasks.questions import UNNAMED, Piece, Question, chosen_names, few_shot, filled
@@ -38,6 +38,7 @@ TEMPLATES = {
 _NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+|/\d+)?")
 
 
+@whole_numbers
 def linear_regression(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ CHAT_LAYOUT = '{instruction}\nInput: "{input}"'
 CharSpan = tuple[int, int]
 
 
+@whole_numbers
 def natural(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lensclust.errors import whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.questions import Piece, Question, chosen_names, few_shot
 from lensclust.tasks.reading_comprehension import Scene, data, divided, question, wordings_of
@@ -31,6 +32,7 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+@whole_numbers
 def prompt_injection(
     tokenizer: PreTrainedTokenizerBase,
     *,

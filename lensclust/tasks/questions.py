@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import dealt_wrongly, drawn
 
@@ -93,6 +93,7 @@ def chosen_names(
     return chosen
 
 
+@whole_numbers
 def few_shot(
     queries: Sequence[Question],
     pool: Sequence[Question],

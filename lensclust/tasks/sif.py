@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from lensclust.errors import InputError
+from lensclust.errors import InputError, whole_numbers
 from lensclust.prompts import Prompts
 from lensclust.tasks.regular_languages import LETTERS, Language, draw_languages
 
@@ -26,6 +26,7 @@ _ATTEMPTS = 200
 Table = dict[int, int]
 
 
+@whole_numbers
 def sif(
     *,
     n_tasks: int = 10,

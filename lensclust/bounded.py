@@ -1,0 +1,122 @@
+"""Functions that run in a process of their own, which the system bounds in time and memory.
+
+For programs that come with data, such as the template of a chat or a figure's specification: no
+bound inside Python ends a single operation that takes all time or memory there is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lensclust.errors import InputError
+
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from lensclust.bounded import serve; serve(*json.loads(sys.argv[2]))"
+)
+
+
+class Bounded:
+    """A function, called in a process that starts with the first call and ends with this one.
+
+    Args:
+        module, name: where the function is. It takes and gives what JSON can hold.
+        seconds: what a call may take.
+        memory: bytes that the process may take for a call, beyond what it began with. Bounded
+            where the system can do that (Linux).
+
+    >>> Bounded("posixpath", "join", seconds=10, memory=2**29)("a", "b")
+    'a/b'
+    """
+
+    def __init__(self, module: str, name: str, *, seconds: int, memory: int) -> None:
+        self.module, self.name = module, name
+        self.seconds, self.memory = seconds, memory
+        self.lock = threading.Lock()
+        self.process: Any = None
+        self.owner = 0
+        atexit.register(self.end)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function gives.
+
+        Raises:
+            InputError: with the first line of what the function raises, or what it takes too
+                much of.
+        """
+        order = json.dumps(arguments, default=str)
+        with self.lock:
+            if self.owner != os.getpid():  # after a fork it is another's
+                self.process, self.owner = self._start(), os.getpid()
+            try:
+                self.process.stdin.write(order + "\n")
+                self.process.stdin.flush()
+                answer = self.process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            except BaseException:  # interrupted: the answer must not be taken for the next one's
+                self.end()
+                raise
+            if not answer:
+                status = self.process.wait()
+                self.end()
+                late = f"it takes more than {self.seconds} seconds"
+                said = late if status == -signal.SIGALRM else f"it ends its process ({status})"
+                raise InputError(said)
+        found, reason = json.loads(answer)
+        if reason is not None:
+            raise InputError(reason)
+        return found
+
+    def end(self) -> None:
+        """End the process; the next call starts another."""
+        if self.owner == os.getpid():
+            self.owner = 0
+            self.process.kill()
+            with suppress(OSError):
+                self.process.communicate()
+
+    def _start(self) -> subprocess.Popen[str]:
+        bounds = [self.module, self.name, self.seconds, self.memory]
+        return subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), json.dumps(bounds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # ctrl-C is for the process that waits
+        )
+
+
+def serve(module: str, name: str, seconds: int, memory: int) -> None:
+    """What the process does: a line in, a line out, until there is no one to ask."""
+    function = getattr(import_module(module), name)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with suppress(OSError, ValueError, TypeError):  # not every system bounds it
+        begun = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        most = 1024 * int(begun[1]) + memory if begun else memory
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    for line in sys.stdin:
+        signal.alarm(seconds)
+        found, reason = None, None
+        try:
+            found = function(*json.loads(line))
+        except MemoryError:
+            reason = f"it takes more than {memory // 2**20} MiB"
+        except Exception as error:  # whatever somebody's program raises
+            reason = (str(error)[:300].splitlines() or [type(error).__name__])[0]
+        print(json.dumps([found, reason]), flush=True)
+        signal.alarm(0)
+        del found, reason
