@@ -80,7 +80,8 @@ def whole_numbers(function: Callable[_Given, _Found]) -> Callable[_Given, _Found
 
     @functools.wraps(function)
     def checked(*given: _Given.args, **named: _Given.kwargs) -> _Found:
-        for name, value in {**dict(zip(names, given, strict=False)), **named}.items():
+        arguments: dict[str, Any] = {**dict(zip(names, given, strict=False)), **named}
+        for name, value in arguments.items():
             if name in whole and isinstance(value, Real):
                 check_counts(caller, least=_LEAST.get(name, -(sys.maxsize**9)), **{name: value})
                 if name == "seed" and int(value) >= 2**63:
