@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 _Given = ParamSpec("_Given")
 _Found = TypeVar("_Found")
+_NUMBER: Any = Real
 _LEAST = {"seed": 0, "shard": 1, "batch_tokens": 1}
 
 
@@ -80,10 +81,11 @@ def whole_numbers(function: Callable[_Given, _Found]) -> Callable[_Given, _Found
 
     @functools.wraps(function)
     def checked(*given: _Given.args, **named: _Given.kwargs) -> _Found:
-        for name, value in {**dict(zip(names, given, strict=False)), **named}.items():
-            if name in whole and isinstance(value, Real):
+        arguments: dict[str, Any] = {**dict(zip(names, given, strict=False)), **named}
+        for name, value in arguments.items():
+            if name in whole and isinstance(value, _NUMBER):
                 check_counts(caller, least=_LEAST.get(name, -(sys.maxsize**9)), **{name: value})
-                if name == "seed" and int(value) >= 2**63:
+                if name == "seed" and value >= 2**63:
                     raise InputError(f"{caller}: seed={value}, expected less than 2**63")
         return function(*given, **named)
 

@@ -16,7 +16,8 @@ import traceback
 import typing
 import warnings
 from collections import Counter
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ MODELS = ["", "nowhere", "./nowhere", "taken", "taken/file", "native:", "native:
 TASKS = ["", "no such", "classification:", "classification:no", "instruction_induction:", "sif:x"]
 TASKS += ["instruction_induction:nowhere", "\0", "\udc80", "natural "]
 SITES = ["", "no", "resid -1", "resid 99", "head x", "head 1.99", "\0", "resid 1.1", "mlp_out nan"]
-UNKNOWN = ["--no-such-option", "--presett", "-x", "--", "\0", "--out=", "\udc80", "--seeds=x"]
+UNKNOWN = ["--no-such-option", "--presett", "-x", "\0", "--out=", "\udc80", "--seeds=x"]
 
 
 @dataclass
@@ -135,7 +136,7 @@ def drawn() -> st.SearchStrategy[list[str]]:
 def attack(tries: int, *, seed: int = 0) -> Report:
     """Draw command lines and give them to the command, in a folder that nothing may change."""
     report = Report()
-    with tempfile.TemporaryDirectory() as top, chdir(top):
+    with tempfile.TemporaryDirectory() as top, inside(top):
         taken = Path(top) / "taken"
         taken.mkdir()
         (taken / "file").write_text("mine")
@@ -170,12 +171,20 @@ def attack(tries: int, *, seed: int = 0) -> Report:
                 report.refused += 1
                 return
             report.wrong.append(f"{line!r:.300}: status {status}, {reason} {lines[:3]!r:.300}")
-            print(
-                "wrong:", report.wrong[-1].encode("ascii", "backslashreplace").decode(), flush=True
-            )
 
         make()
     return report
+
+
+@contextmanager
+def inside(folder: str) -> Iterator[None]:
+    """Work in a folder for a while."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def contents(folder: Path) -> dict[str, Any]:

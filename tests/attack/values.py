@@ -113,7 +113,7 @@ def _late(number: int, frame: Any) -> None:
 
 # The code of others.
 _ELSEWHERE = re.compile(r"site-packages|/lib/python|^<|values.py|errors.py")
-SECONDS = 30
+SECONDS = 120
 N = 24
 
 
