@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -36,13 +37,16 @@ class Bounded:
         seconds: what a call may take.
         memory: bytes that the process may take for a call, beyond what it began with. Bounded
             where the system can do that (Linux).
+        needs: modules that the function imports: what that takes is not the call's.
 
     >>> Bounded("posixpath", "join", seconds=10, memory=2**29)("a", "b")
     'a/b'
     """
 
-    def __init__(self, module: str, name: str, *, seconds: int, memory: int) -> None:
-        self.module, self.name = module, name
+    def __init__(
+        self, module: str, name: str, *, seconds: int, memory: int, needs: Sequence[str] = ()
+    ) -> None:
+        self.module, self.name, self.needs = module, name, needs
         self.seconds, self.memory = seconds, memory
         self.lock = threading.Lock()
         self.process: Any = None
@@ -89,7 +93,7 @@ class Bounded:
                 self.process.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
-        bounds = [self.module, self.name, self.seconds, self.memory]
+        bounds = [self.module, self.name, self.seconds, self.memory, *self.needs]
         return subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), json.dumps(bounds)],
             stdin=subprocess.PIPE,
@@ -100,9 +104,11 @@ class Bounded:
         )
 
 
-def serve(module: str, name: str, seconds: int, memory: int) -> None:
+def serve(module: str, name: str, seconds: int, memory: int, *needs: str) -> None:
     """What the process does: a line in, a line out, until there is no one to ask."""
     function = getattr(import_module(module), name)
+    for need in needs:
+        import_module(need)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with suppress(OSError, ValueError, TypeError):  # not every system bounds it
         begun = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())

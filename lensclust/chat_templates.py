@@ -39,4 +39,10 @@ def render_here(template: Any, text: str, names: dict[str, Any]) -> str:
 
 
 # As `render_here`; raises an InputError of the template's reason, or of what it takes too much of.
-render = Bounded(__name__, "render_here", seconds=10, memory=2**29)
+render = Bounded(
+    __name__,
+    "render_here",
+    seconds=10,
+    memory=2**29,
+    needs=["transformers.utils.chat_template_utils"],
+)

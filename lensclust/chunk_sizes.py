@@ -62,4 +62,13 @@ def bounded(kind: Any) -> Any:
                 require_plausible(key, found)
                 return found
 
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            _, (_, *arguments), *rest = super().__reduce_ex__(2)
+            return _made_again, (kind, *arguments), *rest
+
     return Bounded
+
+
+def _made_again(kind: Any, *arguments: Any) -> Any:
+    again = bounded(kind)
+    return again.__new__(again, *arguments)

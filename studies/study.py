@@ -19,7 +19,6 @@ import lensclust as lc
 from lensclust import run_directory
 from lensclust.disk import LOCK, locked, publish, read_json, remove_partial, staging, writing
 from lensclust.errors import check_counts
-from lensclust.frame_files import read_frame
 from lensclust.integrity import check_folder, digest_of, seal_folder
 from lensclust.progress import no_bars, progress_bar
 from lensclust.results import shown_by
@@ -207,6 +206,8 @@ def _once(
     function: Callable[..., Frames], item: Any, folder: Path, *, run: str | None = None
 ) -> Frames:
     """The frames of one item, from disk if it was done before, by this ``run`` and no other."""
+    from lensclust.frame_files import read_frame
+
     done, what = folder / "frames", f"part {folder}"
     of = {"part": folder.name, "run": run}
     with writing(what):

@@ -68,7 +68,8 @@ def test_neighbours_and_votes_equal_scikit_learn_and_counting(seed, k):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1000))
 def test_order_of_prompts_and_names_of_labels_do_not_matter(seed):
-    acts = planted(2.0, seed=seed)
+    # In single precision, which of two is nearer can hang on the order of a sum.
+    acts = planted(2.0, seed=seed).astype(np.float64)
     order = np.random.default_rng(seed).permutation(acts.sizes["prompt"])
     moved = acts.isel(prompt=order)
     moved = moved.assign_coords(task=("prompt", np.array(list("dbca"))[moved.task.astype(int)]))
