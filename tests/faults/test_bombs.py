@@ -203,12 +203,17 @@ def hostile_tables() -> dict[str, Callable[[Path], None]]:
         metadata = {b"pandas": json.dumps(known | pandas).encode()}
         return lambda path: parquet.write_table(table.replace_schema_metadata(metadata), path)
 
-    def write(table: pyarrow.Table) -> Callable[[Path], None]:
-        return lambda path: parquet.write_table(table, path, compression="zstd")
+    def write(column: Callable[[], pyarrow.Array]) -> Callable[[Path], None]:
+        return lambda path: parquet.write_table(
+            pyarrow.table({"a": column()}), path, compression="zstd"
+        )
+
+    def often(value: Any, times: int) -> pyarrow.Array:
+        return pyarrow.array([value]).take(pyarrow.array([0] * times))
 
     span = {"kind": "range", "name": None, "start": 0, "step": 1}
     kinds = {"name": "a", "field_name": "a", "pandas_type": "x", "metadata": None}
-    long = pyarrow.array(["x" * 10**6]).take(pyarrow.array([0] * 1500))
+    long = "x" * 10**6
     return {
         "rows without end": about(index_columns=[span | {"stop": 10**15}]),
         "rows by twos": about(index_columns=[span | {"stop": 2, "step": 2}]),
@@ -223,18 +228,18 @@ def hostile_tables() -> dict[str, Callable[[Path], None]]:
         "no object": lambda path: parquet.write_table(
             pyarrow.table({"a": column}).replace_schema_metadata({b"pandas": b"[1"}), path
         ),
-        "a long text often": write(pyarrow.table({"a": long})),
-        "a long text in a dictionary": write(pyarrow.table({"a": long.dictionary_encode()})),
-        "a long list": write(
-            pyarrow.table({"a": pyarrow.array([[0] * 10**6]).take(pyarrow.array([0] * 500))})
-        ),
+        "a long text often": write(lambda: often(long, 600)),
+        "a long text in a dictionary": write(lambda: often(long, 600).dictionary_encode()),
+        "a long list": write(lambda: often([0] * 10**6, 70)),
     }
 
 
-@pytest.mark.parametrize("name", hostile_tables())
-def test_a_table_of_hostile_notes_or_texts(name: str, tmp_path: Path, said: Said) -> None:
+@pytest.mark.parametrize("write", [pytest.param(w, id=n) for n, w in hostile_tables().items()])
+def test_a_table_of_hostile_notes_or_texts(
+    write: Callable[[Path], None], tmp_path: Path, said: Said
+) -> None:
     run = make_run(tmp_path / "run")
-    hostile_tables()[name](run / "scores.parquet")
+    write(run / "scores.parquet")
     assert (run / "scores.parquet").stat().st_size < 100_000
     said(run, "write_page([path])")  # either way
 
