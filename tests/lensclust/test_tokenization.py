@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 
 import lensclust as lc
+from lensclust.chat_templates import render
 from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 from tests.tiny import byte_tokenizer, tiny_tokenizer
 
@@ -56,6 +57,12 @@ def _escaped(character: str) -> str:
 
 def ids_of(text: str) -> list[int]:
     return BYTES(text)["input_ids"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rendering() -> None:
+    """The process that renders chats is there before any example is timed."""
+    assert render("{{ messages[0].content }}", "a", {}) == "a"
 
 
 @pytest.mark.parametrize("change", CHANGES)
