@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformer_lens.model_bridge.sources import boot_native, build_bridge_from
 from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.errors import InputError
+from lensclust.weight_files import total_memory
 
 NATIVE = "TransformerLensNative"
 
@@ -162,9 +162,8 @@ def _require_buildable(config: TransformerBridgeConfig) -> None:
     mlp, width = config.d_mlp or 0, config.n_heads * config.d_head
     blocks = config.n_layers * config.d_model * (4 * width + 2 * mlp)
     weights = blocks + config.d_model * (2 * config.d_vocab + config.n_ctx)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     masks = config.n_layers * config.n_ctx**2
-    if config.n_layers > _MAX_LAYERS or masks > _MAX_MASK_BYTES or 4 * weights > memory:
+    if config.n_layers > _MAX_LAYERS or masks > _MAX_MASK_BYTES or 4 * weights > total_memory():
         raise ValueError(
             f"n_layers={config.n_layers} and n_ctx={config.n_ctx} ask for {weights:,} weights and "
             f"{masks:,} bytes of masks, expected at most {_MAX_LAYERS} layers and what fits into "

@@ -82,16 +82,14 @@ def encoded(
     is not added again.
     """
     options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
+    options |= {"add_special_tokens": False} if chat else {"return_special_tokens_mask": True}
+    found = tokenizer(text, **options)
+    ids = list(found["input_ids"])
+    places = [tuple(place) for place in found["offset_mapping"]] if offsets else None
     if chat:
-        found = tokenizer(text, add_special_tokens=False, **options)
-        ids = list(found["input_ids"])
-        places = [tuple(place) for place in found["offset_mapping"]] if offsets else None
         without = text.removeprefix(str(tokenizer.bos_token))
         added_again = without != text and list(tokenizer(without)["input_ids"]) == ids
         return Encoded(without if added_again else text, ids, places)
-    found = tokenizer(text, return_special_tokens_mask=True, **options)
-    ids = list(found["input_ids"])
-    places = [tuple(place) for place in found["offset_mapping"]] if offsets else None
     before, after = _added(tokenizer, text, ids, found["special_tokens_mask"])
     stop = len(ids)
     while stop > max(1, len(ids) - after) and ids[stop - 1] == tokenizer.eos_token_id:

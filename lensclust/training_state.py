@@ -90,12 +90,13 @@ def open_folder(
             f"{caller}: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
             f"and cannot go on with {name}={knobs[name]!r}"
         )
+    training = digest_of(knobs)
     ours = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdigit())
     for path in sorted(ours):
         said = read_content(path, header)[0]
         said = said.get("metadata", said)
         # Those of an earlier version do not say of which training they are.
-        if said.get("training", digest_of(knobs)) != digest_of(knobs):
+        if said.get("training", training) != training:
             raise InputError(f"{caller}: {str(path)!r} is of another training: delete its folder")
         if said.get("step") != int(path.stem[5:]):
             raise InputError(f"{caller}: {str(path)!r} is of another step: delete its folder")

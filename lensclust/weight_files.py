@@ -117,8 +117,7 @@ def require_affordable(config: Any, held: Contents, build: Any, *, name: str) ->
         most = held.tensors if field == "num_hidden_layers" else held.numbers
         if field.startswith(("num_", "n_")) and isinstance(value, int) and value > most:
             raise InputError(f"load: {name}: {field}={value}, but its files hold {held}")
-    with torch.device("meta"):
-        asked = sum(parameter.numel() for parameter in build(config).parameters())
+    asked = _asked(config, build)
     # Weights that are tied, or filled in, are not in the files; twice as many are not.
     if asked > 2 * held.numbers:
         raise InputError(f"load: {name}: asks for {asked:,} weights, but its files hold {held}")
@@ -143,14 +142,23 @@ def require_buildable(config: Any, build: Any, *, name: str) -> None:
             raise InputError(
                 f"load: {name}: {field}={value}, expected at most {_MAX_MODULES} for random weights"
             )
-    with torch.device("meta"):
-        asked = sum(parameter.numel() for parameter in build(config).parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    asked, memory = _asked(config, build), total_memory()
     if 4 * asked > memory:
         raise InputError(
             f"load: {name}: asks for {asked:,} random weights, {4 * asked / 1e9:,.0f} GB, but this "
             f"machine has {memory / 1e9:,.0f} GB of memory"
         )
+
+
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _asked(config: Any, build: Any) -> int:
+    """How many weights a configuration asks for."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config).parameters())
 
 
 class _Header:

@@ -234,14 +234,11 @@ def require_labels(centroids: xr.Dataset, by: str, *labels: Label) -> list[int]:
     Raises:
         InputError: if one is not there, or is given twice; says which labels there are.
     """
-    if not isinstance(centroids, xr.Dataset):
+    is_dataset = isinstance(centroids, xr.Dataset)
+    if not is_dataset or "prompt" in centroids.dims:
+        given = "activations" if is_dataset else f"a {type(centroids).__name__}"
         raise InputError(
-            f"given a {type(centroids).__name__}, expected mean states: the dataset that "
-            "probes.mean_states(acts) returns"
-        )
-    if "prompt" in centroids.dims:
-        raise InputError(
-            "given activations, expected mean states: the dataset that probes.mean_states(acts) "
+            f"given {given}, expected mean states: the dataset that probes.mean_states(acts) "
             "returns"
         )
     if by not in centroids.coords:

@@ -1,1 +1,39 @@
 """Attacks on the project's doors, each a module that is run and a function that a test calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
+
+def give_many(
+    drawn: st.SearchStrategy[Any], one: Callable[[Any], None], *, tries: int, seed: int
+) -> None:
+    """Give so many drawn values to a function, the same for the same seed."""
+
+    @seeded(seed)
+    @settings(
+        max_examples=tries,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn)
+    def give(value: Any) -> None:
+        one(value)
+
+    give()
+
+
+def tries_and_seed(description: str | None) -> dict[str, int]:
+    """The options of an attack's own command."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--tries", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    return vars(parser.parse_args())

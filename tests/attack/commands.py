@@ -7,7 +7,6 @@ wrong, so that no line may begin any work.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -22,11 +21,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from lensclust.cli import COMMANDS, OPTIONS, UNUSABLE, main
+from tests.attack import give_many, tries_and_seed
 
 # Values that no option takes, and those that an option of its kind does not.
 NUMBERS = ["", "x", "2.5", "nan", "inf", "1e3", "0x10", "--", "-", "1 2", "\0", "\u2028", "\udc80"]
@@ -142,15 +140,6 @@ def attack(tries: int, *, seed: int = 0) -> Report:
         (taken / "file").write_text("mine")
         held = contents(Path(top))
 
-        @seeded(seed)
-        @settings(
-            max_examples=tries,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(drawn())
         def make(line: list[str]) -> None:
             report.tries += 1
             report.commands[line[0]] += 1
@@ -172,7 +161,7 @@ def attack(tries: int, *, seed: int = 0) -> Report:
                 return
             report.wrong.append(f"{line!r:.300}: status {status}, {reason} {lines[:3]!r:.300}")
 
-        make()
+        give_many(drawn(), make, tries=tries, seed=seed)
     return report
 
 
@@ -198,12 +187,9 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def run() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tries", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = tries_and_seed(__doc__)
     warnings.simplefilter("ignore")
-    report = attack(options.tries, seed=options.seed)
+    report = attack(**options)
     print(str(report).encode("ascii", "backslashreplace").decode())
     return 1 if report.wrong else 0
 

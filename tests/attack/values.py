@@ -7,7 +7,6 @@ others: of every option of every public function, as their signatures name them.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import signal
@@ -27,13 +26,12 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 import lensclust as lc
 import probes
 from lensclust import figures, tasks
+from tests.attack import give_many, tries_and_seed
 from tests.tiny import byte_tokenizer, hf_model
 
 # Wrong values by the kind of an option, as its annotation names it.
@@ -324,15 +322,6 @@ def attack(tries: int, *, seed: int = 0) -> Report:
     report = Report()
     signal.signal(signal.SIGALRM, _late)
 
-    @seeded(seed)
-    @settings(
-        max_examples=tries,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(drawn())
     def make(chosen: tuple[Call, dict[str, Any]]) -> None:
         call, arguments = chosen
         parameters = inspect.signature(call.function).parameters
@@ -363,7 +352,7 @@ def attack(tries: int, *, seed: int = 0) -> Report:
         finally:
             signal.alarm(0)
 
-    make()
+    give_many(drawn(), make, tries=tries, seed=seed)
     return report
 
 
@@ -371,13 +360,10 @@ _NONE = object()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tries", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    options = tries_and_seed(__doc__)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    report = attack(given.tries, seed=given.seed)
+    report = attack(**options)
     print(report)
     return 1 if report.foreign or report.long else 0
 
