@@ -5,7 +5,7 @@ SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
 	head_patterns icl_representations layer_by_layer
 
-.PHONY: study test test-slow notebooks models calibrate docs check bench bench-full readme lock newest \
+.PHONY: study test test-slow attack notebooks models calibrate docs check bench bench-full readme lock newest \
 	clean
 
 study: .venv/installed
@@ -16,6 +16,10 @@ test: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 20 -m slow tests
+
+# What must not be lost or believed: kills, signals, flipped bits, wrong values; up to 20 minutes.
+attack: .venv/installed-test
+	$(BIN)/python -m tests.attack
 
 # Every notebook from its first cell to its last; outputs go nowhere.
 notebooks: .venv/installed-test

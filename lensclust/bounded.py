@@ -10,7 +10,6 @@ import atexit
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,12 @@ from typing import Any
 
 from lensclust.errors import InputError
 
+try:
+    import resource
+except ImportError:  # Windows bounds neither
+    resource = None
+
+_LATE = getattr(signal, "SIGALRM", None)
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from lensclust.bounded import serve; serve(*json.loads(sys.argv[2]))"
@@ -76,9 +81,9 @@ class Bounded:
             if not answer:
                 status = self.process.wait()
                 self.end()
-                late = f"it takes more than {self.seconds} seconds"
-                said = late if status == -signal.SIGALRM else f"it ends its process ({status})"
-                raise InputError(said)
+                if _LATE and status == -_LATE:
+                    raise InputError(f"it takes more than {self.seconds} seconds")
+                raise InputError(f"it ends its process ({status})")
         found, reason = json.loads(answer)
         if reason is not None:
             raise InputError(reason)
@@ -109,13 +114,15 @@ def serve(module: str, name: str, seconds: int, memory: int, *needs: str) -> Non
     function = getattr(import_module(module), name)
     for need in needs:
         import_module(need)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    with suppress(OSError, ValueError, TypeError):  # not every system bounds it
+    alarm = signal.alarm if _LATE else lambda seconds: 0
+    if _LATE:
+        signal.signal(_LATE, signal.SIG_DFL)
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # not every system bounds it
         begun = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
         most = 1024 * int(begun[1]) + memory if begun else memory
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     for line in sys.stdin:
-        signal.alarm(seconds)
+        alarm(seconds)
         found, reason = None, None
         try:
             found = function(*json.loads(line))
@@ -124,5 +131,5 @@ def serve(module: str, name: str, seconds: int, memory: int, *needs: str) -> Non
         except Exception as error:  # whatever somebody's program raises
             reason = (str(error)[:300].splitlines() or [type(error).__name__])[0]
         print(json.dumps([found, reason]), flush=True)
-        signal.alarm(0)
+        alarm(0)
         del found, reason

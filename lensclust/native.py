@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -14,7 +15,6 @@ from transformer_lens.model_bridge.sources import boot_native, build_bridge_from
 from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.errors import InputError
-from lensclust.weight_files import total_memory
 
 NATIVE = "TransformerLensNative"
 
@@ -163,7 +163,8 @@ def _require_buildable(config: TransformerBridgeConfig) -> None:
     blocks = config.n_layers * config.d_model * (4 * width + 2 * mlp)
     weights = blocks + config.d_model * (2 * config.d_vocab + config.n_ctx)
     masks = config.n_layers * config.n_ctx**2
-    if config.n_layers > _MAX_LAYERS or masks > _MAX_MASK_BYTES or 4 * weights > total_memory():
+    memory = psutil.virtual_memory().total
+    if config.n_layers > _MAX_LAYERS or masks > _MAX_MASK_BYTES or 4 * weights > memory:
         raise ValueError(
             f"n_layers={config.n_layers} and n_ctx={config.n_ctx} ask for {weights:,} weights and "
             f"{masks:,} bytes of masks, expected at most {_MAX_LAYERS} layers and what fits into "

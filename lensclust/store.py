@@ -48,7 +48,12 @@ from lensclust.store_notes import (
     stored_kind,
 )
 from lensclust.store_places import Place, as_place, held, made_whole, vacant, zarr_store
-from lensclust.store_reading import open_activations, opened, read_finished
+from lensclust.store_reading import (
+    open_activations,
+    opened,
+    read_finished,
+    require_affordable,
+)
 from lensclust.store_writing import Destination
 from lensclust.tokenization import same_tokenizer
 
@@ -240,6 +245,8 @@ def _admit(
         known = [given[:2] for given in batches]
         n, total = frame.sizes["prompt"], rows_expected(store)
         complete = int(store.attrs["written"]) == total
+        if complete:
+            require_affordable(path, store)
         is_known = batch[:2] in known
         if complete and not (resume and is_known):
             _require_new(path, np.asarray(store[ROW_KEYS][:]), keys, append)

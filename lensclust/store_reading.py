@@ -56,8 +56,7 @@ def open_activations(path: str | Place) -> xr.Dataset:
 def read_finished(path: Place, store: Any) -> xr.Dataset:
     """The rows that were finished; those of a call that was interrupted are left out."""
     with damage_named(path):
-        _require_even(path, store)
-        _require_backed(path, store)
+        require_affordable(path, store)
         measured = measured_names(store)
         unread, whole = [ROW_KEYS, DONE, *measured], DONE in store
         if not whole:
@@ -119,9 +118,15 @@ def _finished(path: Place) -> Any:
     return store
 
 
-def _require_even(path: Place, store: Any) -> None:
-    """Arrays that share an axis are equally long there, before one is read that says it is huge."""
+def require_affordable(path: Place, store: Any) -> None:
+    """Arrays of a finished store say no more than its files can hold, before room is made for it.
+
+    Raises:
+        InputError: if those that share an axis are not equally long there, or one is far larger
+            than its files. Labels go by their number of rows, which is that of the activations.
+    """
     sizes = {"prompt": rows_expected(store)}
+    measured = measured_names(store)
     for name, array in store.arrays():
         for axis, size in zip(array.attrs["_ARRAY_DIMENSIONS"], array.shape, strict=True):
             if size != sizes.setdefault(axis, size):
@@ -129,15 +134,6 @@ def _require_even(path: Place, store: Any) -> None:
                     f"store {path}: is damaged: {name!r} is {size} long along {axis!r}, "
                     f"expected {sizes[axis]}"
                 )
-
-
-def _require_backed(path: Place, store: Any) -> None:
-    """Arrays say no more than their files can hold, before room is made for what they say.
-
-    Labels go by their number of rows, which is that of the activations.
-    """
-    measured = measured_names(store)
-    for name, array in store.arrays():
         if name not in measured and "prompt" in array.attrs["_ARRAY_DIMENSIONS"]:
             continue
         size = math.prod(array.shape) * np.dtype(array.dtype).itemsize

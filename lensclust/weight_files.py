@@ -7,13 +7,13 @@ from elsewhere is held against the size of its own file first.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from safetensors import safe_open
@@ -142,17 +142,12 @@ def require_buildable(config: Any, build: Any, *, name: str) -> None:
             raise InputError(
                 f"load: {name}: {field}={value}, expected at most {_MAX_MODULES} for random weights"
             )
-    asked, memory = _asked(config, build), total_memory()
+    asked, memory = _asked(config, build), psutil.virtual_memory().total
     if 4 * asked > memory:
         raise InputError(
             f"load: {name}: asks for {asked:,} random weights, {4 * asked / 1e9:,.0f} GB, but this "
             f"machine has {memory / 1e9:,.0f} GB of memory"
         )
-
-
-def total_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _asked(config: Any, build: Any) -> int:

@@ -77,12 +77,6 @@ def _share_of_parts(seen: Part) -> float:
     return float(rows[own].groupby(["seed", "task"])["value"].sum().mean())
 
 
-def _even_share(seen: Part) -> float:
-    """The same where all tasks have one share."""
-    rows = where(seen.scores, metric="coefficient")
-    return float(2 / rows["method"].nunique()) if len(rows) else float("nan")
-
-
 def clusters(seen: Part) -> lc.Claim:
     """Growing heads against heads that cluster, with each layer's heads permuted as the null."""
     heads = where(seen.scores, metric=["ari", "growth"]).pivot_table(

@@ -14,6 +14,7 @@ import pandas as pd
 
 from lensclust.downloads import Pin, fetch_data
 from lensclust.errors import InputError
+from lensclust.frame_files import read_frame
 from lensclust.plain_pickles import read_plain_pickle
 
 _DIGESTS = {
@@ -47,7 +48,7 @@ def read_staicc(name: str, *, progress: bool = False) -> pd.DataFrame:
         InputError: if there is no network for the first download, or the copy is damaged.
     """
     folder = fetch_data("staicc", list(PINS.values()), convert, progress=progress)
-    return pd.read_parquet(folder / "texts" / f"{name}.parquet")
+    return read_frame(folder / "texts" / f"{name}.parquet")
 
 
 def convert(members: Path, made: Path) -> None:

@@ -31,9 +31,9 @@ def give_many(
     give()
 
 
-def tries_and_seed(description: str | None) -> dict[str, int]:
+def tries_and_seed(description: str | None, *, tries: int = 500) -> dict[str, int]:
     """The options of an attack's own command."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--tries", type=int, default=500)
+    parser.add_argument("--tries", type=int, default=tries)
     parser.add_argument("--seed", type=int, default=0)
     return vars(parser.parse_args())

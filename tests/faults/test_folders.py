@@ -119,6 +119,9 @@ CALLS: dict[str, Callable[[Path, Any], Any]] = {
     "extract": lambda out, model: lc.extract(
         model, some_prompts(3), "resid", store=out, progress=False
     ),
+    "extract that resumes": lambda out, model: lc.extract(
+        model, some_prompts(3), "resid", store=out, resume=True, append=True, progress=False
+    ),
     "train": lambda out, _: failing_train(out, steps=0),
     "train that resumes": lambda out, _: failing_train(out, resume=True, lr=float("nan")),
     "train that overflows": lambda out, _: failing_train(out, lr=1e38),

@@ -7,47 +7,16 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.attack.signals import STATUS, below, end, ended, finished, lives, wait_for
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def below(pid: int) -> set[int]:
-    """A process's children and theirs."""
-    found: dict[int, set[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        found.setdefault(parent, set()).add(int(stat.parent.name))
-    known, new = set(), found.get(pid, set())
-    while new:
-        known |= new
-        new = {child for each in new for child in found.get(each, ())} - known
-    return known
-
-
-def wait_for(what: Callable[[], object], seconds: float) -> bool:
-    ends = time.monotonic() + seconds
-    while not what() and time.monotonic() < ends:
-        time.sleep(0.05)
-    return bool(what())
 
 
 @contextmanager
@@ -82,8 +51,7 @@ def command(body: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait()
-        for child in filter(lives, children):
-            os.kill(child, signal.SIGKILL)
+        end(children)
 
 
 # exec, for what a worker does must be found by its name there.
@@ -146,26 +114,11 @@ def test_a_real_run_leaves_no_orphan_and_goes_on(
 ) -> None:
     if engine == "ray":
         pytest.importorskip("ray")
-    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "from lensclust.cli import main; sys.exit(main(sys.argv[1:]))"
+    # Ray's own agents look for a minute whether its killed daemon comes back.
+    patience = 120 if engine == "ray" and number == signal.SIGKILL else 10
     out = tmp_path / "run"
-    run = [sys.executable, "-c", start, "run", "emergence", "--preset", "smoke", "--jobs", "2"]
-    run += ["--steps", "40", "--n-checkpoints", "3", "--permutations", "2", "--seeds", "4"]
-    run += ["--engine", engine, "--quiet", "--out", str(out), "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    children: set[int] = set()
-    try:
-        assert wait_for(lambda: list(out.glob("parts/*/*")), 200)
-        children = below(process.pid)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == STATUS[number], process.stderr and process.stderr.read()
-        # Ray's own agents look for a minute whether its killed daemon comes back.
-        patience = 120 if engine == "ray" and number == signal.SIGKILL else 10
-        assert wait_for(lambda: not any(map(lives, children)), patience), "orphans"
-    finally:
-        process.kill()
-        for child in filter(lives, children):
-            os.kill(child, signal.SIGKILL)
-    assert subprocess.run(run, cwd=ROOT, env=environment, capture_output=True).returncode == 0
+    going, wrong = ended(out, number, 0, engine=engine, patience=patience)
+    assert going
+    assert not wrong
+    assert not finished(out, engine=engine)
     assert (out / "report.html").exists()
