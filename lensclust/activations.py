@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,6 +13,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.blocks import output_weights
 from lensclust.errors import InputError
+from lensclust.fingerprints import fingerprint_again
 from lensclust.labels import MISSING, label_texts
 from lensclust.sites import Site
 
@@ -42,11 +44,19 @@ def head_residual(
     output is the sum over heads plus ``b_O``.
 
     Raises:
-        InputError: if ``acts`` holds no heads, or was not read with site ``head``.
+        InputError: if ``acts`` holds no heads, was not read with site ``head``, or was read with
+            other weights.
     """
     require_axes(acts, "z")
     if "head_frame" not in acts:
         raise InputError(f"head_residual: expected activations of 'head', given {list(acts)}")
+    held: Any = model
+    read, now = acts.attrs.get("weights"), fingerprint_again(held)
+    if read not in (None, now):
+        raise InputError(
+            f"head_residual: the activations were read with weights {read[:8]}, the model has "
+            f"{now[:8]} now; expected the model as it was read"
+        )
     w_o = np.stack(
         [
             output_weights(model, int(b))[0].cpu().numpy()[acts["head"].values]
@@ -69,17 +79,28 @@ def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) ->
             or if a prompt's activations are not finite.
     """
     # In memory as if never transposed: sums along an axis depend on it in their last digit.
-    values = np.ascontiguousarray(select(acts, site, position=position).values, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(values).all(1))
-    if bad.size:
-        raise InputError(
-            f"site {str(site)!r}: {bad.size} of {len(values)} rows hold NaN or infinity, the first "
-            f"is row {bad[0]}; expected finite activations"
-        )
+    values = np.ascontiguousarray(stored_values(acts, site, position=position), dtype=np.float32)
     if site.kind != "head":
         return values
     frame = acts["head_frame"].sel(block=site.layer, head=site.head)
     return values @ frame.transpose("d_head", "rank").values
+
+
+def stored_values(acts: xr.Dataset, site: Site, *, position: str | None = None) -> np.ndarray:
+    """Activations of one site as stored, ``(prompt, d)``.
+
+    Raises:
+        InputError: as :func:`site_values`.
+    """
+    values = select(acts, site, position=position).values
+    bad = np.flatnonzero(~np.isfinite(values).all(1))
+    if bad.size:
+        raise InputError(
+            f"site {str(site)!r}: {bad.size} of {len(values)} rows hold NaN or infinity, the first "
+            f"is row {bad[0]}; expected finite activations (acts.where leaves such rows: select "
+            "them with acts.isel)"
+        )
+    return values
 
 
 def select(acts: xr.Dataset, site: Site, *, position: str | None = None) -> xr.DataArray:
@@ -183,6 +204,11 @@ def prompt_labels(acts: xr.Dataset, name: str) -> np.ndarray:
 def label_names(acts: xr.Dataset) -> list[str]:
     """The labels of the prompts."""
     return [str(name) for name in acts.coords if acts[name].dims == ("prompt",)]
+
+
+def label_columns(acts: xr.Dataset) -> dict[str, np.ndarray]:
+    """The labels of the prompts, by name."""
+    return {name: acts[name].values for name in label_names(acts)}
 
 
 def labelled(

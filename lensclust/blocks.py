@@ -87,15 +87,36 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     there = {point: point._forward_hooks for point in points.values()}
     try:
         for point in there:
-            # Taken off and put back, hooks would lose their order and their contexts. What is
-            # not placed by name, or for good, belongs to the model.
-            placed = {each.hook.id for each in point.fwd_hooks if not each.is_permanent}
+            # Taken off and put back, hooks would lose their order and their contexts.
+            placed = _placed(point)
             kept = {key: hook for key, hook in there[point].items() if key not in placed}
             point._forward_hooks = OrderedDict(kept)
         yield
     finally:
         for point, hooks in there.items():
             point._forward_hooks = hooks
+
+
+def hooked_names(model: TransformerLensModel) -> list[str]:
+    """Where hooks are on the model, each place by its first name; the model's own are left out.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")
+    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+    ...     hooked_names(model)
+    ['blocks.0.hook_mlp_out']
+    """
+    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    found: dict[int, str] = {}
+    for name, point in sorted(points.items()):
+        if _placed(point):
+            found.setdefault(id(point), name)
+    return list(found.values())
+
+
+def _placed(point: Any) -> set[Any]:
+    """Keys of the hooks that a user placed: what is not placed by name, or for good, is not."""
+    return {each.hook.id for each in point.fwd_hooks if not each.is_permanent}
 
 
 def contribution_scale(model: TransformerLensModel, block: int) -> float:

@@ -22,11 +22,6 @@ from typing import Any
 
 from lensclust.errors import InputError
 
-try:
-    import resource
-except ImportError:  # Windows bounds neither
-    resource = None
-
 _LATE = getattr(signal, "SIGALRM", None)
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -117,7 +112,9 @@ def serve(module: str, name: str, seconds: int, memory: int, *needs: str) -> Non
     alarm = signal.alarm if _LATE else lambda seconds: 0
     if _LATE:
         signal.signal(_LATE, signal.SIG_DFL)
-    with suppress(OSError, ValueError, TypeError, AttributeError):  # not every system bounds it
+    with suppress(ImportError, OSError, ValueError, TypeError):  # not every system bounds it
+        import resource
+
         begun = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
         most = 1024 * int(begun[1]) + memory if begun else memory
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -22,7 +22,8 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
         n: how many rows there are.
 
     Raises:
-        InputError: if a number is not whole or out of range, or a mask is not one value a row.
+        InputError: if a number is not whole or out of range, or a mask is not one value a row, or
+            is a Series in another order.
 
     >>> [row_numbers("rows", given, 3).tolist() for given in ([True, False, True], [2, -3])]
     [[0, 2], [2, 0]]
@@ -32,8 +33,11 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
             return np.arange(n)[given].copy()
         except TypeError:
             raise InputError(f"{what}: {given} is not a slice of whole numbers") from None
-    if isinstance(given, pd.Series) and given.dtype.kind == "b":
-        given = _in_order(given, n)
+    if isinstance(given, pd.Series) and given.dtype.kind == "b" and _is_reordered(given.index, n):
+        raise InputError(
+            f"{what}: the mask's index numbers the rows in another order; expected it in the order "
+            "of the rows (Series.to_numpy() goes by place, Series.sort_index() by its index)"
+        )
     if isinstance(given, (str, bytes)):
         raise InputError(f"{what}: given {given!r}, expected row numbers or a mask")
     if isinstance(given, Iterable) and not hasattr(given, "__array__"):
@@ -68,10 +72,10 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
     return np.where(index < 0, index + n, index)
 
 
-def _in_order(mask: pd.Series, n: int) -> pd.Series:
-    """A mask whose index names the rows in another order is put into theirs, as pandas does."""
-    numbered = mask.index.dtype.kind in "iu" and set(mask.index) == set(range(n))
-    return mask.reindex(range(n)) if numbered and len(mask) == n else mask
+def _is_reordered(index: pd.Index, n: int) -> bool:
+    """Whether an index numbers all rows from 0, but not in that order."""
+    numbers = pd.RangeIndex(n)
+    return not index.equals(numbers) and index.sort_values().equals(numbers)
 
 
 def _kind(index: np.ndarray) -> str:

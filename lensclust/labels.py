@@ -7,7 +7,7 @@ are a missing label, as in a CSV file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,3 +89,31 @@ def wanted_texts(name: str, wanted: Any) -> set[str]:
     if nested:
         raise InputError(f"{name}: {nested[0]!r} is no label, expected one label or a list of them")
     return {label_text(value) for value in values}
+
+
+def require_same_prompts(caller: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse labels by name, one a prompt, that tell of other prompts or of another order.
+
+    Raises:
+        InputError: names the first prompt that differs in a label that both have, or the numbers
+            of prompts.
+
+    >>> require_same_prompts("cka", {"task": ["a", "b"]}, {"task": ["b", "a"]})
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: cka: prompt 0 has task='a' on one side and 'b' on the other, ...
+    """
+    for name in (name for name in one if name in other):
+        mine, theirs = label_texts(one[name]), label_texts(other[name])
+        if len(mine) != len(theirs):
+            raise InputError(
+                f"{caller}: {len(mine)} prompts on one side and {len(theirs)} on the other, "
+                "expected the same prompts"
+            )
+        differ = np.flatnonzero(mine != theirs)
+        if differ.size:
+            row = differ[0]
+            raise InputError(
+                f"{caller}: prompt {row} has {name}={str(mine[row])!r} on one side and "
+                f"{str(theirs[row])!r} on the other, expected the same prompts in the same order"
+            )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import PretrainedConfig
@@ -27,8 +29,8 @@ def settings_digest(model: nn.Module) -> str:
     """sha256 over everything but the weights that a forward depends on, as 64 hex digits.
 
     That is: what the class of a network adds to its configuration (not its name or dtype), the
-    classes of its modules, plain numbers and texts among their attributes, and buffers that no
-    state dict holds.
+    classes of its modules, plain numbers and texts among their attributes, buffers that no state
+    dict holds, and the precision of `torch.autocast` where that is on.
 
     >>> import lensclust as lc
     >>> one, other = lc.load("native:sif-small"), lc.load("native:sif-small")
@@ -45,27 +47,33 @@ def settings_digest(model: nn.Module) -> str:
         for name, held in network.named_buffers()
         if name not in kept and isinstance(held, Tensor)
     }
-    said = {
-        "configuration": _configuration(network),
-        "constants": dict(sorted(_constants(network))),
-        "tables": tensors_digest(tables.items(), brought_in(model)),
-    }
+    said = {**plain_settings(network), "tables": tensors_digest(tables.items(), brought_in(model))}
+    device = next((weight.device.type for weight in network.parameters()), "cpu")
+    if torch.is_autocast_enabled(device):
+        said["autocast"] = str(torch.get_autocast_dtype(device))
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _configuration(network: nn.Module) -> Any:
-    if isinstance(network, NativeModel):
-        return config_to_json(network.cfg)
+def plain_settings(network: nn.Module) -> dict[str, Any]:
+    """The part of :func:`settings_digest` that is texts and numbers, each under its name."""
+    return dict(sorted((*_configuration(network), *_constants(network))))
+
+
+def _configuration(network: nn.Module) -> Iterator[tuple[str, Any]]:
     config = getattr(network, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        return None
-    # What every configuration has is about names, files and formats of output.
-    general = PretrainedConfig().to_dict()
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in general and not key.startswith("_")
-    }
+    if isinstance(network, NativeModel):
+        yield "config", config_to_json(network.cfg)
+    elif isinstance(config, PretrainedConfig):
+        # What every configuration has is about names, files and formats of output.
+        general = _general()
+        for key, value in config.to_dict().items():
+            if key not in general and _decides(key):
+                yield f"config.{key}", value
+
+
+@cache
+def _general() -> frozenset[str]:
+    return frozenset(PretrainedConfig().to_dict())
 
 
 def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -75,5 +83,12 @@ def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         yield name.replace(WRAPPED, ""), type(module).__qualname__
         for key, value in vars(module).items():
-            if not key.startswith("_") and key != "training" and isinstance(value, _PLAIN):
+            if _decides(key) and isinstance(value, _PLAIN):
                 yield f"{name}.{key}".replace(WRAPPED, ""), value
+
+
+def _decides(name: str) -> bool:
+    """Whether an attribute may decide what a forward without dropout or labels gives."""
+    # How it is trained or generates, and the longest sequence that a table was made for so far.
+    idle = ("training", "use_cache", "gradient_checkpointing")
+    return not name.startswith("_") and not name.endswith(("_token_id", "_cached", *idle))

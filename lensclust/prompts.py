@@ -403,6 +403,15 @@ Prompts.from_texts(texts, rows, model.tokenizer)
 def _frame(rows: Any) -> pd.DataFrame:
     if not isinstance(rows, pd.DataFrame):
         given = type(rows).__name__
+        if isinstance(rows, Mapping):
+            series = {name: s for name, s in rows.items() if isinstance(s, pd.Series)}
+            first, *others = series or [None]
+            for name in others:
+                if not series[name].index.equals(series[first].index):
+                    raise InputError(
+                        f"Prompts: rows {first!r} and {name!r} have other indices; expected all in "
+                        "the order of the prompts (Series.to_numpy() has no index)"
+                    )
         try:
             rows = None if rows is None or isinstance(rows, str) else pd.DataFrame(rows)
         except (TypeError, ValueError):

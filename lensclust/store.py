@@ -319,6 +319,11 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
             raise InputError(
                 f"store {path}: holds {key} {store.attrs[key]!r}, these are {frame.attrs[key]!r}"
             )
+    if hooks := store.attrs.get("hooks") or frame.attrs["hooks"]:
+        raise InputError(
+            f"store {path}: cannot be resumed or added to where hooks edit states ({hooks}): "
+            "nothing tells whether they are the same; write a store of its own in one go"
+        )
     if ROW_KEYS not in store or DONE not in store:
         raise InputError(
             f"store {path}: was written by an earlier version: it can be read "

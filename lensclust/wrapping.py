@@ -8,7 +8,8 @@ very same parameters and buffers. What is done to the network (a training step, 
 Where TransformerLens splits a joint projection (GPT-2, GPT-NeoX, Phi-3), the bridge has further
 parameters: views of the joint ones, or copies. Copies are made again when the joint weights have
 changed, and written back where they were trained through the bridge. All that is looked at
-before every forward, by identity, version and place of the weights.
+before every forward, by identity, version and place of the weights, and by a few of their values;
+before every call of lensclust by all values, and by the network's constants.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.errors import InputError
+from lensclust.integrity import difference
 from lensclust.marks import mark
+from lensclust.network_settings import plain_settings
 
 _log = logging.getLogger(__name__)
 
@@ -120,15 +123,16 @@ def known_bridge(
 def keep_up(model: Any) -> None:
     """See to it that a bridge has the weights of the network that was loaded, to the bit.
 
-    Unlike what is done before each forward, this compares copies of weights by value: some edits
-    (``weight.data[0] = 1``) leave no other trace.
+    Unlike what is done before each forward, this compares copies of weights by all their values:
+    some edits (``weight.data[0] = 1``) leave no other trace.
 
     Raises:
-        InputError: if it cannot: the network has other modules or shapes than when it was
-            loaded, or was released.
+        InputError: if it cannot: the network has other modules, shapes or settings than when it
+            was loaded, or was released.
     """
     if (link := _link(model)) is not None:
         link.keep_up(by_value=True)
+        link.require_settings()
 
 
 def modules_of(model: Any) -> list[nn.Module]:
@@ -212,6 +216,7 @@ class Split:
     _made: Marks = field(default_factory=list)
     _sources_digest: list[bytes | Tensor] = field(default_factory=list)
     _made_digest: list[bytes | Tensor] = field(default_factory=list)
+    _sample: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def note(self) -> None:
         self.views = self._share_memory()
@@ -219,10 +224,14 @@ class Split:
         if not self.views:
             self._sources_digest = _digests(self._joint())
             self._made_digest = _digests(_tensors(self.parts))
+            self._sample = _sampled(self._joint())
 
     def settle(self, name: str, *, by_value: bool = False) -> None:
         """Bring the parts up to date."""
         sources, made = self._marks_now()
+        if not self.views and not by_value and sources == self._sources and made == self._made:
+            # Most edits that leave no mark (a swap of averages) change what is sampled.
+            by_value = not torch.equal(_sampled(self._joint()), self._sample)
         if sources == self._sources and made == self._made and (self.views or not by_value):
             return
         if self.views:
@@ -334,6 +343,7 @@ class Link:
     _versions: Marks = field(default_factory=list)
     _home: tuple[Any, Any] = (None, None)
     _shapes: list[Any] = field(default_factory=list)
+    _settings: dict[str, Any] = field(default_factory=dict)
 
     def note(self) -> None:
         """Take the network as it is now for what the copy has the weights of."""
@@ -350,6 +360,7 @@ class Link:
         self._versions = self._versions_now()
         self._shapes = [slot[3].shape if slot[3] is not None else None for slot in self._slots]
         self._home = self._home_now()
+        self._settings = plain_settings(self.own)
         for split in self.splits:
             split.note()
 
@@ -365,9 +376,23 @@ class Link:
         """Whether the bridge still can be used."""
         try:
             self.keep_up()
+            self.require_settings()
         except InputError:
             return False
         return True
+
+    def require_settings(self) -> None:
+        """Refuse a network whose constants are no longer those that were copied.
+
+        Raises:
+            InputError: names the first of them.
+        """
+        now = plain_settings(self.own)
+        if now != self._settings:
+            raise InputError(
+                f"{self.config.model_name}: the network has other settings than when it was "
+                f"loaded ({difference(now, self._settings)[:200]}): load it again"
+            )
 
     def before_forward(self, *_: Any) -> None:
         self.keep_up()
@@ -536,6 +561,11 @@ def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
 
 def _digests(tensors: Sequence[Tensor]) -> list[bytes | Tensor]:
     return [mark(tensor.detach()) for tensor in tensors]
+
+
+def _sampled(tensors: Sequence[Tensor]) -> Tensor:
+    """A few values of each tensor."""
+    return torch.cat([each.detach().reshape(-1)[:: each.numel() // 16 + 1] for each in tensors])
 
 
 def _equal(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:

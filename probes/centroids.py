@@ -8,7 +8,13 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
-from lensclust.activations import VARIABLES, dataset_sites, prompt_labels, select, with_labels
+from lensclust.activations import (
+    VARIABLES,
+    dataset_sites,
+    prompt_labels,
+    stored_values,
+    with_labels,
+)
 from lensclust.sites import Site
 
 
@@ -82,5 +88,5 @@ def mean_states(
     centroids = Centroids(prompt_labels(acts, by), condition, by, given)
     sites = dataset_sites(acts, kinds)
     for site in sites:
-        centroids.add(site, select(acts, site, position=position).values)
+        centroids.add(site, stored_values(acts, site, position=position))
     return centroids.dataset(acts, sites)

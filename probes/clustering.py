@@ -27,7 +27,7 @@ import xarray as xr
 from joblib import delayed
 
 from lensclust import figures
-from lensclust.activations import dataset_sites, labelled, prompt_labels, select, site_values
+from lensclust.activations import dataset_sites, labelled, prompt_labels, site_values, stored_values
 from lensclust.errors import InputError, check_counts, whole_numbers
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
@@ -255,7 +255,7 @@ def cluster(
     with progress_bar("cluster", len(sites), enabled=progress) as advance:
         for index, (site, (scores, found)) in enumerate(zip(sites, work, strict=True)):
             assignments[index, kept] = found
-            centroids.add(site, select(acts, site, position=position).values)
+            centroids.add(site, stored_values(acts, site, position=position))
             shared = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
             parts += [
                 {**shared, "by": name, "metric": metric, "group": group, "value": value}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
-from lensclust.activations import prompt_labels, select, with_labels
+from lensclust.activations import prompt_labels, stored_values, with_labels
 from lensclust.errors import whole_numbers
 from lensclust.sites import Site
 from probes.interventions import Edit, Intervention, States
@@ -45,7 +45,7 @@ def erase(
 
     @lru_cache(maxsize=1)
     def edit_at(site: Site) -> Edit:
-        x = torch.from_numpy(select(acts, site, position=position).values.astype(np.float64))
+        x = torch.from_numpy(stored_values(acts, site, position=position).astype(np.float64))
 
         def fit(rows: np.ndarray) -> Edit:
             if len(np.unique(labels[rows])) == 1:  # nothing to tell, nothing to erase
@@ -82,7 +82,7 @@ def erase_random(
 
     @lru_cache(maxsize=1)
     def edit_at(site: Site) -> Edit:
-        x = torch.from_numpy(select(acts, site, position=position).values.astype(np.float64))
+        x = torch.from_numpy(stored_values(acts, site, position=position).astype(np.float64))
         generator = derive_generator(seed, "subspace", str(site))
 
         def fit(rows: np.ndarray) -> Edit:

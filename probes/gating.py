@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from lensclust.activations import prompt_labels, select, with_labels
+from lensclust.activations import prompt_labels, stored_values, with_labels
 from lensclust.errors import InputError
 from lensclust.labels import label_text
 from lensclust.sites import Site
@@ -130,8 +130,8 @@ def only_near(
     def edit_at(site: Site) -> Edit:
         found = states_at(means, site).sel({by: source})
         points = torch.from_numpy(np.atleast_2d(found.values).astype(np.float32))
-        mine = torch.from_numpy(select(own, site, position=position).values).float()
-        others = torch.from_numpy(select(theirs, site, position=position).values).float()
+        mine = torch.from_numpy(stored_values(own, site, position=position)).float()
+        others = torch.from_numpy(stored_values(theirs, site, position=position)).float()
         # Leaving a state out of a mean of m moves the mean away by 1 / (m - 1) of its distance.
         stretch = torch.from_numpy((count / np.maximum(count - 1, 1)) ** 2)
         away = ((mine - points[cell]) ** 2).sum(1) * stretch

@@ -32,12 +32,12 @@ import xarray as xr
 from scipy import stats
 from scipy.special import gammaln
 
-from lensclust.activations import require_axes
+from lensclust.activations import label_columns, require_axes
 from lensclust.errors import InputError, whole_numbers
 from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
 from lensclust.figures.style import Picture, finish
-from lensclust.labels import label_texts
+from lensclust.labels import require_same_prompts
 from lensclust.placement import found_device
 from lensclust.showing import Shown
 from lensclust.sites import Site
@@ -231,24 +231,11 @@ def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
     n, m = acts.sizes["prompt"], other.sizes["prompt"]
     if n != m:
         raise InputError(f"cka: {n} prompts given against {m}, expected the same prompts")
-    shared = [
-        name
-        for name in acts.coords
-        if acts[name].dims == ("prompt",)
-        and name in other.coords
-        and other[name].dims == ("prompt",)
-    ]
-    for name in shared:
-        differ = np.flatnonzero(label_texts(acts[name].values) != label_texts(other[name].values))
-        if differ.size:
-            row = differ[0]
-            raise InputError(
-                f"cka: prompt {row} has {name}={str(acts[name].values[row])!r} in one set and "
-                f"{str(other[name].values[row])!r} in the other, expected the same prompts"
-            )
+    one, two = label_columns(acts), label_columns(other)
+    require_same_prompts("cka", one, two)
     # Other tokenizers give other digests, so labels in common vouch for the prompts too.
     digests = {a.attrs.get("prompts") for a in (acts, other)}
-    if not shared and (len(digests) > 1 or None in digests):
+    if not one.keys() & two.keys() and (len(digests) > 1 or None in digests):
         raise InputError(
             "cka: the two sets have no label in common and other prompts by their digest, "
             "expected the same prompts"

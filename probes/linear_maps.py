@@ -21,7 +21,7 @@ from functools import cache
 import numpy as np
 import xarray as xr
 
-from lensclust.activations import prompt_labels, select, with_labels
+from lensclust.activations import prompt_labels, stored_values, with_labels
 from lensclust.errors import InputError
 from lensclust.labels import label_text
 from lensclust.sites import Site
@@ -77,8 +77,8 @@ def linear_transport(
     >>> import torch, lensclust as lc
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
     >>> there = linear_transport(acts, "0", "1", fit="gaussian").edit_at(Site("resid", 3))
-    >>> moved = there(torch.from_numpy(select(acts, Site("resid", 3)).values[acts.task == 0]))
-    >>> theirs = select(acts, Site("resid", 3)).values[acts.task == 1]
+    >>> moved = there(torch.from_numpy(stored_values(acts, Site("resid", 3))[acts.task == 0]))
+    >>> theirs = stored_values(acts, Site("resid", 3))[acts.task == 1]
     >>> bool(np.allclose(moved.mean(0), theirs.mean(0), atol=1e-5))
     True
     """
@@ -101,10 +101,7 @@ def linear_transport(
     rows_a, rows_b = (np.flatnonzero(labels == label) for label in (source, target))
 
     def states(rows: np.ndarray, site: Site) -> np.ndarray:
-        found = select(acts.isel(prompt=rows), site, position=position).values.astype(np.float64)
-        if not np.isfinite(found).all():
-            raise InputError(f"linear_transport: the states at {str(site)!r} are not all finite")
-        return found
+        return stored_values(acts.isel(prompt=rows), site, position=position).astype(np.float64)
 
     def gaussian(site: Site) -> LinearMap:
         start, stop = states(rows_a, site), states(rows_b, site)

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from lensclust.activations import dataset_sites, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError, whole_numbers
+from lensclust.labels import require_same_prompts
 from lensclust.showing import Shown
 from probes.design import Units, exchangeable, flipped_p, nested, smallest_flip_p
 from probes.folds import design
@@ -198,12 +199,5 @@ def _require_pairs(sides: tuple[xr.Dataset, xr.Dataset], names: tuple[str, str])
     n, m = (each.sizes["prompt"] for each in sides)
     if n != m:
         raise InputError(f"decode: {n} prompts without and {m} with, expected pairs")
-    for name in names:
-        one, other = (prompt_labels(each, name) for each in sides)
-        differ = np.flatnonzero(one != other)
-        if differ.size:
-            row = differ[0]
-            raise InputError(
-                f"decode: prompt {row} has {name}={str(one[row])!r} without and "
-                f"{str(other[row])!r} with, expected the same prompts in the same order"
-            )
+    one, other = ({name: prompt_labels(each, name) for name in names} for each in sides)
+    require_same_prompts("decode", one, other)

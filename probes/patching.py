@@ -28,7 +28,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.patching import PatchingResult
 
 from lensclust import figures
-from lensclust.activations import select
+from lensclust.activations import stored_values
 from lensclust.errors import InputError, whole_numbers
 from lensclust.extraction import extract
 from lensclust.fits import require_fits, require_given
@@ -179,7 +179,7 @@ def patch(
     for index, (place, shown) in enumerate(places.items()):
         rows = np.flatnonzero(held[:, index])
         edits = [
-            (site, torch.from_numpy(select(acts, site, position=place).values[rows]))
+            (site, torch.from_numpy(stored_values(acts, site, position=place)[rows]))
             for site in chosen
         ]
         here = torch.from_numpy(rows)

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations import label_names, labelled, prompt_labels, require_axes
+from lensclust.activations import label_columns, label_names, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
 from probes.design import Exchange, Units, exchangeable
 from probes.matrix_tests import TRANSFORMS
@@ -153,7 +153,7 @@ def checked_nuisances(
 
 def item_columns(acts: xr.Dataset, layout: Int[np.ndarray, "repeat item"]) -> pd.DataFrame:
     """The columns of the items: those that are the same in all repeats."""
-    columns = {str(n): acts[n].values for n in acts.coords if acts[n].dims == ("prompt",)}
+    columns = label_columns(acts)
     return pd.DataFrame(
         {
             name: values[layout[0]]

@@ -15,8 +15,9 @@ import xarray as xr
 from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
+from lensclust.activations import label_columns
 from lensclust.errors import InputError
-from lensclust.labels import MISSING, label_texts
+from lensclust.labels import MISSING, label_texts, require_same_prompts
 from lensclust.prompts import Prompts
 from probes.groups import require_two_values
 
@@ -99,7 +100,7 @@ def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
     prompts begin with the same one (a beginning-of-sequence token). Labels that are there stay.
 
     Raises:
-        InputError: if there are more or fewer activations than prompts.
+        InputError: if there are more or fewer activations than prompts, or their labels differ.
 
     >>> import lensclust as lc
     >>> prompts = lc.tasks.sif().where(split="both")
@@ -111,6 +112,7 @@ def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
         raise InputError(
             f"with_nuisances: {acts.sizes['prompt']} activations, but {len(prompts)} prompts"
         )
+    require_same_prompts("with_nuisances", label_columns(acts), prompts.label_arrays())
     tokens = prompts.tokens.numpy()
     column = int(tokens.shape[1] > 1 and (tokens[:, 0] == tokens[0, 0]).all())
     seen = {"length": prompts.lengths.numpy(), "first_token": tokens[:, column].astype(str)}

@@ -11,7 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust import figures
-from lensclust.activations import VARIABLES, select
+from lensclust.activations import VARIABLES, stored_values
 from lensclust.errors import InputError
 from lensclust.labels import in_type_of, label_text
 from lensclust.showing import Shown
@@ -94,7 +94,7 @@ class ProbeSweep(Shown):
         """
         place = Site.parse(site) if isinstance(site, str) else site
         weights, intercepts = self._at(place)
-        values = select(acts, place, position=position).values.astype(np.float64)
+        values = stored_values(acts, place, position=position).astype(np.float64)
         scores = values @ weights.values.T + intercepts.values
         names = weights[self.target].values
         if self.target in acts.coords:

@@ -55,6 +55,16 @@ def refusal(source: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_whose_attention_adds_nothing_yet_is_refused(name: str) -> None:
+    """As many are initialised: the states show nothing before they were trained."""
+    network = network_of(name)
+    for module in network.modules():
+        if type(module).__name__.endswith("SelfOutput"):
+            nn.init.zeros_(module.get_submodule("dense").weight)  # type: ignore[arg-type]
+    assert "is not causal" in refusal(network)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_encoders_are_refused_and_decoders_are_not(name: str) -> None:
     network, sees = network_of(name), NETWORKS[name][2]

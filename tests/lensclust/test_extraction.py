@@ -114,6 +114,25 @@ def test_neither_batching_nor_padding_nor_order_matters(seed, batch_tokens, shar
     )
 
 
+def test_heads_are_not_multiplied_by_weights_that_they_were_not_read_with():
+    network = hf_model("llama")
+    model = lc.load(network)
+    acts = lc.extract(model, some_prompts(3), "head")
+    before = lc.head_residual(acts, model)
+    with pytest.raises(lc.InputError, match="were read with weights"):
+        lc.head_residual(acts, lc.load(hf_model("llama", seed=1)))
+    weight = network.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(lc.InputError, match="were read with weights"):
+        lc.head_residual(acts, model)
+    lc.head_residual(acts.drop_attrs(), model)  # of nobody knows what
+    with torch.no_grad():
+        weight.sub_(1)
+    lc.head_residual(lc.extract(model, some_prompts(3), "head"), model)
+    assert before.sizes["head"] == 4
+
+
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_head_contributions_add_up_and_frames_keep_their_distances(name):
     bridge, prompts = lc.load(hf_model(name)), some_prompts(7)

@@ -61,12 +61,6 @@ def test_take_of_slices(index):
         assert prompts().take(index).rows["n"].tolist() == expected
 
 
-def test_a_mask_in_another_order_goes_by_its_index():
-    some = prompts()
-    mask = (some.rows.text == "a").iloc[::-1]
-    assert some.take(mask).rows["n"].tolist() == some.rows[mask.sort_index()]["n"].tolist()
-
-
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -194,3 +188,25 @@ def test_row_numbers_leave_their_argument_alone():
     index = np.array([-1, 0])
     assert row_numbers("rows", index, 3).tolist() == [2, 0]
     assert index.tolist() == [-1, 0]
+
+
+def test_columns_in_several_orders_are_refused():
+    task, word = pd.Series(["a", "b", "c"]), pd.Series(["x", "y", "z"])
+    together = lc.Prompts.from_token_lists([[1], [2], [3]], {"task": task[::-1], "i": word[::-1]})
+    assert together.rows["task"].tolist() == ["c", "b", "a"]
+    for other in (word.iloc[[1, 2, 0]], word.rename({0: 7}), word.set_axis(list("xyz"))):
+        with pytest.raises(lc.InputError, match="'task' and 'i' have other indices"):
+            lc.Prompts.from_token_lists([[1], [2], [3]], {"task": task, "i": other})
+
+
+@given(st.permutations(range(5)), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_a_mask_of_a_frame_in_another_order_is_never_taken_for_ours(order, mask):
+    series = pd.Series(mask, index=order)
+    if order == [0, 1, 2, 3, 4]:
+        assert row_numbers("f", series, 5).tolist() == np.flatnonzero(mask).tolist()
+    else:
+        with pytest.raises(lc.InputError, match="in another order"):
+            row_numbers("f", series, 5)
+    # An index of other numbers or names says nothing of the order.
+    named = series.set_axis([f"row {i}" for i in order])
+    assert row_numbers("f", named, 5).tolist() == np.flatnonzero(mask).tolist()

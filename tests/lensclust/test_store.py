@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 import zarr
 
@@ -335,3 +336,30 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path):
     print(peaks, stored)
     assert stored > 0.2 * peaks[50_000]
     assert peaks[50_000] <= 1.05 * peaks[5_000]
+
+
+@pytest.mark.parametrize("when", ["written", "resumed", "appended to"])
+def test_states_that_hooks_edit_do_not_mix_with_others(model, tmp_path, when):
+    def doubled(value, hook):
+        return 2 * value
+
+    def read(n: int, seed: int = 0, *, hooked: bool):
+        hooks = [("blocks.1.hook_mlp_out", doubled)] if hooked else []
+        with model.hooks(fwd_hooks=hooks):
+            where = {"store": tmp_path / "a", "resume": True, "append": True}
+            return lc.extract(model, some_prompts(n, seed), "resid", progress=False, **where)
+
+    plain = lc.extract(model, some_prompts(5), "resid", progress=False)
+    first = read(5, hooked=when == "written")
+    assert first.resid.equals(plain.resid) == (when != "written")
+    seed = int(when == "appended to")
+    with pytest.raises(lc.InputError, match=r"a: .* where hooks .*blocks\.1\.hook_mlp_out"):
+        read(5, seed, hooked=when != "written")
+
+
+def test_a_store_of_another_precision_is_not_resumed(model, tmp_path):
+    options = {"store": tmp_path / "a", "resume": True, "progress": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        lc.extract(model, some_prompts(5), "resid", **options)
+    with pytest.raises(lc.InputError, match="holds settings"):
+        lc.extract(model, some_prompts(5), "resid", **options)

@@ -187,7 +187,7 @@ def test_other_prompts_are_refused():
     with pytest.raises(lc.InputError, match="10 prompts given against 8"):
         cka(acts, acts.isel(prompt=slice(8)))
     with pytest.raises(
-        lc.InputError, match="prompt 0 has task='0' in one set and '9' in the other"
+        lc.InputError, match="prompt 0 has task='0' on one side and '9' on the other"
     ):
         cka(acts, acts.isel(prompt=slice(None, None, -1)))
     bare = acts.drop_vars("task")

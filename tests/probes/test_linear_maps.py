@@ -289,5 +289,5 @@ def test_refused_at_the_door(options: dict, message: str) -> None:
 def test_states_that_are_not_finite_are_refused() -> None:
     acts = ragged()
     acts.resid[0, 0, 0, 0] = np.nan
-    with pytest.raises(lc.InputError, match="states at 'resid 0' are not all finite"):
+    with pytest.raises(lc.InputError, match=r"site 'resid 0': .* rows hold NaN or infinity"):
         linear_transport(acts, "a", "b").edit_at(HERE)

@@ -235,3 +235,37 @@ def test_what_is_mistaken_for_something_else_is_told_in_one_line():
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.split("\n")[:-1] == ["refused"] * 18
+
+
+def test_states_that_are_not_there_are_refused() -> None:
+    """xarray's ``where`` keeps the rows that it leaves out, as NaN."""
+    acts = activations()
+    left = acts.where(acts.task == "a")
+    calls = [
+        lambda: probes.mean_states(left),
+        lambda: probes.erase(left).edit_at(lc.Site("resid", 1)),
+        lambda: probes.linear_transport(left, "a", "b").edit_at(lc.Site("resid", 1)),
+        lambda: probes.cluster(left, jobs=1, permutations=2),
+    ]
+    for call in calls:
+        with pytest.raises(lc.InputError, match="rows hold NaN or infinity"):
+            call()
+
+
+def test_nuisances_of_prompts_in_another_order_are_refused() -> None:
+    rows = pd.DataFrame({"task": list("abcabc"), "input": list("xxxyyy")})
+    ids = [[1] * n for n in (3, 5, 2, 7, 4, 6)]
+    prompts = lc.Prompts.from_token_lists(ids, rows)
+    states = np.zeros((6, 1, 1, D), "f4")
+    acts = xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), states)},
+        {"layer": [0], "position": ["answer"]}
+        | {name: ("prompt", rows[name].to_numpy(object)) for name in rows},
+    )
+    assert probes.with_nuisances(acts, prompts).length.values.tolist() == [3, 5, 2, 7, 4, 6]
+    order = [4, 0, 5, 1, 3, 2]
+    moved = acts.isel(prompt=order)
+    with pytest.raises(lc.InputError, match="prompt 0 has task='b' on one side and 'a' on the"):
+        probes.with_nuisances(moved, prompts)
+    found = probes.with_nuisances(moved, prompts.take(order))
+    assert found.length.values.tolist() == [len(ids[i]) for i in order]

@@ -64,7 +64,7 @@ def test_states_of_one_strength_change_as_often_as_stated():
     ("change", "options", "message"),
     [
         (lambda a: a.isel(prompt=slice(5)), {}, "36 prompts without and 5 with"),
-        (lambda a: a.isel(prompt=slice(None, None, -1)), {}, "prompt 0 has activity='a0' without"),
+        (lambda a: a.isel(prompt=slice(None, None, -1)), {}, "prompt 0 has activity='a0' on one"),
         (lambda a: a.assign_coords(layer=[1]), {}, "hold other sites"),
         (lambda a: a, {"kind": "logistic"}, "kind 'logistic' is not known"),
         (lambda a: a, {"resamples": 1}, "resamples=1"),
