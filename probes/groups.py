@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lensclust.errors import InputError
 from lensclust.stats import permutation_p
@@ -114,11 +114,14 @@ def label_groups(
         )
         relabelled = exchanges[name].labellings(permutations, seed=seed)
         wording = exchanges[name].wording
+        alike = np.ones(len(relabelled), dtype=bool)
         for group in scored:
             here = np.searchsorted(used, chosen[group][0])
             codes[group][name] = _compact(exchanges[name].fitted(relabelled, here, seed=seed))
+            alike &= _only_renamed(codes[group][name])
             if wording is not None:
                 wordings[group][name] = _compact(wording[here])
+        exchanges[name] = replace(exchanges[name], alike=float(alike.mean()))
     groups = [Group(g, rows, n, codes[g], wordings[g]) for g, (rows, n) in chosen.items()]
     reasons = {
         f"{lone} rows left out: the only one of their {by} in their group": lone,
@@ -132,6 +135,16 @@ def label_groups(
 def _compact(codes: np.ndarray) -> np.ndarray:
     """The same codes without gaps."""
     return np.unique(codes, return_inverse=True)[1].reshape(codes.shape).astype(np.int32)
+
+
+def _only_renamed(
+    codes: Int[np.ndarray, "labelling row"],
+) -> Bool[np.ndarray, " labelling"]:
+    """Which labellings tell rows apart as the first one does, under whatever names."""
+    labels = int(codes.max()) + 1
+    met = np.zeros((len(codes), labels, labels), dtype=bool)
+    met[np.arange(len(codes))[:, None], codes, codes[0]] = True
+    return (met.sum(1) <= 1).all(1) & (met.sum(2) <= 1).all(1)
 
 
 def require_two_values(call: str, name: str, values: np.ndarray) -> None:

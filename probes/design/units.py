@@ -72,6 +72,8 @@ class Exchange:
         by: name of the label.
         remarks: on the rows, one sentence each.
         renamed: whether the score is the same when labels trade names.
+        alike: share of the labellings that only rename the labels of every group of rows that is
+            scored: they tie with the truth, whatever the data are.
     """
 
     unit: Int[np.ndarray, " row"]
@@ -83,6 +85,7 @@ class Exchange:
     by: str
     remarks: tuple[str, ...] = ()
     renamed: bool = True
+    alike: float = 0.0
 
     @property
     def log_distinct(self) -> float:
@@ -191,7 +194,7 @@ class Exchange:
 
     def _least(self) -> float:
         log = self.log_distinct
-        return 1 / round(np.exp(log)) if log < 30 else float(np.exp(-log))
+        return max(self.alike, 1 / round(np.exp(log)) if log < 30 else float(np.exp(-log)))
 
     def _labels(
         self, permutations: int, rng: np.random.Generator

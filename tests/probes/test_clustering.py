@@ -292,3 +292,25 @@ def test_agreement_across_wordings_is_left_out_where_there_is_none():
         cluster(one, metrics="cross_wording_ari", jobs=1)
     rows = cluster(acts.drop_vars(["template"]), jobs=1, n_init=1)
     assert any("single rows trade labels" in note for note in rows.notes)
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=5, deadline=None)
+def test_p_is_said_to_be_one_where_every_relabelling_only_renames(seed: int) -> None:
+    """Each task has one wording at each input: whatever trades wordings, the parts are the same."""
+    rng = np.random.default_rng(seed)
+    task, word = (each.ravel() for each in np.mgrid[0:3, 0:4].repeat(3, axis=2))
+    halves = rng.permutation(4)[word] // 2
+    states = rng.normal(0, 0.1, (len(task), 1, 1, 5)) + 3 * np.eye(3, 5)[task][:, None, None]
+    acts = xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), states.astype("f4"))},
+        {"layer": [0], "position": ["answer"]}
+        | {"task": ("prompt", [f"t{i}" for i in task]), "input": ("prompt", word)}
+        | {"template": ("prompt", [f"t{i} w{j}" for i, j in zip(task, halves, strict=True)])},
+    )
+    options = {"jobs": 1, "metrics": "ari", "progress": False}
+    found = cluster(acts, **options).frame.iloc[0]
+    assert found.value == found.null_mean == found.p == found.smallest_p == 1
+    assert "no other labelling" in cluster(acts, **options).notes[0]
+    # Where inputs compete, the same wordings make other parts.
+    assert cluster(acts, given=None, **options).frame.iloc[0].smallest_p < 0.1
