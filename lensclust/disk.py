@@ -157,12 +157,17 @@ def publish(made: Path, path: Path) -> None:
     """
     if path.exists():
         made.chmod(stat.S_IMODE(path.stat().st_mode))
-    for inner in (*made.rglob("*"), made) if made.is_dir() else (made,):
-        _flush(inner)
+    flush(made)
     if path.is_dir() and os.name != "posix":  # where no folder replaces an empty one
         path.rmdir()
     made.replace(path)
     _flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder and all that is below it, to the disk."""
+    for inner in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        _flush(inner)
 
 
 def _flush(path: Path) -> None:

@@ -31,7 +31,7 @@ from lensclust.checked_arrays import (
     open_group,
     packing,
 )
-from lensclust.disk import writing
+from lensclust.disk import flush, writing
 from lensclust.errors import InputError
 from lensclust.store_notes import (
     DONE,
@@ -159,6 +159,8 @@ def fill(
         with damage_named(path), writing(what):
             whole = bool(rows_done(store, slice(start, stop)).all())
             if whole and stop == rows_expected(store) != int(store.attrs["written"]):
+                if isinstance(path, Path):
+                    flush(path)
                 note(store, written=stop)
         if not whole:
             raise RuntimeError(f"store {path}: not all that was missing was put there")
@@ -182,7 +184,9 @@ def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
     sizes = open_activations(place).sizes
     store = open_group(place, "r")
     whole = DONE in store
-    arrays = [CheckedArray(place, store, name, whole=whole) for name in measured_names(store)]
+    arrays = [
+        CheckedArray(place / name, store[name], whole=whole) for name in measured_names(store)
+    ]
     shards = shard_ranges(0, sizes["prompt"], int(store.attrs["shard"]))
     bad = [rows for rows in shards if any(array.is_damaged(rows) for array in arrays)]
     return np.array([row for rows in bad for row in rows], dtype=int)
@@ -207,16 +211,20 @@ def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
     with made_whole(path) as building:
-        # Chunks of nothing but the fill value are not written, so the layout takes no space.
-        layout.to_zarr(
-            zarr_store(building, read_only=False),
-            mode="w",
-            encoding=encoding,
-            zarr_format=ZARR_FORMAT,
-            consolidated=False,
-            write_empty_chunks=False,
-        )
+        # Activations are laid out without rows and grow: there is nothing yet to be written.
+        without_rows = layout[measured].drop_vars(layout.coords).isel(prompt=slice(0))
+        for mode, part in (("w", without_rows), ("a", layout.drop_vars(measured))):
+            part.to_zarr(
+                zarr_store(building, read_only=False),
+                mode=mode,
+                encoding={name: encoding[name] for name in map(str, part.variables)},
+                zarr_format=ZARR_FORMAT,
+                consolidated=False,
+                write_empty_chunks=False,
+            )
         store = open_group(building, "r+")
+        for name in measured:
+            store[name].resize(frame[name].shape)
         note(
             store,
             **frame.attrs,
@@ -224,7 +232,7 @@ def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
             measured=json.dumps(measured),
             shard=shard,
             written=0,
-            layout=layout_digest(store, frame),
+            layout=layout_digest(dict(store.arrays()), frame),
         )
 
 
@@ -246,7 +254,7 @@ def _admit(
         n, total = frame.sizes["prompt"], rows_expected(store)
         complete = int(store.attrs["written"]) == total
         if complete:
-            require_affordable(path, store)
+            require_affordable(path, store, dict(store.arrays()))
         is_known = batch[:2] in known
         if complete and not (resume and is_known):
             _require_new(path, np.asarray(store[ROW_KEYS][:]), keys, append)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,10 @@ def open_activations(path: str | Place) -> xr.Dataset:
 def read_finished(path: Place, store: Any) -> xr.Dataset:
     """The rows that were finished; those of a call that was interrupted are left out."""
     with damage_named(path):
-        require_affordable(path, store)
+        stored = dict(store.arrays())
+        require_affordable(path, store, stored)
         measured = measured_names(store)
-        unread, whole = [ROW_KEYS, DONE, *measured], DONE in store
+        unread, whole = [ROW_KEYS, DONE, *measured], DONE in stored
         if not whole:
             _log.warning("store %s: is of an earlier version: damage may go unnoticed", path)
             unread += [f"{name}_crc" for name in measured]
@@ -73,8 +75,8 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
         # Which of them are labels stands in the variables that were left out.
         labels = [name for name, variable in read.items() if variable.dims == ("prompt",)]
         dataset = dataset.assign(read).set_coords(labels)
-        _check(path, store, dataset)
-        arrays = {name: CheckedArray(path, store, name, whole=whole) for name in measured}
+        _check(path, store, stored, dataset)
+        arrays = {n: CheckedArray(path / n, stored[n], whole=whole) for n in measured}
         lazy = {name: array.variable() for name, array in arrays.items()}
         dataset = dataset.assign(lazy).isel(prompt=slice(0, int(store.attrs["written"])))
     return dataset.drop_attrs(deep=False).assign_attrs(provenance(dataset.attrs))
@@ -94,8 +96,10 @@ def opened(path: Place, mode: str) -> Any:
             )
         if store.attrs.get("seal") != seal(dict(store.attrs)):
             raise InputError(f"store {path}: is damaged: its attributes changed since written")
-        expected = packing(provenance(dict(store.attrs)))[PACKED]
-        for name in measured_names(store) if DONE in store else ():
+        expected, names = packing(provenance(dict(store.attrs)))[PACKED], measured_names(store)
+        if missing := [name for name in names if name not in store] or not names:
+            raise InputError(f"store {path}: is damaged: {missing} of {names} are not in it")
+        for name in names if DONE in store else ():
             packed = getattr(store[name], PACKED)
             if expected not in (packed if isinstance(packed, tuple) else (packed,)):
                 raise InputError(
@@ -118,7 +122,7 @@ def _finished(path: Place) -> Any:
     return store
 
 
-def require_affordable(path: Place, store: Any) -> None:
+def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> None:
     """Arrays of a finished store say no more than its files can hold, before room is made for it.
 
     Raises:
@@ -127,7 +131,7 @@ def require_affordable(path: Place, store: Any) -> None:
     """
     sizes = {"prompt": rows_expected(store)}
     measured = measured_names(store)
-    for name, array in store.arrays():
+    for name, array in arrays.items():
         for axis, size in zip(array.attrs["_ARRAY_DIMENSIONS"], array.shape, strict=True):
             if size != sizes.setdefault(axis, size):
                 raise InputError(
@@ -146,10 +150,10 @@ def require_affordable(path: Place, store: Any) -> None:
                 )
 
 
-def _check(path: Place, store: Any, dataset: xr.Dataset) -> None:
+def _check(path: Place, store: Any, arrays: Mapping[str, Any], dataset: xr.Dataset) -> None:
     """Hold everything but activations against the digests that were noted."""
     written = int(store.attrs["written"])
-    if layout_digest(store, dataset) != store.attrs["layout"]:
+    if layout_digest(arrays, dataset) != store.attrs["layout"]:
         raise InputError(f"store {path}: is damaged: its layout changed since it was written")
     stop = 0
     for size, prompts, digest in batches_written(store):

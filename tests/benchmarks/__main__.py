@@ -28,6 +28,7 @@ from tests.benchmarks import (
     page,
     patching,
     prefixes,
+    stores,
 )
 from tests.benchmarks.readme import put
 
@@ -36,6 +37,7 @@ COMPARISONS: dict[str, Callable[[], Iterable[dict[str, object]]]] = {
     "extraction": extraction.rows,
     "prefixes": prefixes.rows,
     "growth": growth.rows,
+    "stores": stores.rows,
     "device": device.rows,
     "distributed": distributed.rows,
     "linear": linear.rows,
