@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,12 +63,7 @@ def blocks_of(model: TransformerLensModel) -> tuple[Block, ...]:
     >>> [(block.heads, block.d_head) for block in blocks_of(lc.load("native:sif-small"))][:2]
     [(4, 16), (4, 16)]
     """
-
-    def find() -> tuple[Block, ...]:
-        with unhooked(model):
-            return _examined(model)
-
-    return remembered(model, "blocks", find)
+    return remembered(model, "blocks", partial(_examined, model))
 
 
 @contextmanager
@@ -155,8 +151,12 @@ def _output_weights(
         return weight, None if bias is None else scale * bias.detach().to(torch.float32, copy=True)
 
 
-@torch.no_grad()
 def _examined(model: Any) -> tuple[Block, ...]:
+    with unhooked(model), torch.no_grad():
+        return _examined_unhooked(model)
+
+
+def _examined_unhooked(model: Any) -> tuple[Block, ...]:
     hooks = model.hook_dict
     numbers = range(len(getattr(model, "blocks", ())) or model.cfg.n_layers)
     parts = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,12 @@ from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, hf_model, tiny_tokenize
 ADDITIVE = [name for name in ARCHITECTURES if name != "gemma2"]
 
 
+@cache
+def loaded(name: str) -> Any:
+    """One model for all tests that leave it as it is."""
+    return lc.load("native:sif-small" if name == "native" else hf_model(name))
+
+
 def some_prompts(n: int = 13, *, seed: int = 0, longest: int = 20) -> lc.Prompts:
     rng = np.random.default_rng(seed)
     ids = [rng.integers(3, D_VOCAB, rng.integers(2, longest)).tolist() for _ in range(n)]
@@ -30,9 +37,7 @@ def some_prompts(n: int = 13, *, seed: int = 0, longest: int = 20) -> lc.Prompts
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
 def test_residual_stream_equals_hidden_states_of_each_prompt_alone(name, batch_tokens):
-    model = hf_model(name)
-    reference = copy.deepcopy(model)
-    bridge, prompts = lc.load(model), some_prompts()
+    reference, bridge, prompts = hf_model(name), loaded(name), some_prompts()
     acts = lc.extract(bridge, prompts, "resid", batch_tokens=batch_tokens, shard=5)
     assert acts.resid.dims == ("prompt", "position", "layer", "d_model")
     for row in range(len(prompts)):
@@ -52,7 +57,7 @@ def test_residual_stream_equals_hidden_states_of_each_prompt_alone(name, batch_t
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "native"])
 def test_every_site_equals_run_with_cache(name):
-    bridge = lc.load("native:sif-small") if name == "native" else lc.load(hf_model(name))
+    bridge = loaded(name)
     prompts = some_prompts(6)
     kinds = ["resid", "z", "attn_out", "mlp_out"]
     kinds += [] if name == "neox" else ["resid_mid"]
@@ -98,7 +103,7 @@ def test_every_site_equals_run_with_cache(name):
     pad=st.integers(0, 5),
 )
 def test_neither_batching_nor_padding_nor_order_matters(seed, batch_tokens, shard, pad):
-    model, prompts = lc.load("native:sif-small"), some_prompts(9, seed=seed, longest=12)
+    model, prompts = loaded("native"), some_prompts(9, seed=seed, longest=12)
     padded = torch.nn.functional.pad(prompts.tokens, (0, pad), value=7)
     wider = lc.Prompts(padded, prompts.lengths, prompts.rows, pad_id=7)
     plain = lc.extract(model, prompts, ["resid 0", "resid 6", "head 2.1"])
@@ -135,7 +140,7 @@ def test_heads_are_not_multiplied_by_weights_that_they_were_not_read_with():
 
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_head_contributions_add_up_and_frames_keep_their_distances(name):
-    bridge, prompts = lc.load(hf_model(name)), some_prompts(7)
+    bridge, prompts = loaded(name), some_prompts(7)
     acts = lc.extract(bridge, prompts, ["head", "attn_out"])
     contributions = lc.head_residual(acts, bridge)
     assert contributions.dims == ("prompt", "position", "block", "head", "d_model")
@@ -156,7 +161,7 @@ def test_head_contributions_add_up_and_frames_keep_their_distances(name):
 
 
 def test_heads_behind_a_norm_are_refused_by_name():
-    bridge = lc.load(hf_model("gemma2"))
+    bridge = loaded("gemma2")
     assert additivity_error(bridge) > 0.1
     with pytest.raises(lc.InputError, match=r"'head' does not exist in .*do not add up"):
         lc.extract(bridge, some_prompts(2), "head")
@@ -164,7 +169,7 @@ def test_heads_behind_a_norm_are_refused_by_name():
 
 
 def test_parallel_blocks_have_no_resid_mid():
-    bridge = lc.load(hf_model("neox"))
+    bridge = loaded("neox")
     with pytest.raises(lc.InputError, match=r"'resid_mid' does not exist: .* has only resid"):
         lc.extract(bridge, some_prompts(2), "resid_mid")
 
@@ -182,12 +187,12 @@ def test_parallel_blocks_have_no_resid_mid():
 )
 def test_wrong_sites_are_one_clear_line(sites, message):
     with pytest.raises(lc.InputError, match=message) as caught:
-        lc.extract(lc.load(hf_model("gpt2")), some_prompts(2), sites)
+        lc.extract(loaded("gpt2"), some_prompts(2), sites)
     assert "\n" not in str(caught.value)
 
 
 def test_other_wrong_inputs():
-    bridge = lc.load(hf_model("gpt2"))
+    bridge = loaded("gpt2")
     long = lc.Prompts.from_token_lists([[5] * 65], pd.DataFrame({"task": ["a"]}))
     with pytest.raises(lc.InputError, match=r"prompt 0 has 65 tokens, .* context of 64"):
         lc.extract(bridge, long, "resid")
@@ -240,7 +245,7 @@ def test_prompts_of_another_tokenizer_are_refused(tmp_path):
 
 
 def test_single_places_and_labels():
-    bridge, prompts = lc.load(hf_model("llama")), some_prompts(5)
+    bridge, prompts = loaded("llama"), some_prompts(5)
     acts = lc.extract(bridge, prompts, ["resid 2", "head 0.3", "head 2.1"], dtype="float16")
     assert acts.layer.values.tolist() == [2]
     assert acts.block.values.tolist() == [0, 2]
@@ -258,7 +263,7 @@ def test_single_places_and_labels():
 
 
 def test_places_of_different_blocks_fill_their_rectangle():
-    bridge, prompts = lc.load(hf_model("gpt2")), some_prompts(5)
+    bridge, prompts = loaded("gpt2"), some_prompts(5)
     acts = lc.extract(bridge, prompts, ["head 0.3", "attn_out 2"])
     whole = lc.extract(bridge, prompts, ["head", "attn_out"])
     assert acts.block.values.tolist() == [0, 2]
@@ -286,6 +291,11 @@ def test_provenance_names_the_weights():
     assert attrs[0]["prompts"] == prompts.digest()
 
 
+@cache
+def edited(dtype: torch.dtype) -> Any:
+    return lc.load(hf_model("llama")).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["embed_tokens", "q_proj", "input_layernorm"])
 @pytest.mark.parametrize(
@@ -299,7 +309,7 @@ def test_provenance_names_the_weights():
     ids=["one number", "rows permuted", "columns permuted", "all"],
 )
 def test_no_edit_goes_by_the_remembered_fingerprint(edit, name, dtype):
-    bridge = lc.load(hf_model("llama")).to(dtype)
+    bridge = edited(dtype)
     with torch.no_grad():
         for weight in bridge.parameters():
             weight.normal_()  # norms begin as ones, which every permutation leaves alone

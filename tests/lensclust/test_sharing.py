@@ -159,7 +159,7 @@ def check(name: str, seed: int, trie: Trie, free: bool) -> None:
     assert max(found.values()) < ERROR, (name, found)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(name=st.sampled_from(QUICK), seed=st.integers(0, 2), trie=TRIES, free=st.booleans())
 def test_random_tries_give_what_each_prompt_gives_alone(name, seed, trie, free):
     check(name, seed, trie, free)
@@ -167,7 +167,7 @@ def test_random_tries_give_what_each_prompt_gives_alone(name, seed, trie, free):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTIONS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 5), trie=TRIES, free=st.booleans())
 def test_random_tries_on_every_kind_of_attention(name, seed, trie, free):
     check(name, seed, trie, free)

@@ -58,7 +58,7 @@ def test_real_results_are_shown_small_and_offline() -> None:
     shown = [
         probes.cluster(acts, permutations=2, jobs=1),
         probes.cluster_map(acts),
-        probes.probe(acts, target="task", kinds="resid", permutations=2),
+        probes.probe(acts, target="task", kinds="resid", permutations=2, jobs=1),
         probes.head_activation(model, unseen.take(range(8))),
         probes.cka(acts, kinds="resid"),
         unseen,

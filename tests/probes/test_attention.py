@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,12 @@ NATIVE = "native:sif-small"
 N = 8
 
 
-def model_of(name: str) -> Any:
+def fresh(name: str) -> Any:
     return lc.load(NATIVE if name == "native" else hf_model(name))
+
+
+model_of = cache(fresh)
+"""One model for all tests that leave it as it is."""
 
 
 def prompts_of(n: int = N, seed: int = 0, **spans: list[tuple[int, int]]) -> lc.Prompts:
@@ -87,24 +92,29 @@ def test_weights_are_those_of_the_cached_patterns_and_values(name: str, query: s
                 )
 
 
+@cache
+def in_double(name: str) -> Any:
+    return (lc.load(NATIVE) if name == "native" else hf_model(name)).double()
+
+
 def attentions(name: str, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits and patterns of a model that nothing of ours has touched, in double precision."""
+    model = in_double(name)
     if name == "native":
-        model: Any = lc.load(NATIVE).double()
         seen: list[torch.Tensor] = []
         hooks = [
             (f"blocks.{block}.attn.hook_pattern", lambda value, hook: seen.append(value))
             for block in range(model.cfg.n_layers)
         ]
         return model.run_with_hooks(tokens, fwd_hooks=hooks), seen
-    out = hf_model(name).double()(tokens, output_attentions=True)
+    out = model(tokens, output_attentions=True)
     return out.logits, list(out.attentions)
 
 
 @pytest.mark.parametrize("query", ["answer", "asking"])
 @pytest.mark.parametrize("name", ["native", *ARCHITECTURES])
 def test_gradients_are_those_of_autograd_in_double_precision(name: str, query: str) -> None:
-    model, prompts = model_of(name).double(), prompts_of(4)
+    model, prompts = fresh(name).double(), prompts_of(4)
     found = ratio(model, prompts, query=query, weighting="gradient", draws=2).values
     for row in range(len(prompts)):
         logits, patterns = attentions(name, alone(prompts, row))
@@ -285,7 +295,7 @@ def test_a_weight_of_zero_makes_no_ratio_and_is_counted_out() -> None:
 
 
 def test_nothing_is_left_on_the_model_also_when_it_fails() -> None:
-    model, prompts = model_of("llama"), prompts_of()
+    model, prompts = fresh("llama"), prompts_of()
     cut = ("blocks.1.attn.hook_pattern", lambda value, hook: value.detach())
     with (
         model.hooks(fwd_hooks=[cut]),
@@ -299,7 +309,7 @@ def test_nothing_is_left_on_the_model_also_when_it_fails() -> None:
 
 
 def test_a_frozen_model_has_gradients_too() -> None:
-    model, prompts = model_of("native"), prompts_of()
+    model, prompts = fresh("native"), prompts_of()
     expected = ratio(model, prompts, weighting="gradient").values
     for weight in model.parameters():
         weight.requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from tests.tiny import D_VOCAB, N_CTX, hf_model
 IN_GRAPH = ("native", "gpt2", "llama", "neox", "gemma2", "qwen2")
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def fresh(name: str, dtype: torch.dtype = torch.float32) -> Any:
     if name == "native":
         return lc.load(native_config("sif-small"), dtype=dtype)
     network: Any = hf_model(name)
@@ -35,6 +35,10 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
             if type(part).__name__.endswith("RMSNorm"):
                 part.forward = partial(_rms_norm, part)
     return lc.load(network)
+
+
+model_of = cache(fresh)
+"""One model for all tests that leave it as it is."""
 
 
 def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +188,7 @@ def test_neither_batches_nor_order_nor_padding_change_anything(
 
 
 def test_heads_that_write_nothing_are_not_active_and_the_only_one_is() -> None:
-    model, prompts = model_of("llama"), prompts_of(12)
+    model, prompts = fresh("llama"), prompts_of(12)
     width = model.cfg.d_head
     with torch.no_grad():
         for block in range(model.cfg.n_layers):
@@ -228,7 +232,7 @@ def test_half_precision_adds_up_in_single(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_the_model_is_left_as_it_was_also_when_the_loss_raises() -> None:
-    model, prompts = model_of("llama"), prompts_of()
+    model, prompts = fresh("llama"), prompts_of()
     asks = {name: index % 2 == 0 for index, (name, _) in enumerate(model.named_parameters())}
     for name, weight in model.named_parameters():
         weight.requires_grad_(asks[name])
@@ -259,7 +263,7 @@ def test_the_model_is_left_as_it_was_also_when_the_loss_raises() -> None:
 @pytest.mark.parametrize("name", ["native", "llama"])
 def test_a_model_without_a_parameter_that_asks_for_gradients_is_measured(name: str) -> None:
     prompts = prompts_of()
-    free, closed = model_of(name), model_of(name)
+    free, closed = fresh(name), fresh(name)
     closed.requires_grad_(False)
     np.testing.assert_array_equal(
         head_activation(free, prompts).signed, head_activation(closed, prompts).signed
@@ -351,7 +355,7 @@ def test_heads_behind_a_norm_are_refused(dtype: torch.dtype) -> None:
 
 
 def test_a_block_that_goes_on_with_something_else_is_named() -> None:
-    model = model_of("llama")
+    model = fresh("llama")
     output = model.blocks[1].attn.o.original_component
     output.register_forward_pre_hook(lambda module, given: (given[0].detach(),))
     with pytest.raises(InputError, match=r"gates of block 1 of .* do not reach the loss"):
@@ -361,7 +365,7 @@ def test_a_block_that_goes_on_with_something_else_is_named() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantised_weights_without_a_backward_are_refused() -> None:
     """Half of the path from the gates to the loss is there, so only a forward tells."""
-    model = model_of("llama")
+    model = fresh("llama")
     for block in model.blocks:
         for part in ("gate", "in", "out"):
             _quantise(block.mlp, part)
@@ -371,7 +375,7 @@ def test_quantised_weights_without_a_backward_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_quantised_unembedding_is_refused() -> None:
-    model = model_of("llama")
+    model = fresh("llama")
     _quantise(model, "unembed")
     with pytest.raises(InputError, match="do not reach the loss"):
         head_activation(model, prompts_of())
@@ -390,7 +394,7 @@ def _quantise(parent: torch.nn.Module, name: str) -> None:
 
 def test_a_loss_that_is_not_finite_names_its_prompt() -> None:
     # Llama's unembedding is not tied to what is broken here; it would be in every logit.
-    model, prompts, row, strange = model_of("llama"), prompts_of(), 3, 2
+    model, prompts, row, strange = fresh("llama"), prompts_of(), 3, 2
     # No other prompt holds this token.
     prompts.tokens[row, 0] = strange
     with torch.no_grad():
@@ -400,7 +404,7 @@ def test_a_loss_that_is_not_finite_names_its_prompt() -> None:
 
 
 def test_wrong_input_is_one_clear_line() -> None:
-    model, prompts = model_of("native"), prompts_of()
+    model, prompts = fresh("native"), prompts_of()
     assert prompts.answers is not None
     holey = (*prompts.answers[:2], (), *prompts.answers[3:])
     long = prompts_of(longest=N_CTX)

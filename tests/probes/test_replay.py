@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -81,6 +82,10 @@ def build(name: str):
         return lc.load(model_class(config).eval())
 
 
+built = cache(build)
+"""One model for all tests that leave it as it is."""
+
+
 @torch.no_grad()
 def one_forward_per_patch(model, prompts, edits, at):
     out = []
@@ -108,7 +113,7 @@ def logits_of(logits, rows):
 @pytest.mark.parametrize("at", ["answer", "input_end", "first_start"])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *ODD, "native"])
 def test_every_site_equals_one_plain_forward_per_patch(name, at, caplog):
-    model, prompts = build(name), some_prompts()
+    model, prompts = built(name), some_prompts()
     kinds = ["resid", "z", "attn_out", "mlp_out"] + ([] if name == "neox" else ["resid_mid"])
     edits = some_edits(model, resolve(model, kinds), prompts)
     with caplog.at_level(logging.WARNING):
@@ -130,7 +135,7 @@ def test_a_model_that_cannot_share_a_prefix_is_found_out_and_run_in_full(name, c
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-MODELS = {name: build(name) for name in ("native", "llama")}
+MODELS = {name: built(name) for name in ("native", "llama")}
 
 
 @settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])
