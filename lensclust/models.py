@@ -20,10 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lensclust import pretrained, weights
 from lensclust.agreement import agrees
+from lensclust.arguments import checked_arguments
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.faithfulness import bare_logits, require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
@@ -63,7 +64,7 @@ class _Request:
     progress: bool
 
 
-@whole_numbers
+@checked_arguments
 def load(
     source: Source,
     *,
@@ -145,7 +146,8 @@ def load(
         if recognise(source):
             if device_map is not None:
                 _require_spreadable(request, loader)
-            model = loader(request)
+            with torch.inference_mode(False):  # whose weights would never have a gradient
+                model = loader(request)
             break
     else:
         raise InputError(f"load: {_misfit(source)}")

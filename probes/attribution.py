@@ -30,12 +30,15 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lensclust.activations import select
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.extraction import extract
+from lensclust.gradients import with_gradients
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, hook_name
+from probes.head_gates import frozen
 from probes.metrics import DIFFERENCE, metric_of
 from probes.patching import Patching, patch, require_pairs
 from probes.replay import Readout
@@ -77,7 +80,8 @@ class AttributionCheck(Shown):
         return self.correlation, self.frame[self.frame["chosen"] != "none"]
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def rank(
     model: TransformerLensModel,
     base: Prompts,
@@ -177,8 +181,6 @@ def _gradients(
     budget: int,
 ) -> list[Float[np.ndarray, "_prompt _d"]]:
     """For each site the gradient of every prompt's own metric with respect to its state."""
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise InputError("rank: no parameter of the model requires a gradient, so there is none")
     position = prompts.position(at)
     hooks = dict.fromkeys(hook_name(model, site) for site in sites)
     parts: list[list[Tensor]] = [[] for _ in sites]
@@ -194,7 +196,7 @@ def _gradients(
             return readout(logits[torch.arange(len(rows)), last].float(), rows).sum()
 
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
-        with torch.enable_grad():
+        with frozen(model), model.hooks(fwd_hooks=[("hook_embed", _enter)]):
             # A backward that ends at the topmost hook does not reach it: the embedding is above.
             cache = cache_activation_and_gradient(model, tokens, total, ["hook_embed", *hooks])
         found = []
@@ -210,6 +212,11 @@ def _gradients(
         order.append(rows)
     back = torch.cat(order).argsort()
     return [torch.cat(part)[back].numpy() for part in parts]
+
+
+def _enter(value: Tensor, hook: Any) -> Tensor:
+    """Where gradients begin, whether or not the model's weights ask for any."""
+    return value.detach().requires_grad_()
 
 
 def _correlation(rows: pd.DataFrame) -> dict[str, float | int]:

@@ -9,6 +9,7 @@ import xarray as xr
 from scipy import sparse
 
 from lensclust.activations import VARIABLES, dataset_sites, prompt_labels, select, with_labels
+from lensclust.arguments import checked_arguments
 from lensclust.sites import Site
 
 
@@ -54,6 +55,7 @@ class Centroids:
         return xr.Dataset(variables)
 
 
+@checked_arguments
 def mean_states(
     acts: xr.Dataset,
     *,

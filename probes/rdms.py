@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.labels import MISSING, label_texts
 from lensclust.prompts import Prompts
@@ -30,6 +31,7 @@ PAIR_DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 DISTANCES = (*PAIR_DISTANCES, "crossnobis")
 
 
+@checked_arguments
 def hypothesis(
     rows: xr.Dataset | pd.DataFrame, name: str, *, graded: bool = False
 ) -> Float[np.ndarray, "prompt prompt"]:
@@ -74,6 +76,7 @@ def hypothesis(
     return apart / apart.max()
 
 
+@checked_arguments
 def combined(
     hypotheses: Sequence[Float[np.ndarray, "prompt prompt"]],
 ) -> Float[np.ndarray, "prompt prompt"]:
@@ -92,6 +95,7 @@ def combined(
     return np.mean(list(hypotheses), axis=0)
 
 
+@checked_arguments
 def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
     """Activations labelled with what their prompts look like: ``length`` and ``first_token``.
 
