@@ -27,8 +27,7 @@ VARIABLES = {
     "attn_out": ("attn_out", "block"),
     "mlp_out": ("mlp_out", "block"),
 }
-# Options that name several labels; options that may name none.
-SEVERAL = ("score_against", "apart", "labels")
+# Options that may name no label.
 WITHOUT = ("given", "groups", "control", "per", "within", "apart")
 
 
@@ -211,10 +210,6 @@ def labelled(
     known, notes = label_names(acts), []
     keep = np.ones(acts.sizes.get("prompt", 0), dtype=bool)
     for option, given in options.items():
-        if option not in SEVERAL and not isinstance(given, str | None):
-            raise InputError(
-                f"{call}: {option}={given!r:.60}, expected the name of one label, of {known}"
-            )
         for name in [given] if isinstance(given, str) else list(given or ()):
             if name not in known:
                 none = f", or {option}=None for none" if option in WITHOUT else ""

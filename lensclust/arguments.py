@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,9 +31,13 @@ CLASSES = {
     "ComponentLogits": "what probes.decompose returns",
     "AttentionSamples": "what probes.sample_attention returns",
     "Module": "a model",
+    "Auxiliary": "a lensclust.training.Auxiliary",
+    "Lora": "a lensclust.Lora",
+    "ndarray": "an array",
+    "Tensor": "a tensor",
 }
 MEANS = "mean states: the dataset that probes.mean_states(acts) returns"
-ELEMENTS = {"str": "texts", "float": "numbers", "int": "whole numbers"}
+ELEMENTS = {"str": "texts", "float": "numbers", "int": "whole numbers", "tuple": "pairs"}
 # What may be None though it does not say so itself.
 MAY_BE_NONE = ("None", "Any", "Label", "Units", "bool")
 # What is between these is one of the kinds of a union.
@@ -47,7 +51,7 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
     not negative and has 64 bits, a ``shard`` and a batch have something in them.
 
     >>> @checked_arguments
-    ... def draw(*, names: "Sequence[str]" = (), draws: "int" = 1, share: "float" = 0.5):
+    ... def draw(*, names: Sequence[str] = (), draws: int = 1, share: float = 0.5):
     ...     return names
     >>> draw(names="task")
     ['task']
@@ -86,7 +90,7 @@ class _Wanted:
         kind = parameter.annotation
         text = kind if isinstance(kind, str) else getattr(kind, "__name__", "Any")
         self.kinds = ["Any"] if kind is inspect.Parameter.empty else _BAR.split(text)
-        self.whole = bool(re.search(r"\bint\b", text)) and not re.search(r"\b(float|bool)\b", text)
+        self.whole = "int" in self.kinds and not {"float", "bool"} & {*self.kinds}
 
     def taken(self, value: Any) -> Any:
         """The argument, as the function gets it.
@@ -96,6 +100,8 @@ class _Wanted:
         """
         if value is self.default:
             return value
+        if isinstance(value, str):
+            value = str(value)  # numpy's own texts show their type in every message
         if value is None and any(kind in MAY_BE_NONE for kind in self.kinds):
             return None
         if any(kind in (*MODELS, "Prompts") for kind in self.kinds):
@@ -109,10 +115,15 @@ class _Wanted:
             return [value]
         if isinstance(value, _NUMBER) and listed & {"float | int", "int", "float"}:
             return [value]
-        tests = [_test(kind) for kind in self.kinds]
-        if value is None or (all(tests) and not any(test(value) for test in tests if test)):
-            raise InputError(self._misfit(value))
-        return value
+        if self._fits(value):
+            return value
+        raise InputError(self._misfit(value))
+
+    def _fits(self, value: Any) -> bool:
+        """Whether a value is of one of the kinds, as far as can be told here."""
+        if value is None:
+            return not any(map(_words, self.kinds))
+        return _is_one_of(self.kinds, value)
 
     def _require_run(self, value: Any) -> None:
         # They use functions that are checked here.
@@ -143,19 +154,49 @@ class _Wanted:
         return f"{self.caller}: {given}, expected {expected or 'another kind of value'}"
 
 
-def _test(kind: str) -> Callable[[Any], bool] | None:
-    """Whether a value is of a kind; None where that is for the function to find out."""
-    name = kind.rpartition(".")[2]
+def _is_one_of(kinds: Sequence[str], value: Any) -> bool:
+    """Whether a value is of one of the kinds; of those that nobody knows here, everything is."""
+    return any(_is(kind, value) for kind in kinds)
+
+
+def _is(kind: str, value: Any) -> bool:
+    outer, _, inside = kind.partition("[")
+    name = outer.rpartition(".")[2]
     if name in CLASSES:
-        return lambda value: name in {each.__name__ for each in type(value).__mro__}
-    return _TESTS.get(kind.partition("[")[0])
+        return name in _classes(value)
+    if name not in _TESTS:
+        return True
+    if not _TESTS[name](value):
+        return False
+    if name == "tuple":
+        each = inside[:-1].split(", ")
+        return len(value) == len(each) and all(map(_is, each, value))
+    # Of many texts the function says which one is none.
+    if (name == "Sequence" or inside.startswith("tuple")) and isinstance(value, (list, tuple)):
+        return all(_is_one_of(_BAR.split(inside[:-1]), each) for each in value)
+    return True
+
+
+def _classes(value: Any) -> set[str]:
+    return {each.__name__ for each in type(value).__mro__}
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not hasattr(value, "parameters")  # a model can be called, too
+
+
+def _is_listed(value: Any) -> bool:
+    table = {"DataFrame", "Dataset"} & _classes(value) or isinstance(value, Mapping)
+    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and not table
 
 
 def _words(kind: str) -> str:
     name, _, inside = kind.partition("[")
+    element = ELEMENTS.get(re.split(r"\W", inside)[0])
     if name in ("Sequence", "Iterable"):
-        element = ELEMENTS.get(re.split(r"\W", inside)[0])
         return f"a list of {element}" if element else "a list"
+    if name == "tuple":
+        return f"{inside.count(',') + 1} {element}"
     return CLASSES.get(kind.rpartition(".")[2]) or _WORDS.get(name, "")
 
 
@@ -165,19 +206,26 @@ _TESTS: dict[str, Callable[[Any], bool]] = {
     "Path": lambda value: hasattr(value, "__fspath__"),
     "int": lambda value: isinstance(value, _WHOLE) or hasattr(value, "__index__"),
     "float": lambda value: isinstance(value, _NUMBER) or hasattr(value, "__float__"),
-    "bool": lambda value: True,
-    "PreTrainedTokenizerBase": lambda value: (
-        callable(value) and hasattr(value, "pad_token_id") and not hasattr(value, "parameters")
+    "bool": lambda value: isinstance(value, _WHOLE) or type(value).__name__ == "bool_",
+    "PreTrainedTokenizerBase": lambda value: _is_function(value) and hasattr(value, "pad_token_id"),
+    "Readout": _is_function,
+    "Make": _is_function,
+    "Moves": _is_function,
+    "LossOn": lambda value: isinstance(value, str),
+    "SiteSelector": lambda value: (
+        isinstance(value, str) or "Site" in _classes(value) or _is_listed(value)
     ),
-    "Readout": callable,
-    "Make": callable,
-    "Moves": callable,
+    "Choices": lambda value: _is_listed(value) or isinstance(value, (str, Mapping)),
+    "Units": lambda value: _is_listed(value) or isinstance(value, str),
+    "Float": lambda value: not isinstance(value, (str, Mapping)),
+    "Vector": lambda value: _is_listed(value),
     "Mapping": lambda value: isinstance(value, Mapping),
-    "Sequence": lambda value: hasattr(value, "__iter__") and not isinstance(value, (str, bytes)),
-    "Iterable": lambda value: hasattr(value, "__iter__") and not isinstance(value, (str, bytes)),
+    "Sequence": _is_listed,
+    "Iterable": _is_listed,
+    "tuple": lambda value: _is_listed(value) and hasattr(value, "__len__"),
 }
 _WORDS = {
-    "str": "a text",
+    "str": "one text",
     "Path": "a path",
     "int": "a whole number",
     "float": "a number",
@@ -188,6 +236,9 @@ _WORDS = {
     "Moves": "a function of source and target that gives a list of interventions, such as "
     "lambda a, b: [probes.shift(means, a, b)]",
     "Mapping": "a dictionary",
+    "LossOn": "'all' or 'answer'",
+    "Units": "a column, several, one value a row, or 'rows'",
+    "Vector": "numbers",
     "Choices": "label -> its token, or a list of texts",
     "SiteSelector": "sites such as 'resid', 'head 3.1' or a list of them",
     "Float": "numbers in an array",

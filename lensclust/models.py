@@ -198,6 +198,11 @@ def _read_tokenizer(tokenizer: Any, request: _Request) -> PreTrainedTokenizerBas
         return tokenizer
     found = None
     if isinstance(tokenizer, (str, Path)):
+        if not Path(tokenizer).exists() and not _is_hub_id(str(tokenizer)):
+            raise InputError(
+                f"load: tokenizer={str(tokenizer)!r} does not exist, expected the directory or hub "
+                "id of one"
+            )
         found = pretrained.read_tokenizer(
             str(tokenizer), trust_remote_code=request.trust_remote_code
         )

@@ -61,7 +61,9 @@ class Site:
     head: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.kind, str) and " " in self.kind:
+        if not isinstance(self.kind, str):
+            raise InputError(f"Site: {type(self.kind).__name__} given as kind, {EXPECTED}")
+        if " " in self.kind:
             raise InputError(f"Site: {self.kind!r} given as kind: use Site.parse({self.kind!r})")
         check_counts("Site", least=0, layer=self.layer, head=self.head)
         if self.kind not in KINDS or (self.head is not None) != _per_head(self.kind):
@@ -79,6 +81,7 @@ class Site:
         """
         if not isinstance(text, str):
             raise InputError(f"site: given {text!r:.60} ({type(text).__name__}), {EXPECTED}")
+        text = str(text)
         match = re.fullmatch(r"(\w+) (\d+)(?:\.(\d+))?", text.strip())
         if match is None:
             raise InputError(f"site {text!r} is not known: {EXPECTED}")

@@ -85,7 +85,8 @@ def attention_ratio(
         progress: show a bar.
 
     Returns:
-        Weights of every prompt and head, and the log ratios between random spans.
+        Weights of every prompt and head, each the mean over the tokens of its span (and of the
+        query), and the log ratios between random spans.
 
     Raises:
         InputError: if a span does not exist, is empty or outside its prompt, the two overlap,
