@@ -12,7 +12,8 @@ Source: Nanda (2023), attribution patching; Kramár et al. (arXiv 2403.00745) on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,7 @@ from lensclust.extraction import extract
 from lensclust.gradients import with_gradients
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
-from lensclust.sites import Site, SiteSelector, hook_name
-from probes.head_gates import frozen
+from lensclust.sites import Site, SiteSelector, hook_name, model_name
 from probes.metrics import DIFFERENCE, metric_of
 from probes.patching import Patching, patch, require_pairs
 from probes.replay import Readout
@@ -107,7 +107,7 @@ def rank(
         seed: of the draw, the intervals and p.
 
     Raises:
-        InputError: as `patch`, and if the metric or the model has no gradient.
+        InputError: as `patch`, and if the metric has no gradient, or the model's embedding none.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -196,7 +196,7 @@ def _gradients(
             return readout(logits[torch.arange(len(rows)), last].float(), rows).sum()
 
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
-        with frozen(model), model.hooks(fwd_hooks=[("hook_embed", _enter)]):
+        with _begun(model):
             # A backward that ends at the topmost hook does not reach it: the embedding is above.
             cache = cache_activation_and_gradient(model, tokens, total, ["hook_embed", *hooks])
         found = []
@@ -214,9 +214,22 @@ def _gradients(
     return [torch.cat(part)[back].numpy() for part in parts]
 
 
-def _enter(value: Tensor, hook: Any) -> Tensor:
-    """Where gradients begin, whether or not the model's weights ask for any."""
-    return value.detach().requires_grad_()
+@contextmanager
+def _begun(model: Any) -> Iterator[None]:
+    """Inside, gradients begin at the embedding, though the network be frozen."""
+    weights = [weight for weight in model.embed.parameters() if weight.is_floating_point()]
+    if not weights:
+        raise InputError(
+            f"rank: the embedding of {model_name(model)} is quantised, so nothing has a gradient"
+        )
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _correlation(rows: pd.DataFrame) -> dict[str, float | int]:

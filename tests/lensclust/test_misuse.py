@@ -33,6 +33,9 @@ def steer(model, prompts):
     with probes.steer(model, move, at="resid 1"):
         lc.extract(model, prompts, "resid", progress=False)
 
+def padded(pad_id):
+    return lc.Prompts.from_token_lists([[1]], rows[:1], pad_id=pad_id)
+
 def narrow():
     small = lc.load("native:sif-small")
     with probes.steer(small, move, at="resid 1", positions="all"):
@@ -43,7 +46,8 @@ def made_inside():
         inside = lc.load(hf_model("llama"))
     probes.rank(inside, prompts, prompts, "resid")
 
-sweep = probes.probe(acts4, groups=None, control=None, folds=2, permutations=2, jobs=1, progress=False)
+quick = {"permutations": 2, "progress": False}
+sweep = probes.probe(acts4, groups=None, control=None, folds=2, jobs=1, **quick)
 speaking = lc.load(hf_model("llama"), tokenizer=tiny_tokenizer(sys.argv[1]))
 calls = {
     "extract": lambda m, p: lc.extract(m, p, "resid", progress=False),
@@ -122,8 +126,8 @@ others = {
         tiny_tokenizer(sys.argv[1]), "folder"
     ),
     "use Site.parse('resid 5')": lambda: lc.Site("resid 5"),
-    "pad_id=-100, expected an id": lambda: lc.Prompts.from_token_lists([[1]], rows[:1], pad_id=-100),
-    "pad_id=True, expected a whole": lambda: lc.Prompts.from_token_lists([[1]], rows[:1], pad_id=True),
+    "pad_id=-100, expected an id": lambda: padded(-100),
+    "pad_id=True, expected a whole": lambda: padded(True),
     "expected the label first: direction('b', 'resid 1')": lambda: sweep.direction("resid 1", "b"),
     "'zebra', which is not in the vocabulary": lambda: probes.decompose(
         speaking, prompts, ["w1", "zebra"], label=None
@@ -161,7 +165,6 @@ for tokenizer in (3, sys.argv[1] + "/nowhere"):
     with contextlib.suppress(lc.InputError):
         lc.load(network, tokenizer=tokenizer)
         print("load | tokenizer", tokenizer, "| took it")
-quick = {"permutations": 2, "progress": False}
 for name, taken in {
     "score_against": lambda: probes.cluster(acts4, given=None, score_against=None, jobs=1, **quick),
     "one label": lambda: probes.cluster(acts4, given=None, score_against="input", jobs=1, **quick),
@@ -174,7 +177,7 @@ for name, taken in {
         model, prompts, move, "resid 1", 1.0, wanted=[5, 6], progress=False
     ),
     "curves": lambda: probes.change_points([1, 2, 3, 8, 9, 10.0]),
-    "pad_id": lambda: lc.Prompts.from_token_lists([[1]], rows[:1], pad_id=None),
+    "pad_id": lambda: padded(None),
 }.items():
     try:
         taken()
