@@ -68,6 +68,7 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
     caller = function.__qualname__.rpartition("<locals>.")[2]
     wanted = [_Wanted(caller, each) for each in signature.parameters.values()]
     named_so = {each.name: each for each in wanted}
+    run: Any = function
 
     @functools.wraps(function)
     def checked(*given: _Given.args, **named: _Given.kwargs) -> _Found:
@@ -77,7 +78,7 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
             name: named_so[name].taken(value) if name in named_so else value
             for name, value in named.items()
         }
-        return function(*in_order, **by_name)
+        return run(*in_order, **by_name)
 
     return checked
 
@@ -218,7 +219,7 @@ _TESTS: dict[str, Callable[[Any], bool]] = {
     "Choices": lambda value: _is_listed(value) or isinstance(value, (str, Mapping)),
     "Units": lambda value: _is_listed(value) or isinstance(value, str),
     "Float": lambda value: not isinstance(value, (str, Mapping)),
-    "Vector": lambda value: _is_listed(value),
+    "Vector": lambda value: _is_listed(value) and not any(isinstance(v, str) for v in value),
     "Mapping": lambda value: isinstance(value, Mapping),
     "Sequence": _is_listed,
     "Iterable": _is_listed,

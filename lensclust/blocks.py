@@ -117,9 +117,10 @@ def hooked_points(model: TransformerLensModel) -> list[str]:
     ['blocks.0.hook_mlp_out']
     """
     points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    named = {id(point): name for name, point in points.items()}  # some have several names
     return [
-        name
-        for name, point in points.items()
+        named[key]
+        for key, point in {id(point): point for point in points.values()}.items()
         if any(not each.is_permanent for each in point.fwd_hooks)
     ]
 
