@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"lensclust.{name}")
     if name in own_packages.NAMES:
         return own_packages.own(name)
-    raise AttributeError(f"module 'lensclust' has no attribute {name!r}")
+    raise own_packages.missing("lensclust", name)
 
 
 def __dir__() -> list[str]:

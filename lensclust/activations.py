@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.blocks import output_weights
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
@@ -28,11 +29,11 @@ VARIABLES = {
     "attn_out": ("attn_out", "block"),
     "mlp_out": ("mlp_out", "block"),
 }
-# Options that name several labels; options that may name none, and what to give for that.
-SEVERAL = ("score_against", "apart", "labels")
-WITHOUT = dict.fromkeys(("given", "groups", "control", "per", "within"), "None") | {"apart": "()"}
+# Options that may name no label.
+WITHOUT = ("given", "groups", "control", "per", "within", "apart")
 
 
+@checked_arguments
 def head_residual(
     acts: xr.Dataset, model: TransformerLensModel
 ) -> Float[xr.DataArray, "prompt position block head d_model"]:
@@ -235,13 +236,9 @@ def labelled(
     known, notes = label_names(acts), []
     keep = np.ones(acts.sizes.get("prompt", 0), dtype=bool)
     for option, given in options.items():
-        if option not in SEVERAL and not isinstance(given, str | None):
-            raise InputError(
-                f"{call}: {option}={given!r:.60}, expected the name of one label, of {known}"
-            )
         for name in [given] if isinstance(given, str) else list(given or ()):
             if name not in known:
-                none = f", or {option}={WITHOUT[option]} for none" if option in WITHOUT else ""
+                none = f", or {option}=None for none" if option in WITHOUT else ""
                 raise InputError(
                     f"{call}: {option}={name!r}, but label {name!r} is not in these activations: "
                     f"give {option}=... one of {known}{none}"

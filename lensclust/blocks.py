@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ BLOCK_HOOKS = {
 _SUM_ROUNDINGS = 4
 # Rounding of `z @ W_O` in half precision or TF32; a norm or a factor in between exceeds it.
 _HEADS_SHARE = 1e-2
+_OFF: ContextVar[bool] = ContextVar("hooks of the caller are off", default=False)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     """
     points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
     there = {point: point._forward_hooks for point in points.values()}
+    before = _OFF.set(True)
     try:
         for point in there:
             # Taken off and put back, hooks would lose their order and their contexts.
@@ -91,6 +94,30 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     finally:
         for point, hooks in there.items():
             point._forward_hooks = hooks
+        _OFF.reset(before)
+
+
+def hooks_are_off() -> bool:
+    """Whether `unhooked` is in force: what runs is not the caller's."""
+    return _OFF.get()
+
+
+def hooked_points(model: TransformerLensModel) -> list[str]:
+    """Names of the hook points at which the caller has hooks, as inside `probes.steer`.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")
+    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+    ...     hooked_points(model)
+    ['blocks.0.hook_mlp_out']
+    """
+    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    named = {id(point): name for name, point in points.items()}  # some have several names
+    return [
+        named[key]
+        for key, point in {id(point): point for point in points.values()}.items()
+        if any(not each.is_permanent for each in point.fwd_hooks)
+    ]
 
 
 def hooked_names(model: TransformerLensModel) -> list[str]:

@@ -105,7 +105,7 @@ class ChunkChecksum(Codec):
     def __init__(self, begun_from: int) -> None:
         self.begun_from = begun_from
 
-    def encode(self, buf: Any) -> bytearray:
+    def encode(self, buf: Any) -> Any:
         content = ensure_contiguous_ndarray(buf).view("u1")
         packed = bytearray(content.nbytes + 4)
         packed[:-4] = content.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.errors import InputError
 from lensclust.sites import Site, model_name, resolve
+
+_log = logging.getLogger(__name__)
 
 WRAPPED = "._original_component"
 
@@ -59,6 +62,11 @@ def chosen_parameters(
             trained head by head, or what is chosen is no number with a gradient.
     """
     masks = _named_masks(model, named, only, caller)
+    if isinstance(only, str):
+        modules = {name.rpartition(".")[0] for name in masks}
+        size, whole = (sum(named[name].numel() for name in some) for some in (masks, named))
+        found = f"{len(modules)} modules, {size:,} of {whole:,} parameters"
+        _log.info("%s: only=%r is in the names of %s", caller, only, found)
     quantised = [name for name in masks if not named[name].is_floating_point()]
     if quantised or getattr(model.original_model, "is_quantized", False):
         name = next(iter(quantised or masks))

@@ -77,7 +77,7 @@ def _studies(given: list[str]) -> int:
     _parse(NoOptions, given, "studies")
     table = Table(box=None, pad_edge=False)
     for column in ("study", "what it shows", "after", "presets"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "study")
     for name, study in sorted(_load_studies().items()):
         presets = "\n".join(f"{p}: {study.cost.get(p, '?')}" for p in study.presets)
         table.add_row(name, study.title, study.paper, presets)

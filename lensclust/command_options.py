@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lensclust.task_names import spelt_names
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -66,7 +68,6 @@ class ExtractOptions:
     Attributes:
         model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
             directory, a hub id, a GGUF file, a checkpoint.
-        tasks: sif, natural, classification:DATA, or instruction_induction:DIR.
         out: the store's folder, or its URL such as s3://bucket/a.
         sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
         at: read positions: answer, instruction_end, ...
@@ -85,7 +86,7 @@ class ExtractOptions:
     """
 
     model: str
-    tasks: str
+    tasks: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(spelt_names())}.")]
     out: str
     sites: tuple[str, ...] = ("resid", "head")
     at: tuple[str, ...] = ("answer",)

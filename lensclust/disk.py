@@ -58,6 +58,8 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
+        with writing(what, "give another place"):  # also what comes of a folder without permission
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT))
         raise InputError(f"{what}: another process is writing to it (it holds {file})") from None
     except OSError as error:
         raise InputError(f"{what}: cannot be written: {_reason(error)} ({file})") from error

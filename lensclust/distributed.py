@@ -24,7 +24,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from upath import UPath
 
 from lensclust import store as on_disk
-from lensclust.errors import InputError, check_counts, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError, check_counts
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts, require_prompts
@@ -45,7 +46,7 @@ DEATHS = 3
 PATIENCE = 10.0
 
 
-@whole_numbers
+@checked_arguments
 def extract_with_ray(
     source: Source,
     prompts: Prompts,

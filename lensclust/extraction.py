@@ -13,8 +13,8 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
-from lensclust.errors import check_counts, whole_numbers
-from lensclust.fits import require_given
+from lensclust.arguments import checked_arguments
+from lensclust.errors import check_counts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.shard_reading import ShardReader
@@ -23,7 +23,7 @@ from lensclust.store_places import Place, as_place
 from lensclust.templates import measured
 
 
-@whole_numbers
+@checked_arguments
 def extract(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -92,7 +92,6 @@ def extract(
     ('prompt', 'd_model')
     """
     check_counts("extract", shard=shard, batch_tokens=batch_tokens)
-    require_given(model, prompts, caller="extract")
     reader = ShardReader(
         model,
         prompts,

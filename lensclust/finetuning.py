@@ -26,6 +26,7 @@ from lensclust.chosen_weights import (
 )
 from lensclust.errors import InputError, check_counts
 from lensclust.fits import require_answers, require_fits
+from lensclust.gradients import with_gradients
 from lensclust.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, hook_name, resolve
@@ -112,6 +113,7 @@ def finetuned(
 # -- training -----------------------------------------------------------------------------
 
 
+@with_gradients
 def _train(
     model: TransformerBridge,
     prompts: Prompts,

@@ -16,16 +16,6 @@ from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import keep_up, modules_of
 
 
-def require_given(model: Any, prompts: Any, *, caller: str) -> None:
-    """Refuse what is no hooked model, or no prompts, before either is looked at.
-
-    Raises:
-        InputError: in the name of ``caller``: what was given and what to do.
-    """
-    _require_hooked(model, caller)
-    require_prompts(caller, prompts)
-
-
 def require_model(model: Any, *, caller: str) -> None:
     """Refuse what is no hooked model, one with a part in training mode, or one to load again.
 
@@ -35,7 +25,7 @@ def require_model(model: Any, *, caller: str) -> None:
     Raises:
         InputError: in the name of ``caller``: what was given and what to do.
     """
-    _require_hooked(model, caller)
+    require_hooked(model, caller=caller)
     keep_up(model)
     name = model_name(model)
     if getattr(model, "training", False):
@@ -56,7 +46,8 @@ def _quantised(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.")
 
 
-def _require_hooked(model: Any, caller: str) -> None:
+def require_hooked(model: Any, *, caller: str) -> None:
+    """Refuse what is no hooked model: what was given, and what to do."""
     # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
     bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
     if bare or not isinstance(model, TransformerLensModel):

@@ -23,6 +23,8 @@ def label_text(value: Any) -> str:
 
     >>> [label_text(value) for value in (0, "0", 0.0, np.int8(0), 0.5, True, None, float("nan"))]
     ['0', '0', '0', '0', '0.5', 'True', '', '']
+    >>> label_text(np.timedelta64(1, "h")) == label_text(pd.Timedelta(hours=1))
+    True
     """
     if isinstance(value, str):
         return str(value)
@@ -33,6 +35,8 @@ def label_text(value: Any) -> str:
         return MISSING
     if isinstance(value, np.datetime64):
         return str(pd.Timestamp(value))
+    if isinstance(value, np.timedelta64):
+        return str(pd.Timedelta(value))
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))
     return str(value)

@@ -20,10 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lensclust import pretrained, weights
 from lensclust.agreement import agrees
+from lensclust.arguments import checked_arguments
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.faithfulness import bare_logits, require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
@@ -63,7 +64,7 @@ class _Request:
     progress: bool
 
 
-@whole_numbers
+@checked_arguments
 def load(
     source: Source,
     *,
@@ -145,7 +146,8 @@ def load(
         if recognise(source):
             if device_map is not None:
                 _require_spreadable(request, loader)
-            model = loader(request)
+            with torch.inference_mode(False):  # whose weights would never have a gradient
+                model = loader(request)
             break
     else:
         raise InputError(f"load: {_misfit(source)}")
@@ -196,6 +198,11 @@ def _read_tokenizer(tokenizer: Any, request: _Request) -> PreTrainedTokenizerBas
         return tokenizer
     found = None
     if isinstance(tokenizer, (str, Path)):
+        if not Path(tokenizer).exists() and not _is_hub_id(str(tokenizer)):
+            raise InputError(
+                f"load: tokenizer={str(tokenizer)!r} does not exist, expected the directory or hub "
+                "id of one"
+            )
         found = pretrained.read_tokenizer(
             str(tokenizer), trust_remote_code=request.trust_remote_code
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from difflib import get_close_matches
 from importlib import import_module, util
 from pathlib import Path
 from pkgutil import iter_modules
@@ -58,6 +59,30 @@ def own(name: str) -> ModuleType:
     if name not in _FOUND:
         _load_ours()
     return _FOUND[name]
+
+
+def missing(module: str, name: str) -> AttributeError:
+    """The error for a name that one of our packages does not have, and where it may be meant.
+
+    >>> str(missing("lensclust", "cluster"))
+    "module 'lensclust' has no attribute 'cluster': it is probes.cluster"
+    >>> str(missing("lensclust", "extact"))
+    "module 'lensclust' has no attribute 'extact': did you mean extract?"
+    """
+    said = f"module {module!r} has no attribute {name!r}"
+    if name.startswith("_"):
+        return AttributeError(said)
+    offered = {each: _offered(each) for each in ("lensclust", "probes")}
+    for other, names in offered.items():
+        if name in names:
+            return AttributeError(f"{said}: it is {other}.{name}")
+    close = get_close_matches(name, offered[module], n=1)
+    return AttributeError(f"{said}: did you mean {close[0]}?" if close else said)
+
+
+def _offered(package: str) -> list[str]:
+    home = own(package) if package in NAMES else sys.modules[package]
+    return [] if home is None else [*getattr(home, "__all__", ())]
 
 
 def put_first() -> None:

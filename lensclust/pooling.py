@@ -15,9 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches
-from lensclust.errors import InputError, whole_numbers
-from lensclust.fits import require_fits, require_given
+from lensclust.errors import InputError
+from lensclust.fits import require_fits
 from lensclust.host_copies import HostCopy, upload
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -52,7 +53,7 @@ POOLS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 
-@whole_numbers
+@checked_arguments
 def pooled(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -92,7 +93,6 @@ def pooled(
     >>> acts.resid.sel(layer=6, position="prompt_mean").dims
     ('prompt', 'd_model')
     """
-    require_given(model, prompts, caller="pooled")
     ways = [how] if isinstance(how, str) else list(how)
     if not ways or len(set(ways)) < len(ways) or not set(ways) <= set(POOLS):
         raise InputError(f"pooled: how={ways}, expected some of {list(POOLS)}, each once")

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int, UInt64
 from torch import Tensor
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.indexing import row_numbers
 from lensclust.labels import label_texts, wanted_texts
@@ -61,6 +62,10 @@ class Prompts:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "lengths"):
+            if (given := getattr(self, name)).is_inference():
+                with torch.inference_mode(False):  # a copy that a backward can be taken over
+                    object.__setattr__(self, name, given.clone())
         n = len(self.tokens)
         parts = {"rows": self.rows, "answers": self.answers, "texts": self.texts}
         for name, given in {"lengths": self.lengths, **parts, **(self.spans or {})}.items():
@@ -70,6 +75,7 @@ class Prompts:
     # -- construction ---------------------------------------------------------------------
 
     @classmethod
+    @checked_arguments
     def from_token_lists(
         cls,
         ids: Iterable[Any],
@@ -78,8 +84,8 @@ class Prompts:
         answers: Iterable[Any] | None = None,
         spans: Mapping[str, Iterable[Any]] | None = None,
         texts: Iterable[str] | None = None,
-        tokenizer: str = "none",
-        pad_id: int = 0,
+        tokenizer: str | PreTrainedTokenizerBase = "none",
+        pad_id: int | None = 0,
     ) -> Prompts:
         """Build from token ids: one list and one row of labels a prompt.
 
@@ -90,7 +96,9 @@ class Prompts:
             rows: a frame, or what pandas makes one of: a dict of columns, a list of dicts.
             answers: token ids that continue each prompt; a single id is an answer of one token.
             spans: name -> half-open range of tokens of each prompt, in a list or an array.
-            texts, tokenizer, pad_id: see `Prompts`.
+            texts: see `Prompts`.
+            tokenizer: what made the ids, or its fingerprint.
+            pad_id: the id in the padding, which decides nothing; None for 0.
 
         Raises:
             InputError: if there is no prompt, a prompt is empty, lengths disagree, an id or a
@@ -101,6 +109,9 @@ class Prompts:
         >>> prompts.tokens.tolist(), prompts.position("answer").tolist()
         ([[1, 5, 0], [1, 6, 7]], [1, 2])
         """
+        pad_id = 0 if pad_id is None else pad_id
+        if not 0 <= pad_id < 2**31:
+            raise InputError(f"Prompts: pad_id={pad_id}, expected an id in 0..2**31-1")
         rows = _frame(rows)
         ids = [_ids("prompt", i, each) for i, each in enumerate(_listed("prompts", ids, rows))]
         if len(ids) == 0:
@@ -130,11 +141,12 @@ class Prompts:
             answers=None if answers is None else tuple(tuple(a) for a in answers),
             spans={name: torch.from_numpy(span) for name, span in ranges.items()},
             texts=None if texts is None else tuple(texts),
-            tokenizer=tokenizer,
+            tokenizer=tokenizer if isinstance(tokenizer, str) else tokenizer_fingerprint(tokenizer),
             pad_id=pad_id,
         )
 
     @classmethod
+    @checked_arguments
     def from_texts(
         cls,
         texts: Iterable[str],
@@ -168,13 +180,6 @@ class Prompts:
                 changes a text so that a span's characters have no place in it, or as
                 `from_token_lists`.
         """
-        if tokenizer is None:
-            raise InputError("Prompts: texts need a tokenizer, given None (a model without one?)")
-        if not callable(tokenizer) or isinstance(tokenizer, type):
-            raise InputError(
-                f"Prompts: tokenizer={tokenizer!r:.60}, expected a tokenizer such as "
-                "model.tokenizer"
-            )
         if chat and not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 f"Prompts: chat=True, but tokenizer {tokenizer.name_or_path!r} has no chat template"
@@ -242,6 +247,7 @@ class Prompts:
             raise InputError("Prompts: built from token ids, so there is no text to show")
         return self.texts[index]
 
+    @checked_arguments
     def position(self, name: str) -> Int[Tensor, " prompt"]:
         """Token index of a named read position, resolved for each prompt.
 
@@ -384,7 +390,7 @@ class Prompts:
         return self.take(np.flatnonzero(keep))
 
 
-def require_prompts(caller: str, given: Any) -> None:
+def require_prompts(caller: str, given: Any, *, name: str = "prompts") -> None:
     """Refuse what is no `Prompts`: what was given, and what makes them.
 
     >>> require_prompts("extract", "What is 2 + 2?")
@@ -397,7 +403,7 @@ Prompts.from_texts(texts, rows, model.tokenizer)
     advice = "Prompts such as Prompts.from_texts(texts, rows, model.tokenizer)"
     if isinstance(given, torch.nn.Module):
         advice = f"Prompts: the model comes first, {caller}(model, prompts, ...)"
-    raise InputError(f"{caller}: given a {type(given).__name__} as prompts, expected {advice}")
+    raise InputError(f"{caller}: given a {type(given).__name__} as {name}, expected {advice}")
 
 
 def _frame(rows: Any) -> pd.DataFrame:
@@ -418,8 +424,8 @@ def _frame(rows: Any) -> pd.DataFrame:
             rows = None
         if rows is None or not all(isinstance(name, str) for name in rows.columns):
             raise InputError(
-                f"Prompts: rows given as a {given}, expected a frame with one row of labels for "
-                "each prompt"
+                f"Prompts: rows given as a {given}, expected one row of labels for each prompt: a "
+                "frame, a dictionary of columns, or a list of dictionaries"
             )
     names = [str(name) for name in rows.columns]
     if len(set(names)) < len(names):

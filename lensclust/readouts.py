@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, length_steps, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
@@ -25,6 +26,7 @@ States = Mapping[str, Tensor]
 StateReadout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"], States], Tensor]
 
 
+@checked_arguments
 def answers(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -24,11 +24,11 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
 from lensclust.agreement import Size, SizedCheck, agrees, power_of_two, relative_error, remembered
+from lensclust.arguments import checked_arguments
 from lensclust.batching import default_budget, model_device
 from lensclust.branching_check import FAILURES, TAIL, branching_failure, named
 from lensclust.costs import forward_cost, most_cached
-from lensclust.errors import InputError, whole_numbers
-from lensclust.fits import require_given
+from lensclust.errors import InputError
 from lensclust.packed_forwards import Hooks, PackedForwards
 from lensclust.prefix import Packing, PrefixPlan, pack
 from lensclust.prompts import Prompts
@@ -145,7 +145,7 @@ class PrefixSharing:
         return f"relative error {max(errors):.2g}" if errors else None
 
 
-@whole_numbers
+@checked_arguments
 def plan_prefixes(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -180,7 +180,6 @@ def plan_prefixes(
     share a prefix    50 prompts
     estimated cost    ... of running all in full
     """
-    require_given(model, prompts, caller="plan_prefixes")
     names = [at] if isinstance(at, str) else list(at)
     if not names:
         raise InputError("plan_prefixes: at names no position, expected such as 'answer'")

@@ -14,7 +14,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import model_device
 from lensclust.blocks import BLOCK_HOOKS, blocks_of, output_weights
-from lensclust.errors import InputError
+from lensclust.errors import InputError, check_counts
 
 __all__ = [
     "BLOCK_HOOKS",
@@ -57,10 +57,15 @@ class Site:
     """
 
     kind: str
-    layer: int
+    layer: int = -1
     head: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise InputError(f"Site: {type(self.kind).__name__} given as kind, {EXPECTED}")
+        if " " in self.kind:
+            raise InputError(f"Site: {self.kind!r} given as kind: use Site.parse({self.kind!r})")
+        check_counts("Site", least=0, layer=self.layer, head=self.head)
         if self.kind not in KINDS or (self.head is not None) != _per_head(self.kind):
             raise InputError(f"site {str(self)!r} is not known: {EXPECTED}")
 
@@ -74,6 +79,9 @@ class Site:
         Raises:
             InputError: if the text is not of that form.
         """
+        if not isinstance(text, str):
+            raise InputError(f"site: given {text!r:.60} ({type(text).__name__}), {EXPECTED}")
+        text = str(text)
         match = re.fullmatch(r"(\w+) (\d+)(?:\.(\d+))?", text.strip())
         if match is None:
             raise InputError(f"site {text!r} is not known: {EXPECTED}")
@@ -101,7 +109,7 @@ def resolve(model: TransformerLensModel, selectors: SiteSelector) -> list[Site]:
     if isinstance(selectors, Iterable) and not isinstance(selectors, (str, Site)):
         given = list(selectors)
     if odd := [item for item in given if not isinstance(item, (str, Site))]:
-        raise InputError(f"site {odd[0]!r} is a {type(odd[0]).__name__}: {EXPECTED}")
+        raise InputError(f"sites: given {odd[0]!r:.60} ({type(odd[0]).__name__}), {EXPECTED}")
     if not given:
         raise InputError(f"sites: none given, expected some of {', '.join(KINDS)}")
     # Asked for once: a bridge puts it together anew each time.

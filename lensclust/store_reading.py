@@ -138,6 +138,7 @@ def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> No
                     f"store {path}: is damaged: {name!r} is {size} long along {axis!r}, "
                     f"expected {sizes[axis]}"
                 )
+    for name, array in arrays.items():
         if name not in measured and "prompt" in array.attrs["_ARRAY_DIMENSIONS"]:
             continue
         size = math.prod(array.shape) * np.dtype(array.dtype).itemsize

@@ -24,12 +24,14 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.adapters import Adapters, Lora
+from lensclust.arguments import checked_arguments
 from lensclust.batching import default_budget, model_device, training_batches
 from lensclust.chosen_weights import chosen_parameters, left_as_it_was, named_parameters
 from lensclust.disk import writing
-from lensclust.errors import InputError, check_counts, whole_numbers
+from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import score_answers
-from lensclust.fits import require_answers, require_fits, require_given
+from lensclust.fits import require_answers, require_fits
+from lensclust.gradients import with_gradients
 from lensclust.integrity import digest_of
 from lensclust.partial_forwards import scored_logits
 from lensclust.progress import progress_bar
@@ -51,7 +53,8 @@ from lensclust.weights import fingerprint
 __all__ = ["FinetuningRun", "finetune"]
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def finetune(
     model: TransformerBridge,
     prompts: Prompts,
@@ -119,7 +122,6 @@ def finetune(
     >>> lc.fingerprint(model) == before
     True
     """
-    require_given(model, prompts, caller="finetune")
     _check_knobs(steps, batch_size, batch_tokens, weight_decay, save_every, only, lora)
     check_rate(lr, warmup, schedule, caller="finetune")
     at = _checkpoint_steps(steps, checkpoints)

@@ -22,9 +22,11 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.utilities.devices import get_device
 from transformer_lens.utilities.statistics import derive_generator
 
+from lensclust.arguments import checked_arguments
 from lensclust.disk import writing
-from lensclust.errors import InputError, check_counts, whole_numbers
+from lensclust.errors import InputError, check_counts
 from lensclust.evaluation import LogitsAt, score_answers
+from lensclust.gradients import with_gradients
 from lensclust.integrity import digest_of
 from lensclust.native import config_to_json, native_bridge, native_config
 from lensclust.progress import progress_bar
@@ -70,7 +72,8 @@ __all__ = [
 ]
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def train(
     config: str | TransformerBridgeConfig,
     prompts: Prompts,

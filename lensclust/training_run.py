@@ -50,7 +50,7 @@ class Checkpoint:
         return tensors_digest((self.weights or {}).items())
 
 
-def described(run: object, frame: pd.DataFrame, checkpoints: Sequence[Any]) -> str:
+def described(run: object, frame: pd.DataFrame, checkpoints: Sequence[Any], *further: str) -> str:
     """A run in one line: how long it was, and what it had learnt at the end."""
     learnt = ""
     if len(frame):
@@ -58,8 +58,8 @@ def described(run: object, frame: pd.DataFrame, checkpoints: Sequence[Any]) -> s
         found = zip(last["split"], last["accuracy"], strict=True)
         shares = (f"{share:.2f} of {split}" for split, share in found)
         learnt = f"; answers right at the end: {', '.join(shares)}"
-    steps = f"{checkpoints[-1].step} steps, {len(checkpoints)} checkpoints"
-    return f"{type(run).__name__}({steps}{learnt})"
+    parts = [f"{checkpoints[-1].step} steps", f"{len(checkpoints)} checkpoints", *further]
+    return f"{type(run).__name__}({', '.join(parts)}{learnt})"
 
 
 @dataclass(frozen=True, eq=False)

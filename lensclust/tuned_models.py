@@ -94,7 +94,8 @@ class FinetuningRun:
     _in_use: Any = field(default_factory=Lock)
 
     def __repr__(self) -> str:
-        return described(self, self.frame, self.checkpoints)
+        trained = f"{self.parameters:,} parameters trained"
+        return described(self, self.frame, self.checkpoints, trained)
 
     def _repr_html_(self) -> str:
         return as_html(repr(self), self.frame)

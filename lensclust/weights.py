@@ -15,6 +15,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.native import NativeModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.chosen_weights import WRAPPED
 from lensclust.errors import InputError
 from lensclust.native import config_from_json, config_to_json, native_bridge_with
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 HEADER = "lensclust"
 
 
+@checked_arguments
 def fingerprint(model: nn.Module) -> str:
     """sha256 over names, shapes, dtypes and bytes of a model's weights, as 64 hex digits.
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.integrity import difference
 from lensclust.marks import mark
@@ -150,6 +151,7 @@ def own_network(model: Any) -> nn.Module | None:
     return None if link is None else link.own
 
 
+@checked_arguments
 def release(model: nn.Module) -> nn.Module:
     """The network that was given to `lensclust.load`, as if it had never been wrapped.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lensclust import own_packages
+
 if TYPE_CHECKING:
     from probes.activation_patterns import HeadActivation
     from probes.attention import attention_ratio
@@ -182,7 +184,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"probes.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'probes' has no attribute {name!r}")
+    raise own_packages.missing("probes", name)
 
 
 def __dir__() -> list[str]:

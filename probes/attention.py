@@ -26,10 +26,12 @@ import xarray as xr
 from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
+from lensclust.gradients import with_gradients
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sites import model_name
@@ -44,7 +46,8 @@ WEIGHTINGS = ("attention", "value", "gradient")
 AXES = ("weighting", "prompt", "block", "head", "relevant", "irrelevant")
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def attention_ratio(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -82,7 +85,8 @@ def attention_ratio(
         progress: show a bar.
 
     Returns:
-        Weights of every prompt and head, and the log ratios between random spans.
+        Weights of every prompt and head, each the mean over the tokens of its span (and of the
+        query), and the log ratios between random spans.
 
     Raises:
         InputError: if a span does not exist, is empty or outside its prompt, the two overlap,

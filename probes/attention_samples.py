@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, model_name, resolve
@@ -117,7 +118,7 @@ class AttentionSamples:
         )
 
 
-@whole_numbers
+@checked_arguments
 def sample_attention(
     model: TransformerLensModel,
     prompts: Prompts,

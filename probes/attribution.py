@@ -12,7 +12,8 @@ Source: Nanda (2023), attribution patching; Kramár et al. (arXiv 2403.00745) on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,14 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lensclust.activations import select
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.extraction import extract
+from lensclust.gradients import with_gradients
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
-from lensclust.sites import Site, SiteSelector, hook_name
+from lensclust.sites import Site, SiteSelector, hook_name, model_name
 from probes.metrics import DIFFERENCE, metric_of
 from probes.patching import Patching, patch, require_pairs
 from probes.replay import Readout
@@ -77,7 +80,8 @@ class AttributionCheck(Shown):
         return self.correlation, self.frame[self.frame["chosen"] != "none"]
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def rank(
     model: TransformerLensModel,
     base: Prompts,
@@ -103,7 +107,7 @@ def rank(
         seed: of the draw, the intervals and p.
 
     Raises:
-        InputError: as `patch`, and if the metric or the model has no gradient.
+        InputError: as `patch`, and if the metric has no gradient, or the model's embedding none.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -177,8 +181,6 @@ def _gradients(
     budget: int,
 ) -> list[Float[np.ndarray, "_prompt _d"]]:
     """For each site the gradient of every prompt's own metric with respect to its state."""
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise InputError("rank: no parameter of the model requires a gradient, so there is none")
     position = prompts.position(at)
     hooks = dict.fromkeys(hook_name(model, site) for site in sites)
     parts: list[list[Tensor]] = [[] for _ in sites]
@@ -194,7 +196,7 @@ def _gradients(
             return readout(logits[torch.arange(len(rows)), last].float(), rows).sum()
 
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
-        with torch.enable_grad():
+        with _begun(model):
             # A backward that ends at the topmost hook does not reach it: the embedding is above.
             cache = cache_activation_and_gradient(model, tokens, total, ["hook_embed", *hooks])
         found = []
@@ -210,6 +212,24 @@ def _gradients(
         order.append(rows)
     back = torch.cat(order).argsort()
     return [torch.cat(part)[back].numpy() for part in parts]
+
+
+@contextmanager
+def _begun(model: Any) -> Iterator[None]:
+    """Inside, gradients begin at the embedding, though the network be frozen."""
+    weights = [weight for weight in model.embed.parameters() if weight.is_floating_point()]
+    if not weights:
+        raise InputError(
+            f"rank: the embedding of {model_name(model)} is quantised, so nothing has a gradient"
+        )
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _correlation(rows: pd.DataFrame) -> dict[str, float | int]:

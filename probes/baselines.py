@@ -7,9 +7,11 @@ import xarray as xr
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfTransformer
 
+from lensclust.arguments import checked_arguments
 from lensclust.prompts import Prompts
 
 
+@checked_arguments
 def bag_of_tokens(prompts: Prompts) -> xr.Dataset:
     """Each prompt's tf-idf weighted, unit-norm bag of tokens, as if it were a model's only layer.
 

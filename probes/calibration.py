@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from scipy.special import log_softmax, softmax
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from probes.component_logits import ComponentLogits
 from probes.labelled_examples import Examples
@@ -58,6 +59,7 @@ class Calibration:
         return float((guesses == components.targets).mean())
 
 
+@checked_arguments
 def calibrate(components: ComponentLogits) -> Calibration:
     """Calib+: one factor a label, trained on labelled prompts.
 
@@ -116,6 +118,7 @@ def calibrate_many(components: Sequence[ComponentLogits]) -> list[Calibration]:
     ]
 
 
+@checked_arguments
 def select_prompt(candidates: Sequence[ComponentLogits]) -> int:
     """Index of the prompt (template, demonstrations) under which the model does best.
 

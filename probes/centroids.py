@@ -15,6 +15,7 @@ from lensclust.activations import (
     stored_values,
     with_labels,
 )
+from lensclust.arguments import checked_arguments
 from lensclust.sites import Site
 
 
@@ -60,6 +61,7 @@ class Centroids:
         return xr.Dataset(variables)
 
 
+@checked_arguments
 def mean_states(
     acts: xr.Dataset,
     *,

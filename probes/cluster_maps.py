@@ -24,7 +24,8 @@ from sklearn.decomposition import PCA
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, site_values
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.showing import Shown
 from lensclust.views import ClusterView
 
@@ -90,7 +91,7 @@ class ClusterMap(Shown):
         )
 
 
-@whole_numbers
+@checked_arguments
 def cluster_map(
     acts: xr.Dataset | Iterable[tuple[int, xr.Dataset]],
     *,

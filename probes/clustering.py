@@ -28,7 +28,8 @@ from joblib import delayed
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, labelled, prompt_labels, site_values, stored_values
-from lensclust.errors import InputError, check_counts, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError, check_counts
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.showing import Shown
@@ -143,14 +144,14 @@ class Clustering(Shown):
         return self.frame[(self.frame["metric"] == metric) & (self.frame["by"] == self.by)]
 
 
-@whole_numbers
+@checked_arguments
 def cluster(
     acts: xr.Dataset,
     *,
     by: str = "task",
     given: str | None = "input",
     k: int | None = None,
-    score_against: Sequence[str] = (),
+    score_against: Sequence[str] | None = None,
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
     scale: str = "none",
@@ -172,7 +173,7 @@ def cluster(
         given: cluster the prompts that share this label apart, and average the scores; None
             clusters all prompts together, where task and input compete.
         k: number of clusters; default the number of ``by`` labels present (in each group).
-        score_against: further labels to score the same partitions against.
+        score_against: further labels to score the same partitions against; None for none.
         kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
         position: which read position, if the activations hold several.
         scale: ``none``, ``unit`` (rows to unit norm) or ``standard`` (features to unit variance).
@@ -214,7 +215,8 @@ def cluster(
     every = acts.sizes.get("prompt", 0) if isinstance(acts, xr.Dataset) else 0
     kept, unlabelled = labelled("cluster", acts, by=by, given=given, score_against=score_against)
     acts = acts.isel(prompt=kept) if unlabelled else acts
-    labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *score_against))}
+    further = [] if score_against is None else list(score_against)
+    labels = {name: prompt_labels(acts, name) for name in dict.fromkeys((by, *further))}
     condition = None if given is None else prompt_labels(acts, given)
     groups, exchanges, left_out = label_groups(
         "cluster",

@@ -30,9 +30,11 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import rounding_tolerance
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.blocks import hooked_points
+from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
-from lensclust.fits import require_fits, require_given
+from lensclust.fits import require_fits
 from lensclust.labels import label_texts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -47,7 +49,7 @@ TOLERANCE = 1e-3
 AXES = ("prompt", "component", "kind", "block", "head", "token", "target")
 
 
-@whole_numbers
+@checked_arguments
 def decompose(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -90,7 +92,6 @@ def decompose(
     >>> bool(np.allclose(parts.logits.sum("component"), parts.model_logits, atol=1e-4))
     True
     """
-    require_given(model, prompts, caller="decompose")
     tokens = label_tokens(model, choices, caller="decompose")
     targets = None if label is None else _targets(prompts, label, list(tokens))
     require_fits(model, prompts, caller="decompose")
@@ -124,9 +125,11 @@ def decompose(
     error = float(np.max(np.linalg.norm(capped - own, axis=1) / scale))
     allowed = max(TOLERANCE, rounding_tolerance(parts.weight.dtype))
     if not error <= allowed:
+        changed = hooked_points(model)
+        why = f"; hooks such as steering change {changed[:1]}, and their part is no component"
         raise InputError(
             f"decompose: the components of {model_name(model)} do not add up to its label logits "
-            f"(relative error {error:.2g}, expected at most {allowed:.2g})"
+            f"(relative error {error:.2g}, expected at most {allowed:.2g}){why if changed else ''}"
         )
     return ComponentLogits(
         data=_dataset(model, prompts, tokens, targets, label, logits, own),
@@ -144,7 +147,8 @@ def _targets(prompts: Prompts, column: str, labels: list[str]) -> np.ndarray:
     unknown = sorted({*values} - {*labels})
     if unknown:
         raise InputError(
-            f"decompose: label {unknown[0]!r} in column {column!r} is none of the choices {labels}"
+            f"decompose: label {str(unknown[0])!r} in column {column!r} is none of the choices "
+            f"{labels}"
         )
     return values.astype(object)
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.sites import Site
 from probes.interventions import Edit, Intervention, Label, States, require_labels, states_at
@@ -24,6 +25,7 @@ from probes.interventions import Edit, Intervention, Label, States, require_labe
 Vector = Float[np.ndarray, " d"] | Float[Tensor, " d"]
 
 
+@checked_arguments
 def project(
     centroids: xr.Dataset, source: Label, target: Label, *, by: str = "task", name: str = "project"
 ) -> Intervention:
@@ -82,6 +84,7 @@ def _onto(unit: Tensor, coordinate: float) -> Edit:
     return edit
 
 
+@checked_arguments
 def add_direction(
     vectors: Vector | Mapping[Any, Vector], *, name: str = "add direction"
 ) -> Intervention:

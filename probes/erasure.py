@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.activations import prompt_labels, stored_values, with_labels
-from lensclust.errors import whole_numbers
+from lensclust.arguments import checked_arguments
 from lensclust.sites import Site
 from probes.interventions import Edit, Intervention, States
 
 
+@checked_arguments
 def erase(
     acts: xr.Dataset,
     *,
@@ -65,7 +66,7 @@ def erase(
     return Intervention(name, edit_at)
 
 
-@whole_numbers
+@checked_arguments
 def erase_random(
     acts: xr.Dataset,
     *,

@@ -29,9 +29,9 @@ from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust import figures
 from lensclust.activations import head_residual, select
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.extraction import extract
-from lensclust.fits import require_given
 from lensclust.labels import label_text
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
@@ -133,7 +133,7 @@ class FunctionVector(Shown):
         return np.sum([place.values for place in places], axis=0)
 
 
-@whole_numbers
+@checked_arguments
 def function_vector(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -166,7 +166,6 @@ def function_vector(
     >>> found.effects.sizes["site"], found.vector.shape, [site.kind for site in found.heads]
     (24, (64,), ['head', 'head', 'head'])
     """
-    require_given(model, prompts, caller="function_vector")
     sites = resolve(model, "head")
     if not 1 <= top <= len(sites):
         raise InputError(f"function_vector: top={top}, expected 1 to {len(sites)}, all heads")

@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, length_steps, model_device
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
-from lensclust.fits import require_fits, require_given
+from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
+from lensclust.gradients import with_gradients
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
@@ -51,7 +53,8 @@ from probes.head_gates import (
 FUSED = 2
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def head_activation(
     model: TransformerBridge,
     prompts: Prompts,
@@ -91,7 +94,6 @@ def head_activation(
     >>> found.pattern.dims, found.pattern.shape, bool((found.pattern > 0).all())
     (('block', 'head'), (6, 4), True)
     """
-    require_given(model, prompts, caller="head_activation")
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"head_activation: batch_tokens={batch_tokens}, expected at least 1")
     scoring = _scoring(model, prompts, loss)

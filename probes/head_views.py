@@ -10,7 +10,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.sites import Site
 from lensclust.views.head_views import MOST_TOKENS, AttentionSample, HeadView
 from probes.attention_samples import AttentionSamples
@@ -21,7 +22,7 @@ _MOST_BYTES = 600_000
 _MOST_PROMPTS = 300
 
 
-@whole_numbers
+@checked_arguments
 def head_view(
     acts: xr.Dataset,
     scores: pd.DataFrame,

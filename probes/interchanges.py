@@ -24,9 +24,9 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.activations import select
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.extraction import extract
-from lensclust.fits import require_given
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
@@ -100,7 +100,7 @@ class Interchange(Shown):
         return (self.by_site().pivot_table("value", "site", "method", sort=False),)
 
 
-@whole_numbers
+@checked_arguments
 def interchange(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -144,7 +144,6 @@ def interchange(
         InputError: if there are no answers, a label or position does not exist, no prompt has
             another label to be moved to, or names of moves clash.
     """
-    require_given(model, prompts, caller="interchange")
     chosen = resolve(model, sites)
     label, condition = (prompt_strings(prompts, name) for name in (by, given))
     own = first_answers(prompts)
@@ -223,7 +222,7 @@ def _moved(
                     key = (intervention.name, site)
                     if key not in values:
                         values[key] = states.expand(shape).clone()
-                    values[key][turn, row] = intervention.edit_at(site)(states[row])
+                    values[key][turn, row] = intervention.edit(site)(states[row])
     return values
 
 

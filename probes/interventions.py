@@ -10,6 +10,7 @@ singles out (`dealt`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.activations import VARIABLES, prompt_labels
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.labels import MISSING, label_text, label_texts
 from lensclust.sites import Site
 
@@ -51,8 +53,32 @@ class Intervention:
 
     def size(self, states: States, site: Site) -> Float[Tensor, " row"]:
         """How far each of a site's states is moved (2-norm, in the states' own units)."""
-        return (self.edit_at(site)(states) - states).norm(dim=-1)
+        return (self.edit(site)(states) - states).norm(dim=-1)
 
+    def edit(self, site: Site) -> Edit:
+        """``edit_at(site)``, which says so in one line if states are of another width than its.
+
+        Raises:
+            InputError: when the function is called, if it cannot change such states.
+        """
+        edit = self.edit_at(site)
+
+        def checked(states: States) -> States:
+            try:
+                return edit(states)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                if not re.search("size|shape|expand", reason):
+                    raise
+                raise InputError(
+                    f"intervention {self.name!r}: cannot change states of {states.shape[-1]} "
+                    f"numbers at {str(site)!r} ({reason}): expected a model of the width that it "
+                    "was made for"
+                ) from error
+
+        return checked
+
+    @checked_arguments
     def scaled(self, strength: float | int) -> Intervention:
         """The same move, ``strength`` times as far.
 
@@ -68,6 +94,7 @@ class Intervention:
 
         return Intervention(f"{self.name} x{strength:g}", edit_at, self.by_row)
 
+    @checked_arguments
     def random_twin(self, seed: int = 0) -> Intervention:
         """Each state moved as far as this intervention moves it, in a random direction.
 
@@ -87,6 +114,7 @@ class Intervention:
 
         return Intervention(f"random direction, norm of {self.name}", edit_at, by_row=True)
 
+    @checked_arguments
     def norm_matched(self, other: Intervention) -> Intervention:
         """This intervention's directions at the lengths of another's moves."""
 
@@ -105,6 +133,7 @@ class Intervention:
         return Intervention(f"{self.name}, norm of {other.name}", edit_at, by_row)
 
 
+@checked_arguments
 def shift(
     centroids: xr.Dataset, source: Label, target: Label, *, by: str = "task", name: str = "shift"
 ) -> Intervention:
@@ -125,13 +154,16 @@ def shift(
         difference = values.isel({by: stop}) - values.isel({by: start})
         others = [d for d in difference.dims if d != values.dims[-1]]
         if not difference.notnull().any():
-            raise InputError(f"shift: {source!r} and {target!r} share no {', '.join(others)}")
+            named = f"{label_text(source)!r} and {label_text(target)!r}"
+            lacking = f"share no {', '.join(map(str, others))}" if others else "have no mean state"
+            raise InputError(f"shift: {named} {lacking} at {str(site)!r}")
         move = torch.from_numpy(np.asarray(difference.mean(others, skipna=True), dtype=np.float32))
         return lambda states: states + move.to(states)
 
     return Intervention(name, edit_at)
 
 
+@checked_arguments
 def transport(
     centroids: xr.Dataset,
     source: Label,
@@ -160,7 +192,8 @@ def transport(
         start, stop = (values.isel({by: n}).transpose(given, ...).values for n in places)
         known = np.isfinite(start).all(-1) & np.isfinite(stop).all(-1)
         if not known.any():
-            raise InputError(f"transport: {source!r} and {target!r} share no {given}")
+            named = f"{label_text(source)!r} and {label_text(target)!r}"
+            raise InputError(f"transport: {named} share no {given} at {str(site)!r}")
         begin = torch.from_numpy(start[known].astype(np.float32))
         moves = torch.from_numpy((stop - start)[known].astype(np.float32))
 
@@ -173,7 +206,7 @@ def transport(
     return Intervention(name, edit_at)
 
 
-@whole_numbers
+@checked_arguments
 def dealt(
     acts: xr.Dataset, *, by: str = "task", given: str | None = None, seed: int = 0
 ) -> xr.Dataset:
@@ -197,6 +230,7 @@ def dealt(
     return acts.assign_coords({by: ("prompt", permuted)})
 
 
+@checked_arguments
 def replace(
     centroids: xr.Dataset, target: Label, *, by: str = "task", name: str = "replace by mean"
 ) -> Intervention:

@@ -33,7 +33,8 @@ from scipy import stats
 from scipy.special import gammaln
 
 from lensclust.activations import label_columns, require_axes
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.figures.encodings import tip
 from lensclust.figures.frames import inline
 from lensclust.figures.style import Picture, finish
@@ -119,7 +120,7 @@ class CKA(Shown):
         return ()
 
 
-@whole_numbers
+@checked_arguments
 def cka(
     acts: xr.Dataset,
     other: xr.Dataset | None = None,

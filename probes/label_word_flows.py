@@ -31,9 +31,11 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
+from lensclust.arguments import checked_arguments
 from lensclust.batching import batches, default_budget, model_device
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.gradients import with_gradients
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
@@ -89,7 +91,8 @@ class LabelWordFlow(Shown):
         return f"LabelWordFlow({self.values.sizes['prompt']} prompts; strongest {strongest})"
 
 
-@whole_numbers
+@checked_arguments
+@with_gradients
 def label_word_flow(
     model: TransformerLensModel,
     prompts: Prompts,

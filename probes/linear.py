@@ -28,7 +28,8 @@ from joblib import delayed
 from threadpoolctl import threadpool_limits
 
 from lensclust.activations import VARIABLES, dataset_sites, labelled
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 LEAST_PENALTY = 1e-9
 
 
-@whole_numbers
+@checked_arguments
 def probe(
     acts: xr.Dataset,
     *,

@@ -22,6 +22,7 @@ import numpy as np
 import xarray as xr
 
 from lensclust.activations import prompt_labels, stored_values, with_labels
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.labels import label_text
 from lensclust.sites import Site
@@ -31,6 +32,7 @@ from probes.map_fits import LinearMap, condition_means, gaussian_map, ridge_map
 KINDS = ("ridge", "gaussian")
 
 
+@checked_arguments
 def linear_transport(
     acts: xr.Dataset,
     source: Label,

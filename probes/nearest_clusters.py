@@ -11,6 +11,7 @@ import xarray as xr
 from scipy.spatial.distance import cdist
 
 from lensclust.activations import dataset_sites, labelled, prompt_labels, site_values
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from probes.centroids import mean_states
 from probes.interventions import states_at
@@ -18,6 +19,7 @@ from probes.interventions import states_at
 log = logging.getLogger(__name__)
 
 
+@checked_arguments
 def membership(
     acts: xr.Dataset,
     known: xr.Dataset,

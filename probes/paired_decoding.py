@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
 from lensclust.activations import dataset_sites, labelled, prompt_labels, require_axes
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.labels import require_same_prompts
 from lensclust.showing import Shown
 from probes.design import Units, exchangeable, flipped_p, nested, smallest_flip_p
@@ -56,7 +57,7 @@ class PairedDecoding(Shown):
         )
 
 
-@whole_numbers
+@checked_arguments
 def decode(
     without: xr.Dataset,
     with_demonstrations: xr.Dataset,

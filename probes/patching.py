@@ -29,9 +29,10 @@ from transformer_lens.patching import PatchingResult
 
 from lensclust import figures
 from lensclust.activations import stored_values
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.extraction import extract
-from lensclust.fits import require_fits, require_given
+from lensclust.fits import require_fits
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
@@ -118,7 +119,7 @@ class Patching(Shown):
         )
 
 
-@whole_numbers
+@checked_arguments
 def patch(
     model: TransformerLensModel,
     base: Prompts,
@@ -226,8 +227,6 @@ def require_pairs(
     Raises:
         InputError: in the name of ``caller``.
     """
-    for prompts in (base, source):
-        require_given(model, prompts, caller=caller)
     if len(base) != len(source):
         raise InputError(
             f"{caller}: {len(base)} base prompts and {len(source)} sources given, expected pairs"

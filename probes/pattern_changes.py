@@ -15,7 +15,8 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust import figures
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
 from lensclust.showing import Shown
@@ -61,7 +62,7 @@ class PatternChange(Shown):
         )
 
 
-@whole_numbers
+@checked_arguments
 def change(
     series: Iterable[tuple[int, TransformerBridge | HeadActivation]],
     prompts: Prompts | None = None,

@@ -32,7 +32,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.showing import Shown
 from lensclust.stats import permutation_p
 from probes.composition_fits import Fit, Fits
@@ -90,7 +91,7 @@ class Composition(Shown):
         )
 
 
-@whole_numbers
+@checked_arguments
 def compose(
     change: Given,
     basis: Bases,

@@ -18,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 
 SHAPES = ("constant", "linear")
 # Points of a piece: a level of one point is the point itself.
@@ -48,9 +50,9 @@ class PiecewiseFit:
     bic: float
 
 
-@whole_numbers
+@checked_arguments
 def change_points(
-    curves: Float[np.ndarray, "point curve"],
+    curves: Any,
     *,
     at: Sequence[float | int] | np.ndarray | None = None,
     shapes: Sequence[str] = SHAPES,
@@ -59,7 +61,7 @@ def change_points(
     """Fit levels or meeting lines with shared breaks, and keep the fit of lowest BIC.
 
     Args:
-        curves: values, a column a curve.
+        curves: values, a column a curve, in an array, a frame or lists; one curve may be a list.
         at: rising places of the points, such as layers; default 0, 1, ...
         shapes: ``constant``, ``linear`` or both.
         most: most breaks to try, as far as the values suffice. Pieces hold at least two points.
@@ -73,6 +75,16 @@ def change_points(
     >>> fit.shape, fit.breaks
     ('constant', (4.0,))
     """
+    try:
+        values = np.asarray(curves, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(())
+    if values.ndim not in (1, 2):
+        raise InputError(
+            f"change_points: {type(curves).__name__} given as curves, expected numbers, a column a "
+            "curve"
+        )
+    curves = values[:, None] if values.ndim == 1 else values
     n, m = curves.shape
     places = np.arange(n, dtype=np.float64) if at is None else np.asarray(at, dtype=np.float64)
     if not set(shapes) <= set(SHAPES) or not shapes:

@@ -25,7 +25,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values
-from lensclust.errors import whole_numbers
+from lensclust.arguments import checked_arguments
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
@@ -61,7 +61,7 @@ class _Column:
     rdms: Float[np.ndarray, "repeat pair"]
 
 
-@whole_numbers
+@checked_arguments
 def rsa(
     acts: xr.Dataset,
     hypotheses: str | Sequence[str] | Mapping[str, Float[np.ndarray, "prompt prompt"]],
@@ -71,7 +71,7 @@ def rsa(
     distance: str | Sequence[str] = "cosine",
     compare: str | Sequence[str] = ("spearman", "tau-a", "pearson"),
     standardise: bool | str = False,
-    nuisance: Sequence[str] | Mapping[str, Float[np.ndarray, "prompt prompt"]] = (
+    nuisance: Sequence[str] | Mapping[str, Float[np.ndarray, "prompt prompt"]] | None = (
         "length",
         "template",
         "first_token",
@@ -98,7 +98,7 @@ def rsa(
             (of the entries as they are), one or several.
         standardise: z-score each feature over the prompts first; ``"both"`` reports both.
         nuisance: labels (numbers by difference, others same or not) or name -> matrix to take
-            out; constant ones are left out and noted. Empty for none. `with_nuisances` labels
+            out; constant ones are left out and noted. None for none. `with_nuisances` labels
             activations with ``length`` and ``first_token``.
         items: the label that says which prompts are repeats of one item (with ``repeats``).
         repeats: the label that tells the repeats of an item apart, such as ``template``; every
@@ -132,12 +132,13 @@ def rsa(
     distances, compares, scales = checked_options(
         distance, compare, standardise, repeats, permutations
     )
-    acts, hypotheses, nuisance, unlabelled = only_labelled(
-        acts, hypotheses, nuisance, items=items, repeats=repeats, within=within
+    named = () if nuisance is None else nuisance
+    acts, hypotheses, named, unlabelled = only_labelled(
+        acts, hypotheses, named, items=items, repeats=repeats, within=within
     )
     layout = item_layout(acts, items, repeats)
     matrices = checked_hypotheses(acts, hypotheses, layout)
-    unwanted, notes = checked_nuisances(acts, nuisance, layout)
+    unwanted, notes = checked_nuisances(acts, named, layout)
     notes = unlabelled + notes
     warned = list(notes)
     options = {"permutations": permutations, "seed": seed}

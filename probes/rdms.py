@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
 from lensclust.activations import label_columns
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.labels import MISSING, label_texts, require_same_prompts
 from lensclust.prompts import Prompts
@@ -31,6 +32,7 @@ PAIR_DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 DISTANCES = (*PAIR_DISTANCES, "crossnobis")
 
 
+@checked_arguments
 def hypothesis(
     rows: xr.Dataset | pd.DataFrame, name: str, *, graded: bool = False
 ) -> Float[np.ndarray, "prompt prompt"]:
@@ -75,6 +77,7 @@ def hypothesis(
     return apart / apart.max()
 
 
+@checked_arguments
 def combined(
     hypotheses: Sequence[Float[np.ndarray, "prompt prompt"]],
 ) -> Float[np.ndarray, "prompt prompt"]:
@@ -93,6 +96,7 @@ def combined(
     return np.mean(list(hypotheses), axis=0)
 
 
+@checked_arguments
 def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
     """Activations labelled with what their prompts look like: ``length`` and ``first_token``.
 

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, relative_error
+from lensclust.arguments import checked_arguments
 from lensclust.batching import announced, default_budget, length_steps
 from lensclust.blocks import blocks_of
 from lensclust.branching_check import FAILURES, named
@@ -38,6 +39,7 @@ from probes.prefixes import PACKED_TOKENS, Batch, Way, batch_width, packed, stac
 __all__ = ["Edit", "Readout", "answers", "replay"]
 
 
+@checked_arguments
 def replay(
     model: TransformerLensModel,
     prompts: Prompts,

@@ -30,7 +30,8 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from probes.component_logits import WRITERS, ComponentLogits
 from probes.component_weights import Reweighting
 from probes.folds import deal
@@ -45,7 +46,7 @@ CHOOSING = 1e-3
 SCRIPT = {"rate": 0.05, "penalty": 0.01, "steps": 2000}
 
 
-@whole_numbers
+@checked_arguments
 def reweight(
     components: ComponentLogits,
     *,
@@ -71,7 +72,7 @@ def reweight(
     )[0]
 
 
-@whole_numbers
+@checked_arguments
 def reweight_many(
     components: Sequence[ComponentLogits],
     *,

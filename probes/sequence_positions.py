@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.blocks import hooks_are_off
 from lensclust.errors import InputError
 
 # Names under which networks are handed what earlier forwards computed.
@@ -66,6 +67,9 @@ class _Follower:
         self.beginning: Tensor | None = None
 
     def before(self, network: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        if hooks_are_off():
+            self.beginning = None
+            return
         rows, length = self._shape(args, given)
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         past = self._past(cache, given)

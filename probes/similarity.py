@@ -17,7 +17,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values, with_labels
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.placement import found_device
 from lensclust.progress import followed
 from probes.design import Units, exchangeable
@@ -30,13 +31,13 @@ log = logging.getLogger(__name__)
 BLOCK = 2048
 
 
-@whole_numbers
+@checked_arguments
 def nearest_neighbour(
     acts: xr.Dataset,
     *,
     target: str = "task",
     k: int = 1,
-    apart: str | Sequence[str] = "template",
+    apart: str | Sequence[str] | None = "template",
     per: str | None = None,
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
@@ -49,11 +50,11 @@ def nearest_neighbour(
     """k-nearest-neighbour accuracy for a label at every site, neighbours held apart.
 
     A prompt's nearest neighbours (cosine) are looked for only among prompts that differ from it
-    in every ``apart`` label, so that a shared wording (or input) cannot give the task away. It
-    counts as right if most of the ``k`` carry its own label; where labels are level, the one
-    with the nearest neighbour among them wins, and equally near prompts stand in the order of
-    the activations. With ``k=10`` and ``target="task"`` this is the task decodability of Han et
-    al. (arXiv 2412.12276), with wordings held apart.
+    in every ``apart`` label (None for none), so that a shared wording (or input) cannot give the
+    task away. It counts as right if most of the ``k`` carry its own label; where labels are
+    level, the one with the nearest neighbour among them wins, and equally near prompts stand in
+    the order of the activations. With ``k=10`` and ``target="task"`` this is the task
+    decodability of Han et al. (arXiv 2412.12276), with wordings held apart.
 
     With ``per``, the accuracy of the prompts of each value of that label stands apart (the
     neighbours still come from all prompts). With ``device`` neighbours are looked for there
@@ -90,7 +91,7 @@ def nearest_neighbour(
     values = prompt_labels(acts, target)
     require_two_values("nearest_neighbour", target, values)
     labels = _codes(values)
-    names = [apart] if isinstance(apart, str) else list(apart)
+    names = [apart] if isinstance(apart, str) else list(() if apart is None else apart)
     groups = np.stack(
         [np.arange(len(labels)), *(_codes(prompt_labels(acts, name)) for name in names)]
     )
@@ -118,7 +119,7 @@ def nearest_neighbour(
     return pd.DataFrame(rows).astype({"head": "Int64"})
 
 
-@whole_numbers
+@checked_arguments
 def silhouettes(
     acts: xr.Dataset,
     *,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
+from lensclust.arguments import checked_arguments
 from lensclust.batching import rows_being_run
 from lensclust.cached_generation import cached_generation
 from lensclust.effects import require_effect
@@ -33,6 +34,7 @@ Positions = Indices | str
 NAMED = ("last", "all")
 
 
+@checked_arguments
 @contextmanager
 def steer(
     model: TransformerLensModel,
@@ -261,7 +263,7 @@ class _Places:
 
 
 def _hook(site: Site, intervention: Intervention, places: _Places) -> Any:
-    edit = intervention.edit_at(site)
+    edit = intervention.edit(site)
 
     def hook(value: Tensor, hook: Any) -> Tensor:
         return places.change(value, site, edit, intervention.by_row)

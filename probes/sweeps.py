@@ -15,7 +15,7 @@ from lensclust.activations import VARIABLES, stored_values
 from lensclust.errors import InputError
 from lensclust.labels import in_type_of, label_text
 from lensclust.showing import Shown
-from lensclust.sites import Site
+from lensclust.sites import KINDS, Site
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,13 +65,17 @@ class ProbeSweep(Shown):
         Raises:
             InputError: if the sweep does not hold the site or label, or nothing varies there.
         """
-        place = Site.parse(site) if isinstance(site, str) else site
-        weights, _ = self._at(place)
+        kinds = isinstance(label, (str, Site)) and str(label).partition(" ")[0] in KINDS
+        if kinds and " " in str(label) and str(site).partition(" ")[0] not in KINDS:
+            raise InputError(
+                f"direction: {str(label)!r} given as label and {str(site)!r} as site, expected the "
+                f"label first: direction({str(site)!r}, {str(label)!r})"
+            )
+        weights, _ = self._at(place := Site.parse(site) if isinstance(site, str) else site)
         label = label_text(label)
         if label not in weights[self.target].values:
-            raise InputError(
-                f"direction: {label!r} is not a {self.target}: {weights[self.target].values}"
-            )
+            known = weights[self.target].values.tolist()
+            raise InputError(f"direction: {label!r} is not a {self.target}: {known}")
         vector = weights.sel({self.target: label}).values
         if place.kind == "head":
             found = self.directions["head_frame"].sel(block=place.layer, head=place.head)

@@ -20,7 +20,8 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.activations import select
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
@@ -83,7 +84,7 @@ class Tuning(Shown):
         return (self.frame.pivot_table("value", "site", "strength", sort=False),)
 
 
-@whole_numbers
+@checked_arguments
 def tune(
     model: TransformerLensModel,
     prompts: Prompts,
@@ -137,7 +138,7 @@ def tune(
     for site in chosen_sites:
         states = torch.from_numpy(select(acts, site).values).float()
         for strength in steps:
-            moved = _made(make, site, strength).edit_at(site)(states)
+            moved = _made(make, site, strength).edit(site)(states)
             if not bool(moved.isfinite().all()):
                 raise InputError(
                     f"tune: strength {strength:g} at {str(site)!r} gave states that are not finite"

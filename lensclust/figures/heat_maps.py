@@ -6,12 +6,14 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from lensclust.arguments import checked_arguments
 from lensclust.figures.encodings import seed_tips, tip
 from lensclust.figures.frames import distinct, inline, over_seeds, require_columns
 from lensclust.figures.panels import panel_names, panels
 from lensclust.figures.style import Picture, finish, how_to_read
 
 
+@checked_arguments
 def head_map(
     frame: pd.DataFrame,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 import pandas as pd
 
+from lensclust.arguments import checked_arguments
 from lensclust.figures.encodings import null_band, seed_tips, series, tip, x_axis
 from lensclust.figures.frames import (
     distinct,
@@ -18,6 +19,7 @@ from lensclust.figures.panels import panel_names, panels
 from lensclust.figures.style import NULL_LABEL, PALETTE, Picture, finish, how_to_read
 
 
+@checked_arguments
 def curves(
     frame: pd.DataFrame,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.figures.encodings import cycled, series, tip
 from lensclust.figures.frames import inline, is_number, require_columns, thin_points
@@ -14,6 +15,7 @@ from lensclust.figures.panels import panel_names, panel_order, panels
 from lensclust.figures.style import PALETTE, SHAPES, Picture, finish
 
 
+@checked_arguments
 def scatter(
     frame: pd.DataFrame,
     *,

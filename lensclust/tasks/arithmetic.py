@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.natural import LAYOUT, lay_out
 
@@ -44,7 +45,7 @@ _WORDINGS: dict[str, dict[str, tuple[str, str]]] = {
 _ENDS = {"imperative": ".", "question": "?"}
 
 
-@whole_numbers
+@checked_arguments
 def arithmetic(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.label_words import single_tokens
 from lensclust.tasks.labelled_texts import LabelledTexts, data_names, labelled_texts
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@whole_numbers
+@checked_arguments
 def classification(
     data: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.regular_languages import LETTERS, Language, draw_languages
 from lensclust.tasks.sif import BOS, PAD, SEP, check_sizes
@@ -28,7 +29,7 @@ _HELD_OUT = 4
 Function = tuple[int, ...]
 
 
-@whole_numbers
+@checked_arguments
 def composed(
     *,
     n_moves: int = 3,

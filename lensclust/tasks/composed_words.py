@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.arithmetic import AFTER
 from lensclust.tasks.natural import LAYOUT, lay_out, natural, task_names
@@ -38,7 +39,7 @@ _THEN: dict[str, dict[str, str]] = {
 }
 
 
-@whole_numbers
+@checked_arguments
 def composed_words(
     tokenizer: PreTrainedTokenizerBase,
     *,

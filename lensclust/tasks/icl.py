@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import dealt_wrongly, drawn, in_random_order
 from lensclust.tasks.natural import lay_out
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 ARROW = " ->"
 
 
-@whole_numbers
+@checked_arguments
 def icl(
     source: Prompts,
     tokenizer: PreTrainedTokenizerBase,

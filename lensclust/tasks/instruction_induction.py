@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lensclust.arguments import checked_arguments
 from lensclust.disk import read_json
-from lensclust.errors import InputError, whole_numbers
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.natural import lay_out
 
@@ -29,7 +30,7 @@ CHAT_LAYOUT = "{instruction}\nInput: {input}"
 Pair = tuple[str, str]
 
 
-@whole_numbers
+@checked_arguments
 def instruction_induction(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase,

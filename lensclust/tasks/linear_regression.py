@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import in_random_order
 from lensclust.tasks.questions import UNNAMED, Piece, Question, chosen_names, few_shot, filled
@@ -38,7 +39,7 @@ TEMPLATES = {
 _NUMBER = re.compile(r"[-+−]?\d+(?:\.\d+|/\d+)?")
 
 
-@whole_numbers
+@checked_arguments
 def linear_regression(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
+from lensclust.task_names import TASK_NAMES, spelt_names
 from lensclust.tasks.classification import classification
 from lensclust.tasks.instruction_induction import instruction_induction
 from lensclust.tasks.linear_regression import linear_regression
@@ -37,10 +39,9 @@ SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
         _required(tokenizer, "prompt_injection")
     ),
 }
-# What is named behind a colon, of the sources that need it.
-_ARGUMENTS = {"instruction_induction": "FOLDER", "classification": "DATA"}
 
 
+@checked_arguments
 def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
     """The prompts called ``sif``, ``natural``, ``reading_comprehension``, ``linear_regression``,
     ``prompt_injection``, ``instruction_induction:FOLDER`` or ``classification:DATA``
@@ -53,9 +54,8 @@ def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Pr
     True
     """
     source, _, argument = name.partition(":")
-    if source not in SOURCES or bool(argument) != (source in _ARGUMENTS):
-        known = [f"{s}:{_ARGUMENTS[s]}" if s in _ARGUMENTS else s for s in SOURCES]
-        raise InputError(f"tasks {name!r} are not known: expected {', '.join(known)}")
+    if source not in SOURCES or bool(argument) != bool(TASK_NAMES[source]):
+        raise InputError(f"tasks {name!r} are not known: expected {', '.join(spelt_names())}")
     return SOURCES[source](argument, tokenizer)
 
 

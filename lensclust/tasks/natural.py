@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ CHAT_LAYOUT = '{instruction}\nInput: "{input}"'
 CharSpan = tuple[int, int]
 
 
-@whole_numbers
+@checked_arguments
 def natural(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lensclust.errors import whole_numbers
+from lensclust.arguments import checked_arguments
 from lensclust.prompts import Prompts
 from lensclust.tasks.questions import Piece, Question, chosen_names, few_shot
 from lensclust.tasks.reading_comprehension import Scene, data, divided, question, wordings_of
@@ -32,7 +32,7 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-@whole_numbers
+@checked_arguments
 def prompt_injection(
     tokenizer: PreTrainedTokenizerBase,
     *,

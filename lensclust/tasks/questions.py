@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import dealt_wrongly, drawn
 
@@ -93,7 +94,7 @@ def chosen_names(
     return chosen
 
 
-@whole_numbers
+@checked_arguments
 def few_shot(
     queries: Sequence[Question],
     pool: Sequence[Question],

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.demonstrations import in_random_order
 from lensclust.tasks.questions import UNNAMED, Piece, Question, chosen_names, few_shot, filled
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 TASK = "reading_comprehension"
 
 
-@whole_numbers
+@checked_arguments
 def reading_comprehension(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from lensclust.errors import InputError, whole_numbers
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 from lensclust.tasks.regular_languages import LETTERS, Language, draw_languages
 
@@ -26,7 +27,7 @@ _ATTEMPTS = 200
 Table = dict[int, int]
 
 
-@whole_numbers
+@checked_arguments
 def sif(
     *,
     n_tasks: int = 10,

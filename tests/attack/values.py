@@ -39,6 +39,8 @@ SMALL = [0, -1, -7, 2.5, float("nan"), float("inf"), True]
 COUNTS = [*SMALL, 10**6, 2**31, 2**63, 10**30]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e308, 5e-324, -0.5, 2]
 TEXTS = ["", "no such", "\0", "\udc80", "a\nb", "é" * 300, "../..", "resid 99", "task", "\x1b[31m"]
+# Of another kind than anything that is taken there.
+KINDS = [None, 3, "no such", ["no such"], [3], {"a": 1}, np.str_("no such"), object()]
 LISTS = [[], ["no such"], ["task", "task"], [""], ["\udc80"], ["\0", "a"], "no such"]
 # More of these is more work, not a mistake; more processes than there are cores is unkind.
 COSTLY = {
@@ -276,9 +278,11 @@ def calls() -> tuple[Call, ...]:
 
 
 def options(function: Callable[..., Any], good: dict[str, Any]) -> dict[str, list[Any]]:
-    """The options that take texts and numbers, and wrong ones of each."""
+    """Wrong values of each option: wrong texts and numbers, and other kinds of values."""
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
+        if name not in LEFT_OUT and name not in ("self", "cls"):
+            found[name] = KINDS
         given = good.get(name, "")
         if not isinstance(given, (str, int, float)) and name not in ("nuisance", "tasks"):
             continue
@@ -299,7 +303,7 @@ def options(function: Callable[..., Any], good: dict[str, Any]) -> dict[str, lis
         if name == "seed":
             values = [-1, 2**32, 2**64, 2.5, float("nan"), 10**30]
         if values and name not in LEFT_OUT:
-            found[name] = values
+            found[name] = values + KINDS
     return found
 
 

@@ -23,12 +23,32 @@ rows = pd.DataFrame({"task": list("ab"), "input": list("xy")})
 prompts = lc.Prompts.from_token_lists([[5, 6, 7], [8, 9, 3]], rows, answers=[[5], [6]])
 tuned = get_peft_model(hf_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
 acts = lc.extract(model, prompts, "resid", progress=False)
+four = lc.Prompts.from_token_lists(
+    [[5, 6, 7], [8, 9, 3], [4, 4, 7], [6, 9, 5]], {"task": list("abab"), "input": list("xxyy")}
+)
+acts4 = lc.extract(model, four, "resid", progress=False)
 move = probes.shift(probes.mean_states(acts), "a", "b")
 
 def steer(model, prompts):
     with probes.steer(model, move, at="resid 1"):
         lc.extract(model, prompts, "resid", progress=False)
 
+def padded(pad_id):
+    return lc.Prompts.from_token_lists([[1]], rows[:1], pad_id=pad_id)
+
+def narrow():
+    small = lc.load("native:sif-small")
+    with probes.steer(small, move, at="resid 1", positions="all"):
+        small(torch.tensor([[1, 2]]))
+
+def made_inside():
+    with torch.inference_mode():
+        inside = lc.load(hf_model("llama"))
+    probes.rank(inside, prompts, prompts, "resid")
+
+quick = {"permutations": 2, "progress": False}
+sweep = probes.probe(acts4, groups=None, control=None, folds=2, jobs=1, **quick)
+speaking = lc.load(hf_model("llama"), tokenizer=tiny_tokenizer(sys.argv[1]))
 calls = {
     "extract": lambda m, p: lc.extract(m, p, "resid", progress=False),
     "pooled": lambda m, p: lc.pooled(m, p, "resid", span="input"),
@@ -52,10 +72,10 @@ mistakes = {
     "Prompts given as model": (prompts, model),
     "'gpt2' given as model": ("gpt2", prompts),
     "NoneType given as model": (None, prompts),
-    "a str as prompts": (model, "some text"),
-    "a list as prompts": (model, ["one", "two"]),
-    "a Tensor as prompts": (model, torch.tensor([[5, 6]])),
-    "a TransformerBridge as prompts": (model, model),
+    "given a str as ": (model, "some text"),
+    "given a list as ": (model, ["one", "two"]),
+    "given a Tensor as ": (model, torch.tensor([[5, 6]])),
+    "given a TransformerBridge as ": (model, model),
 }
 sources = {
     "NoneType given": None,
@@ -68,8 +88,52 @@ sources = {
 }
 others = {
     "'sif-small'": lambda: lc.train(network, prompts, steps=1),
-    "by=['task'], expected the name": lambda: probes.cluster(acts, by=["task"]),
-    "given=3, expected the name": lambda: probes.silhouettes(acts, given=3),
+    "by=['task'], expected one text": lambda: probes.cluster(acts, by=["task"]),
+    "given=3, expected one text": lambda: probes.silhouettes(acts, given=3),
+    "nuisance=3, expected a list of texts or a dictionary": lambda: probes.rsa(
+        acts, "task", nuisance=3
+    ),
+    "how=None, expected one text or a list of texts": lambda: lc.pooled(
+        model, prompts, "resid", span="input", how=None
+    ),
+    "at=None, expected one text": lambda: lc.plan_prefixes(model, prompts, at=None),
+    "choices=None, expected label -> its token": lambda: probes.decompose(model, prompts, None),
+    "labels ['yes'] given, expected two": lambda: probes.decompose(model, prompts, "yes"),
+    "metric=None, expected one text or a function": lambda: probes.patch(
+        model, prompts, prompts, "resid", metric=None
+    ),
+    "shard=None, expected a whole number": lambda: lc.extract(model, prompts, "resid", shard=None),
+    "seed='x', expected a whole number": lambda: probes.cluster(acts, seed="x"),
+    "kinds=3, expected one text or a list": lambda: probes.cluster(acts, kinds=3),
+    "name=None, expected one text": lambda: prompts.position(None),
+    "strength='2', expected a number": lambda: move.scaled("2"),
+    "lr='1e-3', expected a number": lambda: lc.finetune(model, prompts, lr="1e-3"),
+    "given a NoneType as shuffled": lambda: probes.function_vector(model, prompts, None),
+    "Intervention given as moves": lambda: probes.interchange(model, prompts, move, "resid"),
+    "Prompts given as rows": lambda: probes.hypothesis(prompts, "task"),
+    "given a Dataset as prompts": lambda: probes.bag_of_tokens(acts),
+    "Prompts given as acts": lambda: probes.with_nuisances(prompts, acts),
+    "Prompts given as acts, expected activations": lambda: probes.cluster_map(prompts),
+    "Dataset given as components": lambda: probes.calibrate(acts),
+    "ComponentLogits given as candidates": lambda: probes.select_prompt(
+        probes.decompose(model, prompts, {"a": 5, "b": 6}, label=None, progress=False)
+    ),
+    "a bare LlamaForCausalLM given as model": lambda: lc.head_residual(acts, network),
+    "model='a name', expected a model": lambda: lc.fingerprint("a name"),
+    "str given as curves": lambda: probes.change_points("some"),
+    "TransformerBridge given as tokenizer": lambda: lc.Prompts.from_texts(["a"], rows, model),
+    "given as folder, expected one text or a path": lambda: lc.tasks.instruction_induction(
+        tiny_tokenizer(sys.argv[1]), "folder"
+    ),
+    "use Site.parse('resid 5')": lambda: lc.Site("resid 5"),
+    "pad_id=-100, expected an id": lambda: padded(-100),
+    "pad_id=True, expected a whole": lambda: padded(True),
+    "expected the label first: direction('b', 'resid 1')": lambda: sweep.direction("resid 1", "b"),
+    "'zebra', which is not in the vocabulary": lambda: probes.decompose(
+        speaking, prompts, ["w1", "zebra"], label=None
+    ),
+    "cannot change states of 64 numbers": narrow,
+    "were made inside torch.inference_mode": made_inside,
     "k='3', expected a whole number": lambda: probes.cluster(acts, k="3"),
     "expected mean states": lambda: probes.shift(acts, "a", "b"),
     "store: int given": lambda: lc.extract(model, prompts, "resid", store=3),
@@ -101,6 +165,24 @@ for tokenizer in (3, sys.argv[1] + "/nowhere"):
     with contextlib.suppress(lc.InputError):
         lc.load(network, tokenizer=tokenizer)
         print("load | tokenizer", tokenizer, "| took it")
+for name, taken in {
+    "score_against": lambda: probes.cluster(acts4, given=None, score_against=None, jobs=1, **quick),
+    "one label": lambda: probes.cluster(acts4, given=None, score_against="input", jobs=1, **quick),
+    "apart": lambda: probes.nearest_neighbour(acts4, apart=None, **quick),
+    "nuisance": lambda: probes.rsa(acts4, "task", nuisance=None, **quick),
+    "penalties": lambda: probes.probe(
+        acts4, groups=None, control=None, folds=2, penalties=0.1, jobs=1, **quick
+    ),
+    "strengths": lambda: probes.tune(
+        model, prompts, move, "resid 1", 1.0, wanted=[5, 6], progress=False
+    ),
+    "curves": lambda: probes.change_points([1, 2, 3, 8, 9, 10.0]),
+    "pad_id": lambda: padded(None),
+}.items():
+    try:
+        taken()
+    except Exception as error:
+        print(name, "|", type(error), error)
 assert lc.load(network, tokenizer=sys.argv[1]).to_tokens("w1").tolist() == [[5]]
 print("done")
 """

@@ -92,8 +92,3 @@ def test_wrong_input_is_one_clear_line():
     ]:
         with pytest.raises(lc.InputError, match=message):
             rank(model, base, source, **{"sites": "head", **options})
-    frozen = lc.load("native:sif-small")
-    for weight in frozen.parameters():
-        weight.requires_grad_(False)
-    with pytest.raises(lc.InputError, match="no parameter of the model requires a gradient"):
-        rank(frozen, base, source, "head")

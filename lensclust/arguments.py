@@ -1,0 +1,246 @@
+"""Arguments of public functions, checked by the kinds that their signatures name.
+
+What is checked alike everywhere is checked here: what is no model, prompts or activations, None
+where there is no "none", a single name or number where a list is wanted, text where a number is,
+and fractions, NaN and infinity where a whole number is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+from lensclust.errors import InputError, check_counts
+
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
+_NUMBER: Any = Real
+_WHOLE: Any = Integral
+_LEAST = {"seed": 0, "shard": 1, "batch_tokens": 1}
+MODELS = ("TransformerLensModel", "TransformerBridge")
+# What an argument has to be, by the name of its class.
+CLASSES = {
+    "Dataset": "activations: the dataset that lensclust.extract(model, prompts, sites) returns",
+    "DataFrame": "a pandas frame",
+    "Intervention": "what probes.shift, probes.transport and their like make",
+    "ComponentLogits": "what probes.decompose returns",
+    "AttentionSamples": "what probes.sample_attention returns",
+    "Module": "a model",
+    "Auxiliary": "a lensclust.training.Auxiliary",
+    "Lora": "a lensclust.Lora",
+    "ndarray": "an array",
+    "Tensor": "a tensor",
+}
+MEANS = "mean states: the dataset that probes.mean_states(acts) returns"
+ELEMENTS = {"str": "texts", "float": "numbers", "int": "whole numbers", "tuple": "pairs"}
+# What may be None though it does not say so itself.
+MAY_BE_NONE = ("None", "Any", "Label", "Units", "bool")
+# What is between these is one of the kinds of a union.
+_BAR = re.compile(r"\s*\|\s*(?![^\[]*\])")
+
+
+def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
+    """A function whose arguments are checked before it begins, by what its signature says.
+
+    One text or number where only a list of them is wanted counts as a list of one. A ``seed`` is
+    not negative and has 64 bits, a ``shard`` and a batch have something in them.
+
+    >>> @checked_arguments
+    ... def draw(*, names: Sequence[str] = (), draws: int = 1, share: float = 0.5):
+    ...     return names
+    >>> draw(names="task")
+    ['task']
+    >>> draw(draws=2.5)
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: draw: draws=2.5, expected a whole number
+    >>> draw(names=None)
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: draw: names=None, expected a list of texts
+    """
+    signature = inspect.signature(function)
+    caller = function.__qualname__.rpartition("<locals>.")[2]
+    wanted = [_Wanted(caller, each) for each in signature.parameters.values()]
+    named_so = {each.name: each for each in wanted}
+    run: Any = function
+
+    @functools.wraps(function)
+    def checked(*given: _Given.args, **named: _Given.kwargs) -> _Found:
+        taken = [each.taken(value) for each, value in zip(wanted, given, strict=False)]
+        in_order: Any = (*taken, *given[len(wanted) :])
+        by_name: Any = {
+            name: named_so[name].taken(value) if name in named_so else value
+            for name, value in named.items()
+        }
+        return run(*in_order, **by_name)
+
+    return checked
+
+
+class _Wanted:
+    """What one parameter takes."""
+
+    def __init__(self, caller: str, parameter: inspect.Parameter) -> None:
+        self.caller, self.name, self.default = caller, parameter.name, parameter.default
+        kind = parameter.annotation
+        text = kind if isinstance(kind, str) else getattr(kind, "__name__", "Any")
+        self.kinds = ["Any"] if kind is inspect.Parameter.empty else _BAR.split(text)
+        self.whole = "int" in self.kinds and not {"float", "bool"} & {*self.kinds}
+
+    def taken(self, value: Any) -> Any:
+        """The argument, as the function gets it.
+
+        Raises:
+            InputError: if it is of none of the kinds.
+        """
+        if value is self.default:
+            return value
+        if isinstance(value, str):
+            value = str(value)  # numpy's own texts show their type in every message
+        if value is None and any(kind in MAY_BE_NONE for kind in self.kinds):
+            return None
+        if any(kind in (*MODELS, "Prompts") for kind in self.kinds):
+            self._require_run(value)
+            return value
+        if self.whole and isinstance(value, _NUMBER):
+            self._require_count(value)
+            return value
+        listed = {kind[9:-1] for kind in self.kinds if kind.startswith("Sequence[")}
+        if isinstance(value, str) and "str" not in self.kinds and "str" in listed:
+            return [value]
+        if isinstance(value, _NUMBER) and listed & {"float | int", "int", "float"}:
+            return [value]
+        if self._fits(value):
+            return value
+        raise InputError(self._misfit(value))
+
+    def _fits(self, value: Any) -> bool:
+        """Whether a value is of one of the kinds, as far as can be told here."""
+        if value is None:
+            return not any(map(_words, self.kinds))
+        return _is_one_of(self.kinds, value)
+
+    def _require_run(self, value: Any) -> None:
+        # They use functions that are checked here.
+        from lensclust.fits import require_hooked
+        from lensclust.prompts import require_prompts
+
+        if "Prompts" in self.kinds:
+            require_prompts(self.caller, value, name=self.name)
+        elif len({*self.kinds} - {"None"}) == 1:
+            require_hooked(value, caller=self.caller)
+
+    def _require_count(self, value: Any) -> None:
+        least = _LEAST.get(self.name, -(sys.maxsize**9))
+        check_counts(self.caller, least=least, **{self.name: value})
+        if self.name == "seed" and value >= 2**63:
+            raise InputError(f"{self.caller}: seed={value}, expected less than 2**63")
+
+    def _misfit(self, value: Any) -> str:
+        if value is None and "PreTrainedTokenizerBase" in self.kinds:
+            return f"{self.caller}: texts need a tokenizer, given None (a model without one?)"
+        plain = value is None or isinstance(value, (str, _NUMBER, list, tuple, dict, set))
+        given = f"{self.name}={value!r:.60}"
+        if not plain:
+            given = f"{type(value).__name__} given as {self.name}"
+        kinds = [kind for kind in self.kinds if kind != "int" or "float" not in self.kinds]
+        words = [MEANS if self.name == "centroids" else _words(kind) for kind in kinds]
+        expected = " or ".join(dict.fromkeys(word for word in words if word))
+        return f"{self.caller}: {given}, expected {expected or 'another kind of value'}"
+
+
+def _is_one_of(kinds: Sequence[str], value: Any) -> bool:
+    """Whether a value is of one of the kinds; of those that nobody knows here, everything is."""
+    return any(_is(kind, value) for kind in kinds)
+
+
+def _is(kind: str, value: Any) -> bool:
+    outer, _, inside = kind.partition("[")
+    name = outer.rpartition(".")[2]
+    if name in CLASSES:
+        return name in _classes(value)
+    if name not in _TESTS:
+        return True
+    if not _TESTS[name](value):
+        return False
+    if name == "tuple":
+        each = inside[:-1].split(", ")
+        return len(value) == len(each) and all(map(_is, each, value))
+    # Of many texts the function says which one is none.
+    if (name == "Sequence" or inside.startswith("tuple")) and isinstance(value, (list, tuple)):
+        return all(_is_one_of(_BAR.split(inside[:-1]), each) for each in value)
+    return True
+
+
+def _classes(value: Any) -> set[str]:
+    return {each.__name__ for each in type(value).__mro__}
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not hasattr(value, "parameters")  # a model can be called, too
+
+
+def _is_listed(value: Any) -> bool:
+    table = {"DataFrame", "Dataset"} & _classes(value) or isinstance(value, Mapping)
+    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and not table
+
+
+def _words(kind: str) -> str:
+    name, _, inside = kind.partition("[")
+    element = ELEMENTS.get(re.split(r"\W", inside)[0])
+    if name in ("Sequence", "Iterable"):
+        return f"a list of {element}" if element else "a list"
+    if name == "tuple":
+        return f"{inside.count(',') + 1} {element}"
+    return CLASSES.get(kind.rpartition(".")[2]) or _WORDS.get(name, "")
+
+
+_TESTS: dict[str, Callable[[Any], bool]] = {
+    "None": lambda value: value is None,
+    "str": lambda value: isinstance(value, str),
+    "Path": lambda value: hasattr(value, "__fspath__"),
+    "int": lambda value: isinstance(value, _WHOLE) or hasattr(value, "__index__"),
+    "float": lambda value: isinstance(value, _NUMBER) or hasattr(value, "__float__"),
+    "bool": lambda value: isinstance(value, _WHOLE) or type(value).__name__ == "bool_",
+    "PreTrainedTokenizerBase": lambda value: _is_function(value) and hasattr(value, "pad_token_id"),
+    "Readout": _is_function,
+    "Make": _is_function,
+    "Moves": _is_function,
+    "LossOn": lambda value: isinstance(value, str),
+    "SiteSelector": lambda value: (
+        isinstance(value, str) or "Site" in _classes(value) or _is_listed(value)
+    ),
+    "Choices": lambda value: _is_listed(value) or isinstance(value, (str, Mapping)),
+    "Units": lambda value: _is_listed(value) or isinstance(value, str),
+    "Float": lambda value: not isinstance(value, (str, Mapping)),
+    "Vector": lambda value: _is_listed(value) and not any(isinstance(v, str) for v in value),
+    "Mapping": lambda value: isinstance(value, Mapping),
+    "Sequence": _is_listed,
+    "Iterable": _is_listed,
+    "tuple": lambda value: _is_listed(value) and hasattr(value, "__len__"),
+}
+_WORDS = {
+    "str": "one text",
+    "Path": "a path",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "PreTrainedTokenizerBase": "a tokenizer such as model.tokenizer",
+    "Readout": "a function of logits and the numbers of their prompts",
+    "Make": "a function of a site and a strength that makes one",
+    "Moves": "a function of source and target that gives a list of interventions, such as "
+    "lambda a, b: [probes.shift(means, a, b)]",
+    "Mapping": "a dictionary",
+    "LossOn": "'all' or 'answer'",
+    "Units": "a column, several, one value a row, or 'rows'",
+    "Vector": "numbers",
+    "Choices": "label -> its token, or a list of texts",
+    "SiteSelector": "sites such as 'resid', 'head 3.1' or a list of them",
+    "Float": "numbers in an array",
+}
