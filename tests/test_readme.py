@@ -39,6 +39,7 @@ def test_the_probe_of_your_own(module):
     assert len(PROBE.strip().splitlines()) <= 34
 
 
+@pytest.mark.slow
 def test_the_study_of_your_own(module, tmp_path):
     study = module(STUDY, "my_study").Untrained
     assert issubclass(study, Study)

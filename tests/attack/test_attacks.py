@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize(
     ("name", "tries", "said"),
     [
-        pytest.param("commands", 100, " 0 otherwise", id="one line, and nothing written"),
+        pytest.param("commands", 50, " 0 otherwise", id="one line, and nothing written"),
         pytest.param("values", 150, " 0 foreign, 0 longer", id="results or one line"),
     ],
 )

@@ -181,7 +181,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", ["a sequence", pytest.param("a formula", marks=pytest.mark.slow)])
 def test_a_figure_of_very_many_rows(kind: str, tmp_path: Path, said: Said) -> None:
     run = make_run(tmp_path / "run")
     spec = next((run / "figures").glob("*.vl.json"))

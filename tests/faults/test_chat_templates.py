@@ -105,6 +105,7 @@ def test_a_message_that_comes_many_times_is_found_in_time(copies: int) -> None:
     assert last == len(prompts.text(0)) - 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_question_gets_no_other_ones_answer() -> None:
     program = f"""
         import signal, threading, os

@@ -214,7 +214,7 @@ def test_other_wrong_inputs():
     for place in (("head", 3), ("bogus", 3), ("resid", 3, 1)):
         with pytest.raises(lc.InputError, match="is not known"):
             Site(*place)
-    with pytest.raises(lc.InputError, match="does not exist"):
+    with pytest.raises(lc.InputError, match="expected at least 0"):
         lc.extract(bridge, some_prompts(2), Site("head", 0, -1))
     with pytest.raises(lc.InputError, match="in training mode"):
         lc.extract(lc.load(hf_model("gpt2")).train(), some_prompts(2), "resid")

@@ -262,6 +262,7 @@ return Math.min(...texts.map((node) => {
 """
 
 
+@pytest.mark.slow
 def test_of_very_many_rows_as_many_travel_as_stay_quick(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run")
     rng = np.random.default_rng(0)

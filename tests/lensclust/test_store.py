@@ -64,6 +64,7 @@ def test_appending_equals_one_pass(model, tmp_path):
     assert store.verify(tmp_path / "a").size == 0
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
     program = """
         import sys, time

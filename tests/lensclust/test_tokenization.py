@@ -180,8 +180,8 @@ def test_fingerprints_tell_how_a_text_is_cut(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"texts": "ab"}, "texts given as a str"),
-        ({"answers": "ab"}, "answers given as a str"),
+        ({"texts": "ab"}, "texts='ab', expected a list of texts"),
+        ({"answers": "ab"}, "answers='ab', expected a list of texts"),
         ({"spans": {"s": [(0, 2), (0, 1)]}}, "places within its 1 characters"),
     ],
 )

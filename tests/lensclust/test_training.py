@@ -378,6 +378,7 @@ t.short(Path(sys.argv[1]) / "any", steps=120)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills by signal")
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_bits(plain, tmp_path):
     writes = (1, 2, 3, 6, 9)

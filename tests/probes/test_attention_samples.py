@@ -82,9 +82,9 @@ def model_with(tokenizer: Any) -> Any:
 def test_tokens_without_a_tokenizer_are_numbers_or_names() -> None:
     prompts = lc.Prompts.from_token_lists([[3, 4]], pd.DataFrame({"item": [0]}))
     assert sample_attention(MODEL, prompts).tokens == (("3", "4"),)
-    assert sample_attention(MODEL, prompts, names="abcde").tokens == (("d", "e"),)
+    assert sample_attention(MODEL, prompts, names=list("abcde")).tokens == (("d", "e"),)
     with pytest.raises(lc.InputError, match="token id 4 has no name: 4 names given"):
-        sample_attention(MODEL, prompts, names="abcd")
+        sample_attention(MODEL, prompts, names=list("abcd"))
 
 
 def test_the_frame_holds_each_weight_once() -> None:

@@ -142,7 +142,7 @@ def p_values(world: str, draws: int, **options) -> tuple[np.ndarray, np.ndarray]
         ("constant in a template", {}),
         pytest.param("constant in a template", {"groups": None}, marks=pytest.mark.slow),
         pytest.param("one instruction a template and task", {}, marks=pytest.mark.slow),
-        ("row by row", {"exchange": "rows"}),
+        pytest.param("row by row", {"exchange": "rows"}, marks=pytest.mark.slow),
     ],
 )
 def test_p_is_uniform_where_labels_have_no_structure(world, options):

@@ -315,7 +315,7 @@ def test_features_are_standardised_and_constant_ones_are_0():
         (lambda a: rsa(a, ["name"]), "'first_token' is not among .*with_nuisances"),
         (lambda a: rsa(a, ["template"], nuisance=()), "label 'template' is 't0' for all 36"),
         (lambda a: rsa(a, ["name"], nuisance=["name"]), "'name' is a linear function of the"),
-        (lambda a: rsa(a, ["name"], nuisance="length"), "nuisance='length', expected a list"),
+        (lambda a: rsa(a, ["name"], nuisance="no such"), "'no such' is not among"),
         (lambda a: rsa(a, ["name"], distance="cos"), "distance=.'cos'., expected some of"),
         (lambda a: rsa(a, ["name"], compare=[]), r"compare=\[\]"),
         (lambda a: rsa(a, ["name"], distance="crossnobis"), "needs items and repeats"),
