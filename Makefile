@@ -14,8 +14,10 @@ study: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
+# The longest first, so that no process is left alone with them.
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 20 -m slow tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 20 -m slow \
+		tests/test_calibration.py tests
 
 # What must not be lost or believed: kills, signals, flipped bits, wrong values; up to 20 minutes.
 attack: .venv/installed-test

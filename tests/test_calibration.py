@@ -9,13 +9,13 @@ from tests.calibration.layouts import LAYOUTS
 from tests.calibration.measures import MEASURES
 from tests.calibration.tables import LEAST_05, page, rates
 
-DRAWS = 12
+DRAWS, AGAIN = 12, 250
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nested", "crossed", "repeated inputs"])
 def test_p_is_small_as_often_as_stated_and_more_often_with_a_task(layout):
-    found = rates(DRAWS, powered=4, layouts=[layout])
+    found = rates(DRAWS, powered=4, again=AGAIN, layouts=[layout])
     # At the bound itself, more than this comes up once in 10,000 cells.
     assert (found["at_05"] * found["draws"] <= binom.ppf(1 - 1e-4, found["draws"], 0.08)).all()
     able = found[found["smallest"] <= 0.02].set_index("measure")["found"]

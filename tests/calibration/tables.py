@@ -32,13 +32,14 @@ def rates(
     draws: int,
     *,
     powered: int,
+    again: int = AGAIN,
     layouts: Sequence[str] = tuple(LAYOUTS),
     measures: Sequence[Measure] = MEASURES,
     told: Callable[[str], object] = str,
 ) -> pd.DataFrame:
     """One row a score and layout: share of p up to .05 and .01 without and with a task effect.
 
-    A cell outside its bounds is drawn again, more often, before it is called wrong or timid.
+    A cell outside its bounds is drawn again, ``again`` times, before it is called wrong or timid.
     """
     rows = []
     logging.disable(logging.WARNING)  # the layouts are coarse on purpose
@@ -50,8 +51,8 @@ def rates(
             second: Drawn = {}
             for score, p in null.items():
                 row = _row(p, with_task[score])
-                if (row["wrong"] or row["timid"]) and draws < AGAIN:
-                    seeds = range(SECOND, SECOND + AGAIN)
+                if (row["wrong"] or row["timid"]) and draws < again:
+                    seeds = range(SECOND, SECOND + again)
                     second = second or draw(measure, LAYOUTS[name], task=0, seeds=seeds)
                     row = _row(second[score], with_task[score])
                 rows.append(row | {"measure": score, "layout": name})
