@@ -94,8 +94,9 @@ def load(
               other weights into it: the bridge has the weights it has. A second `load` gives
               the same bridge; `release` takes it off again. Hooks that the model gets later do
               not act in the bridge, and once its configuration or constants (a window, an
-              epsilon) have changed the bridge refuses to be read until it is loaded again. Models that accelerate has spread over devices and
-              quantised ones are wrapped **in place**, as TransformerLens does;
+              epsilon) have changed the bridge refuses to be read until it is loaded again.
+              Models that accelerate has spread over devices and quantised ones are wrapped
+              **in place**, as TransformerLens does;
             - a bridge, which passes through;
             - a hub id.
         tokenizer: instead of the source's own; or the directory or hub id of one.
