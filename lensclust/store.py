@@ -329,8 +329,8 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
             )
     if hooks := store.attrs.get("hooks") or frame.attrs["hooks"]:
         raise InputError(
-            f"store {path}: cannot be resumed or added to where hooks edit states ({hooks}): "
-            "nothing tells whether they are the same; write a store of its own in one go"
+            f"store {path}: cannot be resumed or added to while hooks are on the model ({hooks}): "
+            "nothing tells whether they edit states alike; write a store of its own in one go"
         )
     if ROW_KEYS not in store or DONE not in store:
         raise InputError(

@@ -354,7 +354,7 @@ def test_states_that_hooks_edit_do_not_mix_with_others(model, tmp_path, when):
     first = read(5, hooked=when == "written")
     assert first.resid.equals(plain.resid) == (when != "written")
     seed = int(when == "appended to")
-    with pytest.raises(lc.InputError, match=r"a: .* where hooks .*blocks\.1\.hook_mlp_out"):
+    with pytest.raises(lc.InputError, match=r"a: .* while hooks .*blocks\.1\.hook_mlp_out"):
         read(5, seed, hooked=when != "written")
 
 
