@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it, so that ``--help`` answers a
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(UNUSABLE, str(error))
     except OSError as error:
         place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
-        return _end(FAILED, f"{error.strerror or error}{place}")
+        # A path that can name nothing was given so.
+        unusable = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        return _end(UNUSABLE if unusable else FAILED, f"{error.strerror or error}{place}")
     except KeyboardInterrupt as error:
         then = "; continue with --resume" if given[0] in ("run", "extract") else ""
         number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT

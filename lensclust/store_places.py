@@ -55,11 +55,16 @@ def as_place(store: str | Path | UPath) -> Place:
     (PosixPath('/runs/a.zarr'), PosixPath('/runs/a.zarr'))
     >>> str(as_place("memory://runs/a/"))
     'memory://runs/a'
+    >>> as_place("file:a")
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: store file:a: names no folder here, expected file:///folder
     """
     if not isinstance(store, str | os.PathLike | UPath):
         raise InputError(f"store: {type(store).__name__} given, expected a folder or a URL")
     text = str(store)
     url = re.match(r"([A-Za-z][\w+.-]+):/(/?)", text) or re.match(".*(::).*://()", text)
+    url = url or re.match(r"(?i)(file|local):()", text)
     if not isinstance(store, UPath):
         if url is None:
             return Path(store)

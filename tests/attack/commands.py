@@ -140,6 +140,12 @@ def attack(tries: int, *, seed: int = 0) -> Report:
         (taken / "file").write_text("mine")
         held = contents(Path(top))
 
+        def left() -> bool:
+            """Whether anything was written, which is not held against the next line."""
+            nonlocal held
+            before, held = held, contents(Path(top))
+            return held != before
+
         def make(line: list[str]) -> None:
             report.tries += 1
             report.commands[line[0]] += 1
@@ -154,7 +160,7 @@ def attack(tries: int, *, seed: int = 0) -> Report:
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 status, reason = 1, f"{type(error).__name__}: {error!s:.100} ({at.filename})"
             lines = said.getvalue().splitlines()
-            if contents(Path(top)) != held:
+            if left():
                 reason += " wrote something"
             if status == UNUSABLE and len(lines) == 1 and not out.getvalue() and not reason:
                 report.refused += 1

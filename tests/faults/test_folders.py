@@ -313,6 +313,9 @@ def test_a_name_is_shown_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     place = tmp_path / "a\x1b[31mb\nc\u202e"
     assert main(["report", str(place)]) == 2
     assert r"a\x1b[31mb\nc\u202e" in capsys.readouterr().err
+    for command in ("report", "serve"):
+        assert main([command, "y" * 300]) == 2
+        assert capsys.readouterr().err.startswith("lensclust: File name too long: yyy")
     with pytest.raises(lc.InputError, match=r"\\x1b") as caught:
         write_page([place])
     assert str(caught.value).isprintable()

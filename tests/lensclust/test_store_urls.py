@@ -151,7 +151,7 @@ def test_a_file_url_is_a_folder(model, tmp_path, form):
 @pytest.mark.parametrize(
     "url",
     ["s3://", "s3:/b/a", "memory://", "file://", "file:///", "file://other/x", "file:////x",
-     "reference://a/b", "dir://a/b", "zip://a/b", "simplecache::s3://b/a", "dir://a::file:///x",
+     "File:b/c", "reference://a/b", "dir://a/b", "zip://a/b", "simplecache::s3://b/a", "dir://a::file:///x",
      "nosuch://a/b", "blockcache://x/y"],
 )  # fmt: skip
 def test_a_url_goes_where_it_says_or_is_refused(url, tmp_path, monkeypatch):
