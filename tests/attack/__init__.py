@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
@@ -31,9 +31,13 @@ def give_many(
     give()
 
 
-def tries_and_seed(description: str | None, *, tries: int = 500) -> dict[str, int]:
-    """The options of an attack's own command."""
+def tries_and_seed(
+    description: str | None, *, tries: int = 500, kinds: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options of an attack's own command; ``kinds`` are those that ``--kind`` chooses from."""
     parser = argparse.ArgumentParser(description=description)
+    if kinds:
+        parser.add_argument("--kind", choices=kinds)
     parser.add_argument("--tries", type=int, default=tries)
     parser.add_argument("--seed", type=int, default=0)
     return vars(parser.parse_args())

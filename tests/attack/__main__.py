@@ -12,9 +12,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from tests.attack.signals import STATUS
+
 MINUTES = 20
 ATTACKS = {
-    "signals": ["-m", "tests.attack.signals", "--tries", "25"],
+    **{
+        number.name: ["-m", "tests.attack.signals", "--tries", "25", "--kind", number.name]
+        for number in STATUS
+    },
     "values": ["-m", "tests.attack.values", "--tries", "500"],
     "commands": ["-m", "tests.attack.commands", "--tries", "500"],
     "flips": ["-m", "pytest", "-s", "-m", "slow", "tests/faults/test_damage.py"],

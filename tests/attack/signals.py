@@ -175,8 +175,9 @@ def attack(number: signal.Signals, tries: int, *, seed: int = 0) -> Report:
 
 
 def main() -> int:
-    options, held = tries_and_seed(__doc__, tries=25), True
-    for number in STATUS:
+    options = tries_and_seed(__doc__, tries=25, kinds=[number.name for number in STATUS])
+    chosen, held = options.pop("kind"), True
+    for number in STATUS if chosen is None else [signal.Signals[chosen]]:
         report = attack(number, **options)
         print(report, flush=True)
         held &= not report.wrong
