@@ -131,7 +131,8 @@ def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> No
     """
     sizes = {"prompt": rows_expected(store)}
     measured = measured_names(store)
-    for name, array in arrays.items():
+    # The activations first: the others have to be as long as they are.
+    for name, array in sorted(arrays.items(), key=lambda item: (item[0] not in measured, item[0])):
         for axis, size in zip(array.attrs["_ARRAY_DIMENSIONS"], array.shape, strict=True):
             if size != sizes.setdefault(axis, size):
                 raise InputError(
