@@ -103,30 +103,12 @@ def hooks_are_off() -> bool:
 
 
 def hooked_points(model: TransformerLensModel) -> list[str]:
-    """Names of the hook points at which the caller has hooks, as inside `probes.steer`.
+    """Where the caller has hooks, as inside `probes.steer`: the first name of each hook point.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
     >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
     ...     hooked_points(model)
-    ['blocks.0.hook_mlp_out']
-    """
-    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
-    named = {id(point): name for name, point in points.items()}  # some have several names
-    return [
-        named[key]
-        for key, point in {id(point): point for point in points.values()}.items()
-        if any(not each.is_permanent for each in point.fwd_hooks)
-    ]
-
-
-def hooked_names(model: TransformerLensModel) -> list[str]:
-    """Where hooks are on the model, each place by its first name; the model's own are left out.
-
-    >>> import lensclust as lc
-    >>> model = lc.load("native:sif-small")
-    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
-    ...     hooked_names(model)
     ['blocks.0.hook_mlp_out']
     """
     points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol

@@ -12,7 +12,7 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
-from lensclust.blocks import blocks_of, hooked_names
+from lensclust.blocks import blocks_of, hooked_points
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.network_settings import settings_digest
@@ -111,7 +111,7 @@ def _provenance(
         "model": model_name(model),
         "weights": fingerprint_again(model),
         "settings": settings_digest(model),
-        "hooks": ", ".join(hooked_names(model)),
+        "hooks": ", ".join(hooked_points(model)),
         "tokenizer": prompts.tokenizer,
         "prompts": prompts.digest(),
         "sites": ", ".join(sorted({site.kind for site in sites})),
