@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Colour never stands alone.
 _LOOKS = {
     "supported": ("✓ supported", "green"),
+    "negligible": ("≈ negligible", "cyan"),
     "contradicted": ("✗ contradicted", "red"),
     "inconclusive": ("? inconclusive", "yellow"),
 }
@@ -40,14 +41,14 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
                 _verdict(claim),
                 Text(claim.statement),
                 *map(Text, _numbers(claim)),
-                Text(claim.rule),
+                Text(_rule(claim)),
             )
         console.print(table)
     else:
         for claim in claims:
             console.print(Text.assemble(_verdict(claim), "  ", claim.statement))
             estimate, control = _numbers(claim)
-            said = Text(f"{estimate}; {control}\n{claim.rule}", style="dim")
+            said = Text(f"{estimate}; {control}\n{_rule(claim)}", style="dim")
             console.print(Padding(said, (0, 0, 1, 4)))
     if claims:
         console.print(tally)
@@ -56,6 +57,12 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
 def _verdict(claim: Claim) -> Text:
     said, colour = _LOOKS[claim.verdict]
     return Text(said, style=colour)
+
+
+def _rule(claim: Claim) -> str:
+    if claim.q != claim.q:
+        return claim.rule
+    return f"{claim.rule}; q {claim.q:.2g}{', holds corrected' if claim.holds_corrected else ''}"
 
 
 def _numbers(claim: Claim) -> tuple[str, str]:

@@ -1,31 +1,198 @@
-"""Intervals over seeds and permutation p-values; scipy does the mathematics."""
+"""Intervals of means and permutation p-values; scipy does the mathematics.
+
+An interval is a statement about *units*: values that share one (a seed, a wording, a task that is
+the source of several moves) are not independent. It never leaves the range that the measure can
+take, and is never narrower than the smallest step between two values of it.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from scipy import stats
+from scipy.special import expit, logit
 
 # Relative; scores in single precision are summed in another order under another labelling.
 ROUNDING = 1e-6
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What values a measure can take.
+
+    Attributes:
+        low, high: the ends of its range.
+        step: the smallest difference of two values, 0 where there is none.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    step: float = 0.0
+
+    @property
+    def gain(self) -> Scale:
+        """The scale of the difference of two values.
+
+        >>> share(of=50).gain
+        Scale(low=-1.0, high=1.0, step=0.02)
+        """
+        width = self.high - self.low
+        return Scale(-width, width, self.step)
+
+
+REAL = Scale()
+
+
+def share(of: int) -> Scale:
+    """Of so many prompts, as accuracy is: 0 to 1."""
+    return Scale(0.0, 1.0, 1 / of)
+
+
+def agreement(of: int) -> Scale:
+    """Chance-corrected agreement (ARI, AMI, a silhouette) over so many rows: -1 to 1.
+
+    One row of two equal clusters in the wrong one costs about 2 / rows of the ARI.
+    """
+    return Scale(-1.0, 1.0, 2 / of)
+
+
+def correlation(of: int) -> Scale:
+    """Rank correlation over so many points: the step is that of two neighbours who trade ranks.
+
+    >>> correlation(of=5)
+    Scale(low=-1.0, high=1.0, step=0.1)
+    """
+    return Scale(-1.0, 1.0, 12 / (of * (of**2 - 1)) if of > 1 else 2.0)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of measured values and what is known of it.
+
+    Attributes:
+        value: the mean.
+        low, high: its interval, NaN where one unit gives none.
+        n: independent units, the fewest where several kinds are crossed.
+        least, most: the range of what went into it: means of units where there is one kind.
+        error: standard error, on the scale that ``link`` maps to.
+        scale: of the values.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    least: float
+    most: float
+    error: float
+    scale: Scale
+
+    def p_above(self, bound: float | int = 0) -> float:
+        """One-sided p of a mean of at most ``bound``: small where the mean lies above it.
+
+        The t test whose interval this is. NaN where there is none.
+
+        >>> mean_of([0.2, 0.3, 0.25, 0.2]).p_above(0) < 0.01
+        True
+        """
+        return self._p_beyond(bound, 1)
+
+    def p_below(self, bound: float | int = 0) -> float:
+        """One-sided p of a mean of at least ``bound``."""
+        return self._p_beyond(bound, -1)
+
+    def _p_beyond(self, bound: float | int, side: int) -> float:
+        if not math.isfinite(self.error):
+            return math.nan
+        away = side * (self._linked(self.value) - self._linked(bound))
+        if self.error == 0:
+            return float(away <= 0)
+        return float(stats.t.sf(away / self.error, self.n - 1))
+
+    def _linked(self, value: float | int) -> float:
+        return _link(value, self.scale, self.n)[0]
+
+
+def mean_of(
+    values: ArrayLike,
+    *,
+    scale: Scale = REAL,
+    units: Mapping[str, np.ndarray] | None = None,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Mean:
+    """The mean of values, with an interval over their units.
+
+    Independent values: Student t. Measures with a range: t on the logit of the mean (delta
+    method), which is smoothed by two steps towards the middle at either end, then mapped back.
+    Where units of several kinds are crossed (inputs and wordings, or tasks as sources and as
+    targets), the standard error is that of the pigeonhole bootstrap (Owen 2007): units of each
+    kind are drawn with replacement, a value counts as often as all of its units; its variance is
+    corrected by k / (k - 1), and t has k - 1 degrees of freedom for the k units of the rarest
+    kind. Units of one kind: the t of their means.
+
+    Args:
+        values: ``(value)``; one NaN makes all NaN.
+        scale: range and step of the measure. The interval stays in the range and reaches at
+            least one step to each side.
+        units: kind -> the unit of each value ``(value)``, or several ``(value, role)``, such as
+            ``{"task": [[0, 1], [1, 0], ...]}`` for a source and a target. Each value is a unit
+            unless given.
+        draws: of the bootstrap.
+
+    Raises:
+        ValueError: if there is no value, or one lies outside the range.
+
+    >>> found = mean_of([1.0, 1.0, 1.0], scale=share(of=100))
+    >>> found.low < 0.99, found.high
+    (True, 1.0)
+    """
+    measured = np.asarray(values, dtype=np.float64)
+    if measured.size == 0:
+        raise ValueError("mean_of: no value given")
+    if measured.min() < scale.low - ROUNDING or measured.max() > scale.high + ROUNDING:
+        raise ValueError(
+            f"mean_of: values from {measured.min():g} to {measured.max():g} given, expected "
+            f"{scale.low:g} to {scale.high:g}"
+        )
+    kinds = [np.asarray(of_value) for of_value in (units or {}).values()]
+    if len(kinds) > 1 or any(of_value.ndim > 1 for of_value in kinds):
+        n, error = _pigeonhole(measured, kinds, draws=draws, seed=seed)
+    else:
+        measured = _means(measured, kinds[0]) if kinds else measured
+        n = measured.size
+        error = float(stats.sem(measured)) if n > 1 else math.nan
+    value = float(measured.mean())
+    extremes = {"least": float(measured.min()), "most": float(measured.max())}
+    if not math.isfinite(error):
+        return Mean(value, math.nan, math.nan, n, **extremes, error=math.nan, scale=scale)
+    # Values are known to half a step.
+    error = max(error, scale.step / math.sqrt(12 * n))
+    at, slope = _link(value, scale, n)
+    error *= slope
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    low = min(_unlink(at - reach, scale), value - scale.step)
+    high = max(_unlink(at + reach, scale), value + scale.step)
+    low, high = max(low, scale.low), min(high, scale.high)
+    return Mean(value, low, high, n, **extremes, error=error, scale=scale)
+
+
 def mean_interval(
-    values: Float[np.ndarray, " n"], *, confidence: float = 0.95
+    values: Float[np.ndarray, " n"], *, confidence: float = 0.95, scale: Scale = REAL
 ) -> tuple[float, float, float]:
-    """Mean and Student-t interval of independent values; the interval of one value is NaN.
+    """`mean_of` as mean, low and high.
 
     >>> [round(x, 2) for x in mean_interval(np.array([1.0, 2.0, 3.0]))]
     [2.0, -0.48, 4.48]
     """
-    mean = float(np.mean(values))
-    if values.size < 2:
-        return mean, float("nan"), float("nan")
-    error = float(stats.sem(values))
-    if error == 0:
-        return mean, mean, mean
-    low, high = stats.t.interval(confidence, values.size - 1, loc=mean, scale=error)
-    return mean, float(low), float(high)
+    found = mean_of(values, confidence=confidence, scale=scale)
+    return found.value, found.low, found.high
 
 
 def permutation_p(
@@ -44,3 +211,75 @@ def permutation_p(
     least = observed - ROUNDING * np.maximum(np.abs(observed), ROUNDING)
     at_least = (null >= least[..., None]).sum(axis=-1)
     return np.asarray((at_least + 1) / (null.shape[-1] + 1))
+
+
+def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
+    """p-values corrected for their number (Holm 1979); NaN stays, and counts as no test.
+
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    found = np.asarray(p, dtype=np.float64).copy()
+    tested = np.flatnonzero(np.isfinite(found))
+    order = tested[np.argsort(found[tested], kind="stable")]
+    scaled = found[order] * np.arange(len(order), 0, -1)
+    found[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return found
+
+
+def q_values(p: ArrayLike) -> Float[np.ndarray, " test"]:
+    """False discovery rates (Benjamini & Hochberg 1995); NaN stays, and counts as no test.
+
+    >>> q_values([0.01, 0.04, 0.03]).round(3).tolist()
+    [0.03, 0.04, 0.04]
+    """
+    found = np.asarray(p, dtype=np.float64).copy()
+    tested = np.isfinite(found)
+    if tested.any():
+        found[tested] = stats.false_discovery_control(found[tested])
+    return found
+
+
+def _means(values: np.ndarray, units: np.ndarray) -> Float[np.ndarray, " unit"]:
+    code = np.unique(units.astype(str), return_inverse=True)[1].ravel()
+    return np.bincount(code, values) / np.bincount(code)
+
+
+def _pigeonhole(
+    values: np.ndarray, kinds: Sequence[np.ndarray], *, draws: int, seed: int
+) -> tuple[int, float]:
+    """Units of the rarest kind, and the standard error of the mean over all kinds."""
+    rng = np.random.default_rng(seed)
+    counts = np.ones((draws, len(values)))
+    rarest = len(values)
+    for of_value in kinds:
+        names, code = np.unique(of_value.astype(str), return_inverse=True)
+        k, roles = len(names), code.reshape(len(values), -1).T
+        rarest = min(rarest, k)
+        drawn = rng.multinomial(k, np.full(k, 1 / k), size=draws)
+        for role in roles:
+            counts *= drawn[:, role]
+    total = counts.sum(1)
+    means = counts[total > 0] @ values / total[total > 0]
+    if rarest < 2 or len(means) < 2:
+        return rarest, math.nan
+    return rarest, float(means.std(ddof=1)) * math.sqrt(rarest / (rarest - 1))
+
+
+# A smoothed mean is that of so many steps more at either end.
+_SMOOTHED = 2.0
+
+
+def _link(value: float | int, scale: Scale, n: int) -> tuple[float, float]:
+    """The logit of a smoothed mean, and its slope there; the value itself without a range."""
+    width = scale.high - scale.low
+    if not math.isfinite(width):
+        return float(value), 1.0
+    steps = n * width / (scale.step or width * ROUNDING)
+    part = ((value - scale.low) / width * steps + _SMOOTHED) / (steps + 2 * _SMOOTHED)
+    return float(logit(part)), 1 / (width * part * (1 - part))
+
+
+def _unlink(linked: float, scale: Scale) -> float:
+    width = scale.high - scale.low
+    return scale.low + width * float(expit(linked)) if math.isfinite(width) else linked

@@ -21,7 +21,7 @@ from lensclust.disk import LOCK, locked, publish, read_json, remove_partial, sta
 from lensclust.errors import check_counts
 from lensclust.integrity import check_folder, digest_of, seal_folder
 from lensclust.progress import no_bars, progress_bar
-from lensclust.results import shown_by
+from lensclust.results import corrected, shown_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +161,7 @@ class Study:
             run_directory.finish(
                 out,
                 scores=findings.scores,
-                claims=shown_by(findings.claims, findings.figures, findings.shows),
+                claims=corrected(shown_by(findings.claims, findings.figures, findings.shows)),
                 figures=findings.figures,
                 views=findings.views,
                 notes=findings.notes,

@@ -30,7 +30,7 @@ from lensclust.report.wording import number
 from lensclust.run_directory import PAGE, seal
 
 _HERE = Path(__file__).parent
-_SYMBOLS = {"supported": "✓", "contradicted": "✗", "inconclusive": "?"}
+_SYMBOLS = {"supported": "✓", "negligible": "≈", "contradicted": "✗", "inconclusive": "?"}
 
 
 def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:

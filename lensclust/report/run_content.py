@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,8 +27,8 @@ CONTENT = (*FILES, "notes.json", "figures", "views", "parts", DIGESTS, LOCK)
 _drawn = Bounded("lensclust.figures.files", "render_svg", seconds=60, memory=2**31)
 # What makes rows in a specification.
 _MAKERS = {"sequence", "graticule", "density", "impute"}
-# Runs from before claims named their figures have none.
-_CLAIM_KEYS = tuple(field.name for field in fields(Claim) if field.name != "figures")
+# Runs of earlier versions lack what claims did not say then: it has a default.
+_CLAIM_KEYS = tuple(field.name for field in fields(Claim) if field.default is MISSING)
 _VERDICTS = get_args(Verdict)
 
 
