@@ -5,6 +5,10 @@ crossed (every word is asked of every task by every paraphrase). The paraphrases
 share no content word, while the k-th paraphrases of all tasks share their sentence shape (the
 row label ``template``), so that a clustering of the instructions by the words they contain
 finds shapes, not tasks. A clustering by task therefore has to come from what is meant.
+
+The six paraphrases were revised while looking at a model's scores, so figures on them are
+optimistic. Four held-out wordings of each task follow the same rules, and were written before
+any model was run on them. Do not revise them in the light of scores: add others.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ def natural(
     tasks: Sequence[str] | None = None,
     paraphrases: int | Sequence[str] | None = None,
     inputs: int | Sequence[str] | None = None,
+    held_out: bool = False,
     chat: bool = False,
     layout: str | None = None,
 ) -> Prompts:
@@ -54,17 +59,22 @@ def natural(
         tokenizer: a fast tokenizer (spans need character offsets).
         tasks: names of tasks; all unless given.
         paraphrases: the first so many, or names of templates (``imperative``, ``question``,
-            ``request``, ``scenario``, ``rule``, ``role``); all unless given.
+            ``request``, ``scenario``, ``rule``, ``role``, and the held-out ``wish``,
+            ``correction``, ``condition``, ``dialogue``); all six, or with ``held_out`` all
+            four, unless given.
         inputs: the first so many words, or the words; all unless given.
+        held_out: the held-out wordings alone, written without looking at any model's scores.
+            For both kinds in one set, name their templates (see `template_names`).
         chat: wrap each prompt in the tokenizer's chat template.
         layout: another layout, with ``{instruction}`` and ``{input}``.
 
     Returns:
         Prompts, those of one instruction next to each other, with rows ``task``,
         ``instruction`` (id of the sentence: ``plural/question``), ``template``, ``wording``
-        (the sentence), ``input``, ``output``, ``split``; spans ``instruction`` and ``input``;
-        and the outputs as answers (with a leading space where the layout ends in neither a
-        quotation mark nor white space).
+        (the sentence), ``input``, ``output``, ``split`` (``held_out`` for a held-out wording,
+        otherwise ``all``); spans ``instruction`` and ``input``; and the outputs as answers
+        (with a leading space where the layout ends in neither a quotation mark nor white
+        space).
 
     Raises:
         InputError: if a task, template or word is not in the set, or the layout lacks a field.
@@ -83,10 +93,19 @@ def natural(
     >>> prompts.rows[["instruction", "input", "output"]].values.tolist()
     [['plural/question', 'love', 'loves'], ['plural/question', 'answer', 'answers'],
      ['french/question', 'love', 'amour'], ['french/question', 'answer', 'réponse']]
+    >>> natural(tokenizer, tasks=["plural"], held_out=True, inputs=1).rows["wording"].tolist()
+    ['I wish I owned at least a dozen of these.', 'Not just one specimen of it, but a pair.',
+     'If twenty of them were on a shelf, what would they be?',
+     'He says it for one copy, and she says it for thousands.']
     """
     data = _data()
     chosen_tasks = _choose("task", tasks, list(data["instructions"]))
-    templates = _choose("paraphrase", paraphrases, data["templates"])
+    if held_out:
+        templates = _choose("held-out paraphrase", paraphrases, data["held_out"])
+    elif paraphrases is None or isinstance(paraphrases, int):
+        templates = _choose("paraphrase", paraphrases, data["templates"])
+    else:
+        templates = _choose("paraphrase", paraphrases, data["templates"] + data["held_out"])
     chosen_words = _choose("input", inputs, words())
     rows = pd.DataFrame(
         [
@@ -97,7 +116,7 @@ def natural(
                 "wording": data["instructions"][task][template],
                 "input": word,
                 "output": data["answers"][word][task],
-                "split": "all",
+                "split": "held_out" if template in data["held_out"] else "all",
             }
             for task in chosen_tasks
             for template in templates
@@ -121,6 +140,15 @@ def task_names() -> list[str]:
     12
     """
     return list(_data()["instructions"])
+
+
+def template_names(*, held_out: bool = False) -> list[str]:
+    """The templates of the six paraphrases, or of the four held-out wordings.
+
+    >>> template_names(held_out=True)
+    ['wish', 'correction', 'condition', 'dialogue']
+    """
+    return list(_data()["held_out" if held_out else "templates"])
 
 
 def words() -> list[str]:

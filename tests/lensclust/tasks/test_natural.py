@@ -1,5 +1,6 @@
 """The shipped set: what it asks is right, and its surface does not tell the tasks apart."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics.pairwise import cosine_similarity
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust import InputError
-from lensclust.tasks.natural import lay_out
+from lensclust.tasks.natural import lay_out, template_names, words
 
 SEEDS = range(10)
 
@@ -27,7 +29,7 @@ FUNCTION_WORDS = """
     we who what which how when where while than there here and or not no nothing if as
     so because of in on at to for from with under before around by like is are be been
     being was were has have had do does did done must could would should can may always
-    another other one more any every some such said says say
+    another other one more any every some such said says say but
 """
 
 
@@ -61,8 +63,21 @@ def prompts(tokenizer: PreTrainedTokenizerFast) -> lc.Prompts:
 
 
 @pytest.fixture(scope="module")
-def instructions(prompts: lc.Prompts) -> pd.DataFrame:
-    return prompts.rows.drop_duplicates("instruction").reset_index(drop=True)
+def held_out(tokenizer: PreTrainedTokenizerFast) -> lc.Prompts:
+    return lc.tasks.natural(tokenizer, held_out=True)
+
+
+@pytest.fixture(scope="module")
+def every_wording(tokenizer: PreTrainedTokenizerFast) -> lc.Prompts:
+    names = template_names() + template_names(held_out=True)
+    return lc.tasks.natural(tokenizer, paraphrases=names)
+
+
+@pytest.fixture(scope="module", params=["prompts", "held_out", "every_wording"])
+def instructions(request: pytest.FixtureRequest) -> pd.DataFrame:
+    """The sentences of the set, of its held-out wordings, and of both."""
+    chosen: lc.Prompts = request.getfixturevalue(request.param)
+    return chosen.rows.drop_duplicates("instruction").reset_index(drop=True)
 
 
 def _sentences() -> Iterator[str]:
@@ -100,6 +115,37 @@ def test_every_task_has_every_paraphrase_and_every_input(prompts: lc.Prompts) ->
     assert (counts == 1).all()
     assert len(counts) == len(rows) == np.prod(rows[["task", "template", "input"]].nunique())
     assert rows["wording"].nunique() == rows["instruction"].nunique()
+
+
+def test_every_task_has_every_held_out_wording_and_the_answers_of_the_set(
+    prompts: lc.Prompts, held_out: lc.Prompts
+) -> None:
+    counts = held_out.rows.groupby(["task", "template", "input"]).size()
+    assert (counts == 1).all()
+    assert len(counts) == prompts.rows["task"].nunique() * 4 * 24
+    assert held_out.rows["wording"].nunique() == held_out.rows["instruction"].nunique()
+    answers = prompts.rows.drop_duplicates(["task", "input"])
+    both = held_out.rows.merge(answers, on=["task", "input"], suffixes=("", "_of_the_set"))
+    assert len(both) == len(held_out)
+    assert (both["output"] == both["output_of_the_set"]).all()
+
+
+def test_held_out_wordings_are_told_apart_and_come_only_when_asked_for(
+    prompts: lc.Prompts, held_out: lc.Prompts, every_wording: lc.Prompts
+) -> None:
+    assert prompts.rows["template"].unique().tolist() == template_names()
+    assert held_out.rows["template"].unique().tolist() == template_names(held_out=True)
+    assert not set(template_names()) & set(template_names(held_out=True))
+    assert (prompts.rows["split"] == "all").all()
+    assert (held_out.rows["split"] == "held_out").all()
+    for split, alone in {"all": prompts, "held_out": held_out}.items():
+        assert every_wording.where(split=split).digest() == alone.digest()
+
+
+def test_the_sentences_that_figures_were_measured_on_have_not_changed(prompts: lc.Prompts) -> None:
+    assert prompts.texts is not None
+    digest = hashlib.sha256("\0".join(prompts.texts).encode()).hexdigest()
+    assert digest == "ee9df574a747613aff8b1e599e5e64a67387c8f8cc67e6e842707502383332b9"
 
 
 def test_prompts_of_one_instruction_stand_together(prompts: lc.Prompts) -> None:
@@ -172,6 +218,31 @@ def test_instructions_do_not_contain_their_inputs_or_answers(prompts: lc.Prompts
         assert row.input not in words
         if len(str(row.output)) > 1:
             assert str(row.output).lower() not in words, (row.wording, row.output)
+
+
+def test_held_out_wordings_contain_no_input_or_answer_of_any_task(held_out: lc.Prompts) -> None:
+    outputs = {str(output).lower() for output in held_out.rows["output"]}
+    told = set(words()) | {output for output in outputs if len(output) > 1 or output.isdigit()}
+    for wording in held_out.rows["wording"].unique():
+        assert not told & set(re.findall(r"\w+", wording.lower())), wording
+
+
+def test_words_give_the_shape_away(instructions: pd.DataFrame) -> None:
+    """What English cannot ask without is shared by the tasks of a template, not by a task."""
+    bags = CountVectorizer(
+        token_pattern=r"(?u)\b\w+\b", vocabulary=sorted(set(FUNCTION_WORDS.split()))
+    ).fit_transform(instructions["wording"])
+    similarity = cosine_similarity(bags)
+    np.fill_diagonal(similarity, np.nan)
+    same = {
+        label: np.equal.outer(instructions[label].to_numpy(), instructions[label].to_numpy())
+        for label in ("task", "template")
+    }
+    for template in instructions["template"].unique():
+        rows = (instructions["template"] == template).to_numpy()
+        of_shape = np.nanmean(similarity[rows][same["template"][rows]])
+        of_task = np.nanmean(similarity[rows][same["task"][rows]])
+        assert of_shape > of_task + 0.2, template
 
 
 @pytest.mark.parametrize("vectorizer", [CountVectorizer, TfidfVectorizer])
@@ -270,12 +341,23 @@ def test_selections(tokenizer: PreTrainedTokenizerFast) -> None:
     ]
 
 
+def test_selections_of_held_out_wordings(tokenizer: PreTrainedTokenizerFast) -> None:
+    first = lc.tasks.natural(tokenizer, paraphrases=2, held_out=True)
+    named = lc.tasks.natural(tokenizer, paraphrases=["wish", "correction"])
+    assert first.rows["template"].unique().tolist() == ["wish", "correction"]
+    assert first.digest() == named.digest()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tasks": ["plurals"]}, "no task 'plurals': there are opposite, plural"),
         ({"tasks": []}, "no task asked for"),
         ({"paraphrases": 7}, "7 paraphrases asked for, expected 1 to 6"),
+        ({"paraphrases": ["wishes"]}, "no paraphrase 'wishes': there are imperative, question"),
+        ({"paraphrases": ["role"], "held_out": True}, "no held-out paraphrase 'role': there are"),
+        ({"paraphrases": 5, "held_out": True}, "5 held-out paraphrases asked for, expected 1 to 4"),
+        ({"held_out": "wish"}, "held_out"),
         ({"inputs": ["cat"]}, "no input 'cat'"),
         ({"inputs": 0}, "0 inputs asked for, expected 1 to 24"),
         ({"layout": "{input}"}, "has the fields"),
