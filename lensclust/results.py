@@ -70,7 +70,7 @@ class Claim:
 def decide(
     id: str,
     statement: str,
-    values: ArrayLike,
+    values: ArrayLike | Mean,
     *,
     source: str,
     origin: Origin,
@@ -92,7 +92,7 @@ def decide(
     the same in both directions.
 
     Args:
-        values: ``(value)`` measurements.
+        values: ``(value)`` measurements, or a `lensclust.stats.Mean` (its own scale counts then).
         control: what the same measure gives where no effect is expected.
         at_least: lower bound the mean must reach; give this or ``at_most``.
         at_most: upper bound the mean must not exceed.
@@ -112,9 +112,10 @@ def decide(
     ('supported', 0.85)
     """
     bound, side = _bound(id, at_least, at_most)
-    measured = _measured(id, values)
-    mean = mean_of(measured, scale=scale, units=units)
-    kinds = list(units) if units else [unit]
+    mean = values
+    if not isinstance(mean, Mean):
+        mean = mean_of(_measured(id, mean), scale=scale, units=units)
+    unit = " and ".join(units) if units else unit
     return Claim(
         id=id,
         statement=statement,
@@ -123,10 +124,10 @@ def decide(
         estimate=mean.value,
         ci95=(mean.low, mean.high),
         control=dict(control),
-        rule=_rule(f"95% interval over {_plural(kinds)}", bound, side, margin),
+        rule=_rule(f"95% interval over {_plural(unit)}", bound, side, margin),
         verdict=_verdict([mean], bound, side, margin),
         n_seeds=mean.n if n_seeds is None else n_seeds,
-        unit=" and ".join(kinds),
+        unit=unit,
         n=mean.n,
         spread=(mean.least, mean.most),
         p=_two_sided(mean, bound, margin),
@@ -178,7 +179,7 @@ def decide_over_all(
     p = holm([min(1.0, 2 * mean.p_above(margin)) for mean in means])
     against = {f"p against {name}": float(each) for name, each in zip(nulls, p, strict=True)}
     weakest = min(means, key=lambda mean: mean.value)
-    said = f"95% intervals over {_plural([unit])}, corrected for {len(means)} nulls, all"
+    said = f"95% intervals over {_plural(unit)}, corrected for {len(means)} nulls, all"
     return Claim(
         id=id,
         statement=statement,
@@ -256,8 +257,8 @@ def _measured(id: str, values: ArrayLike) -> np.ndarray:
     return measured
 
 
-def _plural(kinds: Sequence[str]) -> str:
-    return " and ".join(f"{kind}s" for kind in kinds)
+def _plural(unit: str) -> str:
+    return " and ".join(f"{kind}s" for kind in unit.split(" and "))
 
 
 def _rule(said: str, bound: float, side: int, margin: float) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -78,7 +78,8 @@ class Mean:
         value: the mean.
         low, high: its interval, NaN where one unit gives none.
         n: independent units, the fewest where several kinds are crossed.
-        least, most: the range of what went into it: means of units where there is one kind.
+        least, most: the range of what went into it: means of units where there is one kind, the
+            value itself where nothing was averaged.
         error: standard error, on the scale that ``link`` maps to.
         scale: of the values.
     """
@@ -168,10 +169,26 @@ def mean_of(
         measured = _means(measured, kinds[0]) if kinds else measured
         n = measured.size
         error = float(stats.sem(measured)) if n > 1 else math.nan
-    value = float(measured.mean())
-    extremes = {"least": float(measured.min()), "most": float(measured.max())}
-    if not math.isfinite(error):
-        return Mean(value, math.nan, math.nan, n, **extremes, error=math.nan, scale=scale)
+    found = estimate_of(measured.mean(), error, n, scale=scale, confidence=confidence)
+    return replace(found, least=float(measured.min()), most=float(measured.max()))
+
+
+def estimate_of(
+    value: float, error: float, n: int, *, scale: Scale = REAL, confidence: float = 0.95
+) -> Mean:
+    """The interval of a value whose standard error is known, as of a mean: see `mean_of`.
+
+    For what is no mean of values a unit, such as agreement over pairs of rows: the error comes
+    from resampling units.
+
+    Args:
+        error: standard error, NaN where there is none.
+        n: independent units behind it, the fewest where several kinds are crossed.
+    """
+    value = float(value)
+    found = Mean(value, math.nan, math.nan, n, value, value, error=math.nan, scale=scale)
+    if n < 2 or not math.isfinite(error):
+        return found
     # Values are known to half a step.
     error = max(error, scale.step / math.sqrt(12 * n))
     at, slope = _link(value, scale, n)
@@ -179,8 +196,7 @@ def mean_of(
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     low = min(_unlink(at - reach, scale), value - scale.step)
     high = max(_unlink(at + reach, scale), value + scale.step)
-    low, high = max(low, scale.low), min(high, scale.high)
-    return Mean(value, low, high, n, **extremes, error=error, scale=scale)
+    return replace(found, low=max(low, scale.low), high=min(high, scale.high), error=error)
 
 
 def mean_interval(

@@ -110,7 +110,7 @@ class Pairs:
     together: Scores
     in_cluster: Scores
     in_label: Scores
-    total: float
+    total: float | Scores
 
     @classmethod
     def of(cls, table: Table) -> Pairs:
@@ -137,12 +137,53 @@ class Pairs:
 
     def adjusted(self) -> Scores:
         """Agreement beyond chance; 1 for the best there could be."""
-        expected = self.in_cluster * self.in_label / max(self.total, 1)
+        expected = self.in_cluster * self.in_label / np.maximum(self.total, 1)
         return _ratio(self.together - expected, (self.in_cluster + self.in_label) / 2 - expected)
 
     def f1(self) -> Scores:
         """F1 of "these two rows belong together"."""
         return _ratio(2 * self.together, self.in_cluster + self.in_label)
+
+
+def counted_agreement(
+    clusters: Int[np.ndarray, " row"],
+    labels: Int[np.ndarray, " row"],
+    wording: Int[np.ndarray, " row"],
+    counts: Float[np.ndarray, "draw row"],
+) -> Float[np.ndarray, " draw"]:
+    """``cross_wording_ari`` of one partition where rows count several times, or not at all.
+
+    For resampling wordings without clustering again: copies of a wording are that wording, so
+    pairs of them do not count.
+
+    Args:
+        counts: how often each row counts, the rows of one wording equally often.
+
+    >>> agreed = counted_agreement(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), np.arange(4),
+    ...                            np.array([[1.0, 1, 1, 1], [2, 1, 0, 1]]))
+    >>> agreed.tolist()
+    [1.0, 1.0]
+    """
+
+    def across(cells: np.ndarray) -> np.ndarray:
+        within = cells * (int(wording.max()) + 1) + wording
+        return (_squares(cells, counts) - _squares(within, counts)) / 2
+
+    found = Pairs(
+        together=across(clusters * (int(labels.max()) + 1) + labels),
+        in_cluster=across(clusters),
+        in_label=across(labels),
+        total=across(np.zeros_like(clusters)),
+    )
+    return found.adjusted()
+
+
+def _squares(cells: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sum over cells of the squared count of their rows, for each draw."""
+    code = np.unique(cells, return_inverse=True)[1].ravel()
+    belongs = np.zeros((len(code), int(code.max()) + 1))
+    belongs[np.arange(len(code)), code] = 1
+    return ((counts @ belongs) ** 2).sum(1)
 
 
 AGREEMENT: dict[str, Callable[[Table], Scores]] = {

@@ -13,6 +13,7 @@ import lensclust as lc
 import probes
 from studies.frames import plane
 from studies.opened_heads import one_group, opened_heads, sample_prompts
+from studies.scales import AGREED
 from studies.study import Context, Findings, Study, check_clusters, silenced
 
 if TYPE_CHECKING:
@@ -188,10 +189,10 @@ def heads_of_last(
     samples = sample_prompts(unseen, "input")
     names = vocabulary(n_inputs=study.n_inputs, n_outputs=study.n_outputs)
     mine = scores[(scores["kind"] == "head") & (scores["split"] == UNSEEN)]
-    ari, last = mine["metric"] == "ari", mine["step"] == study.steps
-    # ARI first, from the last checkpoint back; of the others the last checkpoint.
-    mine = mine[(mine["by"] == "task") & (ari | last)]
-    mine = mine.assign(other=mine["metric"] != "ari", before=-mine["step"])
+    agreed, last = mine["metric"] == AGREED, mine["step"] == study.steps
+    # Agreement first, from the last checkpoint back; of other scores the last checkpoint alone.
+    mine = mine[(mine["by"] == "task") & (agreed | last)]
+    mine = mine.assign(other=mine["metric"] != AGREED, before=-mine["step"])
     mine = mine.sort_values(["other", "before"], kind="stable")
     return opened_heads(
         acts.isel(prompt=rows),
@@ -222,14 +223,17 @@ def task_set(study: Emergence, seed: int) -> lc.Prompts:
 def clustered_prompts(prompts: lc.Prompts, per_mapping: int) -> lc.Prompts:
     """The prompts to cluster: every split, the training split cut to the others' size.
 
-    Inputs that a split shows under one task only have nothing to be clustered by.
+    What is kept of a task and input comes from all of its expressions in turn. Inputs that a
+    split shows under one task only have nothing to be clustered by.
     """
     import numpy as np
 
     rows = prompts.rows
-    nth = rows.groupby(["split", "task", "input"]).cumcount()
+    cell = ["split", "task", "input"]
+    turn = rows.groupby([*cell, "template"]).cumcount()
+    nth = turn.groupby([rows[name] for name in cell]).rank(method="first")
     tasks = rows.groupby(["split", "input"])["task"].transform("nunique")
-    return prompts.take(np.flatnonzero(((nth < per_mapping) & (tasks > 1)).to_numpy()))
+    return prompts.take(np.flatnonzero(((nth <= per_mapping) & (tasks > 1)).to_numpy()))
 
 
 def training_scores(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:

@@ -11,22 +11,26 @@ import pandas as pd
 import lensclust as lc
 from lensclust import figures
 from lensclust.results import decide
+from lensclust.stats import correlation
 from lensclust.views import ClusterView, HeadView, View
 from studies.emergence import CHOOSING, LABELS, UNSEEN
 from studies.frames import rank_correlations, where
+from studies.scales import AGREED, AGREEMENT, SHARE, SMALL, WEAK
 
 PAPER: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",
     "origin": "reconstruction",
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
+_GIVEN = "k-means given the input"
 
 
 # Which claims a figure shows.
 SHOWS = {
-    "ari_over_training": ["rises", "saturates", "embedding-flat", "tracks-accuracy"],
-    "ari_by_layer": ["clusters", "deeper", "embedding-flat"],
-    "splits": ["clusters", "unclustered-expressions"],
+    "task_over_training": ["rises", "saturates", "embedding-flat", "tracks-accuracy"],
+    "task_by_layer": ["clusters", "nearly-all", "deeper", "embedding-flat"],
+    "task_or_wording": ["clusters", "deeper"],
+    "splits": ["unclustered-expressions"],
     "accuracy": ["unseen-*", "tracks-accuracy"],
     "heads": ["heads"],
 }
@@ -36,20 +40,26 @@ class Curves:
     """The scores as one number a seed."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
-        ari = where(scores, metric="ari", given="input", by="task")
-        self.resid = where(ari, kind="resid")
-        self.head = where(ari, kind="head")
+        scored = where(scores, given="input", by="task")
+        self.resid = where(scored, kind="resid", metric=AGREED)
+        self.head = where(scored, kind="head", metric=AGREED)
+        self.ari = where(scored, kind="resid", metric="ari")
         self.model = where(scores, kind="model", metric="accuracy")
         self.layers = [int(layer) for layer in sorted(self.resid["layer"].unique())]
         self.steps = [int(step) for step in sorted(self.resid["step"].unique())]
 
-    def ari(self, split: str, layer: int, step: int, column: str = "value") -> np.ndarray:
-        """ARI given the input, or with ``null_mean`` that of permuted labels."""
+    def agreed(self, split: str, layer: int, step: int, column: str = "value") -> np.ndarray:
+        """Cross-wording agreement, or with ``null_mean`` that under relabelled wordings."""
         rows = where(self.resid, split=split, layer=layer, step=step)
         return rows.sort_values(by="seed")[column].to_numpy()
 
+    def plain(self, split: str, layer: int, step: int, column: str = "value") -> np.ndarray:
+        """ARI, wordings counted in, or its mean where wordings are relabelled."""
+        rows = where(self.ari, split=split, layer=layer, step=step)
+        return rows.sort_values(by="seed")[column].to_numpy()
+
     def largest(self, split: str, layer: int) -> np.ndarray:
-        """Largest ARI of a layer at any checkpoint."""
+        """Largest agreement of a layer at any checkpoint."""
         return where(self.resid, split=split, layer=layer).groupby("seed")["value"].max().to_numpy()
 
     def accuracy(self, split: str, column: str = "value") -> np.ndarray:
@@ -58,19 +68,19 @@ class Curves:
         return rows.sort_values(by="seed")[column].to_numpy()
 
     def with_depth(self, step: int) -> np.ndarray:
-        """Rank correlation of ARI with layer."""
+        """Rank correlation of agreement with layer."""
         rows = where(self.resid, split=UNSEEN, step=step)
         return rank_correlations(rows, "layer", "value", by="seed").to_numpy()
 
     def with_accuracy(self, layer: int) -> np.ndarray:
-        """Rank correlation of ARI with accuracy over checkpoints."""
+        """Rank correlation of agreement with accuracy over checkpoints."""
         accuracy = where(self.model, split=UNSEEN)[["seed", "step", "value"]]
         rows = where(self.resid, split=UNSEEN, layer=layer)
         both = rows.merge(accuracy, on=["seed", "step"], suffixes=("", "_accuracy"))
         return rank_correlations(both, "value_accuracy", "value", by="seed").to_numpy()
 
     def heads(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ARI on unseen strings: best head, median head, best head before training."""
+        """Agreement on unseen strings: best head, median head, best head before training."""
         first, last = self.steps[0], self.steps[-1]
         found = []
         for _, rows in self.head.groupby("seed"):
@@ -87,59 +97,98 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
     seen = Curves(scores)
     bottom, top, first, last = seen.layers[0], seen.layers[-1], seen.steps[0], seen.steps[-1]
     middle = min(seen.steps[:-1], key=lambda step: abs(step - last / 2))
-    final, untrained = seen.ari(UNSEEN, top, last), seen.ari(UNSEEN, top, first)
-    null = seen.ari(UNSEEN, top, last, "null_mean").mean()
+    final, untrained = seen.agreed(UNSEEN, top, last), seen.agreed(UNSEEN, top, first)
+    null = {
+        "wordings relabelled": seen.agreed(UNSEEN, top, last, "null_mean").mean(),
+        "ARI": seen.plain(UNSEEN, top, last).mean(),
+        "ARI, wordings relabelled": seen.plain(UNSEEN, top, last, "null_mean").mean(),
+    }
     rise = final - untrained
-    never = seen.ari("new_regex", top, last)
+    kept, never = seen.plain(UNSEEN, top, last), seen.plain("new_regex", top, last)
     head, typical, head_before = seen.heads()
+    of_layers, of_steps = correlation(of=len(seen.layers)), correlation(of=len(seen.steps))
     return [
         decide(
             "rises",
-            "Clustering by task rises with training (last layer, unseen strings, given the input)",
+            "Clustering by task rises with training (agreement across wordings, last layer, unseen "
+            "strings, given the input)",
             rise,
-            control={"untrained model": untrained.mean(), "permuted labels": null},
+            control={"untrained model": untrained.mean()} | null,
             at_least=0,
+            margin=SMALL,
+            scale=AGREEMENT.gain,
             **PAPER,
         ),
         decide(
             "saturates",
-            "and saturates: the share of the rise that comes in the second half is small",
-            (final - seen.ari(UNSEEN, top, middle)) / np.where(rise == 0, np.nan, rise),
+            "and saturates: less of the rise comes in the second half than of a steady one",
+            (final - seen.agreed(UNSEEN, top, middle)) / np.where(rise == 0, np.nan, rise),
             control={"share of a steady rise": 1 - middle / last},
-            at_most=0.25,
+            at_most=1 - middle / last,
+            margin=SMALL,
             **PAPER,
         ),
         decide(
             "clusters",
-            "At the end the last layer clusters unseen strings by task (ARI given the input)",
+            "At the end the last layer clusters unseen strings by task (agreement across wordings, "
+            "given the input)",
             final,
-            control={"permuted labels": null, "untrained model": untrained.mean()},
-            at_least=0.85,
+            control={"untrained model": untrained.mean()} | null,
+            at_least=0,
+            margin=SMALL,
+            scale=AGREEMENT,
             **PAPER,
         ),
         decide(
+            "nearly-all",
+            "and nearly all of them (agreement at least 0.85)",
+            final,
+            control=null,
+            at_least=0.85,
+            scale=AGREEMENT,
+            **OURS,
+        ),
+        decide(
             "deeper",
-            "Deeper layers cluster more (rank correlation of ARI with layer)",
+            "Deeper layers cluster more (rank correlation of agreement across wordings with layer)",
             seen.with_depth(last),
             control={"untrained model": seen.with_depth(first).mean()},
             at_least=0,
+            margin=WEAK,
+            scale=of_layers,
             **PAPER,
         ),
         decide(
             "embedding-flat",
-            "The embedding layer stays flat (largest ARI of layer 0 at any checkpoint)",
+            "The embedding layer stays flat (largest agreement of layer 0 at any checkpoint)",
             seen.largest(UNSEEN, bottom),
-            control={"permuted labels": seen.ari(UNSEEN, bottom, last, "null_mean").mean()},
+            control={"wordings relabelled": seen.agreed(UNSEEN, bottom, last, "null_mean").mean()},
             at_most=0.05,
+            scale=AGREEMENT,
             **PAPER,
         ),
         decide(
             "unseen-strings",
-            "The model answers unseen strings of known expressions (accuracy)",
+            "The model answers unseen strings of known expressions (accuracy above the input "
+            "alone)",
+            seen.accuracy(UNSEEN) - seen.accuracy(UNSEEN, "null_mean"),
+            control={
+                "accuracy": seen.accuracy(UNSEEN).mean(),
+                "best answer from the input alone": seen.accuracy(UNSEEN, "null_mean").mean(),
+            },
+            at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
+            **PAPER,
+        ),
+        decide(
+            "unseen-strings-all",
+            "and nearly all of them (accuracy at least 0.97)",
             seen.accuracy(UNSEEN),
             control={"best answer from the input alone": seen.accuracy(UNSEEN, "null_mean").mean()},
             at_least=0.97,
-            **PAPER,
+            scale=SHARE,
+            **OURS,
         ),
         decide(
             "unseen-expressions",
@@ -150,18 +199,21 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
                 "best answer from the input alone": seen.accuracy("new_regex", "null_mean").mean(),
             },
             at_most=0.1,
+            scale=SHARE.gain,
             **OURS,
         ),
         decide(
             "unclustered-expressions",
-            "whose states do not cluster by task as those of unseen strings do (ARI lost)",
-            final - never,
+            "whose states do not cluster by task as those of unseen strings do (ARI lost; there is "
+            "one expression a task, so that it counts wordings in)",
+            kept - never,
             control={
-                "unseen strings": final.mean(),
+                "unseen strings": kept.mean(),
                 "unseen expressions": never.mean(),
-                "permuted labels": seen.ari("new_regex", top, last, "null_mean").mean(),
+                "wordings relabelled": seen.plain("new_regex", top, last, "null_mean").mean(),
             },
             at_least=0.5,
+            scale=AGREEMENT.gain,
             **OURS,
         ),
         decide(
@@ -172,9 +224,11 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
             control={
                 "accuracy": seen.accuracy("new_pair").mean(),
                 "best answer from the input alone": seen.accuracy("new_pair", "null_mean").mean(),
-                "ARI of their states": seen.ari("new_pair", top, last).mean(),
+                "ARI of their states": seen.plain("new_pair", top, last).mean(),
             },
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **OURS,
         ),
         decide(
@@ -183,6 +237,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
             seen.with_accuracy(top),
             control={"layer 0": seen.with_accuracy(bottom).mean()},
             at_least=0,
+            margin=WEAK,
+            scale=of_steps,
             **PAPER,
         ),
         decide(
@@ -191,6 +247,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
             head - typical,
             control={"median head": typical.mean(), "same head untrained": head_before.mean()},
             at_least=0,
+            margin=SMALL,
+            scale=AGREEMENT.gain,
             **OURS,
         ),
     ]
@@ -203,27 +261,37 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
     unseen = where(seen.resid, split=UNSEEN)
     together = where(scores, metric="ari", kind="resid", given="none", step=last)
     found = {
-        "ari_by_layer": figures.curves(
+        "task_by_layer": figures.curves(
             unseen,
             color="step",
             title="Clustering by task, layer by layer over training",
-            caption="ARI on unseen strings, k-means given the input.",
-            y_title="ARI",
+            caption=f"Agreement across wordings on unseen strings, {_GIVEN}.",
+            y_title="agreement across wordings",
         ),
-        "ari_over_training": figures.curves(
+        "task_over_training": figures.curves(
             unseen,
             x="step",
             color="layer",
             title="Clustering by task over training",
-            caption="ARI on unseen strings, k-means given the input.",
-            y_title="ARI",
+            caption=f"Agreement across wordings on unseen strings, {_GIVEN}.",
+            y_title="agreement across wordings",
+        ),
+        "task_or_wording": figures.curves(
+            _beside_null(unseen, where(seen.ari, split=UNSEEN)),
+            color="score",
+            facet="step",
+            band=None,
+            title="Task or wording: ARI, its null and agreement across wordings",
+            caption="ARI counts rows of one expression, which recognition of the expression gives; "
+            "its null deals whole expressions to tasks. Unseen strings, given the input.",
+            y_title="agreement",
         ),
         "splits": figures.curves(
-            where(seen.resid, layer=seen.layers[-1]),
+            where(seen.ari, layer=seen.layers[-1]),
             x="step",
             color="split",
             title="The last layer on each split",
-            caption="ARI at the last layer, k-means given the input.",
+            caption=f"ARI at the last layer, {_GIVEN}; the band deals expressions to tasks.",
             y_title="ARI",
         ),
         "accuracy": figures.curves(
@@ -238,8 +306,8 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
         "heads": figures.head_map(
             where(seen.head, split=UNSEEN, step=last),
             title="Which heads carry the task",
-            caption="ARI of each head's contribution to the residual stream, unseen strings, "
-            "given the input, after training.",
+            caption="Agreement across wordings of each head's contribution to the residual stream, "
+            "unseen strings, given the input, after training.",
         ),
         "task_and_input": figures.curves(
             together,
@@ -268,9 +336,26 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
     return found
 
 
+def _beside_null(agreed: pd.DataFrame, ari: pd.DataFrame) -> pd.DataFrame:
+    """ARI, what it is where expressions are dealt to tasks, and agreement across wordings."""
+    shown = ari["step"].isin(_few(sorted(ari["step"].unique())))
+    ari = ari[shown]
+    parts = {
+        "across wordings": agreed[agreed["step"].isin(ari["step"].unique())],
+        "ARI": ari,
+        "ARI, expressions dealt to tasks": ari.assign(value=ari["null_mean"]),
+    }
+    return pd.concat([rows.assign(score=name) for name, rows in parts.items()])
+
+
+def _few(steps: list[Any]) -> list[Any]:
+    """The first, a middle and the last."""
+    return [steps[0], steps[len(steps) // 2], steps[-1]]
+
+
 def views(scores: pd.DataFrame, states: pd.DataFrame, heads: pd.DataFrame) -> dict[str, View]:
     """What the page lets its reader explore, by file name."""
-    ari = where(scores, metric="ari", kind="resid", given="input", by="task", split=UNSEEN, seed=0)
+    agreed = Curves(scores).resid
     return {
         "clusters": ClusterView.from_frame(
             states,
@@ -279,8 +364,8 @@ def views(scores: pd.DataFrame, states: pd.DataFrame, heads: pd.DataFrame) -> di
             caption="Two principal components of each layer at each checkpoint (first seed), "
             "turned onto those before them by an orthogonal map. A picture is no measure: the "
             "score is that of k-means in all dimensions, given the input.",
-            scores=ari,
-            score_name="ARI with task",
+            scores=where(agreed, split=UNSEEN, seed=0),
+            score_name="agreement across wordings",
         ),
         "heads": HeadView.from_json(json.loads(heads["view"].iloc[0]), where="emergence"),
     }

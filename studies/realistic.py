@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+    from studies.realistic_units import Source
+
 FOLDER_INPUTS = 10
 
 
@@ -78,7 +80,18 @@ class Realistic(Study):
         import pandas as pd
 
         from studies.opened_heads import opened_heads, sample_prompts
-        from studies.realistic_findings import MODEL, SHOWS, claims, notes, pictures, views
+        from studies.realistic_findings import (
+            HELD_OUT,
+            HELD_OUT_WORDS,
+            MODEL,
+            RANDOM,
+            SHOWS,
+            WORDS,
+            claims,
+            notes,
+            pictures,
+            views,
+        )
 
         model = lc.load(self.model, progress=context.progress)
         prompts = self.prompts(model.tokenizer)
@@ -90,19 +103,33 @@ class Realistic(Study):
         weights = {"model": own.attrs["weights"]}
         samples = sample_prompts(prompts, given) if self.heads else None
         attention = None if samples is None else probes.sample_attention(model, samples)
-        del model
-        measured = [self.measure(own, "model", given, context)]
         words = probes.bag_of_tokens(prompts)
-        measured.append(self.measure(words, "bag of tokens", given, context))
+        measured = [
+            self.measure(own, MODEL, given, context),
+            self.measure(words, WORDS, given, context),
+        ]
+        if self.data is None:
+            others = self.prompts(model.tokenizer, held_out=True)
+            acts = self.read(model, others, ["resid"], context, "held-out")
+            measured.append(self.measure(acts, HELD_OUT, given, context))
+            measured.append(
+                self.measure(probes.bag_of_tokens(others), HELD_OUT_WORDS, given, context)
+            )
+        del model
         few = prompts.where(**{given: list(prompts.rows[given].unique()[: self.control_inputs])})
+        controls = []
         for seed in context.seeds:
             control = lc.load(self.model, random_weights=True, seed=seed, progress=context.progress)
             acts = self.read(control, few, ["resid"], context, f"random-{seed}")
             weights[f"random weights {seed}"] = acts.attrs["weights"]
-            measured.append(self.measure(acts, "random weights", given, context, seed))
-        scores, groups = (
-            pd.concat(tables, ignore_index=True) for tables in zip(*measured, strict=True)
-        )
+            measured.append(self.measure(acts, RANDOM, given, context, seed))
+            controls.append(acts)
+        tables, sources = zip(*measured, strict=True)
+        scores = pd.concat(tables, ignore_index=True)
+        # Which neighbours are right prompt by prompt, where it is reported.
+        read = [own, words, *controls]
+        places = [each for each in sources if each.name in (MODEL, WORDS, RANDOM)]
+        near = pd.concat([self.neighbours(a, s) for a, s in zip(read, places, strict=True)])
         shown: dict[str, Any] = dict(views(scores, own, given))
         if self.heads:
             shown["heads"] = opened_heads(
@@ -116,22 +143,24 @@ class Realistic(Study):
             )
         return Findings(
             scores=scores,
-            claims=claims(scores, groups, given),
+            claims=claims(scores, sources, near, given),
             figures=pictures(scores, own, given),
             shows=SHOWS,
             views=shown,
-            notes=notes(scores, groups, given),
+            notes=notes(scores, sources, given),
             provenance={"weights": weights, "prompts": prompts.digest(), "n": len(prompts)},
         )
 
-    def prompts(self, tokenizer: Any) -> lc.Prompts:
+    def prompts(self, tokenizer: Any, *, held_out: bool = False) -> lc.Prompts:
         """The task set, with texts and a ``fold`` that holds every instruction once.
 
         Folds run along the diagonals of instruction and input, so that the prompts of one task
-        in one fold differ in both.
+        in one fold differ in both. ``held_out`` asks for the own set's other wordings.
         """
         if self.data is None:
-            found = lc.tasks.natural(tokenizer, inputs=self.inputs, chat=self.chat)
+            found = lc.tasks.natural(
+                tokenizer, inputs=self.inputs, chat=self.chat, held_out=held_out
+            )
         else:
             inputs = FOLDER_INPUTS if self.inputs is None else self.inputs
             found = lc.tasks.instruction_induction(
@@ -160,9 +189,11 @@ class Realistic(Study):
 
     def measure(
         self, acts: xr.Dataset, source: str, given: str, context: Context, seed: int = 0
-    ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Scores of one source of states, and the scores of each group apart."""
+    ) -> tuple[pd.DataFrame, Source]:
+        """Scores of one source of states, and by group with the partitions behind them."""
         import pandas as pd
+
+        from studies.realistic_units import Source
 
         options: dict[str, Any] = {
             "permutations": self.permutations,
@@ -177,10 +208,8 @@ class Realistic(Study):
             across = probes.cluster(
                 acts, given=None, score_against=["input", "template"], kinds="resid", **options
             )
-        # A folder's inputs belong to one task each, so they too must not be shared.
-        apart = ["template"] if self.data is None else ["template", "input"]
         near = probes.nearest_neighbour(
-            acts, apart=apart, per=given, kinds="resid", permutations=self.permutations
+            acts, apart=self.apart, per=given, kinds="resid", permutations=self.permutations
         )
         place = ["site", "kind", "layer", "head", "by", "metric"]
         near_all = near.groupby(place, dropna=False, sort=False)[["value", "null_mean"]].mean()
@@ -189,4 +218,43 @@ class Realistic(Study):
             ignore_index=True,
         )
         groups = pd.concat([inside.groups, near[list(inside.groups)]], ignore_index=True)
-        return scores.assign(source=source, seed=seed), groups.assign(source=source, seed=seed)
+        labels = {
+            name: ("prompt", acts[name].values)
+            for name in dict.fromkeys(("task", "template", "instruction", given))
+        }
+        found = Source(source, seed, groups, inside.assignments.assign_coords(labels), given)
+        return scores.assign(source=source, seed=seed), found
+
+    @property
+    def apart(self) -> list[str]:
+        """What neighbours must not share: a folder's inputs belong to one task each."""
+        return ["template"] if self.data is None else ["template", "input"]
+
+    def neighbours(self, acts: xr.Dataset, source: Source) -> pd.DataFrame:
+        """Whether each prompt's neighbour has its task, at the site that other groups chose."""
+        import pandas as pd
+
+        from studies.realistic_units import chosen_sites
+
+        sites = chosen_sites(source.groups, "1nn_accuracy")
+        prompt = [f"{i}" for i in range(acts.sizes["prompt"])]
+        rows = []
+        for site in sorted(set(sites.values())):
+            at = acts.sel(layer=[lc.Site.parse(site).layer])[["resid"]].assign_coords(
+                row=("prompt", prompt)
+            )
+            found = probes.nearest_neighbour(
+                at, apart=self.apart, per="row", permutations=2, progress=False
+            )
+            right = found.set_index("group").loc[prompt, "value"].to_numpy()
+            group = acts[source.given].values.astype(str)
+            frame = pd.DataFrame(
+                {
+                    "prompt": prompt,
+                    "value": right,
+                    "group": group,
+                    "instruction": acts["instruction"].values,
+                }
+            )
+            rows.append(frame[[sites.get(name) == site for name in group]])
+        return pd.concat(rows).assign(source=source.name, seed=source.seed)

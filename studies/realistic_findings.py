@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import lensclust as lc
 import probes
 from lensclust import figures
 from lensclust.results import decide
+from lensclust.stats import correlation
 from lensclust.views import ClusterView
-from studies.frames import means, plane, rank_correlations, where
+from studies.frames import plane, rank_correlations, where
+from studies.realistic_units import Redrawn, Source, agreed_at, chosen_sites, redrawn
+from studies.scales import AGREED, SHARE, SMALL, WEAK
 
 PAPER: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",
@@ -21,6 +25,8 @@ PAPER: dict[str, Any] = {
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 MODEL, WORDS, RANDOM = "model", "bag of tokens", "random weights"
+HELD_OUT, HELD_OUT_WORDS = "model, held-out wordings", "bag of tokens, held-out wordings"
+_NEAR = (MODEL, WORDS, RANDOM)
 # A baseline this close to the model leaves little to be explained by the model.
 HIGH_BASELINE = 0.5
 # So many points a page still moves at once.
@@ -29,125 +35,228 @@ MOST_POINTS = 800
 
 # Which claims a figure shows.
 SHOWS = {
-    "ari_by_layer": ["above-*", "deeper"],
-    "neighbours": ["paraphrase-neighbours"],
+    "task_by_layer": ["clusters", "above-*", "deeper", "held-out-*"],
+    "neighbours": ["paraphrase-neighbours", "neighbours-above-words"],
     "task_input_template": ["not-template"],
-    "heads": ["heads"],
+    "heads": ["heads*"],
 }
 
 
-def best_by_group(groups: pd.DataFrame, metric: str, *, kind: str = "resid") -> pd.DataFrame:
-    """Each group's score at the best site, the site chosen on the other half of the groups.
+class Evidence:
+    """Agreement across wordings of each source, at sites that other groups chose."""
 
-    The best of many sites is biased upwards on the data that chose it; here no group takes part
-    in choosing its own site.
+    def __init__(self, sources: Sequence[Source], given: str) -> None:
+        self.given = given
+        self.sources = sources
+        self.names = {source.name for source in sources}
+        self.model = agreed_at(self.of(MODEL))
+        self.words = agreed_at(self.of(WORDS))
+        self.random = agreed_at(self.of(RANDOM))
 
-    Returns:
-        Mean over seeds by group (rows) and source (columns); NaN where a source lacks a group.
+    def of(self, name: str) -> list[Source]:
+        return [source for source in self.sources if source.name == name]
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Where the model's groups are reported."""
+        return chosen_sites(self.of(MODEL)[0].groups, AGREED)
+
+    def by_template(self) -> Redrawn:
+        """How far the same partitions follow sentence shapes."""
+        return redrawn(self.of(MODEL)[0], self.sites, by="template")
+
+    def held_out(self) -> tuple[Redrawn, Redrawn]:
+        """Model and words on wordings that took no part in anything, layers from the others."""
+        (model,), (words,) = self.of(HELD_OUT), self.of(HELD_OUT_WORDS)
+        return redrawn(model, self.sites), redrawn(words, chosen_sites(words.groups, AGREED))
+
+    def heads(self) -> Redrawn:
+        """The best single head."""
+        return agreed_at(self.of(MODEL), kind="head")
+
+    def with_depth(self, name: str) -> np.ndarray:
+        """Rank correlation of agreement with layer, in each group."""
+        rows = pd.concat([source.groups for source in self.of(name)])
+        rows = where(rows, metric=AGREED, by="task", kind="resid")
+        return rank_correlations(rows, "layer", "value", by="group").to_numpy()
+
+
+def claims(
+    scores: pd.DataFrame, sources: Sequence[Source], near: pd.DataFrame, given: str
+) -> list[lc.Claim]:
+    """Decide the claims, over inputs (or folds) and wordings.
+
+    Args:
+        near: whether each prompt's neighbour has its task: ``source, group, instruction, value``.
     """
-    scores = where(groups, metric=metric, kind=kind)
-    task = where(scores, by="task")
-    chosen = []
-    for (source, seed), rows in task.groupby(["source", "seed"]):
-        names = sorted(rows["group"].unique())
-        for own, other in ((names[::2], names[1::2]), (names[1::2], names[::2])):
-            best = where(rows, group=other).groupby("site")["value"].mean().idxmax()
-            chosen.append(where(scores, source=source, seed=seed, site=best, group=own))
-    found = pd.concat(chosen)
-    by_task = where(found, by="task").pivot_table("value", "group", "source")
-    if "template" in set(found["by"]):
-        template = where(found, by="template", source=MODEL).groupby("group")["value"].mean()
-        by_task["template"] = template
-    return by_task
-
-
-def claims(scores: pd.DataFrame, groups: pd.DataFrame, given: str) -> list[lc.Claim]:
-    """Decide the claims; every value is one input's (or fold's)."""
-    ari = best_by_group(groups, "ari")
-    near = best_by_group(groups, "1nn_accuracy")
-    both = ari.dropna(subset=[RANDOM])
-    chance = where(scores, metric="1nn_accuracy", source=MODEL)["null_mean"].mean()
-    layers = where(groups, metric="ari", by="task", kind="resid")
-    depth, untrained = (
-        rank_correlations(where(layers, source=source), "layer", "value", by="group")
-        for source in (MODEL, RANDOM)
+    seen = Evidence(sources, given)
+    model, words, random = (
+        float(each.value.mean()) for each in (seen.model, seen.words, seen.random)
     )
-    shared: dict[str, Any] = {"unit": given, "n_seeds": int(scores["seed"].nunique())}
+    n_seeds = int(scores["seed"].nunique())
+    over: dict[str, Any] = {"unit": f"{given} and wording", "n_seeds": n_seeds}
+    null = where(scores, metric=AGREED, source=MODEL, by="task", kind="resid", given=given)
+    layers = int(null["layer"].nunique())
     found = [
         decide(
-            "above-wording",
-            f"States cluster by task (best layer, given the {given}) beyond their wording: ARI "
-            "above that of the bag of tokens",
-            (ari[MODEL] - ari[WORDS]).to_numpy(),
-            control=means(ari[[MODEL, WORDS]]),
-            at_least=0.2,
+            "clusters",
+            f"States cluster by task (agreement across wordings, best layer, given the {given})",
+            seen.model.mean(),
+            control={
+                "wordings relabelled": float(null["null_mean"].mean()),
+                WORDS: words,
+                RANDOM: random,
+            },
+            at_least=0,
+            margin=SMALL,
             **PAPER,
-            **shared,
+            **over,
+        ),
+        decide(
+            "above-wording",
+            "beyond the words of the instruction: agreement above that of the bag of tokens (which "
+            "counts as no less than chance)",
+            seen.model.above(seen.words),
+            control={MODEL: model, WORDS: words},
+            at_least=0,
+            margin=SMALL,
+            **PAPER,
+            **over,
         ),
         decide(
             "above-random-weights",
-            "and beyond what the architecture alone does: ARI above that of random weights",
-            (both[MODEL] - both[RANDOM]).to_numpy(),
-            control=means(both[[MODEL, RANDOM]]),
-            at_least=0.2,
+            "and beyond what the architecture alone does: above that of random weights (no less "
+            "than chance)",
+            seen.model.above(seen.random),
+            control={MODEL: model, RANDOM: random},
+            at_least=0,
+            margin=SMALL,
             **PAPER,
-            **shared,
+            **over,
         ),
-        decide(
-            "paraphrase-neighbours",
-            "A prompt's nearest neighbour with another paraphrase has the same task (accuracy)",
-            near[MODEL].to_numpy(),
-            control={"chance": float(chance)} | means(near[[WORDS, RANDOM]]),
-            at_least=0.55,
-            **PAPER,
-            **shared,
-        ),
+        *_neighbours(scores, near, n_seeds),
         decide(
             "deeper",
-            "Deeper layers cluster more (rank correlation of ARI with layer)",
-            depth.to_numpy(),
-            control={RANDOM: float(untrained.mean())},
+            "Deeper layers cluster more (rank correlation of agreement across wordings with layer)",
+            seen.with_depth(MODEL),
+            control={RANDOM: float(seen.with_depth(RANDOM).mean())},
             at_least=0,
+            margin=WEAK,
+            scale=correlation(of=layers),
+            unit=given,
+            n_seeds=n_seeds,
             **PAPER,
-            **shared,
         ),
     ]
-    if "template" in ari:
+    if HELD_OUT in seen.names:
+        held, plain = seen.held_out()
+        found += [
+            decide(
+                "held-out-wordings",
+                "Wordings that were written without looking at any model's scores cluster by task "
+                "as well (layer chosen on the others)",
+                held.mean(),
+                control={"the other wordings": model, WORDS: float(plain.value.mean())},
+                at_least=0,
+                margin=SMALL,
+                **OURS,
+                **over,
+            ),
+            decide(
+                "held-out-above-wording",
+                "beyond their words",
+                held.above(plain),
+                control={MODEL: float(held.value.mean()), WORDS: float(plain.value.mean())},
+                at_least=0,
+                margin=SMALL,
+                **OURS,
+                **over,
+            ),
+        ]
+    shapes = set(where(seen.of(MODEL)[0].groups, metric=AGREED)["by"])
+    if "template" in shapes:
+        template = seen.by_template()
         found.append(
             decide(
                 "not-template",
-                "The clusters are tasks, not sentence shapes: ARI with task above ARI with "
-                "template",
-                (ari[MODEL] - ari["template"]).dropna().to_numpy(),
-                control=means(ari[[MODEL, "template"]]),
+                "The clusters are tasks, not sentence shapes: agreement with the task above that "
+                "with the template (no less than chance)",
+                seen.model.above(template),
+                control={MODEL: model, "template": float(template.value.mean())},
                 at_least=0,
+                margin=SMALL,
                 **OURS,
-                **shared,
+                **over,
             )
         )
-    if "head" in set(groups["kind"]):
-        head = best_by_group(groups, "ari", kind="head")[MODEL]
+    if "head" in set(seen.of(MODEL)[0].groups["kind"]):
+        head = seen.heads()
         found.append(
             decide(
                 "heads",
-                "A single head's output clusters by task beyond the wording (best head)",
-                (head - ari[WORDS]).to_numpy(),
-                control={"best head": float(head.mean())} | means(ari[[WORDS]]),
+                "A single head's output clusters by task beyond the words (best head)",
+                head.above(seen.words),
+                control={"best head": float(head.value.mean()), WORDS: words, "best layer": model},
                 at_least=0,
+                margin=SMALL,
                 **OURS,
-                **shared,
+                **over,
             )
         )
     return found
 
 
-def notes(scores: pd.DataFrame, groups: pd.DataFrame, given: str) -> list[str]:
+def _neighbours(scores: pd.DataFrame, near: pd.DataFrame, n_seeds: int) -> list[lc.Claim]:
+    """Whether neighbours have the task, over what chance and the words give."""
+    chance = float(where(scores, metric="1nn_accuracy", source=MODEL)["null_mean"].mean())
+    own = where(near, source=MODEL).set_index("prompt")
+    words = where(near, source=WORDS).set_index("prompt")["value"].loc[own.index]
+    if words.mean() < chance:
+        words = words * 0 + chance
+    mean = {source: float(where(near, source=source)["value"].mean()) for source in _NEAR}
+    shared: dict[str, Any] = {
+        "control": {"chance": chance, **mean},
+        "at_least": 0,
+        "margin": SMALL,
+        "scale": SHARE.gain,
+        "units": {
+            "input": own["group"].to_numpy(dtype=str),
+            "wording": own["instruction"].to_numpy(dtype=str),
+        },
+        "n_seeds": n_seeds,
+    }
+    return [
+        decide(
+            "paraphrase-neighbours",
+            "A prompt's nearest neighbour with another paraphrase has the same task (accuracy "
+            "above chance)",
+            own["value"].to_numpy() - chance,
+            **shared,
+            **PAPER,
+        ),
+        decide(
+            "neighbours-above-words",
+            "and more often than by its words (accuracy above that of the bag of tokens, no less "
+            "than chance)",
+            (own["value"] - words).to_numpy(),
+            **shared,
+            **OURS,
+        ),
+    ]
+
+
+def notes(scores: pd.DataFrame, sources: Sequence[Source], given: str) -> list[str]:
     """What the reader must know before believing the picture."""
-    mean = means(best_by_group(groups, "ari"))
+    seen = Evidence(sources, given)
+    mean = {
+        MODEL: float(seen.model.value.mean()),
+        WORDS: float(seen.words.value.mean()),
+        RANDOM: float(seen.random.value.mean()),
+    }
     said = [
-        f"Best-layer ARI given the {given}: model {mean[MODEL]:.2f}, bag of tokens (tf-idf) "
-        f"{mean[WORDS]:.2f}, random weights {mean[RANDOM]:.2f}; the layer is chosen on the other "
-        f"half of the {given}s."
+        f"Agreement across wordings at the best layer, given the {given}: "
+        f"{', '.join(f'{name} {value:.2f}' for name, value in mean.items())}; words by tf-idf, the "
+        f"layer chosen on the other half of the {given}s."
     ]
     for source in (WORDS, RANDOM):
         if mean[source] > HIGH_BASELINE * mean[MODEL]:
@@ -156,11 +265,16 @@ def notes(scores: pd.DataFrame, groups: pd.DataFrame, given: str) -> list[str]:
                 "the model. Prompts of one task share words here, so these clusters alone prove "
                 "little."
             )
-    together = where(scores, metric="ari", by="task", kind="resid", given="none")
     said.append(
-        f"Intervals are over {given}s, which share the instructions: they say nothing of other "
-        "wordings. Random weights read fewer prompts, so their neighbours come from fewer."
+        f"Intervals draw {given}s and wordings anew, clusters as they were found. Random weights "
+        "read fewer prompts, so their neighbours come from fewer."
     )
+    if HELD_OUT in seen.names:
+        said.append(
+            "The six wordings were revised while looking at this model's scores on some inputs; "
+            "the held-out ones were written once, without looking at any model's."
+        )
+    together = where(scores, metric="ari", by="task", kind="resid", given="none")
     everything = where(together, source=MODEL).nlargest(1, "value").iloc[0]
     words = where(together, source=WORDS)["value"].max()
     said.append(
@@ -172,16 +286,17 @@ def notes(scores: pd.DataFrame, groups: pd.DataFrame, given: str) -> list[str]:
 
 def pictures(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, Any]:
     """The study's figures, by file name."""
-    ari = where(scores, metric="ari")
-    layers = where(ari, kind="resid", by="task", given=given)
-    heads = where(ari, kind="head", by="task")
+    ari, agreed = where(scores, metric="ari"), where(scores, metric=AGREED)
+    layers = where(agreed, kind="resid", by="task", given=given)
+    heads = where(agreed, kind="head", by="task")
     found = {
-        "ari_by_layer": figures.curves(
+        "task_by_layer": figures.curves(
             _level(layers),
             color="source",
             title=f"Clustering by task, given the {given}",
-            caption="ARI by layer, beside the words alone and random weights.",
-            y_title="ARI",
+            caption="Agreement across wordings by layer, beside the words alone, random weights "
+            "and, where there are, held-out wordings.",
+            y_title="agreement across wordings",
         ),
         "neighbours": figures.curves(
             _level(where(scores, metric="1nn_accuracy")),
@@ -210,7 +325,8 @@ def pictures(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, An
         found["heads"] = figures.head_map(
             heads,
             title="Which heads carry the task",
-            caption=f"ARI of each head's contribution to the residual stream, given the {given}.",
+            caption="Agreement across wordings of each head's contribution to the residual stream, "
+            f"given the {given}.",
         )
     return found
 
@@ -221,7 +337,7 @@ def views(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, Clust
     largest = max(1, int(pd.Series(acts[given].values).value_counts().max()))
     shown = groups[: max(1, MOST_POINTS // largest)]
     part = acts.isel(prompt=np.flatnonzero(np.isin(acts[given].values, shown)))
-    ari = where(scores, metric="ari", kind="resid", by="task", given=given, source=MODEL)
+    agreed = where(scores, metric=AGREED, kind="resid", by="task", given=given, source=MODEL)
     caption = (
         f"Two principal components of each layer, turned onto those of the layer before by an "
         f"orthogonal map; {part.sizes['prompt']:,} of {acts.sizes['prompt']:,} prompts. A picture "
@@ -232,8 +348,8 @@ def views(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, Clust
             labels=("task", "template", "input"),
             title="The prompts, by layer",
             caption=caption,
-            scores=ari.assign(step=0),
-            score_name="ARI with task",
+            scores=agreed.assign(step=0),
+            score_name="agreement across wordings",
         )
     }
 
@@ -245,9 +361,9 @@ def _level(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows.loc[depth > 1], *flat], ignore_index=True)
 
 
-def _planes(acts: xr.Dataset, ari: pd.DataFrame, given: str) -> pd.DataFrame:
+def _planes(acts: xr.Dataset, agreed: pd.DataFrame, given: str) -> pd.DataFrame:
     """The states of one group at six depths, the best layer among them."""
-    last, best = int(ari["layer"].max()), int(ari.nlargest(1, "value")["layer"].iloc[0])
+    last, best = int(agreed["layer"].max()), int(agreed.nlargest(1, "value")["layer"].iloc[0])
     layers = sorted({*np.linspace(0, last, 5).round().astype(int).tolist(), best})
     part = acts.isel(prompt=np.flatnonzero(acts[given].values == acts[given].values[0]))
     labels = {name: part[name].values for name in ("task", "template", "input", "text")}

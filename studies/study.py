@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -158,10 +158,12 @@ class Study:
         quiet = nullcontext() if progress else no_bars()
         with quiet, run_directory.claimed(out, config, resume=resume):
             findings = self.run(Context(out, numbers, jobs, progress))
+            shown = shown_by(findings.claims, findings.figures, findings.shows)
+            findings = replace(findings, claims=corrected(shown))
             run_directory.finish(
                 out,
                 scores=findings.scores,
-                claims=corrected(shown_by(findings.claims, findings.figures, findings.shows)),
+                claims=findings.claims,
                 figures=findings.figures,
                 views=findings.views,
                 notes=findings.notes,

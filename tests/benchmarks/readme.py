@@ -17,7 +17,7 @@ from lensclust.run_directory import write_atomically
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 HEAD = ("| study | claim | estimate [95 %] | control | verdict |", "|---|---|---|---|---|")
-PICTURE = ROOT / "studies" / "pictures" / "ari_by_layer.svg"
+PICTURE = ROOT / "studies" / "pictures" / "task_by_layer.svg"
 
 
 def put(section: str, text: str) -> None:
@@ -65,4 +65,4 @@ if __name__ == "__main__":
     for folder in folders:
         if _study(folder) == "emergence":
             PICTURE.parent.mkdir(exist_ok=True)
-            shutil.copy(folder / "figures" / "1_ari_by_layer.svg", PICTURE)
+            shutil.copy(folder / "figures" / "1_task_by_layer.svg", PICTURE)

@@ -7,11 +7,24 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 import lensclust as lc
 from lensclust.views import HeadView
+from probes.partitions import counted_agreement
+from studies.frames import where
 from studies.realistic import Realistic
-from studies.realistic_findings import best_by_group, claims, notes
+from studies.realistic_findings import (
+    HELD_OUT,
+    HELD_OUT_WORDS,
+    MODEL,
+    RANDOM,
+    WORDS,
+    claims,
+    notes,
+)
+from studies.realistic_units import Source, agreed_at, redrawn
+from studies.scales import AGREED
 from tests.tiny import hf_model, tiny_tokenizer
 
 
@@ -80,51 +93,160 @@ def test_folds_hold_every_instruction_once_and_mix_inputs(sources):
     assert (rows.groupby(["fold", "task"])["input"].nunique() == 4).all()
 
 
-def groups_of_noise(n_sites: int = 40, n_groups: int = 24) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
+TASKS, WORDINGS = 4, 5
+GIVEN = 12
+
+
+def source(
+    name: str, *, n_sites: int = 6, n_groups: int = GIVEN, knows: str | None = None, seed: int = 0
+) -> Source:
+    """Partitions of prompts at random, or by the column that the states are to know."""
+    rng = np.random.default_rng([seed, len(name)])
+    cells = [
+        (f"{group:02d}", task, wording)
+        for group in range(n_groups)
+        for task in range(TASKS)
+        for wording in range(WORDINGS)
+    ]
+    group, task, wording = (np.array(column) for column in zip(*cells, strict=True))
+    labels = {"task": task, "template": wording, "instruction": task * WORDINGS + wording}
+    clusters = rng.integers(0, TASKS, size=(n_sites, len(cells)))
+    if knows is not None:
+        # At the last site, but for some prompts.
+        known = rng.permutation(labels[knows].max() + 1)[labels[knows]] % TASKS
+        clusters[-1] = np.where(rng.random(len(cells)) < 0.8, known, clusters[-1])
     rows = []
-    for source in ("model", "bag of tokens", "random weights"):
-        for layer in range(n_sites if source == "model" else 1):
-            for group in range(n_groups):
+    for site in range(n_sites):
+        for one in np.unique(group):
+            part = group == one
+            for by in ("task", "template"):
+                codes = (clusters[site][part], labels[by][part], labels["instruction"][part])
+                agreed = counted_agreement(*codes, np.ones((1, int(part.sum()))))[0]
                 rows += [
-                    {"source": source, "seed": 0, "kind": "resid", "site": f"resid {layer}",
-                     "layer": layer, "by": "task", "metric": metric, "group": f"{group:02d}",
-                     "value": rng.normal()}
-                    for metric in ("ari", "1nn_accuracy")
+                    {"kind": "resid", "site": f"resid {site}", "layer": site, "by": by,
+                     "metric": metric, "group": one, "value": agreed}
+                    for metric in (AGREED, "1nn_accuracy")
                 ]  # fmt: skip
-    return pd.DataFrame(rows)
+    assignments = xr.DataArray(
+        clusters,
+        dims=("site", "prompt"),
+        coords={"site": [f"resid {site}" for site in range(n_sites)]}
+        | {key: ("prompt", values) for key, values in (labels | {"input": group}).items()},
+    )
+    return Source(name, 0, pd.DataFrame(rows), assignments, "input")
+
+
+def run_of(*sources: Source) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores and neighbours as the study collects them."""
+    groups = pd.concat([each.groups.assign(source=each.name, seed=each.seed) for each in sources])
+    keys = ["source", "seed", "kind", "site", "layer", "by", "metric"]
+    scores = groups.groupby(keys)["value"].mean().reset_index().assign(null_mean=0.0)
+    scores = scores.assign(given="input")
+    together = scores[scores["metric"] == AGREED].assign(given="none", metric="ari")
+    rng = np.random.default_rng(0)
+    near = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "source": each.name,
+                    "group": each.clusters["input"].values,
+                    "instruction": each.clusters["instruction"].values,
+                    "prompt": [str(i) for i in range(each.clusters.sizes["prompt"])],
+                    "value": rng.integers(0, 2, each.clusters.sizes["prompt"]).astype(float),
+                }
+            )
+            for each in sources
+        ]
+    )
+    scores.loc[scores["metric"] == "1nn_accuracy", "null_mean"] = 0.5
+    return pd.concat([scores, together]), near
+
+
+def verdicts(*sources: Source) -> dict[str, str]:
+    scores, near = run_of(*sources)
+    return {claim.id: claim.verdict for claim in claims(scores, sources, near, "input")}
+
+
+def of_all(**options: str) -> list[Source]:
+    names = (MODEL, WORDS, RANDOM, HELD_OUT, HELD_OUT_WORDS)
+    return [source(name, knows=options.get(name.replace(" ", "_"))) for name in names]
+
+
+ON_TASKS = {
+    "clusters", "above-wording", "above-random-weights", "held-out-wordings",
+    "held-out-above-wording", "not-template",
+}  # fmt: skip
+
+
+def test_clusters_by_task_are_found_and_stay_below_the_models_own_score():
+    found = verdicts(*of_all(**{"model": "task", "model,_held-out_wordings": "task"}))
+    assert {claim for claim in ON_TASKS if found[claim] == "supported"} == ON_TASKS
+    scores, near = run_of(*(parts := of_all(model="task")))
+    decided = {claim.id: claim for claim in claims(scores, parts, near, "input")}
+    own = decided["clusters"].estimate
+    for claim in decided.values():
+        if "above" in claim.id and claim.id != "neighbours-above-words":
+            assert claim.estimate <= own + 1e-9
+
+
+@pytest.mark.parametrize("knows", [None, "instruction", "template"])
+def test_states_that_know_no_task_support_no_claim_on_tasks(knows):
+    named = {"model": knows, "model,_held-out_wordings": knows}
+    parts = of_all(**{name: value for name, value in named.items() if value})
+    found = verdicts(*parts)
+    assert not [claim for claim in ON_TASKS if found[claim] == "supported"]
+    assert notes(run_of(*parts)[0], parts, "input")
+
+
+def test_words_that_tell_the_task_leave_nothing_beyond_them():
+    found = verdicts(*of_all(model="task", bag_of_tokens="task"))
+    assert found["clusters"] == "supported"
+    assert found["above-wording"] != "supported"
 
 
 def test_the_best_of_many_noisy_sites_is_not_better_than_one():
-    noise = groups_of_noise()
-    naive = noise.query("source == 'model' and metric == 'ari'").groupby("site")["value"].mean()
-    honest = best_by_group(noise, "ari")["model"]
-    assert naive.max() > 0.3
-    assert abs(honest.mean()) < 3 * honest.std() / np.sqrt(len(honest))
+    noise = source(MODEL, n_sites=60, n_groups=24)
+    naive = where(noise.groups, by="task", metric=AGREED).groupby("site")["value"].mean().max()
+    honest = agreed_at([noise]).mean()
+    assert naive > 0.02
+    assert honest.low < 0 < honest.high
 
 
-def test_a_control_that_read_few_inputs_is_still_cross_fitted():
-    noise = groups_of_noise(n_sites=3)
-    few = noise["group"].isin(["00", "02"]) | (noise["source"] != "random weights")
-    found = best_by_group(noise[few], "ari")["random weights"]
-    assert found.notna().sum() == 2
+def test_a_control_that_read_few_inputs_is_compared_on_those():
+    parts = [source(MODEL, knows="task"), source(WORDS), source(RANDOM, n_groups=2)]
+    found = agreed_at(parts[:1]).above(agreed_at(parts[2:]))
+    assert found.n == 2
 
 
-def test_noise_supports_no_claim():
-    groups = groups_of_noise()
-    scores = groups.groupby(["source", "seed", "kind", "site", "layer", "by", "metric"])["value"]
-    frame = scores.mean().reset_index().assign(given="none", null_mean=0.0)
-    found = claims(frame, groups, "input")
-    assert not [claim.id for claim in found if claim.verdict == "supported"]
-    assert notes(frame, groups, "input")
+@pytest.mark.parametrize("misread", [0.02, 0.2, 0.6])
+def test_intervals_over_inputs_and_wordings_hold_the_truth(misread):
+    """Wordings are misread at every input, inputs in every wording, and prompts by themselves."""
+    rng = np.random.default_rng(0)
+    inputs = [f"{group:02d}" for group in range(8)]
+    cells = [(i, t, w) for i in inputs for t in range(TASKS) for w in range(WORDINGS)]
+    group, task, wording = (np.array(column) for column in zip(*cells, strict=True))
+    labels = {"input": group, "task": task, "instruction": task * WORDINGS + wording}
+    found = []
+    for _ in range(80):
+        by_wording = rng.random(TASKS * WORDINGS) < misread
+        by_input = rng.random(len(inputs)) < misread / 4
+        wrong = by_wording[labels["instruction"]] | by_input[group.astype(int)]
+        wrong |= rng.random(len(cells)) < misread / 2
+        clusters = np.where(wrong, rng.integers(0, TASKS, len(cells)), task)
+        assignments = xr.DataArray(
+            clusters[None],
+            dims=("site", "prompt"),
+            coords={"site": ["resid 0"]} | {k: ("prompt", v) for k, v in labels.items()},
+        )
+        parts = Source(MODEL, 0, pd.DataFrame(), assignments, "input")
+        found.append(redrawn(parts, dict.fromkeys(inputs, "resid 0")).mean())
+    truth = float(np.mean([each.value for each in found]))
+    assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.9
+    assert all(-1 <= each.low < each.high <= 1 for each in found)
 
 
 def test_a_high_baseline_is_said_aloud():
-    groups = groups_of_noise().assign(value=lambda f: f["value"] * 0 + 0.5)
-    groups.loc[groups["source"] == "random weights", "value"] = 0.0
-    scores = groups.groupby(["source", "seed", "kind", "site", "layer", "by", "metric"])["value"]
-    said = notes(scores.mean().reset_index().assign(given="none"), groups, "fold")
-    assert [note for note in said if "baseline is high" in note] == [
-        "The bag of tokens baseline is high: 0.50 against 0.50 for the model. Prompts of one task "
-        "share words here, so these clusters alone prove little."
-    ]
+    parts = of_all(model="task", bag_of_tokens="task")
+    said = notes(run_of(*parts)[0], parts, "input")
+    (high,) = [note for note in said if "baseline is high" in note]
+    assert high.startswith("The bag of tokens baseline is high")
