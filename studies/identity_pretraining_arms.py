@@ -28,6 +28,7 @@ from studies.phases import (
     train_in_phases,
     with_share,
 )
+from studies.scales import AGREED
 from studies.study import silenced
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def cluster_scores(
     for stage in stages:
         acts = lc.extract(stage.model(), unseen, "resid", progress=False)
         with silenced("probes.clustering"):  # the notes say what layer 0 cannot hold
-            found = probes.cluster(acts, permutations=study.permutations, jobs=1).frame
-        found = found[(found["metric"] == "ari") & (found["kind"] == "resid")]
+            options: dict[str, Any] = {"permutations": study.permutations, "jobs": 1}
+            found = probes.cluster(acts, metrics=AGREED, kinds="resid", **options).frame
         columns = ["metric", "layer", "value", "null_mean", "null_std"]
         at = {"kind": stage.kind, "step": stage.step, "task_step": stage.task_step}
         tables.append(found[columns].assign(split=UNSEEN, **at))

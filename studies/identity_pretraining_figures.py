@@ -18,6 +18,7 @@ from studies.identity_pretraining import ARMS, COMPARED
 from studies.identity_pretraining_findings import percent
 from studies.identity_pretraining_tables import BUDGETS, OF_TASK, TOTAL, conditions
 from studies.phases import TASK
+from studies.scales import AGREED
 
 _CELL = 52
 
@@ -98,13 +99,13 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             value_title="accuracy",
         ),
         "ari_over_steps": figures.curves(
-            _in_order(where(scores, metric="ari", purpose="arms")),
+            _in_order(where(scores, metric=AGREED, purpose="arms")),
             x="step",
             color="layer",
             facet="arm",
             title="Clustering by task over all steps, by layer",
-            caption="ARI on unseen strings, k-means given the input.",
-            y_title="ARI",
+            caption="Agreement across wordings on unseen strings, k-means given the input.",
+            y_title="agreement across wordings",
         ),
         "examples": figures.curves(
             shares.assign(examples=shares["share"].map(percent)),

@@ -10,29 +10,33 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.results import decide
+from lensclust.stats import Scale
 from studies.emergence import LAYER_0
 from studies.frames import where
 from studies.identity_pretraining import ARMS, COMPARED
 from studies.identity_pretraining_tables import BUDGETS, OF_TASK, TOTAL, Runs, conditions
+from studies.scales import AGREEMENT, SHARE, SMALL
 
 PAPER: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",
     "origin": "reconstruction",
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
+GAIN: dict[str, Any] = {"at_least": 0, "margin": SMALL, "scale": SHARE.gain}
+CLUSTERED: dict[str, Any] = {"at_least": 0, "margin": SMALL, "scale": AGREEMENT.gain}
+# A tenth of a halving of the examples, some 7 % of them.
+HALVINGS = 0.1
 
 
 def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[lc.Claim]:
     """Decide the claims; every value is one seed's.
 
     Args:
-        interval: steps between two accuracies: a saving has to be at least as large.
+        interval: steps between two accuracies: a smaller difference is none.
     """
     seen = Runs(scores, table)
     data = {arm: seen.by_share(arm).drop(columns=1.0).mean(axis=1).to_numpy() for arm in COMPARED}
     needed = {arm: seen.examples_to(0.5, arm) for arm in COMPARED}
-    searched = where(conditions(table), budget=TOTAL)
-    cells = searched.groupby(["n_layers", "n_tasks", "share"])["value"].mean()
     never = {arm: seen.value("final accuracy", arm, split="new_regex") for arm in COMPARED}
     pairs = {
         arm: seen.value("final accuracy", arm, split="new_pair")
@@ -42,15 +46,29 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
     def sooner(id: str, statement: str, arm: str, control: str, **options: Any) -> lc.Claim:
         return _sooner(seen, id, statement, arm, control, interval, **options)
 
-    def higher(id: str, statement: str, budget: str, metric: str = "final accuracy") -> lc.Claim:
+    def higher(
+        id: str,
+        statement: str,
+        arm: str = "identity",
+        control: str = "scratch",
+        budget: str = TOTAL,
+        metric: str = "final accuracy",
+        **origin: Any,
+    ) -> lc.Claim:
         return decide(
             id,
             statement,
-            seen.gain(metric, "identity", "scratch", budget),
-            control={arm: seen.value(metric, arm, budget).mean() for arm in COMPARED},
-            at_least=0,
-            **PAPER,
+            seen.gain(metric, arm, control, budget),
+            control={
+                name: seen.value(metric, name, budget).mean()
+                for name in dict.fromkeys((arm, *COMPARED))
+            },
+            **GAIN,
+            **(origin or PAPER),
         )
+
+    def throughout(id: str, statement: str, *arms: str, budget: str = TOTAL, **o: Any) -> lc.Claim:
+        return higher(id, statement, *arms, budget=budget, metric="mean accuracy", **o)
 
     return [
         *(
@@ -88,14 +106,24 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         higher(
             "higher",
             "Final accuracy on unseen strings is above that from scratch at equal total steps",
-            TOTAL,
         ),
-        higher("higher-in-phase-2", "and at equal steps of phase 2", OF_TASK),
-        higher(
+        higher("higher-in-phase-2", "and at equal steps of phase 2", budget=OF_TASK),
+        # No threshold leaves a run uncounted here.
+        throughout(
+            "higher-throughout",
+            "Accuracy on unseen strings, on average over training, is above that from scratch at "
+            "equal total steps (steps of naming count as none right)",
+        ),
+        throughout(
+            "higher-throughout-than-shuffled",
+            "and above that after shuffled names, as many steps of both phases",
+            "identity",
+            "shuffled",
+        ),
+        throughout(
             "higher-throughout-phase-2",
-            "and on average over phase 2, where no threshold leaves a run uncounted",
-            OF_TASK,
-            "mean accuracy",
+            "and above that from scratch on average over equal steps of phase 2",
+            budget=OF_TASK,
         ),
         sooner(
             "after-instruction",
@@ -108,6 +136,13 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             "A head that names the task beside the answer saves steps to 0.9 (equal total steps)",
             "auxiliary",
             "scratch",
+        ),
+        throughout(
+            "auxiliary-throughout",
+            "and so is accuracy on average over training",
+            "auxiliary",
+            "scratch",
+            **OURS,
         ),
         sooner(
             "own-clusters",
@@ -129,7 +164,7 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             "above that from scratch, equal total steps)",
             pairs["identity"] - pairs["scratch"],
             control={"identity": pairs["identity"].mean(), "scratch": pairs["scratch"].mean()},
-            at_least=0,
+            **GAIN,
             **OURS,
         ),
         decide(
@@ -137,7 +172,7 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             "and so does a head that names the task beside the answer",
             pairs["auxiliary"] - pairs["scratch"],
             control={"auxiliary": pairs["auxiliary"].mean(), "scratch": pairs["scratch"].mean()},
-            at_least=0,
+            **GAIN,
             **OURS,
         ),
         decide(
@@ -146,36 +181,40 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             never["identity"] - never["scratch"],
             control={arm: value.mean() for arm, value in never.items()},
             at_most=0.05,
+            scale=SHARE.gain,
             **OURS,
         ),
         decide(
             "named-clusters",
-            "Naming alone makes states cluster by task (ARI of the last layer above shuffled)",
+            "Naming alone makes states cluster by task (agreement across wordings at the last "
+            "layer, above shuffled)",
             seen.named("identity") - seen.named("shuffled"),
             control={
                 "true names": seen.named("identity").mean(),
                 "shuffled names": seen.named("shuffled").mean(),
             },
-            at_least=0,
+            **CLUSTERED,
             **OURS,
         ),
         decide(
             "clusters-last",
-            "and those clusters last through phase 2 (lowest ARI in it, less half of that before)",
+            "and those clusters last through phase 2 (lowest agreement in it, less half of that "
+            "before)",
             seen.lowest_after("identity") - seen.named("identity") / 2,
             control={
                 "after naming": seen.named("identity").mean(),
                 "lowest in phase 2": seen.lowest_after("identity").mean(),
             },
-            at_least=0,
+            **CLUSTERED,
             **OURS,
         ),
         decide(
             "clusters-at-the-end",
-            "At the end the last layer clusters more than from scratch (ARI, equal total steps)",
+            "At the end the last layer clusters more than from scratch (agreement across wordings, "
+            "equal total steps)",
             seen.ended("identity") - seen.ended("scratch"),
             control={arm: seen.ended(arm).mean() for arm in ARMS},
-            at_least=0,
+            **CLUSTERED,
             **OURS,
         ),
         decide(
@@ -184,7 +223,7 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             "the shares below all, equal total steps)",
             data["identity"] - data["scratch"],
             control={arm: value.mean() for arm, value in data.items()},
-            at_least=0,
+            **GAIN,
             **OURS,
         ),
         decide(
@@ -193,17 +232,7 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             np.log2(needed["scratch"] / needed["identity"]),
             control={f"share, {arm}": value.mean() for arm, value in needed.items()},
             at_least=0,
-            **OURS,
-        ),
-        decide(
-            "conditions",
-            "Naming first helps in whatever condition was searched (final accuracy above "
-            "scratch, equal total steps)",
-            cells.to_numpy(),
-            control={"lowest": cells.min(), "highest": cells.max()},
-            at_least=0,
-            unit="condition",
-            n_seeds=searched["seed"].nunique(),
+            margin=HALVINGS,
             **OURS,
         ),
     ]
@@ -224,6 +253,7 @@ def _sooner(
     origin: Any = OURS["origin"],
 ) -> lc.Claim:
     metric = f"steps to {threshold:g}"
+    cap = where(seen.table, purpose="arms", budget=budget)["of"].max()
     beside = {}
     for name in (arm, control):
         beside[f"steps, {name}"] = seen.value(metric, name, budget).mean()
@@ -233,8 +263,10 @@ def _sooner(
         statement,
         seen.saved(threshold, arm, control, budget),
         control=beside | (more or {}),
-        # Less than the distance of two measurements is no saving, and nor is 0.
-        at_least=interval,
+        at_least=0,
+        # Less than the distance of two measurements is no difference, either way.
+        margin=float(interval),
+        scale=Scale(-float(cap), float(cap), float(interval)),
         source=source,
         origin=origin,
     )
@@ -244,7 +276,7 @@ def notes(decided: Sequence[lc.Claim], table: pd.DataFrame) -> list[str]:
     """What the reader must not miss, where it does not help among it."""
     by_verdict = {
         verdict: [claim.id for claim in decided if claim.verdict == verdict]
-        for verdict in ("contradicted", "inconclusive")
+        for verdict in ("contradicted", "negligible", "inconclusive")
     }
     caps = {
         budget: int(where(table, purpose="arms", budget=budget)["of"].max()) for budget in BUDGETS
@@ -259,7 +291,8 @@ def notes(decided: Sequence[lc.Claim], table: pd.DataFrame) -> list[str]:
         f"budget ({caps[TOTAL]} of {TOTAL}, {caps[OF_TASK]} of {OF_TASK}), and how many do reach "
         "it stands beside every estimate. Where none does the claim stays inconclusive.",
         f"Where it does not help: contradicted are {_listed(by_verdict['contradicted'])}; "
-        f"undecided are {_listed(by_verdict['inconclusive'])}.",
+        f"negligible are {_listed(by_verdict['negligible'])}; undecided are "
+        f"{_listed(by_verdict['inconclusive'])}.",
         _search(table),
         "With a share of the examples every task and input keeps at least one, and phase 1 still "
         "names all training instructions: names are taken to be cheap, answers dear.",

@@ -11,6 +11,7 @@ from scipy.integrate import trapezoid
 from studies.emergence import UNSEEN
 from studies.frames import where
 from studies.phases import NAMING, TASK
+from studies.scales import AGREED
 
 THRESHOLDS = (0.5, 0.9, 0.97)
 # What is equal in a comparison -> the column that counts it.
@@ -63,7 +64,7 @@ class Runs:
 
     def __init__(self, scores: pd.DataFrame, table: pd.DataFrame) -> None:
         self.table = table
-        clusters = where(scores, metric="ari", purpose="arms")
+        clusters = where(scores, metric=AGREED, purpose="arms")
         self.clusters = clusters.sort_values(["seed", "step"])
         self.top = int(clusters["layer"].max())
         self.names = where(scores, metric="ari of names").sort_values("seed")["value"].to_numpy()
@@ -97,17 +98,17 @@ class Runs:
         return int(found.sum())
 
     def named(self, arm: str) -> np.ndarray:
-        """ARI of the last layer at the end of phase 1."""
+        """Agreement of the last layer at the end of phase 1."""
         rows = where(self.clusters, arm=arm, kind=NAMING, layer=self.top)
         return rows.groupby("seed")["value"].last().to_numpy()
 
     def lowest_after(self, arm: str) -> np.ndarray:
-        """Lowest ARI of the last layer at any checkpoint of phase 2."""
+        """Lowest agreement of the last layer at any checkpoint of phase 2."""
         rows = where(self.clusters, arm=arm, kind=TASK, layer=self.top)
         return rows.groupby("seed")["value"].min().to_numpy()
 
     def ended(self, arm: str) -> np.ndarray:
-        """ARI of the last layer at the end."""
+        """Agreement of the last layer at the end."""
         rows = where(self.clusters, arm=arm, layer=self.top)
         return rows.groupby("seed")["value"].last().to_numpy()
 
