@@ -28,7 +28,7 @@ NOTES = (
     "An answer counts by its first token. "
     "Seconds are those of fitting; choosing the layer or the learning rate is not counted.",
 )
-ONE_SEED = "One seed leaves two ordered pairs of the synthetic task: their intervals are wide."
+ONE_SEED = "One seed is one model of the synthetic task: its pairs leave no interval."
 NO_MODEL = "No pretrained model was run (--pretrained names one)."
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.results import decide
-from lensclust.stats import mean_interval
+from lensclust.stats import REAL, mean_of
 from studies.alignment_methods import (
     HEADS,
     MERIT,
@@ -23,6 +23,7 @@ from studies.alignment_methods import (
     TWIN,
 )
 from studies.frames import where
+from studies.scales import SHARE, SMALL
 
 RECONSTRUCTION: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",
@@ -33,6 +34,8 @@ WANTED, LOSS, KL = "wanted, unseen", "untouched loss", "KL"
 NEAR = "transport, near"
 TABLE = "table"
 ENOUGH = 0.9
+# Fewer halvings of the examples are no difference.
+HALVINGS = 0.1
 # A pair that no number of examples suffices for counts as if so many times the most did.
 BEYOND = 4
 
@@ -54,6 +57,15 @@ class Part:
         """A score of a method with so many examples, by default the most."""
         rows = where(self.rows, method=method, metric=metric, examples=n or self.most)
         return rows.sort_values(["seed", "source", "target"])["value"].dropna().to_numpy()
+
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """What the pairs share: the model of a seed, or without seeds the tasks themselves."""
+        keys = ["seed", "source", "target"]
+        pairs = self.rows[keys].drop_duplicates().sort_values(keys)
+        if (pairs["seed"] >= 0).all():
+            return {"seed": pairs["seed"].to_numpy()}
+        return {"task": pairs[["source", "target"]].to_numpy(dtype=str)}
 
     def mean(self, method: str, metric: str, n: int | None = None) -> float:
         """Its mean over pairs."""
@@ -80,20 +92,28 @@ def _reaches(curve: pd.Series) -> float:
 
 
 def table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Method x examples: mean over pairs of tasks of each metric, with a 95 % interval."""
+    """Method x examples: mean over pairs of tasks of each metric, with a 95 % interval.
+
+    Over seeds, whose pairs are of one model; without seeds over tasks as sources and targets.
+    """
     measured = scores[scores["metric"] != "generated"].dropna(subset="value")
     keys = ["part", "method", "examples", "chosen_by", "metric"]
     rows = []
-    for key, found in measured.groupby(keys, sort=False)["value"]:
-        mean, low, high = mean_interval(found.to_numpy(dtype=float))
-        labels = dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True))
+    for key, found in measured.groupby(keys, sort=False):
+        values, seeds = found["value"].to_numpy(dtype=float), found["seed"].to_numpy()
+        pairs = found[["source", "target"]].to_numpy(dtype=str)
+        units = {"seed": seeds} if (seeds >= 0).all() else {"task": pairs}
+        scale = SHARE.gain if str(key[-1]) in (WANTED, LOSS) else REAL
+        mean = mean_of(values, units=units, scale=scale)
+        labels = dict(zip(keys, key, strict=True))
         labels["part"] = f"{TABLE}, {labels['part']}"
-        rows.append(labels | {"value": mean, "ci_low": low, "ci_high": high, "n": len(found)})
+        ends = {"ci_low": mean.low, "ci_high": mean.high, "n": mean.n}
+        rows.append(labels | {"value": mean.value} | ends)
     return pd.DataFrame(rows)
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims: values are ordered pairs of tasks'."""
+    """Decide the claims: values are ordered pairs of tasks', units seeds or tasks."""
     careful, eager = (Part(scores, "synthetic", chosen_by) for chosen_by in (MERIT, SUCCESS))
     found = _synthetic(careful, eager, scores["seed"][scores["seed"] >= 0].nunique())
     if "pretrained" in set(scores["part"]):
@@ -103,18 +123,31 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
 
 def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
     """Claims of damage by what was chosen by merit, of success with trainings chosen by it."""
-    over: dict[str, Any] = {"unit": "ordered task pair", "n_seeds": n_seeds}
+    over: dict[str, Any] = {"units": seen.units, "n_seeds": n_seeds}
     pulled, plain = eager.needed(PULL), eager.needed(PLAIN)
     return [
         decide(
             "moved",
             "With the most examples, states moved from one task's cluster to the other's are "
-            "answered as wanted (share of prompts with unseen instructions)",
+            "answered as wanted (share of prompts with unseen instructions, above that of a move "
+            "as long in a random direction)",
+            seen.values(TRANSPORT, WANTED) - seen.values(TWIN + TRANSPORT, WANTED),
+            control=_others(seen, WANTED, (TRANSPORT, SHIFT, PLAIN)),
+            at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
+            **over,
+            **RECONSTRUCTION,
+        ),
+        decide(
+            "moved-nearly-all",
+            "and nearly all of them (share of prompts)",
             seen.values(TRANSPORT, WANTED),
             control=_others(seen, WANTED, (TRANSPORT, SHIFT, PLAIN)),
             at_least=0.95,
+            scale=SHARE,
             **over,
-            **RECONSTRUCTION,
+            **OURS,
         ),
         decide(
             "moved-damage",
@@ -123,6 +156,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
             seen.values(TRANSPORT, LOSS),
             control=_others(seen, LOSS, ("transport", NEAR, PLAIN)),
             at_most=0.02,
+            scale=SHARE.gain,
             **over,
             **OURS,
         ),
@@ -132,6 +166,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
             seen.values(NEAR, LOSS),
             control={"wanted": seen.mean(NEAR, WANTED), "no gate": seen.mean("transport", LOSS)},
             at_most=0.02,
+            scale=SHARE.gain,
             **over,
             **OURS,
         ),
@@ -140,23 +175,35 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
             "Without a gate the same move damages other tasks (accuracy lost)",
             seen.values("transport", LOSS),
             control={"with a gate": seen.mean(TRANSPORT, LOSS)},
-            at_least=0.05,
+            at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **over,
             **OURS,
         ),
         decide(
             "pull-examples",
-            "Fine-tuning with the cluster term needs at most half the examples of plain "
-            f"fine-tuning for {ENOUGH} wanted answers (log2 of the ratio, between numbers on their "
-            f"log scale; never enough counts as {BEYOND} times the most)",
+            "Fine-tuning with the cluster term needs fewer examples than plain fine-tuning for "
+            f"{ENOUGH} wanted answers (log2 of the ratio, between numbers on their log scale; "
+            f"never enough counts as {BEYOND} times the most)",
             np.log2(np.asarray(pulled / plain, dtype=float)),
             control={
                 **{f"plain, {n}": eager.mean(PLAIN, WANTED, n) for n in seen.numbers},
                 **{f"cluster term, {n}": eager.mean(PULL, WANTED, n) for n in seen.numbers},
             },
-            at_most=-1,
+            at_most=0,
+            margin=HALVINGS,
             **over,
             **RECONSTRUCTION,
+        ),
+        decide(
+            "pull-half-the-examples",
+            "and no more than half of them (log2 of the ratio)",
+            np.log2(np.asarray(pulled / plain, dtype=float)),
+            control={},
+            at_most=-1,
+            **over,
+            **OURS,
         ),
         *(
             decide(
@@ -177,6 +224,8 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
                     f"KL, {method}": seen.mean(method, KL),
                 },
                 at_least=0,
+                margin=SMALL,
+                scale=SHARE.gain,
                 **over,
                 **OURS,
             )
@@ -194,6 +243,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
                 **{f"plain, {n}": eager.mean(PLAIN, WANTED, n) for n in seen.numbers},
             },
             at_most=0,
+            margin=HALVINGS,
             **over,
             **OURS,
         ),
@@ -201,7 +251,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
 
 
 def _pretrained(seen: Part) -> list[lc.Claim]:
-    over: dict[str, Any] = {"unit": "ordered task pair", "n_seeds": 1, **OURS}
+    over: dict[str, Any] = {"units": seen.units, "n_seeds": 1, **OURS}
     return [
         decide(
             "pretrained-moved",
@@ -210,6 +260,7 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
             seen.values(SHIFT, WANTED),
             control=_others(seen, WANTED, (SHIFT, TRANSPORT, PLAIN)),
             at_least=0.6,
+            scale=SHARE,
             **over,
         ),
         decide(
@@ -218,6 +269,7 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
             seen.values(TWIN + SHIFT, WANTED),
             control={"shift": seen.mean(SHIFT, WANTED)},
             at_most=0.05,
+            scale=SHARE,
             **over,
         ),
         decide(
@@ -226,6 +278,7 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
             seen.values(SHIFT, LOSS),
             control=_others(seen, LOSS, ("shift", NEAR, PLAIN)),
             at_most=0.02,
+            scale=SHARE.gain,
             **over,
         ),
         decide(
@@ -238,6 +291,8 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
                 **{f"{m}, accuracy lost": seen.mean(m, LOSS) for m in TRAININGS},
             },
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **over,
         ),
         decide(
@@ -246,6 +301,8 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
             seen.values(PULL, WANTED) - seen.values(PLAIN, WANTED),
             control={"plain": seen.mean(PLAIN, WANTED), "cluster term": seen.mean(PULL, WANTED)},
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **over,
         ),
     ]
