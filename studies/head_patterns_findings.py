@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results import decide
+from lensclust.results import decide, decide_over_all
 from studies.frames import where
 from studies.head_patterns import BASIC, COMPLEX
 from studies.head_patterns_scores import FEW, RAW, SHARES
 from studies.head_patterns_tables import OURS, PAPER, Part
 from studies.head_patterns_uses import applications, clusters
+from studies.scales import AGREEMENT, SHARE, SMALL
 
 # What R² by the parts has to be above: none of these knows what the task is made of.
 NULLS = ("parts of other tasks", "controls", "shared", "random", "permuted")
@@ -32,10 +35,12 @@ def _patterns(seen: Part, suffix: str) -> list[lc.Claim]:
 
 
 def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
-    gaps = {
-        stage: seen.values(metric="similarity", method="same task", stage=stage)
-        - seen.values(metric="similarity", method="other tasks", stage=stage)
-        for stage in ("before", "after")
+    gaps = {stage: seen.gaps(stage) for stage in ("before", "after")}
+    pairs: dict[str, Any] = {
+        "at_least": 0,
+        "margin": SMALL,
+        "scale": AGREEMENT.gain,
+        **seen.over_pairs(gaps["after"]),
     }
     control = {
         f"{method}, {stage}": seen.mean(metric="similarity", method=method, stage=stage)
@@ -60,8 +65,7 @@ def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
             "(correlation over heads, same task less other tasks; other prompts, other batches)",
             gaps["after"].to_numpy(),
             control=control,
-            at_least=0,
-            **seen.over,
+            **pairs,
             **PAPER,
         ),
         decide(
@@ -69,8 +73,7 @@ def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
             "and tuning sets tasks further apart than they were (the same after less before)",
             (gaps["after"] - gaps["before"]).to_numpy(),
             control={f"gap {stage}": float(gap.mean()) for stage, gap in gaps.items()},
-            at_least=0,
-            **seen.over,
+            **pairs,
             **PAPER,
         ),
         decide(
@@ -87,6 +90,8 @@ def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
                 },
             },
             at_most=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **seen.over,
             **PAPER,
         ),
@@ -103,18 +108,17 @@ def _composition(seen: Part, suffix: str) -> list[lc.Claim]:
         nulls = pd.DataFrame(
             {name: seen.values(metric="r2_out", method=name, form=form) for name in NULLS}
         )
-        # The best of them, for each seed or task.
-        best = nulls.max(axis=1)
         sentence = (
             f"{words} is a combination of the changes of its basic tasks"
             if form == RAW
             else f"{words} a combination of those of its basic tasks"
         )
         found.append(
-            decide(
+            decide_over_all(
                 f"{id}{suffix}",
-                f"{sentence} (R² over held-out layers, above the best of the nulls)",
-                (own - best).to_numpy(),
+                f"{sentence} (R² over held-out layers, above each of the nulls)",
+                own.to_numpy(),
+                {name: nulls[name].to_numpy() for name in NULLS},
                 control={
                     "R² by the parts": float(own.mean()),
                     **{f"by {name}": float(nulls[name].mean()) for name in NULLS},
@@ -127,7 +131,7 @@ def _composition(seen: Part, suffix: str) -> list[lc.Claim]:
                         for name in ("shared", "random", "permuted")
                     },
                 },
-                at_least=0,
+                margin=SMALL,
                 **(seen.over | ({"unit": "complex task"} if seen.unit == "task" else {})),
                 **origin,
             )
@@ -146,13 +150,23 @@ def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
     return [
         decide(
             f"few-samples{suffix}",
-            f"After {FEW:.0%} of the samples a pattern has gone half of its way or more "
+            f"After {FEW:.0%} of the samples a pattern has gone more of its way than in proportion "
             "(distance to the last)",
+            way["pattern"].to_numpy(),
+            control=control,
+            at_least=FEW,
+            margin=SMALL,
+            **seen.over,
+            **PAPER,
+        ),
+        decide(
+            f"half-way{suffix}",
+            "and half of it or more",
             way["pattern"].to_numpy(),
             control=control,
             at_least=0.5,
             **seen.over,
-            **PAPER,
+            **OURS,
         ),
         decide(
             f"pattern-before-loss{suffix}",
@@ -160,6 +174,7 @@ def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
             _or_open(way["pattern"] - way["loss"]),
             control=control,
             at_least=0,
+            margin=SMALL,
             **seen.over,
             **OURS,
         ),

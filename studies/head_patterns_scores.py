@@ -58,7 +58,8 @@ def learned(rows: pd.DataFrame) -> Iterator[Row]:
 def separation(found: xr.DataArray, permutations: int) -> Iterator[Row]:
     """Correlation over heads of patterns of different runs: of one task, and of two tasks.
 
-    Beside the two, before and after tuning, stands what 'one task' gives where the runs' tasks
+    The similarity of each pair of tasks stands apart (``other`` names the second). Beside the
+    two, before and after tuning, stands what 'one task' gives where the runs' tasks
     are dealt anew; ``identified`` is the share of runs whose most similar pattern of another run
     is that of the same task.
     """
@@ -80,6 +81,10 @@ def separation(found: xr.DataArray, permutations: int) -> Iterator[Row]:
             }
             for method, value in means.items():
                 yield _row(name, "similarity", method, value, stage=stage)
+            for other, its in enumerate(found["task"].values):
+                if other != task:
+                    value = alike[own][:, other::tasks][apart[own][:, other::tasks]].mean()
+                    yield _row(name, "similarity", "pair", value, stage=stage) | {"other": str(its)}
             yield _row(name, "identified", "model", (nearest[own] == task).mean(), stage=stage)
 
 
@@ -151,18 +156,21 @@ def composition(found: xr.DataArray, tasks: pd.DataFrame, permutations: int) -> 
             for name, own in parts.items():
                 other = [part for task, some in parts.items() if task != name for part in some]
                 bases = {"parts": own, "parts of other tasks": other[:2], "controls": controls}
-                yield from _fits(name, change, bases, form, permutations, int(run))
+                # What tuning does to any task must not hold the parts themselves.
+                rest = [values for task, values in change.items() if task not in (name, *own)]
+                shared = np.mean(rest, axis=0)
+                yield from _fits(name, change, bases, shared, form, permutations, int(run))
 
 
 def _fits(
     name: str,
     change: Mapping[str, np.ndarray],
     bases: Mapping[str, Sequence[str]],
+    shared: np.ndarray,
     form: str,
     permutations: int,
     run: int,
 ) -> Iterator[Row]:
-    shared = np.mean([values for task, values in change.items() if task != name], axis=0)
     labels = {"form": form, "run": run}
     for method, names in bases.items():
         if not names:

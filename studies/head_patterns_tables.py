@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from studies.frames import where
@@ -26,6 +27,25 @@ class Part:
         """Mean of the rows with these labels by seed or task."""
         rows = where(self.scores, **labels)
         return rows.groupby(self.unit)["value"].mean()
+
+    def gaps(self, stage: str) -> pd.Series:
+        """Similarity of one task's patterns above that of two tasks', before or after tuning.
+
+        By seed; of one model by ordered pair of tasks, which share tasks.
+        """
+        same = self.values(metric="similarity", method="same task", stage=stage)
+        if self.unit != "task":
+            return same - self.values(metric="similarity", method="other tasks", stage=stage)
+        rows = where(self.scores, metric="similarity", method="pair", stage=stage)
+        pairs = rows.groupby(["task", "other"])["value"].mean()
+        return same.reindex(pairs.index, level="task") - pairs
+
+    def over_pairs(self, gaps: pd.Series) -> dict[str, Any]:
+        """Units of what `gaps` gives."""
+        if self.unit != "task":
+            return self.over
+        pairs = np.array(gaps.index.to_list(), dtype=str)
+        return {"units": {"task": pairs}, "n_seeds": self.over["n_seeds"]}
 
     def mean(self, **labels: Any) -> float:
         return float(self.values(**labels).mean())

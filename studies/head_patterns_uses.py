@@ -12,6 +12,7 @@ from studies.frames import where
 from studies.head_patterns_mixes import DRAWN, EVEN, FITTED, LEAST, OWN, PARTS, RANDOM, SIMILAR
 from studies.head_patterns_tables import OURS, PAPER, Part
 from studies.head_patterns_tuning import AND
+from studies.scales import AGREEMENT, SHARE, SMALL, WEAK
 
 PERMUTATIONS = 999
 
@@ -40,6 +41,8 @@ def applications(seen: Part) -> list[lc.Claim]:
             (gained[FITTED] - gained[other]).to_numpy(),
             control=mixes,
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **seen.over,
             **PAPER,
         )
@@ -60,6 +63,8 @@ def applications(seen: Part) -> list[lc.Claim]:
                 **{f"loss, {n}": losses[f"loss, {n}"] for n in (SIMILAR, DRAWN, LEAST)},
             },
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **seen.over,
             **PAPER,
         )
@@ -103,6 +108,8 @@ def clusters(seen: Part) -> lc.Claim:
             "best ARI of a head": float(heads["ari"].max()),
         },
         at_least=0,
+        margin=WEAK,
+        scale=AGREEMENT,
         **seen.over,
         **OURS,
     )
