@@ -21,6 +21,7 @@ from studies.icl_representations_tables import (
     mean,
 )
 from studies.icl_representations_word_findings import OURS, word_claims
+from studies.scales import AGREEMENT, NATS, SHARE, SMALL, WEAK
 
 PAPER: dict[str, Any] = {
     "source": "Yousefi et al., arXiv 2310.00313",
@@ -35,6 +36,12 @@ POOLED: dict[str, Labels] = {
     }
     for how in ("max", "mean")
     for words in ("", ", standardised")
+}
+# Smallest differences that matter, by what is measured.
+SMALLEST: dict[str, Labels] = {
+    "alignment": {"margin": SMALL, "scale": AGREEMENT.gain},
+    "decodability": {"margin": SMALL, "scale": SHARE.gain},
+    "log ratio": {"margin": NATS},
 }
 WORDING = {
     READING: "who does what",
@@ -107,6 +114,7 @@ def _behaviour(seen: Questions) -> list[lc.Claim]:
                 seen.gain("confidence", task),
                 control=control,
                 at_least=0,
+                margin=NATS,
                 **PAPER,
             )
         )
@@ -121,6 +129,7 @@ def _behaviour(seen: Questions) -> list[lc.Claim]:
             right - wrong,
             control={"right": mean(right), "wrong": mean(wrong)},
             at_least=0,
+            margin=NATS,
             **OURS,
         )
     )
@@ -177,6 +186,7 @@ def _changes(seen: Questions) -> list[lc.Claim]:
                     seen.change(metric, task, **labels),
                     control=control,
                     at_least=0,
+                    **SMALLEST[metric],
                     **PAPER,
                 )
             )
@@ -201,6 +211,8 @@ def _changes(seen: Questions) -> list[lc.Claim]:
                 },
             },
             at_least=0,
+            margin=SMALL,
+            scale=AGREEMENT.gain,
             **PAPER,
         )
     )
@@ -233,6 +245,8 @@ def _links(seen: Questions) -> list[lc.Claim]:
                 np.mean([seen.over_layers(own[task]) for task in both], axis=0),
                 control=control,
                 at_least=0,
+                margin=WEAK,
+                scale=AGREEMENT,
                 **PAPER,
             )
         )
@@ -244,6 +258,8 @@ def _links(seen: Questions) -> list[lc.Claim]:
                 seen.over_conditions(method),
                 control={"over prompts": found[-1].estimate},
                 at_least=0,
+                margin=WEAK,
+                scale=AGREEMENT,
                 **PAPER,
             )
         )
@@ -275,6 +291,7 @@ def _causes(seen: Questions) -> list[lc.Claim]:
                 "mean over layers": float(brought.mean(axis=None)),
             },
             at_least=0,
+            margin=NATS,
             **OURS,
         ),
         decide(
@@ -287,6 +304,7 @@ def _causes(seen: Questions) -> list[lc.Claim]:
                 **{f"hidden: {name}": mean(values) for name, values in cuts.items()},
             },
             at_least=0,
+            margin=NATS,
             **OURS,
         ),
     ]

@@ -10,9 +10,11 @@ import pandas as pd
 import lensclust as lc
 from lensclust import figures
 from lensclust.results import decide
+from lensclust.stats import share
 from probes import change_points
 from studies.frames import where
 from studies.layer_by_layer import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
+from studies.scales import SHARE, SMALL
 
 PAPER: dict[str, Any] = {
     "source": "Zhao, Ziser & Cohen, arXiv 2410.20008 (findings at second hand)",
@@ -120,6 +122,7 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
             seen.lowest_accuracy(),
             control={UNTRAINED: where(seen.accuracies, pair=UNTRAINED)["value"].mean()},
             at_least=0.9,
+            scale=SHARE,
             **OURS,
         ),
         decide(
@@ -134,6 +137,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
                 "shuffled prompts": shuffled,
             },
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **PAPER,
         ),
         decide(
@@ -143,6 +148,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
             multi - other,
             control={MULTI: multi.mean(), OTHER: other.mean(), UNTRAINED: floor.mean()},
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **OURS,
         ),
         decide(
@@ -151,6 +158,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
             ceiling - multi,
             control={CEILING: ceiling.mean(), MULTI: multi.mean()},
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **OURS,
         ),
         decide(
@@ -160,6 +169,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
             seen.fall(MULTI),
             control={pair: seen.fall(pair).mean() for pair in (CEILING, OTHER, UNTRAINED)},
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **PAPER,
         ),
         decide(
@@ -182,6 +193,7 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
                 "a random layer": float(np.mean(seen.layers[1:])) / seen.layers[-1],
             },
             at_most=0.5,
+            scale=share(of=len(seen.layers)),
             n_seeds=int(broken.size),
             **PAPER,
         ),

@@ -235,12 +235,16 @@ def test_a_world_in_which_every_claim_holds():
             {"task-vector", "function-vector"},
             {"vector": lambda m, half, layer: 0.5 if "," in m else 0.1},
         ),
-        ({"task-vector", "function-vector"}, {"vector": lambda m, half, layer: 0.0}),
     ],
 )  # fmt: skip
 def test_worlds_in_which_a_claim_fails(refuted, changes):
     found = verdicts(world(**changes))
     assert {name for name, verdict in found.items() if verdict == "contradicted"} == refuted
+
+
+def test_a_vector_that_does_nothing_is_negligible():
+    found = verdicts(world(vector=lambda m, half, layer: 0.0))
+    assert {found["task-vector"], found["function-vector"]} <= {"negligible", "inconclusive"}
 
 
 def test_a_layer_is_chosen_where_its_effect_is_not_reported():
