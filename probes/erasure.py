@@ -74,15 +74,15 @@ def erase(
         position: where the states stand, if several positions are stored.
         shrinkage: estimate Σ by optimal linear shrinkage towards a multiple of the identity
             (Bodnar et al. 2014, the package's default) rather than by the sample covariance.
-            On the rows given here class means are equal either way, since Σ_xz is not shrunk.
-            Without shrinkage states are moved least on these rows; with few rows a dimension
-            that fits their noise, and shrinkage moves them further here and is nearer to what
-            is best on new rows.
+            It changes how far states move, not what is erased: Σ_xz is not shrunk, so either way
+            class means are equal on the rows given here, and on any rows the same is left for a
+            linear classifier. Without shrinkage states move least on the rows given here; with
+            few rows a dimension new states then move further than with it.
         name: in tables.
 
-    Both leave correlations in place whose singular value in ``W Σ_xz`` is at most 0.01
-    (``svd_tol`` of the package). Shrinkage makes singular values smaller, so with few rows it is
-    there that class means may stay slightly apart.
+    Either way a direction stays in place whose singular value in ``W Σ_xz`` is at most 0.01
+    (``svd_tol`` of the package), so that class means may stay slightly apart there. Shrinkage
+    makes singular values smaller where states vary little.
 
     Raises:
         InputError: if there is no such label, at the call; if the site or position is not there,

@@ -308,20 +308,22 @@ def test_least_squares_is_at_chance_exactly_either_way(seed: int, shrinkage: boo
         assert low <= LinearRegression().fit(scores, one_hot).score(scores, one_hot) <= high
 
 
-def test_shrinkage_moves_states_further_and_leaves_less_on_new_rows():
-    """Thirty rows in forty dimensions: without it the eraser fits their noise."""
-    here, there = [], []
+def test_shrinkage_changes_how_far_states_move_and_not_what_is_left_to_read():
+    """45 rows in 40 dimensions: without it new states move further, and for nothing."""
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        task = np.tile([0, 1], 415)
-        values = rng.normal(size=(830, 40)) + 1.5 * rng.normal(size=(2, 40))[task]
-        acts, new = of(values[:30], task[:30]), torch.from_numpy(values[30:])
+        task = np.tile([0, 1], 400)
+        values = rng.normal(size=(800, 40)) + 1.5 * rng.normal(size=(2, 40))[task]
+        acts, new = of(values[:45], task[:45]), torch.from_numpy(values[45:])
         x = states_of(acts)
         edits = [erase(acts, shrinkage=each).edit_at(SITE) for each in (True, False)]
-        here.append([removed(x, edit(x)) for edit in edits])
-        there.append([spread(edit(new).numpy(), task[30:]) for edit in edits])
-    assert all(with_it > without for with_it, without in here)
-    assert np.mean([a < b for a, b in there]) > 0.8
+        shrunk_here, plain_here = (removed(x, edit(x)) for edit in edits)
+        assert shrunk_here > plain_here
+        after = [edit(new) for edit in edits]
+        shrunk_new, plain_new = (removed(new, each) for each in after)
+        assert shrunk_new < plain_new
+        left = [LinearRegression().fit(each, task[45:]).score(each, task[45:]) for each in after]
+        assert left[0] == pytest.approx(left[1], abs=1e-6)
 
 
 def leace_of(labels: np.ndarray, x: torch.Tensor) -> torch.Tensor:
