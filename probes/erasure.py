@@ -98,7 +98,9 @@ def erase(
     @lru_cache(maxsize=1)
     def edit_at(site: Site) -> Edit:
         x = _states(acts, site, position)
-        return _grouped(x, conditions, lambda rows: _leace_edit(x[rows], labels[rows], shrinkage))
+        return _grouped(
+            x, conditions, lambda rows, _: _leace_edit(x[rows], labels[rows], shrinkage)
+        )
 
     return Intervention(name, edit_at)
 
@@ -123,7 +125,8 @@ def erase_random(
         span of V Λ^τ G        V, Λ principal components and variances, G ~ N(0, 1), (d, m)
 
     With τ = 0 all directions are alike, with τ = 1/2 they are drawn as the states are. The
-    removed variance rises with τ, which is solved for that of `erase` on the same rows. ``m`` is
+    removed variance rises with τ, which is solved for that of `erase` on the same rows (those
+    nearest to a condition's mean, which are the ones that its edit changes). ``m`` is
     the number of directions that remove as much on average where all are alike, rounded down, and
     at least as many as `erase` removes: then τ stays near 0, and the control spreads over more
     directions what `erase` takes from a few.
@@ -149,15 +152,15 @@ def erase_random(
         x = _states(acts, site, position)
         generator = derive_generator(seed, "subspace", str(site))
 
-        def fit(rows: np.ndarray) -> Edit:
-            here, mean = x[rows], x[rows].mean(0)
+        def fit(rows: np.ndarray, edited: np.ndarray) -> Edit:
+            mean = x[rows].mean(0)
             if matched == "dimensions":
                 rank = min(len(np.unique(labels[rows])) - 1, x.shape[1])
                 drawn = torch.randn(x.shape[1], rank, generator=generator, dtype=x.dtype)
                 basis = torch.linalg.qr(drawn).Q
             else:
-                eraser = _leace(here, labels[rows], shrinkage)
-                basis = _as_much(here, eraser, generator, str(site))
+                eraser = _leace(x[rows], labels[rows], shrinkage)
+                basis = _as_much(x[edited], mean, eraser, generator, str(site))
             if not basis.shape[1]:
                 return _unchanged
 
@@ -232,7 +235,9 @@ def erase_reassigned(
     @lru_cache(maxsize=1)
     def edit_at(site: Site) -> Edit:
         x = _states(acts, site, position)
-        return _grouped(x, conditions, lambda rows: _leace_edit(x[rows], labels[rows], shrinkage))
+        return _grouped(
+            x, conditions, lambda rows, _: _leace_edit(x[rows], labels[rows], shrinkage)
+        )
 
     return Intervention(name, edit_at)
 
@@ -267,18 +272,22 @@ def _leace_edit(x: Float[Tensor, "row d"], labels: np.ndarray, shrinkage: bool) 
 
 
 def _as_much(
-    x: Float[Tensor, "row d"], eraser: LeaceEraser | None, generator: torch.Generator, site: str
+    x: Float[Tensor, "row d"],
+    mean: Float[Tensor, " d"],
+    eraser: LeaceEraser | None,
+    generator: torch.Generator,
+    site: str,
 ) -> Float[Tensor, "d m"]:
-    """Random orthonormal directions that hold as much variance as an eraser removes."""
+    """Random orthonormal directions that hold as much variance as an eraser removes of rows."""
     nothing = x.new_zeros(x.shape[1], 0)
-    if eraser is None:
+    if eraser is None or not len(x):
         return nothing
-    _, singular, components = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    _, singular, components = torch.linalg.svd(x - mean, full_matrices=False)
     spread = singular > singular[0] * max(x.shape) * torch.finfo(x.dtype).eps
     variances, components = singular[spread] ** 2 / len(x), components[spread].T
     total = variances.sum()
-    # States that are all alike have no variance to remove.
     removed = (eraser(x) - x).square().sum(1).mean()
+    # States that are all alike have no variance to remove.
     if not len(variances) or removed <= TOLERANCE * total:
         return nothing
     rank = int((eraser.proj_left.norm(dim=0) > 0).sum())
@@ -348,15 +357,22 @@ def _rows_of(conditions: np.ndarray | None, n: int) -> list[Int[np.ndarray, " so
 
 
 def _grouped(
-    x: Float[Tensor, "row d"], conditions: np.ndarray | None, fit: Callable[[np.ndarray], Edit]
+    x: Float[Tensor, "row d"],
+    conditions: np.ndarray | None,
+    fit: Callable[[np.ndarray, np.ndarray], Edit],
 ) -> Edit:
-    """One edit fitted on all rows, or one by condition, applied by the nearest condition mean."""
+    """One edit fitted on all rows, or one by condition, applied by the nearest condition mean.
+
+    ``fit`` gets the rows of a condition, and those that are nearest to its mean.
+    """
+    everything = np.arange(len(x))
     if conditions is None:
-        edit = fit(np.arange(len(x)))
+        edit = fit(everything, everything)
         return lambda states: edit(_exact(states)).to(states)
     rows_of = _rows_of(conditions, len(x))
     means = torch.stack([x[rows].mean(0) for rows in rows_of])
-    edits = [fit(rows) for rows in rows_of]
+    own = torch.cdist(x, means).argmin(1).numpy()
+    edits = [fit(rows, np.flatnonzero(own == index)) for index, rows in enumerate(rows_of)]
 
     def by_condition(states: States) -> States:
         given = _exact(states)

@@ -11,7 +11,7 @@ import lensclust as lc
 from lensclust.results import decide
 from studies.emergence import UNSEEN
 from studies.frames import where
-from studies.unseen import ANSWER, INSTRUCTION, MEANS
+from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE
 from studies.unseen_tables import Pretrained, Synthetic
 
 PAPER: dict[str, Any] = {
@@ -147,18 +147,21 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
             decide(
                 name,
                 f"Erasing task identity{words} at the middle layer costs accuracy beyond erasing "
-                "as many random dimensions",
+                "as much variance in random directions",
                 seen.erased(method),
                 control={
                     "accuracy left": seen.left(method),
-                    "random subspace": seen.left(f"{method}, random subspace"),
+                    SUBSPACE: seen.left(f"{method}, {SUBSPACE}"),
+                    REASSIGNED: seen.left(f"{method}, {REASSIGNED}"),
+                    "input alone": float(seen.chance().mean()),
+                    "variance removed": seen.left(method, "variance removed"),
                 },
                 at_least=0,
                 **OURS,
             )
             for name, method, words in (
                 ("erase", "erase", ""),
-                ("erase-given-input", "erase given input", " given the input"),
+                ("erase-given-input", "erase given input", " within input"),
             )
         ),
         decide(

@@ -18,7 +18,7 @@ from lensclust.activations import select
 from lensclust.sites import Site, resolve
 from lensclust.threads import one_thread
 from probes.centroids import mean_states
-from probes.erasure import erase, erase_random
+from probes.erasure import erase, erase_random, erase_reassigned
 from probes.interchanges import first_token, interchange
 from probes.interventions import Intervention, dealt, shift, transport
 from probes.nearest_clusters import membership
@@ -33,7 +33,7 @@ from studies.emergence import (
 )
 from studies.small_models import trained
 from studies.study import silenced
-from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
+from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE, Unseen
 
 
 def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
@@ -170,25 +170,64 @@ def _moves(
         )
         rates = moved.frame.groupby(["layer", "method", "metric"], sort=False)["value"].mean()
         tables.append(rates.reset_index().assign(fold=fold, position=at, split=UNSEEN))
-        tables.append(_erasures(model, part, fit).assign(fold=fold, position=at, split=UNSEEN))
+        tables.append(
+            _erasures(model, part, fit, seed).assign(fold=fold, position=at, split=UNSEEN)
+        )
     return tables
 
 
-def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit) -> pd.DataFrame:
-    """Accuracy left after task identity is erased at a layer, and after as much else is."""
+def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit, seed: int) -> pd.DataFrame:
+    """Accuracy left after task identity is erased at a layer, and after each control.
+
+    With the variance that each removes of the states it was fitted on (within input, where it is
+    fitted within each).
+    """
     ways = {"erase": None} | ({} if fit.given is None else {"erase given input": fit.given})
     states = lc.extract(model, prompts, "resid", at=fit.at, progress=False)
+    made = [
+        (way, given)
+        for name, given in ways.items()
+        for way in (
+            erase(fit.states, given=given, name=name),
+            erase_random(fit.states, given=given, seed=seed, name=f"{name}, {SUBSPACE}"),
+            erase_reassigned(
+                fit.states,
+                given=given,
+                # Within an input each task has one expression, so only its strings can change task.
+                units=None if given is None else "rows",
+                seed=seed,
+                name=f"{name}, {REASSIGNED}",
+            ),
+        )
+    ]
     edits: list[tuple[Site, torch.Tensor]] = []
-    places = []
+    places, removed = [], []
     for site in resolve(model, "resid"):
         values = torch.from_numpy(select(states, site).values)
-        for name, given in ways.items():
-            for made in (
-                erase(fit.states, given=given, name=name),
-                erase_random(fit.states, given=given, name=f"{name}, random subspace"),
-            ):
-                edits.append((site, made.edit_at(site)(values)))
-                places.append({"layer": site.layer, "method": made.name, "metric": "accuracy left"})
+        known = torch.from_numpy(select(fit.states, site).values)
+        for way, given in made:
+            edit = way.edit_at(site)
+            edits.append((site, edit(values)))
+            place = {"layer": site.layer, "method": way.name}
+            places.append(place | {"metric": "accuracy left"})
+            share = _removed(known, edit(known), fit.states, given)
+            removed.append(place | {"metric": "variance removed", "value": share})
     own = first_answers(prompts)
     found = replay(model, prompts, edits, first_token, at=fit.at).numpy()
-    return pd.DataFrame(places).assign(value=(found == own).mean(1))
+    left = pd.DataFrame(places).assign(value=(found == own).mean(1))
+    return pd.concat([left, pd.DataFrame(removed)], ignore_index=True)
+
+
+def _removed(
+    before: torch.Tensor, after: torch.Tensor, acts: xr.Dataset, given: str | None
+) -> float:
+    """Mean squared distance by which states are moved, over their variance within conditions."""
+    of = np.zeros(len(before), dtype=int)
+    if given is not None:
+        of = np.unique(acts[given].values.astype(str), return_inverse=True)[1]
+    exact = before.double()
+    means = torch.stack([exact[of == value].mean(0) for value in range(of.max() + 1)])
+    total = (exact - means[of]).square().sum()
+    if total <= 1e-12 * exact.square().sum():  # rounding alone tells states apart
+        return float("nan")
+    return float((after.double() - exact).square().sum() / total)

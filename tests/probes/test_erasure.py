@@ -212,6 +212,27 @@ def test_the_control_removes_as_much_variance_in_every_condition(
             assert ranks[0] >= ranks[1]
 
 
+@pytest.mark.parametrize("shrinkage", [True, False])
+def test_conditions_that_overlap_are_matched_on_the_rows_that_each_edit_changes(shrinkage):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        task, source = rng.integers(0, 3, 90), rng.integers(0, 3, 90)
+        values = rng.normal(size=(90, 12)) + 2 * rng.normal(size=(3, 12))[task]
+        acts = of(values + rng.normal(size=(3, 12))[source], task, source)
+        x = states_of(acts)
+        means = torch.stack([x[source == value].mean(0) for value in range(3)])
+        nearest = torch.cdist(x, means).argmin(1).numpy()
+        assert (nearest != source).any()
+        options: dict[str, Any] = {"given": "input", "shrinkage": shrinkage}
+        moved = [
+            (make(acts, **options).edit_at(SITE)(x) - x).square().sum(1).numpy()
+            for make in (erase, erase_random)
+        ]
+        for value in range(3):
+            erased, control = (each[nearest == value].sum() for each in moved)
+            assert control == pytest.approx(erased, rel=1e-4)
+
+
 def accuracy(values: torch.Tensor, labels: np.ndarray, train: np.ndarray) -> float:
     """Of a linear read-out, on rows that it was not fitted on."""
     x = values.numpy()

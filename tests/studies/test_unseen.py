@@ -41,6 +41,7 @@ GOOD: dict[str, Callable[..., float]] = {
     "random": lambda layer: 0.01,
     "early": lambda layer: 0.5 - 0.1 * abs(layer - 1),
     "left": lambda random: 0.9 if random else 0.3,
+    "chance": lambda: 0.25,
     "pretrained": lambda layer: 0.9 - 0.2 * abs(layer - 4),
     "pretrained random": lambda layer: 0.01,
     "pretrained ari": lambda layer: layer / 4,
@@ -61,7 +62,8 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
         for step in STEPS:
             for split in SPLITS:
                 here = {**own, "step": step, "split": split, "n": N}
-                add(rule["accuracy"](split, step), **here, metric="accuracy")
+                chance = {"metric": "accuracy", "null_mean": rule["chance"]()}
+                add(rule["accuracy"](split, step), **here, **chance)
                 for layer in LAYERS:
                     place = {**here, "layer": layer}
                     member = rule["membership"](split, step, layer)
@@ -87,9 +89,10 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
                     for method, rate in rates.items():
                         add(rate, **at, position=position, method=method, metric="target")
                 for name in ("erase", "erase given input"):
-                    for suffix in ("", ", random subspace"):
-                        left = {"method": name + suffix, "metric": "accuracy left"}
-                        add(rule["left"](bool(suffix)), **at, **left, position=ANSWER)
+                    for suffix in ("", ", random subspace", ", reassigned labels"):
+                        left = {**at, "method": name + suffix, "position": ANSWER}
+                        add(rule["left"](bool(suffix)), **left, metric="accuracy left")
+                        add(0.5, **left, metric="variance removed")
     theirs: dict[str, Any] = {"part": "pretrained", "seed": -1}
     for layer in LAYERS:
         for method, score in (("model", rule["pretrained ari"](layer)), ("words", 0.0)):
@@ -132,7 +135,7 @@ def test_a_world_in_which_every_claim_holds():
     ("refuted", "changes"),
     [
         ({"tracks-accuracy"}, {"ari": lambda split, step, layer: 0.9 - step / 1000}),
-        ({"nearest-centroid"}, {"membership": lambda split, step, layer: 0.5}),
+        ({"nearest-centroid"}, {"membership": lambda split, step, layer: 0.4}),
         (
             {"membership-middle", "membership-last"},
             {"inside": lambda step: 0.4, "outside": lambda step: 0.8},
@@ -152,6 +155,17 @@ def test_a_world_in_which_every_claim_holds():
 def test_worlds_in_which_a_claim_fails(refuted, changes):
     found = verdicts(world(**changes))
     assert {name for name, verdict in found.items() if verdict == "contradicted"} == refuted
+
+
+def test_accuracy_below_chance_counts_as_chance_on_both_sides():
+    """What an erasure breaks below chance is no knowledge of the task, nor is it a control's."""
+    both = world(left=lambda random: 0.2 if random else 0.02)
+    found = {claim.id: claim for claim in claims(both)}
+    assert found["erase"].estimate == pytest.approx(0, abs=0.005)
+    one = world(left=lambda random: 0.45 if random else 0.02)
+    found = {claim.id: claim for claim in claims(one)}
+    assert found["erase"].estimate == pytest.approx(0.2, abs=0.01)
+    assert found["erase"].control["input alone"] == pytest.approx(0.25)
 
 
 def test_membership_and_accuracy_that_only_rise_together_prove_nothing():
