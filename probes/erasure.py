@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -342,8 +343,8 @@ def _tilted(
             break
         further = turned(basis, step)
         if sign * excess(further) > 0:
-            power = brentq(lambda p, at=basis: excess(turned(at, p)), 0.0, step, xtol=1e-14)
-            basis = turned(basis, float(power))
+            power: Any = brentq(lambda p, at=basis: excess(turned(at, p)), 0.0, step, xtol=1e-14)
+            basis = turned(basis, power)
             break
         basis = further
     return basis if abs(excess(basis)) <= slack else None
