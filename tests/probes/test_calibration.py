@@ -182,16 +182,16 @@ def test_the_penalty_is_chosen_on_the_folds_of_reweighting(method):
 
 @pytest.mark.parametrize("method", FITTED)
 def test_a_bias_is_calibrated_away_and_shuffled_labels_teach_nothing(method):
-    gains, shuffled = [], []
-    for seed in range(8):
+    plain, true, shuffled = [], [], []
+    for seed in range(20):
         few, rest = draw(seed, n=24), draw(seed + 100, n=600)
-        gains.append(calibrate(few, method=method).accuracy(rest) - rest.model_accuracy)
+        plain.append(rest.model_accuracy)
+        true.append(calibrate(few, method=method).accuracy(rest))
         order = np.random.default_rng(seed).permutation(few.targets)
         wrong = parts_of(few.model_logits.values, order)
         shuffled.append(calibrate(wrong, method=method).accuracy(rest))
-    assert np.mean(gains) > 0.05
-    # Labels that say nothing give at most what the model knows without its bias.
-    assert np.mean(shuffled) < np.mean([draw(100, n=600, bias=0).model_accuracy])
+    assert np.mean(true) > np.mean(plain) + 0.05
+    assert np.mean(true) > np.mean(shuffled) + 0.05
 
 
 @pytest.mark.parametrize("method", METHODS)
