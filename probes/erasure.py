@@ -127,10 +127,12 @@ def erase_random(
 
     With τ = 0 all directions are alike, with τ = 1/2 they are drawn as the states are. The
     removed variance rises with τ, which is solved for that of `erase` on the same rows (those
-    nearest to a condition's mean, which are the ones that its edit changes). ``m`` is
-    the number of directions that remove as much on average where all are alike, rounded down, and
-    at least as many as `erase` removes: then τ stays near 0, and the control spreads over more
-    directions what `erase` takes from a few.
+    nearest to a condition's mean, which are the ones that its edit changes). ``m`` is the number
+    of directions that remove as much on average where all are alike, rounded down, and at least
+    as many as `erase` removes. Then τ stays near 0, and the control takes from many directions a
+    little of what `erase` takes from a few: as few could only hold as much by lying close to
+    those of the label. What the control breaks beside the label it breaks more of, so that a
+    difference to it is if anything too small.
 
     Args:
         matched: ``"variance"``, or ``"dimensions"`` for as many random directions as labels less
