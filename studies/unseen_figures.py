@@ -71,7 +71,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             title="What is left when task identity is erased",
             caption="Accuracy on unseen strings after LEACE at one layer, answering token; the "
             "random subspace holds as much variance, reassigned labels are tasks permuted over "
-            "expressions (within input over strings).",
+            "expressions.",
             y_title="accuracy",
         ),
         "membership": figures.curves(

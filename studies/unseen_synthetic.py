@@ -43,6 +43,7 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         # Centroids come from training prompts, the first of each task and input.
         known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
+        spread = _spread(prompts.where(split="train"), 2 * study.rows_per_mapping)
         asked = clustered_prompts(prompts, study.rows_per_mapping)
         tables, followed = [], []
         right = np.zeros(len(asked), dtype=bool)
@@ -56,7 +57,7 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         moving = [
             table
             for at in (ANSWER, INSTRUCTION)
-            for table in _moves(model, known, unseen, study, at, seed)
+            for table in _moves(model, known, spread, unseen, study, at, seed)
         ]
         tables.append(pd.concat(moving).assign(step=study.steps))
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed, part="synthetic")
@@ -78,6 +79,16 @@ def _first(prompts: lc.Prompts, n: int) -> lc.Prompts:
     """The first ``n`` prompts of each task and input."""
     nth = prompts.rows.groupby(["task", "input"]).cumcount()
     return prompts.take(np.flatnonzero((nth < n).to_numpy()))
+
+
+def _spread(prompts: lc.Prompts, n: int) -> lc.Prompts:
+    """As many prompts of each task and input, of all its expressions in turn."""
+    nth = prompts.rows.groupby(["task", "input", "template"]).cumcount()
+    in_turn = prompts.rows.iloc[np.argsort(nth.to_numpy(), kind="stable")]
+    place = in_turn.groupby(["task", "input"]).cumcount()
+    chosen = np.zeros(len(prompts), dtype=bool)
+    chosen[np.argsort(nth.to_numpy(), kind="stable")] = (place < n).to_numpy()
+    return prompts.take(np.flatnonzero(chosen))
 
 
 def _checkpoint(
@@ -130,13 +141,18 @@ def _prediction(near: pd.DataFrame, right: np.ndarray) -> pd.DataFrame:
 
 
 class _Fit:
-    """States of known prompts at one position, and the moves between their tasks."""
+    """States of known prompts at one position, and the moves between their tasks.
 
-    def __init__(self, model: Any, known: lc.Prompts, at: str) -> None:
+    Erasures are fitted on prompts spread over expressions: what they remove is then the task and
+    not one expression of it, and whole expressions can be reassigned within an input.
+    """
+
+    def __init__(self, model: Any, known: lc.Prompts, spread: lc.Prompts, at: str) -> None:
         self.at = at
         # At the end of the instruction the input has not been read yet.
         self.given = "input" if at == ANSWER else None
         self.states = lc.extract(model, known, "resid", at=at, progress=False)
+        self.spread = lc.extract(model, spread, "resid", at=at, progress=False)
         self.everywhere = mean_states(self.states)
         self.conditional = mean_states(self.states, given=self.given)
         self.dealt = mean_states(dealt(self.states, given=self.given), given=self.given)
@@ -157,10 +173,16 @@ class _Fit:
 
 
 def _moves(
-    model: Any, known: lc.Prompts, unseen: lc.Prompts, study: Unseen, at: str, seed: int
+    model: Any,
+    known: lc.Prompts,
+    spread: lc.Prompts,
+    unseen: lc.Prompts,
+    study: Unseen,
+    at: str,
+    seed: int,
 ) -> list[pd.DataFrame]:
     """Move and erase at every layer, on one half of the prompts and then on the other."""
-    fit = _Fit(model, known, at)
+    fit = _Fit(model, known, spread, at)
     half = unseen.rows.groupby(["task", "input"]).cumcount() % 2
     tables = []
     for number, fold in enumerate(("choose", "report")):
@@ -188,29 +210,22 @@ def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit, seed: int) -> pd.DataF
         (way, given)
         for name, given in ways.items()
         for way in (
-            erase(fit.states, given=given, name=name),
-            erase_random(fit.states, given=given, seed=seed, name=f"{name}, {SUBSPACE}"),
-            erase_reassigned(
-                fit.states,
-                given=given,
-                # Within an input each task has one expression, so only its strings can change task.
-                units=None if given is None else "rows",
-                seed=seed,
-                name=f"{name}, {REASSIGNED}",
-            ),
+            erase(fit.spread, given=given, name=name),
+            erase_random(fit.spread, given=given, seed=seed, name=f"{name}, {SUBSPACE}"),
+            erase_reassigned(fit.spread, given=given, seed=seed, name=f"{name}, {REASSIGNED}"),
         )
     ]
     edits: list[tuple[Site, torch.Tensor]] = []
     places, removed = [], []
     for site in resolve(model, "resid"):
         values = torch.from_numpy(select(states, site).values)
-        known = torch.from_numpy(select(fit.states, site).values)
+        known = torch.from_numpy(select(fit.spread, site).values)
         for way, given in made:
             edit = way.edit_at(site)
             edits.append((site, edit(values)))
             place = {"layer": site.layer, "method": way.name}
             places.append(place | {"metric": "accuracy left"})
-            share = _removed(known, edit(known), fit.states, given)
+            share = _removed(known, edit(known), fit.spread, given)
             removed.append(place | {"metric": "variance removed", "value": share})
     own = first_answers(prompts)
     found = replay(model, prompts, edits, first_token, at=fit.at).numpy()

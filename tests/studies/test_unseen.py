@@ -21,6 +21,7 @@ from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
 from studies.unseen_figures import pictures
 from studies.unseen_findings import claims
 from studies.unseen_pretrained import measure_pretrained
+from studies.unseen_synthetic import _spread
 from studies.unseen_tables import Pretrained, Synthetic
 
 STEPS, LAYERS, SEEDS, N = (0, 50, 400, 800), range(5), range(4), 40
@@ -127,7 +128,7 @@ def verdicts(scores: pd.DataFrame) -> dict[str, str]:
 
 def test_a_world_in_which_every_claim_holds():
     found = verdicts(world())
-    assert len(found) == 15
+    assert len(found) == 17
     assert set(found.values()) == {"supported"}, found
 
 
@@ -145,7 +146,13 @@ def test_a_world_in_which_every_claim_holds():
         ({"transport"}, {"transport": lambda layer: 0.7}),
         ({"random-moves", "instruction-end"}, {"random": lambda layer: 0.5}),
         ({"input-conditional"}, {"shift": lambda layer: 1.1}),
-        ({"erase", "erase-given-input"}, {"left": lambda random: 0.3 if random else 0.9}),
+        (
+            {
+                *("erase", "erase-given-input"),
+                *("erase-over-reassigned", "erase-given-input-over-reassigned"),
+            },
+            {"left": lambda random: 0.3 if random else 0.9},
+        ),
         ({"instruction-end"}, {"early": lambda layer: 0.02}),
         ({"pretrained-shift"}, {"pretrained": lambda layer: 0.3}),
         ({"pretrained-random"}, {"pretrained_random": lambda layer: 0.3}),
@@ -184,10 +191,24 @@ def test_one_seed_decides_nothing_but_what_varies_over_pairs():
     assert {found[name] for name in set(found) - pretrained} == {"inconclusive"}
 
 
+def test_erasures_are_fitted_on_all_expressions_in_turn():
+    prompts = lc.tasks.sif(
+        n_tasks=4, n_inputs=5, mappings_per_task=4, regexes_per_task=3, rows_per_mapping=4, seed=0
+    ).where(split="train")
+    chosen = _spread(prompts, 6).rows
+    sizes = chosen.groupby(["task", "input", "template"]).size()
+    assert (sizes.groupby(["task", "input"]).sum() == 6).all()
+    there = prompts.rows.groupby(["task", "input"])["template"].nunique()
+    np.testing.assert_array_equal(chosen.groupby(["task", "input"])["template"].nunique(), there)
+    spans = sizes.groupby(["task", "input"]).agg(lambda each: each.max() - each.min())
+    assert spans.max() <= 1
+    assert there.max() > 1
+
+
 def test_without_a_pretrained_model_its_claims_are_left_out():
     scores = world()
     own = scores[scores["part"] == "synthetic"]
-    assert len(claims(own)) == 12
+    assert len(claims(own)) == 14
     assert not [name for name in pictures(own) if name.startswith("pretrained")]
 
 
