@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from probes.component_weights import Reweighting
     from probes.components import decompose
     from probes.directions import add_direction, project
-    from probes.erasure import erase, erase_random
+    from probes.erasure import erase, erase_random, erase_reassigned
     from probes.function_vectors import FunctionVector, function_vector
     from probes.head_activations import head_activation
     from probes.head_views import head_view
@@ -86,6 +86,7 @@ _HOMES = {
     "decompose": "components",
     "erase": "erasure",
     "erase_random": "erasure",
+    "erase_reassigned": "erasure",
     "function_vector": "function_vectors",
     "head_activation": "head_activations",
     "head_view": "head_views",
@@ -152,6 +153,7 @@ __all__ = [
     "decompose",
     "erase",
     "erase_random",
+    "erase_reassigned",
     "function_vector",
     "head_activation",
     "head_view",

@@ -118,7 +118,7 @@ def label_groups(
         for group in scored:
             here = np.searchsorted(used, chosen[group][0])
             codes[group][name] = _compact(exchanges[name].fitted(relabelled, here, seed=seed))
-            alike &= _only_renamed(codes[group][name])
+            alike &= only_renamed(codes[group][name])
             if wording is not None:
                 wordings[group][name] = _compact(wording[here])
         exchanges[name] = replace(exchanges[name], alike=float(alike.mean()))
@@ -137,7 +137,7 @@ def _compact(codes: np.ndarray) -> np.ndarray:
     return np.unique(codes, return_inverse=True)[1].reshape(codes.shape).astype(np.int32)
 
 
-def _only_renamed(
+def only_renamed(
     codes: Int[np.ndarray, "labelling row"],
 ) -> Bool[np.ndarray, " labelling"]:
     """Which labellings tell rows apart as the first one does, under whatever names."""

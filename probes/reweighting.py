@@ -34,8 +34,8 @@ from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from probes.component_logits import WRITERS, ComponentLogits
 from probes.component_weights import Reweighting
-from probes.folds import deal
 from probes.labelled_examples import Examples
+from probes.penalties import chosen_penalty, example_folds, penalty_frame, require_folds
 from probes.scripted_fits import scripted_fits
 from probes.sparse_fits import sparse_fits
 
@@ -113,7 +113,7 @@ def reweight_many(
     else:
         if penalty is None:
             frames = _held_out(examples, components, box=box, folds=folds, seed=seed)
-            chosen = [float(f.loc[f["chosen"], "penalty"].iloc[0]) for f in frames]
+            chosen = [chosen_penalty(frame) for frame in frames]
         else:
             frames, chosen = [pd.DataFrame()] * len(components), [float(penalty)] * len(components)
         found = sparse_fits(
@@ -155,11 +155,7 @@ def _check(
         raise InputError(
             f"reweight: penalty={penalty}, expected more than 0 and at most {_MAX_PENALTY:g}"
         )
-    if folds < 2:
-        raise InputError(f"reweight: folds={folds}, expected at least 2")
-    prompts = max(each.data.sizes["prompt"] for each in components)
-    if folds > prompts:
-        raise InputError(f"reweight: folds={folds}, expected at most {prompts}, one a prompt")
+    require_folds("reweight", folds, max(each.data.sizes["prompt"] for each in components))
 
 
 def _held_out(
@@ -169,7 +165,7 @@ def _held_out(
     out = torch.zeros(*examples.shares.shape, folds, dtype=torch.bool)
     for problem, each in enumerate(components):
         targets = each.targets
-        fold = deal(targets, min(folds, len(targets)), np.random.default_rng(seed))
+        fold = example_folds(targets, folds, seed=seed)
         out[problem, torch.arange(len(targets)), torch.from_numpy(fold)] = True
     kept = examples.shares[..., None] * ~out
     # Every fold under every penalty is a column.
@@ -183,10 +179,7 @@ def _held_out(
     def mean(scores: Float[Tensor, "problem example column"]) -> np.ndarray:
         return (scored * scores).sum(1).unflatten(1, (len(PENALTIES), folds)).sum(-1).numpy()
 
-    frames = []
-    for loss, accuracy in zip(mean(examples.losses(logits)), mean(right), strict=True):
-        # Of equal ones the largest.
-        best = len(loss) - 1 - int(np.argmin(loss[::-1]))
-        frame = pd.DataFrame({"penalty": PENALTIES, "cross_entropy": loss, "accuracy": accuracy})
-        frames.append(frame.assign(chosen=np.arange(len(loss)) == best))
-    return frames
+    return [
+        penalty_frame(PENALTIES, loss, accuracy)
+        for loss, accuracy in zip(mean(examples.losses(logits)), mean(right), strict=True)
+    ]

@@ -25,6 +25,8 @@ NOTES = (
     "there are more classes. Intervals of the pretrained model are over seeds of labelled "
     "examples, means over data sets and templates; queries and templates are the same for all "
     "seeds, so the intervals do not say how other queries would do.",
+    "Calib+ is the source's script, which may stop long before its loss is least; Calib+ converged "
+    "and vector scaling are minima, with penalties chosen on the folds of reweighting.",
     "Heads are clustered by task over prompts of different sets under one template; demonstrations "
     "and label words alone tell the sets apart (the ARI of the words stands beside the claim).",
 )

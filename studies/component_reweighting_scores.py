@@ -15,6 +15,8 @@ from probes.component_logits import WRITERS, ComponentLogits
 from probes.reweighting import reweight_many
 
 Row = dict[str, Any]
+# Calibration to convergence, its penalty chosen as reweighting's is.
+MATCHED = {"Calib+ converged": "converged", "vector scaling": "vector scaling"}
 
 
 def halves(parts: ComponentLogits) -> Int[np.ndarray, " prompt"]:
@@ -88,6 +90,10 @@ def relearned(
     fits: dict[str, Sequence[Any]] = {
         f"reweighting {n_labels}": reweight_many(learnt),
         f"Calib+ {n_labels}": calibrate_many(learnt),
+        **{
+            f"{name} {n_labels}": calibrate_many(learnt, method=method)
+            for name, method in MATCHED.items()
+        },
     }
     if full:
         dealt = [dealt_labels(each, seed=place) for place, each in enumerate(learnt)]

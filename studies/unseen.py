@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 ANSWER, INSTRUCTION = "answer", "instruction_end"
 MEANS = "means of dealt labels"
+SUBSPACE, REASSIGNED = "random subspace", "reassigned labels"
 NOTES = (
     "The paper's sizes, splits and causal checks are not known to us: claims marked "
     "reconstruction give its words our operationalisation, extensions are ours.",
     "Layers are chosen on one half of the prompts and reported on the other; intervals of the "
     "synthetic task are over seeds, those of the pretrained model over ordered pairs of tasks.",
+    "An erasure's random subspace holds as much of the variance of the states that both are fitted "
+    "on; its reassigned labels are tasks permuted over whole expressions. Accuracy below the best "
+    "answer from the input alone counts as that, of the erasure and of its control.",
 )
 ONE_SEED = "One seed leaves no interval: claims over seeds stay inconclusive."
 NO_MODEL = "No pretrained model was run (--pretrained names one)."

@@ -11,7 +11,7 @@ import lensclust as lc
 from lensclust.results import decide
 from studies.emergence import UNSEEN
 from studies.frames import where
-from studies.unseen import ANSWER, INSTRUCTION, MEANS
+from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE
 from studies.unseen_tables import Pretrained, Synthetic
 
 PAPER: dict[str, Any] = {
@@ -20,6 +20,8 @@ PAPER: dict[str, Any] = {
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 MEMBER = "another member"
+RANDOM = "as much variance in random directions"
+PERMUTED = "tasks permuted over whole expressions"
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
@@ -145,20 +147,30 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
         ),
         *(
             decide(
-                name,
-                f"Erasing task identity{words} at the middle layer costs accuracy beyond erasing "
-                "as many random dimensions",
-                seen.erased(method),
+                id,
+                f"Erasing task identity{within} at the middle layer costs accuracy beyond erasing "
+                f"{words}",
+                seen.erased(method, control),
                 control={
                     "accuracy left": seen.left(method),
-                    "random subspace": seen.left(f"{method}, random subspace"),
+                    control: seen.left(f"{method}, {control}"),
+                    "input alone": float(seen.chance().mean()),
+                    "variance removed": seen.left(method, "variance removed"),
+                    f"variance removed, {control}": seen.left(
+                        f"{method}, {control}", "variance removed"
+                    ),
                 },
                 at_least=0,
                 **OURS,
             )
-            for name, method, words in (
-                ("erase", "erase", ""),
-                ("erase-given-input", "erase given input", " given the input"),
+            for id, method, within, control, words in (
+                ("erase", "erase", "", SUBSPACE, RANDOM),
+                ("erase-given-input", "erase given input", " within input", SUBSPACE, RANDOM),
+                ("erase-over-reassigned", "erase", "", REASSIGNED, PERMUTED),
+                (
+                    "erase-given-input-over-reassigned",
+                    *("erase given input", " within input", REASSIGNED, PERMUTED),
+                ),
             )
         ),
         decide(

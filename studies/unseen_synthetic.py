@@ -18,7 +18,7 @@ from lensclust.activations import select
 from lensclust.sites import Site, resolve
 from lensclust.threads import one_thread
 from probes.centroids import mean_states
-from probes.erasure import erase, erase_random
+from probes.erasure import erase, erase_random, erase_reassigned
 from probes.interchanges import first_token, interchange
 from probes.interventions import Intervention, dealt, shift, transport
 from probes.nearest_clusters import membership
@@ -33,7 +33,7 @@ from studies.emergence import (
 )
 from studies.small_models import trained
 from studies.study import silenced
-from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
+from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE, Unseen
 
 
 def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
@@ -43,6 +43,7 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         # Centroids come from training prompts, the first of each task and input.
         known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
+        spread = _spread(prompts.where(split="train"), 2 * study.rows_per_mapping)
         asked = clustered_prompts(prompts, study.rows_per_mapping)
         tables, followed = [], []
         right = np.zeros(len(asked), dtype=bool)
@@ -56,7 +57,7 @@ def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFra
         moving = [
             table
             for at in (ANSWER, INSTRUCTION)
-            for table in _moves(model, known, unseen, study, at, seed)
+            for table in _moves(model, known, spread, unseen, study, at, seed)
         ]
         tables.append(pd.concat(moving).assign(step=study.steps))
     scores = pd.concat(tables, ignore_index=True).assign(seed=seed, part="synthetic")
@@ -78,6 +79,16 @@ def _first(prompts: lc.Prompts, n: int) -> lc.Prompts:
     """The first ``n`` prompts of each task and input."""
     nth = prompts.rows.groupby(["task", "input"]).cumcount()
     return prompts.take(np.flatnonzero((nth < n).to_numpy()))
+
+
+def _spread(prompts: lc.Prompts, n: int) -> lc.Prompts:
+    """As many prompts of each task and input, of all its expressions in turn."""
+    nth = prompts.rows.groupby(["task", "input", "template"]).cumcount()
+    in_turn = prompts.rows.iloc[np.argsort(nth.to_numpy(), kind="stable")]
+    place = in_turn.groupby(["task", "input"]).cumcount()
+    chosen = np.zeros(len(prompts), dtype=bool)
+    chosen[np.argsort(nth.to_numpy(), kind="stable")] = (place < n).to_numpy()
+    return prompts.take(np.flatnonzero(chosen))
 
 
 def _checkpoint(
@@ -130,13 +141,18 @@ def _prediction(near: pd.DataFrame, right: np.ndarray) -> pd.DataFrame:
 
 
 class _Fit:
-    """States of known prompts at one position, and the moves between their tasks."""
+    """States of known prompts at one position, and the moves between their tasks.
 
-    def __init__(self, model: Any, known: lc.Prompts, at: str) -> None:
+    Erasures are fitted on prompts spread over expressions: what they remove is then the task and
+    not one expression of it, and whole expressions can be reassigned within an input.
+    """
+
+    def __init__(self, model: Any, known: lc.Prompts, spread: lc.Prompts, at: str) -> None:
         self.at = at
         # At the end of the instruction the input has not been read yet.
         self.given = "input" if at == ANSWER else None
         self.states = lc.extract(model, known, "resid", at=at, progress=False)
+        self.spread = lc.extract(model, spread, "resid", at=at, progress=False)
         self.everywhere = mean_states(self.states)
         self.conditional = mean_states(self.states, given=self.given)
         self.dealt = mean_states(dealt(self.states, given=self.given), given=self.given)
@@ -157,10 +173,16 @@ class _Fit:
 
 
 def _moves(
-    model: Any, known: lc.Prompts, unseen: lc.Prompts, study: Unseen, at: str, seed: int
+    model: Any,
+    known: lc.Prompts,
+    spread: lc.Prompts,
+    unseen: lc.Prompts,
+    study: Unseen,
+    at: str,
+    seed: int,
 ) -> list[pd.DataFrame]:
     """Move and erase at every layer, on one half of the prompts and then on the other."""
-    fit = _Fit(model, known, at)
+    fit = _Fit(model, known, spread, at)
     half = unseen.rows.groupby(["task", "input"]).cumcount() % 2
     tables = []
     for number, fold in enumerate(("choose", "report")):
@@ -170,25 +192,57 @@ def _moves(
         )
         rates = moved.frame.groupby(["layer", "method", "metric"], sort=False)["value"].mean()
         tables.append(rates.reset_index().assign(fold=fold, position=at, split=UNSEEN))
-        tables.append(_erasures(model, part, fit).assign(fold=fold, position=at, split=UNSEEN))
+        tables.append(
+            _erasures(model, part, fit, seed).assign(fold=fold, position=at, split=UNSEEN)
+        )
     return tables
 
 
-def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit) -> pd.DataFrame:
-    """Accuracy left after task identity is erased at a layer, and after as much else is."""
+def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit, seed: int) -> pd.DataFrame:
+    """Accuracy left after task identity is erased at a layer, and after each control.
+
+    With the variance that each removes of the states it was fitted on (within input, where it is
+    fitted within each).
+    """
     ways = {"erase": None} | ({} if fit.given is None else {"erase given input": fit.given})
     states = lc.extract(model, prompts, "resid", at=fit.at, progress=False)
+    made = [
+        (way, given)
+        for name, given in ways.items()
+        for way in (
+            erase(fit.spread, given=given, name=name),
+            erase_random(fit.spread, given=given, seed=seed, name=f"{name}, {SUBSPACE}"),
+            erase_reassigned(fit.spread, given=given, seed=seed, name=f"{name}, {REASSIGNED}"),
+        )
+    ]
     edits: list[tuple[Site, torch.Tensor]] = []
-    places = []
+    places, removed = [], []
     for site in resolve(model, "resid"):
         values = torch.from_numpy(select(states, site).values)
-        for name, given in ways.items():
-            for made in (
-                erase(fit.states, given=given, name=name),
-                erase_random(fit.states, given=given, name=f"{name}, random subspace"),
-            ):
-                edits.append((site, made.edit_at(site)(values)))
-                places.append({"layer": site.layer, "method": made.name, "metric": "accuracy left"})
+        known = torch.from_numpy(select(fit.spread, site).values)
+        for way, given in made:
+            edit = way.edit_at(site)
+            edits.append((site, edit(values)))
+            place = {"layer": site.layer, "method": way.name}
+            places.append(place | {"metric": "accuracy left"})
+            share = _removed(known, edit(known), fit.spread, given)
+            removed.append(place | {"metric": "variance removed", "value": share})
     own = first_answers(prompts)
     found = replay(model, prompts, edits, first_token, at=fit.at).numpy()
-    return pd.DataFrame(places).assign(value=(found == own).mean(1))
+    left = pd.DataFrame(places).assign(value=(found == own).mean(1))
+    return pd.concat([left, pd.DataFrame(removed)], ignore_index=True)
+
+
+def _removed(
+    before: torch.Tensor, after: torch.Tensor, acts: xr.Dataset, given: str | None
+) -> float:
+    """Mean squared distance by which states are moved, over their variance within conditions."""
+    of = np.zeros(len(before), dtype=int)
+    if given is not None:
+        of = np.unique(acts[given].values.astype(str), return_inverse=True)[1]
+    exact = before.double()
+    means = torch.stack([exact[of == value].mean(0) for value in range(of.max() + 1)])
+    total = (exact - means[of]).square().sum()
+    if total <= 1e-12 * exact.square().sum():  # rounding alone tells states apart
+        return float("nan")
+    return float((after.double() - exact).square().sum() / total)

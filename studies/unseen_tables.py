@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from studies.emergence import UNSEEN
 from studies.frames import rank_correlations, where
-from studies.unseen import ANSWER
+from studies.unseen import ANSWER, SUBSPACE
 
 # Fewer prompts than this inside or outside their cluster say nothing about a checkpoint.
 FEWEST = 5
@@ -70,16 +71,26 @@ class Synthetic:
         rows = where(rows, fold="report", metric=metric, method=method).set_index("seed")
         return rows.loc[rows["layer"] == layer.reindex(rows.index), "value"].to_numpy()
 
-    def erased(self, method: str) -> np.ndarray:
-        """Accuracy lost by an erasure at the middle layer, beyond that of random dimensions."""
+    def erased(self, method: str, control: str = SUBSPACE) -> np.ndarray:
+        """Accuracy lost by an erasure at the middle layer, beyond that lost by its control.
+
+        Below chance an accuracy counts as chance, on either side: what is lost further is not
+        knowledge of the task.
+        """
         rows = where(self.scores, metric="accuracy left", position=ANSWER, fold="report")
         table = where(rows, layer=self.middle).pivot_table("value", "seed", "method")
-        return (table[f"{method}, random subspace"] - table[method]).to_numpy()
+        floored = table.clip(lower=self.chance().reindex(table.index), axis=0)
+        return (floored[f"{method}, {control}"] - floored[method]).to_numpy()
 
-    def left(self, method: str) -> float:
-        """Accuracy left after an erasure at the middle layer."""
-        rows = where(self.scores, metric="accuracy left", position=ANSWER, fold="report")
+    def left(self, method: str, metric: str = "accuracy left") -> float:
+        """Accuracy left after an erasure at the middle layer, or another score of it."""
+        rows = where(self.scores, metric=metric, position=ANSWER, fold="report")
         return float(where(rows, layer=self.middle, method=method)["value"].mean())
+
+    def chance(self) -> pd.Series:
+        """By seed, how often the best answer from the input alone is right on unseen strings."""
+        rows = where(self.scores, metric="accuracy", split=UNSEEN, step=self.steps[-1])
+        return rows.set_index("seed")["null_mean"]
 
 
 class Pretrained:

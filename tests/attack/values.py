@@ -190,6 +190,7 @@ def calls() -> tuple[Call, ...]:
         probes.decompose: work | {"choices": {"a": 20, "b": 21}},
         probes.erase: {"acts": acts},
         probes.erase_random: {"acts": acts},
+        probes.erase_reassigned: {"acts": acts},
         probes.function_vector: work | {"shuffled": prompts},
         probes.head_activation: work,
         probes.hypothesis: {"rows": acts, "name": "task"},

@@ -83,6 +83,7 @@ PROBES: dict[str, Callable[[xr.Dataset], Any]] = {
     ),
     "erase": lambda a: moved(probes.erase(a, **AT)),
     "erase_random": lambda a: moved(probes.erase_random(a, given="input", **AT)),
+    "erase_reassigned": lambda a: moved(probes.erase_reassigned(a, given="input", **AT)),
     "head_residual": lambda a: [
         lc.head_residual(a, MODEL),
         lc.head_residual(a, MODEL).values,

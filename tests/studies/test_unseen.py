@@ -21,6 +21,7 @@ from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
 from studies.unseen_figures import pictures
 from studies.unseen_findings import claims
 from studies.unseen_pretrained import measure_pretrained
+from studies.unseen_synthetic import _spread
 from studies.unseen_tables import Pretrained, Synthetic
 
 STEPS, LAYERS, SEEDS, N = (0, 50, 400, 800), range(5), range(4), 40
@@ -41,6 +42,7 @@ GOOD: dict[str, Callable[..., float]] = {
     "random": lambda layer: 0.01,
     "early": lambda layer: 0.5 - 0.1 * abs(layer - 1),
     "left": lambda random: 0.9 if random else 0.3,
+    "chance": lambda: 0.25,
     "pretrained": lambda layer: 0.9 - 0.2 * abs(layer - 4),
     "pretrained random": lambda layer: 0.01,
     "pretrained ari": lambda layer: layer / 4,
@@ -61,7 +63,8 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
         for step in STEPS:
             for split in SPLITS:
                 here = {**own, "step": step, "split": split, "n": N}
-                add(rule["accuracy"](split, step), **here, metric="accuracy")
+                chance = {"metric": "accuracy", "null_mean": rule["chance"]()}
+                add(rule["accuracy"](split, step), **here, **chance)
                 for layer in LAYERS:
                     place = {**here, "layer": layer}
                     member = rule["membership"](split, step, layer)
@@ -87,9 +90,10 @@ def world(**changes: Callable[..., float]) -> pd.DataFrame:
                     for method, rate in rates.items():
                         add(rate, **at, position=position, method=method, metric="target")
                 for name in ("erase", "erase given input"):
-                    for suffix in ("", ", random subspace"):
-                        left = {"method": name + suffix, "metric": "accuracy left"}
-                        add(rule["left"](bool(suffix)), **at, **left, position=ANSWER)
+                    for suffix in ("", ", random subspace", ", reassigned labels"):
+                        left = {**at, "method": name + suffix, "position": ANSWER}
+                        add(rule["left"](bool(suffix)), **left, metric="accuracy left")
+                        add(0.5, **left, metric="variance removed")
     theirs: dict[str, Any] = {"part": "pretrained", "seed": -1}
     for layer in LAYERS:
         for method, score in (("model", rule["pretrained ari"](layer)), ("words", 0.0)):
@@ -124,7 +128,7 @@ def verdicts(scores: pd.DataFrame) -> dict[str, str]:
 
 def test_a_world_in_which_every_claim_holds():
     found = verdicts(world())
-    assert len(found) == 15
+    assert len(found) == 17
     assert set(found.values()) == {"supported"}, found
 
 
@@ -132,7 +136,7 @@ def test_a_world_in_which_every_claim_holds():
     ("refuted", "changes"),
     [
         ({"tracks-accuracy"}, {"ari": lambda split, step, layer: 0.9 - step / 1000}),
-        ({"nearest-centroid"}, {"membership": lambda split, step, layer: 0.5}),
+        ({"nearest-centroid"}, {"membership": lambda split, step, layer: 0.4}),
         (
             {"membership-middle", "membership-last"},
             {"inside": lambda step: 0.4, "outside": lambda step: 0.8},
@@ -142,7 +146,13 @@ def test_a_world_in_which_every_claim_holds():
         ({"transport"}, {"transport": lambda layer: 0.7}),
         ({"random-moves", "instruction-end"}, {"random": lambda layer: 0.5}),
         ({"input-conditional"}, {"shift": lambda layer: 1.1}),
-        ({"erase", "erase-given-input"}, {"left": lambda random: 0.3 if random else 0.9}),
+        (
+            {
+                *("erase", "erase-given-input"),
+                *("erase-over-reassigned", "erase-given-input-over-reassigned"),
+            },
+            {"left": lambda random: 0.3 if random else 0.9},
+        ),
         ({"instruction-end"}, {"early": lambda layer: 0.02}),
         ({"pretrained-shift"}, {"pretrained": lambda layer: 0.3}),
         ({"pretrained-random"}, {"pretrained_random": lambda layer: 0.3}),
@@ -152,6 +162,17 @@ def test_a_world_in_which_every_claim_holds():
 def test_worlds_in_which_a_claim_fails(refuted, changes):
     found = verdicts(world(**changes))
     assert {name for name, verdict in found.items() if verdict == "contradicted"} == refuted
+
+
+def test_accuracy_below_chance_counts_as_chance_on_both_sides():
+    """What an erasure breaks below chance is no knowledge of the task, nor is it a control's."""
+    both = world(left=lambda random: 0.2 if random else 0.02)
+    found = {claim.id: claim for claim in claims(both)}
+    assert found["erase"].estimate == pytest.approx(0, abs=0.005)
+    one = world(left=lambda random: 0.45 if random else 0.02)
+    found = {claim.id: claim for claim in claims(one)}
+    assert found["erase"].estimate == pytest.approx(0.2, abs=0.01)
+    assert found["erase"].control["input alone"] == pytest.approx(0.25)
 
 
 def test_membership_and_accuracy_that_only_rise_together_prove_nothing():
@@ -170,10 +191,24 @@ def test_one_seed_decides_nothing_but_what_varies_over_pairs():
     assert {found[name] for name in set(found) - pretrained} == {"inconclusive"}
 
 
+def test_erasures_are_fitted_on_all_expressions_in_turn():
+    prompts = lc.tasks.sif(
+        n_tasks=4, n_inputs=5, mappings_per_task=4, regexes_per_task=3, rows_per_mapping=4, seed=0
+    ).where(split="train")
+    chosen = _spread(prompts, 6).rows
+    sizes = chosen.groupby(["task", "input", "template"]).size()
+    assert (sizes.groupby(["task", "input"]).sum() == 6).all()
+    there = prompts.rows.groupby(["task", "input"])["template"].nunique()
+    np.testing.assert_array_equal(chosen.groupby(["task", "input"])["template"].nunique(), there)
+    spans = sizes.groupby(["task", "input"]).agg(lambda each: each.max() - each.min())
+    assert spans.max() <= 1
+    assert there.max() > 1
+
+
 def test_without_a_pretrained_model_its_claims_are_left_out():
     scores = world()
     own = scores[scores["part"] == "synthetic"]
-    assert len(claims(own)) == 12
+    assert len(claims(own)) == 14
     assert not [name for name in pictures(own) if name.startswith("pretrained")]
 
 
