@@ -8,6 +8,7 @@ import pandas as pd
 
 from lensclust import figures
 from studies.frames import where
+from studies.scales import AGREED
 
 # Which claims a figure shows.
 SHOWS = {
@@ -44,7 +45,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             value_title="accuracy",
         ),
         "trained_clusters": figures.head_map(
-            where(last, metric="ari"),
+            where(last, metric=AGREED),
             title="Heads of the trained models that cluster by task",
             caption="ARI given the input, mean over seeds.",
             value_title="ARI",

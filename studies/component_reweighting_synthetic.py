@@ -16,6 +16,7 @@ from probes.components import decompose
 from studies.component_reweighting import ComponentReweighting
 from studies.component_reweighting_scores import component_rows, extremes, kind_shares, relearned
 from studies.emergence import UNSEEN, clustered_prompts, input_only_accuracy
+from studies.scales import AGREED
 from studies.small_models import trained
 from studies.study import silenced
 
@@ -62,10 +63,11 @@ def _checkpoint(
         rows += relearned([learnt], [queries], n_labels, full=n_labels == most)[0]
     acts = lc.extract(model, prompts, "head", progress=False)
     with silenced("probes.clustering"):
-        found = probes.cluster(acts, permutations=study.permutations, kinds="head", jobs=1).frame
-    ari = found[found["metric"] == "ari"].rename(columns={"layer": "block"})
+        options: dict[str, Any] = {"permutations": study.permutations, "jobs": 1}
+        found = probes.cluster(acts, kinds="head", metrics=AGREED, **options).frame
+    agreed = found.rename(columns={"layer": "block"})
     columns = ["metric", "block", "head", "value", "null_mean"]
     return pd.concat(
-        [pd.DataFrame(rows), component_rows(queries), ari[columns].assign(method="model")],
+        [pd.DataFrame(rows), component_rows(queries), agreed[columns].assign(method="model")],
         ignore_index=True,
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from studies.frames import where
+from studies.scales import AGREED
 
 KINDS = ("good", "bad", "label-biased")
 # A model is not good yet below this share of its accuracy at the end.
@@ -45,6 +46,12 @@ class Pretrained:
         """Share of components of each type: a row a seed."""
         rows = where(self.scores, metric="share", method=method)
         return rows.pivot_table("value", "seed", "type")[[*KINDS, "chance"]]
+
+    @property
+    def n_components(self) -> int:
+        """Components that were asked alone."""
+        rows = where(self.scores, metric="component accuracy")
+        return len(rows[["kind", "block", "head"]].drop_duplicates())
 
     def heads(self) -> pd.DataFrame:
         """A row a set and head: how well it clusters by task, how right it is, by block."""
@@ -92,7 +99,7 @@ class Synthetic:
         """A row a seed and head: how well it clusters by task, how right it is."""
         rows = where(self.scores, step=step)
         keys = ["seed", "block", "head"]
-        ari = where(rows, metric="ari").set_index(keys)["value"].rename("ari")
+        ari = where(rows, metric=AGREED).set_index(keys)["value"].rename("ari")
         own = where(rows, metric="component accuracy", kind="head")
         return own.rename(columns={"value": "accuracy"})[[*keys, "accuracy"]].join(ari, on=keys)
 

@@ -10,6 +10,7 @@ from lensclust import figures
 from lensclust.views import ClusterView
 from studies.emergence import LABELS, UNSEEN
 from studies.frames import where
+from studies.scales import AGREED
 from studies.unseen import ANSWER, INSTRUCTION
 
 # Which claims a figure shows.
@@ -26,7 +27,7 @@ SHOWS = {
 
 def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
     """What the page lets its reader explore, by file name."""
-    ari = where(scores, metric="ari", split=UNSEEN, seed=0, part="synthetic")
+    agreed = where(scores, metric=AGREED, split=UNSEEN, seed=0, part="synthetic")
     return {
         "clusters": ClusterView.from_frame(
             states,
@@ -36,8 +37,8 @@ def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
             "turned onto those before them by an orthogonal map. Answered: after training. A "
             "picture is no measure: the score is that of k-means in all dimensions, given the "
             "input.",
-            scores=ari,
-            score_name="ARI with task",
+            scores=agreed,
+            score_name="agreement across wordings",
         )
     }
 

@@ -9,8 +9,10 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.results import decide
+from lensclust.stats import correlation
 from studies.emergence import UNSEEN
 from studies.frames import where
+from studies.scales import AGREEMENT, SHARE, SMALL, WEAK
 from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE
 from studies.unseen_tables import Pretrained, Synthetic
 
@@ -46,18 +48,23 @@ def _prediction(seen: Synthetic) -> list[lc.Claim]:
                 "unseen expressions": seen.with_accuracy("new_regex", top).mean(),
             },
             at_least=0,
+            margin=WEAK,
+            scale=correlation(of=len(seen.steps)),
             **PAPER,
         ),
         decide(
             "nearest-centroid",
-            "The nearest training centroid names the task of unseen strings (share of prompts, "
-            "last layer, given the input)",
-            inside,
+            "The nearest training centroid names the task of unseen strings (share of prompts "
+            "above that of the untrained model, last layer, given the input)",
+            inside - untrained,
             control={
+                "share": inside.mean(),
                 "untrained model": untrained.mean(),
                 "unseen expressions": seen.final("membership", "new_regex", top).mean(),
             },
-            at_least=0.9,
+            at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **PAPER,
         ),
         *(
@@ -70,6 +77,8 @@ def _prediction(seen: Synthetic) -> list[lc.Claim]:
                     "unseen expressions": _mean(seen.inside_minus_outside("new_regex", layer))
                 },
                 at_least=0,
+                margin=SMALL,
+                scale=SHARE.gain,
                 **PAPER,
             )
             for name, layer in (("middle", middle), ("last", top))
@@ -81,6 +90,8 @@ def _prediction(seen: Synthetic) -> list[lc.Claim]:
             _or_open(seen.margin(UNSEEN, middle)),
             control={"no information": 0.5, "layer 0": _mean(seen.margin(UNSEEN, 0))},
             at_least=0.5,
+            margin=SMALL,
+            scale=SHARE,
             **PAPER,
         ),
         *_wrong_cluster(seen),
@@ -104,6 +115,7 @@ def _wrong_cluster(seen: Synthetic) -> list[lc.Claim]:
                 "accuracy of new pairs": seen.final("accuracy", "new_pair").mean(),
             },
             at_least=0.5,
+            scale=SHARE,
             **OURS,
         )
     ]
@@ -126,6 +138,7 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
             transport,
             control=others,
             at_least=0.95,
+            scale=SHARE,
             **OURS,
         ),
         decide(
@@ -134,6 +147,7 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
             _random(seen, "transport"),
             control={"transport": transport.mean()},
             at_most=0.05,
+            scale=SHARE,
             **OURS,
         ),
         decide(
@@ -143,6 +157,8 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
             transport - seen.moved("shift"),
             control={"transport": transport.mean(), "shift": seen.moved("shift").mean()},
             at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **OURS,
         ),
         *(
@@ -161,6 +177,8 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
                     ),
                 },
                 at_least=0,
+                margin=SMALL,
+                scale=SHARE.gain,
                 **OURS,
             )
             for id, method, within, control, words in (
@@ -182,14 +200,16 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
                 "shift": seen.moved("shift", INSTRUCTION).mean(),
                 "another member": seen.moved(MEMBER, INSTRUCTION).mean(),
             },
-            at_least=0.1,
+            at_least=0,
+            margin=SMALL,
+            scale=SHARE.gain,
             **OURS,
         ),
     ]
 
 
 def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
-    over: dict[str, Any] = {"unit": "ordered task pair", "n_seeds": 1, **OURS}
+    over: dict[str, Any] = {"units": {"task": seen.pairs}, "n_seeds": 1, **OURS}
     moved = seen.at_best("shift")
     nothing = _name(seen.moves, "random direction")
     return [
@@ -204,6 +224,7 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
                 "another member": seen.at_best(MEMBER).mean(),
             },
             at_least=0.6,
+            scale=SHARE,
             **over,
         ),
         decide(
@@ -212,6 +233,7 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
             seen.at_best(nothing),
             control={"shift": moved.mean()},
             at_most=0.05,
+            scale=SHARE,
             **over,
         ),
         decide(
@@ -228,6 +250,8 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
                 ),
             },
             at_least=0,
+            margin=WEAK,
+            scale=AGREEMENT,
             **over,
         ),
     ]

@@ -31,6 +31,7 @@ from studies.emergence import (
     input_only_accuracy,
     states_over_training,
 )
+from studies.scales import AGREED
 from studies.small_models import trained
 from studies.study import silenced
 from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE, Unseen
@@ -110,7 +111,8 @@ def _checkpoint(
             found = probes.cluster(
                 states.isel(prompt=rows), permutations=permutations, jobs=1
             ).frame
-        found = found[found["metric"] == "ari"][["layer", "metric", "value", "null_mean"]]
+        agreed = found["metric"].isin(["ari", AGREED])
+        found = found[agreed][["layer", "metric", "value", "null_mean"]]
         accuracy = {"metric": "accuracy", "value": right[rows].mean(), "null_mean": chance[split]}
         of_split = near[near["prompt"].isin(rows)]
         tables += [

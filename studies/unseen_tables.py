@@ -7,6 +7,7 @@ import pandas as pd
 
 from studies.emergence import UNSEEN
 from studies.frames import rank_correlations, where
+from studies.scales import AGREED
 from studies.unseen import ANSWER, SUBSPACE
 
 # Fewer prompts than this inside or outside their cluster say nothing about a checkpoint.
@@ -33,11 +34,16 @@ class Synthetic:
         return rows.sort_values(by="seed")["value"].to_numpy()
 
     def with_accuracy(self, split: str, layer: int) -> np.ndarray:
-        """Rank correlation of ARI with accuracy over checkpoints."""
+        """Rank correlation of clustering with accuracy over checkpoints.
+
+        Clustering is agreement across wordings where tasks have several, else ARI.
+        """
         rows = where(self.scores, split=split)
         accuracy = where(rows, metric="accuracy")[["seed", "step", "value"]]
-        ari = where(rows, metric="ari", layer=layer)
-        both = ari.merge(accuracy, on=["seed", "step"], suffixes=("", "_accuracy"))
+        metric = AGREED if AGREED in set(rows["metric"]) else "ari"
+        both = where(rows, metric=metric, layer=layer).merge(
+            accuracy, on=["seed", "step"], suffixes=("", "_accuracy")
+        )
         return rank_correlations(both, "value_accuracy", "value", by="seed").to_numpy()
 
     def inside_minus_outside(self, split: str, layer: int) -> np.ndarray:
@@ -100,6 +106,12 @@ class Pretrained:
         self.scores = where(scores, part="pretrained")
         self.moves = self.scores[self.scores["fold"].notna()]
 
+    @property
+    def pairs(self) -> np.ndarray:
+        """Source and target of each value, in their order."""
+        pairs = where(self.moves, metric="target", method="shift")[["source", "target"]]
+        return pairs.drop_duplicates().sort_values(["source", "target"]).to_numpy(dtype=str)
+
     def at_best(self, method: str, best: str = "shift") -> np.ndarray:
         """Rate at the layer where ``best`` moves most, chosen on the other half of the queries."""
         found = []
@@ -115,7 +127,9 @@ class Pretrained:
         """Rank correlation over layers of moved answers with a clustering score, by pair."""
         score = where(self.scores, metric=metric, method=source).set_index("layer")["value"]
         rows = where(self.moves, metric="target", method="shift")
-        rows = rows.assign(score=rows["layer"].map(score), pair=rows["source"] + rows["target"])
+        rows = rows.assign(
+            score=rows["layer"].map(score), pair=rows["source"] + "\0" + rows["target"]
+        )
         return rank_correlations(rows, "score", "value", by="pair").to_numpy()
 
     def peak(self, metric: str, method: str) -> int:
