@@ -47,7 +47,7 @@ bench: .venv/installed-bench
 bench-full: .venv/installed-bench
 	$(BIN)/python -m tests.benchmarks --full
 
-# False-positive rates and power of every p, simulated: the table of docs/calibration.md.
+# Every p and interval, simulated: the tables of docs/calibration.md and docs/coverage.md.
 calibrate: .venv/installed-test
 	$(BIN)/python -m tests.calibration
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binom
 
+from tests.calibration.coverage import LEAST, covered, intervals_page
 from tests.calibration.layouts import LAYOUTS
 from tests.calibration.measures import MEASURES
 from tests.calibration.tables import LEAST_05, page, rates
@@ -21,6 +22,15 @@ def test_p_is_small_as_often_as_stated_and_more_often_with_a_task(layout):
     able = found[found["smallest"] <= 0.02].set_index("measure")["found"]
     assert (able > LEAST_05).mean() > 0.8
     assert able["cluster, cross_wording_ari, within input"] > 0.5
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_truth_as_often_as_stated():
+    found = covered(150)
+    # At the bound itself, fewer than this come up once in 10,000 cells.
+    assert (found["covered"] * 150 >= binom.ppf(1e-4, 150, LEAST)).all()
+    assert found["inside range"].all()
+    assert "| ordered pairs of 3 tasks |" in intervals_page(found, 150)
 
 
 def test_the_page_has_every_measure_and_says_where_a_layout_is_too_small():

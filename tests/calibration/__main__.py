@@ -1,6 +1,7 @@
-"""``make calibrate``: how often each p is small without a task effect, and with one.
+"""``make calibrate``: how often each p is small without a task effect, and with one; coverage.
 
-The table goes into ``docs/calibration.md``. ``--draws N`` takes another number of draws.
+The tables go into ``docs/calibration.md`` and ``docs/coverage.md``. ``--draws N`` takes another
+number of draws, ``--only intervals`` (or ``p``) one of the two.
 """
 
 from __future__ import annotations
@@ -9,23 +10,44 @@ import argparse
 from pathlib import Path
 
 from lensclust.run_directory import write_atomically
+from tests.calibration.coverage import LEAST, covered, intervals_page
 from tests.calibration.tables import DRAWS, page, rates
 
-PAGE = Path(__file__).parents[2] / "docs" / "calibration.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, INTERVALS = DOCS / "calibration.md", DOCS / "coverage.md"
 
 
 def main() -> None:
     """Simulate, print what is above its bound, write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=DRAWS)
-    draws = parser.parse_args().draws
+    parser.add_argument("--only", choices=("p", "intervals"))
+    given = parser.parse_args()
+    failed = given.only != "p" and _intervals(given.draws)
+    failed |= given.only != "intervals" and _p(given.draws)
+    raise SystemExit(int(failed))
+
+
+def _intervals(draws: int) -> bool:
+    """Whether a kind of interval covers less than it should."""
+    found = covered(draws)
+    write_atomically(INTERVALS, intervals_page(found, draws))
+    short = found[(found["covered"] < LEAST) | ~found["inside range"]]
+    print(f"{len(found)} intervals, {len(short)} short of {LEAST}; {INTERVALS}")
+    for row in short.itertuples():
+        print(f"  {row.kind}, {row.level}: {row.covered:.3f}")
+    return len(short) > 0
+
+
+def _p(draws: int) -> bool:
+    """Whether a p is small more often than it should be."""
     found = rates(draws, powered=max(10, draws // 4), told=print)
     write_atomically(PAGE, page(found, draws))
     wrong = found[found["wrong"]]
     print(f"{len(found)} cells, {len(wrong)} outside their bounds; {PAGE}")
     for row in wrong.itertuples():
         print(f"  {row.measure}, {row.layout}: {row.at_05:.3f} at .05, {row.at_01:.3f} at .01")
-    raise SystemExit(int(len(wrong) > 0))
+    return len(wrong) > 0
 
 
 if __name__ == "__main__":
