@@ -163,17 +163,26 @@ least two values
 
 
 def against_null(
-    scores: Float[np.ndarray, "group labelling"], exchange: Exchange, permutations: int
+    scores: Float[np.ndarray, "group labelling"],
+    exchange: Exchange,
+    permutations: int,
+    *,
+    tested: Float[np.ndarray, " labelling"] | None = None,
 ) -> dict[str, Any]:
-    """Mean over groups of the true labels' score, beside the same mean under relabellings."""
+    """Mean over groups of the true labels' score, beside the same mean under relabellings.
+
+    Args:
+        tested: what p is of, where that is not the mean itself.
+    """
     mean = scores.mean(0)
     # Where there is no other relabelling, the true one is the null.
     value, null = float(mean[0]), mean[1:] if mean.size > 1 else mean
+    of = mean if tested is None else tested
     return {
         "value": value,
         "null_mean": float(null.mean()),
         "null_std": float(null.std(ddof=1)) if null.size > 1 else 0.0,
-        "p": float(permutation_p(value, mean[1:])),
+        "p": float(permutation_p(float(of[0]), of[1:])),
         "smallest_p": exchange.smallest_p(permutations),
         "n_groups": len(scores),
         "exchanged": exchange.exchanged,

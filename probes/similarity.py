@@ -65,7 +65,8 @@ def nearest_neighbour(
     Returns:
         One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
         null_mean, null_std, p, smallest_p, exchanged``, the metric being ``1nn_accuracy``,
-        ``10nn_accuracy``, ...; ``exchanged`` says what trades labels under the null.
+        ``10nn_accuracy``, ...; ``exchanged`` says what trades labels under the null. ``p`` is
+        that of the accuracy in which every such unit counts alike, however many prompts it has.
 
     Raises:
         InputError: if a label does not exist, the target has one value, a prompt has fewer than
@@ -111,7 +112,12 @@ def nearest_neighbour(
         right = np.stack([vote(codes[nearest]) == codes for codes in labellings])
         place = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
         for name, members in parts.items():
-            scores = against_null(right[:, members].mean(1)[None], exchange, permutations)
+            found = right[:, members]
+            unit = exchange.unit[members]
+            share = 1 / np.bincount(unit)[unit]
+            scores = against_null(
+                found.mean(1)[None], exchange, permutations, tested=found @ (share / share.sum())
+            )
             del scores["n_groups"]
             rows.append(
                 {**place, "by": target, "metric": f"{k}nn_accuracy", "group": name} | scores

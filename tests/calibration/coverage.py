@@ -79,7 +79,7 @@ def orders(n: int, points: int) -> Draw:
         size = 2 * (1 - level)
         layers = np.arange(points)
         noise = points * size * rng.normal(size=(n, points)) / 2
-        values = [float(spearmanr(layers, layers * level + each)[0]) for each in noise]
+        values = [np.asarray(spearmanr(layers, layers * level + e))[0] for e in noise]
         return mean_of(values, scale=correlation(of=points))
 
     return draw

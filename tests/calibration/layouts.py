@@ -72,6 +72,19 @@ def _unbalanced(seed: int = 0) -> pd.DataFrame:
     )
 
 
+def _sizes_by_task() -> pd.DataFrame:
+    """Tasks with few and with many rows a wording."""
+    return _rows(
+        [
+            (task, f"{task}.{w}", f"{task}.{w}.{s}", x)
+            for task, strings in enumerate([2, 2, 8, 8])
+            for w in range(3)
+            for s in range(strings)
+            for x in range(2)
+        ]
+    )
+
+
 LAYOUTS: dict[str, Layout] = {
     "nested": Layout(_nested([3] * 5, 2, 2), "5 tasks, 3 wordings each, 2 strings each, 2 inputs"),
     "crossed": Layout(_crossed(5, 4, 3), "5 tasks, 4 templates shared by all, 3 inputs"),
@@ -83,6 +96,9 @@ LAYOUTS: dict[str, Layout] = {
         "6 tasks, 3 wordings each, each task with 4 of 6 inputs",
     ),
     "unbalanced": Layout(_unbalanced(), "4 tasks of 2 to 5 wordings, 2 to 6 strings each"),
+    "sizes by task": Layout(
+        _sizes_by_task(), "4 tasks, 3 wordings each, of 2 strings in two tasks and 8 in the others"
+    ),
     "few wordings": Layout(_nested([2] * 2, 3, 3), "2 tasks, 2 wordings each: 3 relabellings"),
 }
 
