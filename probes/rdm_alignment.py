@@ -1,7 +1,8 @@
 """Representational similarity: does a site lay prompts apart as a hypothesis says it should?
 
 Standard of evidence: beside each value stand the same score under relabelled prompts (the same
-relabellings at every site; prompts of one wording and value move together, `probes.design`), the
+relabellings at every site; prompts of one wording and value move together, `probes.design`, and p
+is that between their means where some have more prompts than others), the
 value with nuisances (length, template, first token) taken out,
 and, since a sweep looks at many sites, ``p_corrected``: how often the best site of a permuted
 sweep does as well (Westfall & Young 1993). How the permutations treat nuisances stands in
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,12 @@ from jaxtyping import Float, Int
 
 from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
 from lensclust.progress import progress_bar
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
-from probes.design import Units
-from probes.matrix_tests import TRANSFORMS, MatrixTest, relabellings
+from probes.design import Exchange, Units
+from probes.matrix_tests import TRANSFORMS, MatrixTest, Scores, relabellings
 from probes.noise_ceilings import noise_ceiling
 from probes.rdm_checks import (
     checked_hypotheses,
@@ -42,7 +45,7 @@ from probes.rdm_checks import (
     only_labelled,
 )
 from probes.rdm_sweeps import RSA
-from probes.rdms import crossnobis, standardised, state_distances
+from probes.rdms import crossnobis, pair_index, standardised, state_distances
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +145,7 @@ def rsa(
     notes = unlabelled + notes
     warned = list(notes)
     options = {"permutations": permutations, "seed": seed}
+    found: dict[str, Exchange] = {}
     if within is not None:
         block = np.unique(prompt_labels(acts, within)[layout[0]], return_inverse=True)[1]
         same = relabellings(layout.shape[1], block=block, **options)
@@ -162,6 +166,11 @@ def rsa(
         for method in compares
         for controlled in ([False, True] if unwanted else [False])
     }
+    of_units = {
+        name: UnitTests.of(each, matrices[name], unwanted, compares, options)
+        for name, each in found.items()
+        if np.ptp(np.bincount(each.unit)) > 0
+    }
     for note in warned:
         log.warning("rsa: %s", note)
     sites = dataset_sites(acts, kinds)
@@ -171,7 +180,7 @@ def rsa(
     total = len(sites) * len(distances) * len(scales)
     with progress_bar("rsa", total, enabled=progress) as advance:
         for chunk in _chunks(measured, max(1, ENTRIES // (pairs * len(layout)))):
-            for row, null in _scored(chunk, tests, orders, seed):
+            for row, null in _scored(chunk, tests, orders, of_units, seed):
                 rows.append(row)
                 nulls.append(null)
             advance(len(chunk))
@@ -185,6 +194,79 @@ def rsa(
     scores += ["ceiling_low", "ceiling_high", "n", "permutations"]
     ordered = frame[[*places, *SCORED, *scores]].astype({"head": "Int64"})
     return RSA(frame=ordered, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class UnitTests:
+    """The same tests on mean distances between units, for p where units differ in size.
+
+    Under relabelling a large unit would go to another label, and its many pairs with it; between
+    means every pair of units counts alike.
+
+    Attributes:
+        unit: of each item.
+        tests: by comparison and whether nuisances are taken out; missing where, between units,
+            they leave nothing of the hypothesis.
+        orders: of the units.
+    """
+
+    unit: Int[np.ndarray, " item"]
+    tests: Mapping[tuple[str, bool], MatrixTest]
+    orders: Int[np.ndarray, "labelling unit"]
+
+    @classmethod
+    def of(
+        cls,
+        exchange: Exchange,
+        hypothesis: Float[np.ndarray, "item item"],
+        nuisances: Sequence[Float[np.ndarray, "item item"]],
+        compares: Sequence[str],
+        options: Mapping[str, Any],
+    ) -> UnitTests:
+        """Average a hypothesis and nuisances over the items of each pair of units."""
+        unit, n = exchange.unit, len(exchange.label)
+        own, *others = (_between(np.asarray(each), unit) for each in (hypothesis, *nuisances))
+        varying = [each for each in others if np.ptp(each[pair_index(n)]) > 0]
+        tests = {}
+        for method in compares:
+            for controlled in [False, True] if nuisances else [False]:
+                # A hypothesis that nuisances explain between units is tested between items.
+                with suppress(InputError):
+                    tests[method, controlled] = MatrixTest.of(
+                        own, varying if controlled else (), method, name=exchange.by
+                    )
+        place = np.zeros(n, dtype=np.int64)
+        single = replace(exchange, unit=np.arange(n), place=place, wording=None)
+        return cls(unit, tests, single.orders(**options))
+
+    def scores(
+        self,
+        entries: Float[np.ndarray, "matrix pair"],
+        compare: str,
+        controlled: bool,
+        *,
+        seed: int,
+    ) -> Scores | None:
+        """What p compares; None where there is no such test between units."""
+        test = self.tests.get((compare, controlled))
+        if test is None:
+            return None
+        items, pairs = len(self.unit), pair_index(len(self.orders[0]))
+        square = np.zeros((len(entries), items, items))
+        first, second = pair_index(items)
+        square[:, first, second] = entries
+        square += square.transpose(0, 2, 1)
+        means = np.stack([_between(each, self.unit)[pairs] for each in square])
+        return test.scores(test.transformed(means), self.orders, seed=seed)
+
+
+def _between(
+    matrix: Float[np.ndarray, "item item"], unit: Int[np.ndarray, " item"]
+) -> Float[np.ndarray, "unit unit"]:
+    """Mean over the items of each pair of units."""
+    share = np.zeros((len(unit), int(unit.max()) + 1))
+    share[np.arange(len(unit)), unit] = 1 / np.bincount(unit)[unit]
+    return share.T @ matrix @ share
 
 
 def _columns(
@@ -222,6 +304,7 @@ def _scored(
     chunk: Sequence[_Column],
     tests: Mapping[tuple[str, str, bool], MatrixTest],
     orders: Mapping[str, Int[np.ndarray, "_labelling item"]],
+    of_units: Mapping[str, UnitTests],
     seed: int,
 ) -> Iterator[tuple[dict[str, Any], Float[np.ndarray, " labelling"]]]:
     """A row of each column and test, and the statistic under each labelling (true first)."""
@@ -239,9 +322,12 @@ def _scored(
         if kept not in residuals:
             residuals[kept] = test.transformed(entries)
         found = test.scores(residuals[kept], orders[name], seed=seed)
+        tested = found
+        if name in of_units:
+            tested = of_units[name].scores(entries, method, controlled, seed=seed) or found
         for index, column in enumerate(chunk):
             part = slice(starts[index], starts[index + 1])
-            value, statistic = found.value[part].mean(), found.statistic[part].mean()
+            value, statistic = found.value[part].mean(), tested.statistic[part].mean()
             null = found.null[part].mean(0)
             low, high = ceilings.get((index, method), (np.nan, np.nan))
             site = column.site
@@ -249,7 +335,8 @@ def _scored(
             row |= {"hypothesis": name, "distance": column.distance, "compare": method}
             row |= {"standardised": column.standardised, "controlled": controlled}
             # Where there is no other relabelling, the true one is the null.
-            shown = null if null.size else np.array([statistic])
+            shown = null if null.size else np.array([found.statistic[part].mean()])
+            null = tested.null[part].mean(0)
             row |= {"value": float(value), "null_mean": float(shown.mean())}
             row |= {"null_std": float(shown.std(ddof=1)) if shown.size > 1 else 0.0}
             row["p"] = float(permutation_p(statistic, null)) if np.isfinite(value) else np.nan

@@ -272,7 +272,8 @@ def test_run_ends_with_the_claims_and_the_page_and_is_not_overwritten(capsys, tm
         assert (out / name).stat().st_size > 0
     claims = json.loads((out / "claims.json").read_text())
     keys = ["id", "statement", "source", "origin", "estimate", "ci95", "control", "rule"]
-    assert list(claims[0]) == [*keys, "verdict", "n_seeds", "figures"]
+    keys += ["verdict", "n_seeds", "figures", "unit", "n", "spread", "p", "q", "holds_corrected"]
+    assert list(claims[0]) == keys
     before = (out / "claims.json").read_bytes()
     again = ["run", "emergence", *QUICK, "1", "--out", str(out)]
     assert "holds this run already; continue it with --resume" in one_line_error(capsys, again)

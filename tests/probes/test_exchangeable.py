@@ -8,10 +8,12 @@ from math import factorial
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
+from probes import nearest_neighbour, rsa
 from probes.design import Exchange, exchangeable, flipped_p, row_columns
 
 
@@ -203,3 +205,33 @@ def test_sign_flips_of_few_units_are_all_of_them(seed, units):
     np.testing.assert_allclose(p, (every >= observed[:, None] - 1e-9).mean(1))
     largest = every.max(0)
     np.testing.assert_allclose(corrected, (largest >= observed[:, None] - 1e-9).mean(1))
+
+
+# -- units of different sizes -------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000))
+def test_copies_of_some_wordings_are_no_further_evidence(seed):
+    """p stays when the prompts of some wordings are there twice or three times."""
+    rng = np.random.default_rng(seed)
+    task, wording = (each.ravel() for each in np.mgrid[:4, :3])
+    x = rng.normal(size=(12, 1, 1, 5)) + rng.normal(size=(4, 1, 1, 5))[task]
+    rows = np.repeat(np.arange(12), 2)
+    x = x[rows] + 0.3 * rng.normal(size=(24, 1, 1, 5))
+    labels = {"task": task[rows], "template": (task * 3 + wording)[rows]}
+    acts = xr.Dataset(
+        {"resid": (("prompt", "position", "layer", "d_model"), x.astype(np.float32))},
+        {"layer": [0], "position": ["answer"]}
+        | {name: ("prompt", values.astype(str)) for name, values in labels.items()},
+    )
+    # Some wordings have more prompts; then each of them twice as many, or three times.
+    times = np.array([1, *(1 + rng.integers(0, 2, 10)), 2])[rows]
+    more = times * (1 + rng.integers(0, 2, 12))[rows]
+    some, others = (acts.isel(prompt=np.repeat(np.arange(24), each)) for each in (times, more))
+    options = {"permutations": 99, "seed": 0, "progress": False}
+    similar = {"nuisance": None, "compare": "pearson", "distance": "euclidean", **options}
+    found = [rsa(each, ["task"], **similar).frame["p"].item() for each in (some, others)]
+    assert len(set(np.bincount(np.repeat(rows, more)))) == 1 or found[0] == found[1]
+    near = [nearest_neighbour(each, **options)["p"].item() for each in (some, others)]
+    assert near[0] == near[1]

@@ -21,6 +21,7 @@ from probes.partitions import (
     AGREEMENT,
     Pairs,
     contingency,
+    counted_agreement,
     distances,
     score_groups,
     silhouette,
@@ -174,6 +175,21 @@ def test_agreement_across_wordings_is_that_of_pairs_with_different_wordings(seed
     known = ~np.isnan(expected[:, 0])
     np.testing.assert_allclose(pairs.adjusted()[known], expected[known, 0], atol=1e-9)
     np.testing.assert_allclose(pairs.f1()[known], expected[known, 1], atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000))
+def test_counted_rows_are_rows_that_stand_so_often(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(6, 30))
+    wording, clusters, labels = rng.integers(0, 5, n), rng.integers(0, 3, n), rng.integers(0, 3, n)
+    counts = np.stack([np.ones(5, dtype=int), *rng.integers(0, 3, (4, 5))])[:, wording]
+    found = counted_agreement(clusters, labels, wording, counts.astype(float))
+    for value, count in zip(found, counts, strict=True):
+        rows = np.repeat(np.arange(n), count)
+        expected = by_hand(clusters[rows], labels[rows], wording[rows])[0] if len(rows) else np.nan
+        if np.isfinite(expected):
+            assert value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("nested", [True, False])
