@@ -13,10 +13,9 @@ import lensclust as lc
 import probes
 from lensclust import figures
 from lensclust.results import decide
-from lensclust.stats import correlation
 from lensclust.views import ClusterView
-from studies.frames import plane, rank_correlations, where
-from studies.realistic_units import Redrawn, Source, agreed_at, chosen_sites, redrawn
+from studies.frames import plane, where
+from studies.realistic_units import Redrawn, Source, agreed_at, chosen_sites, redrawn, with_depth
 from studies.scales import AGREED, SHARE, SMALL, WEAK
 
 PAPER: dict[str, Any] = {
@@ -74,12 +73,6 @@ class Evidence:
         """The best single head."""
         return agreed_at(self.of(MODEL), kind="head")
 
-    def with_depth(self, name: str) -> np.ndarray:
-        """Rank correlation of agreement with layer, in each group."""
-        rows = pd.concat([source.groups for source in self.of(name)])
-        rows = where(rows, metric=AGREED, by="task", kind="resid")
-        return rank_correlations(rows, "layer", "value", by="group").to_numpy()
-
 
 def claims(
     scores: pd.DataFrame, sources: Sequence[Source], near: pd.DataFrame, given: str
@@ -96,7 +89,6 @@ def claims(
     n_seeds = int(scores["seed"].nunique())
     over: dict[str, Any] = {"unit": f"{given} and wording", "n_seeds": n_seeds}
     null = where(scores, metric=AGREED, source=MODEL, by="task", kind="resid", given=given)
-    layers = int(null["layer"].nunique())
     found = [
         decide(
             "clusters",
@@ -128,7 +120,10 @@ def claims(
             "and beyond what the architecture alone does: above that of random weights (no less "
             "than chance)",
             seen.model.above(seen.random),
-            control={MODEL: model, RANDOM: random},
+            control={
+                f"{MODEL}, the same {given}s": float(seen.model.of(seen.random.names).value.mean()),
+                RANDOM: random,
+            },
             at_least=0,
             margin=SMALL,
             **PAPER,
@@ -138,14 +133,12 @@ def claims(
         decide(
             "deeper",
             "Deeper layers cluster more (rank correlation of agreement across wordings with layer)",
-            seen.with_depth(MODEL),
-            control={RANDOM: float(seen.with_depth(RANDOM).mean())},
+            with_depth(seen.of(MODEL)[0]).mean(),
+            control={RANDOM: float(with_depth(seen.of(RANDOM)[0]).value.mean())},
             at_least=0,
             margin=WEAK,
-            scale=correlation(of=layers),
-            unit=given,
-            n_seeds=n_seeds,
             **PAPER,
+            **over,
         ),
     ]
     if HELD_OUT in seen.names:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 
-from lensclust.stats import Mean, Scale, agreement, estimate_of
+from lensclust.stats import Mean, Scale, agreement, correlation, estimate_of
 from probes.partitions import counted_agreement
 from studies.frames import where
 from studies.scales import AGREED
@@ -195,6 +196,28 @@ def agreed_at(sources: Sequence[Source], *, kind: str = "resid", **options: Any)
             for source in sources
         ]
     )
+
+
+def with_depth(source: Source) -> Redrawn:
+    """Rank correlation of agreement with layer in each group, under the same draws."""
+    groups = where(source.groups, metric=AGREED, by="task", kind="resid")
+    sites = groups.sort_values("layer")["site"].drop_duplicates()
+    names = sorted(groups["group"].unique())
+    layers = [redrawn(source, dict.fromkeys(names, str(site))) for site in sites]
+    return replace(
+        layers[0],
+        value=_with_place(np.stack([layer.value for layer in layers])),
+        draws=_with_place(np.stack([layer.draws for layer in layers])),
+        scale=correlation(of=len(layers)),
+    )
+
+
+def _with_place(values: Float[np.ndarray, layer * n]) -> Float[np.ndarray, "*n"]:
+    """Spearman's rho of values with their place along the first axis; 0 where they are level."""
+    ranks = rankdata(values, axis=0) - (len(values) + 1) / 2
+    place = np.arange(len(values)) - (len(values) - 1) / 2
+    size = np.sqrt((ranks**2).sum(0) * (place**2).sum())
+    return np.tensordot(place, ranks, 1) / np.where(size > 0, size, np.inf)
 
 
 def _widened(k: int) -> float:
