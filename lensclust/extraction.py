@@ -65,10 +65,12 @@ def extract(
             (``s3://bucket/a``; `lensclust.store_places` says what a URL cannot give: see that
             only one process writes to it).
         resume: continue a store that a killed run left behind. One that was finished with these
-            very prompts (tokens, labels, spans and answers) is opened and left as it is.
-        append: add these prompts to a finished store with the same model, tokenizer and sites.
-            Prompts that are in it already are refused: they would leak from one fold into
-            another.
+            very prompts (tokens, labels, spans and answers) is opened and left as it is; one that
+            holds others beside them is refused.
+        append: add these prompts to a finished store with the same model, tokenizer and sites, and
+            return all that it holds. Prompts that are in it already are refused: they would leak
+            from one fold into another. With ``resume`` as well, what an earlier call added is
+            not added again.
         progress: show a bar.
 
     Returns:
