@@ -79,7 +79,10 @@ def extract(
         ``mlp_out``, ``resid_mid (prompt, position, block, d_model)``, as asked for. With
         ``head``, ``head_frame (block, head, d_head, rank)`` lets distances between heads'
         contributions be taken in ``z`` (`lensclust.sites.head_frames`). Attributes hold the
-        provenance. With ``store`` the dataset is read lazily from disk.
+        provenance. With ``store`` the dataset is read lazily from disk. Parts that
+        were read of one model are joined by ``xr.concat(parts, "prompt",
+        data_vars="minimal")``. xarray keeps the attributes of the first part alone: keep the
+        activations of several models apart.
 
     Raises:
         InputError: if a site or position does not exist, no rectangle holds the sites (heads of
