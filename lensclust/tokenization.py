@@ -210,16 +210,22 @@ class ChatPlaces:
     def range_of(self, text: str, rendered: str, start: int, stop: int) -> TokenSpan:
         """The range of the rendered chat that shows the characters ``start`` to ``stop``.
 
-        What the template leaves out has no place; the range of that alone is empty.
+        Those that the template leaves out beside others have no place.
 
         Raises:
-            InputError: if the template changes the message so that its characters have no place.
+            InputError: if it leaves them all out, or changes the message so that its characters
+                have no place.
         """
         if self.mark in self.pattern and self.pattern.replace(self.mark, text) == rendered:
             first = len(self.pattern[: self.pattern.rindex(self.mark)].replace(self.mark, text))
             return first + start, first + stop
         shown = range(start, stop) if start < stop else range(start, len(text))
         begin = self._first(text, rendered, shown)
+        if start < stop and begin is None:
+            raise InputError(
+                f"Prompts: the chat template leaves out characters {start} to {stop} of the "
+                f"text {text!r:.60}, so that their span has no place"
+            )
         if start >= stop or begin is None:
             place = begin[0] if begin else len(rendered)
             return place, place

@@ -98,12 +98,16 @@ def test_a_span_is_where_the_template_puts_its_characters(frame, change, text, d
     assert rendered == message  # the oracle knows the template
     if not message:
         return
-    prompts = lc.Prompts.from_texts(
-        [text], pd.DataFrame({"task": ["a"]}), tokenizer, chat=True, spans={"s": [(start, stop)]}
-    )
+    inside = "".join(pieces[start:stop])
+    arguments = ([text], pd.DataFrame({"task": ["a"]}), tokenizer)
+    spans = {"s": [(start, stop)]}
+    if start < stop and not inside:
+        with pytest.raises(lc.InputError, match=r"leaves out .* so that their span has no place"):
+            lc.Prompts.from_texts(*arguments, chat=True, spans=spans)
+        return
+    prompts = lc.Prompts.from_texts(*arguments, chat=True, spans=spans)
     assert prompts.tokens[0].tolist() == ids_of(message)
     first, last = prompts.spans["s"][0].tolist()
-    inside = "".join(pieces[start:stop])
     assert prompts.tokens[0, first:last].tolist() == ids_of(inside)
     if inside:
         assert first == len((head + "".join(pieces[:start])).encode())
