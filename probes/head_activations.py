@@ -38,7 +38,7 @@ from lensclust.fused_attention import fused_attention
 from lensclust.gradients import with_gradients
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
-from lensclust.readouts import Readout
+from lensclust.readouts import Readout, one_a_row
 from lensclust.sites import head_blocks, model_name
 from probes.activation_patterns import AXES, HeadActivation
 from probes.attribution import BACKWARD
@@ -183,7 +183,7 @@ def _last_token(model: TransformerBridge, prompts: Prompts, loss: Readout) -> _S
 
     def losses(rows: Int[Tensor, " row"]) -> RowLosses:
         def of(logits: Tensor, owner: Tensor) -> Float[Tensor, " row"]:
-            found = loss(logits, rows)
+            found = one_a_row(loss(logits, rows), rows)
             if found.shape != rows.shape:
                 raise InputError(
                     f"head_activation: the loss of {len(rows)} prompts has shape "

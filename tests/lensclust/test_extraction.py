@@ -151,7 +151,7 @@ def test_heads_of_a_joined_dataset_are_multiplied_by_their_own_weights(attribute
     np.testing.assert_array_equal(found.values, expected)
     with pytest.raises(lc.InputError, match="heads of several models"):
         lc.head_residual(xr.concat([parts[0], theirs], "prompt", **joining), model)
-    with pytest.raises(lc.InputError, match="with other W_O|with weights"):
+    with pytest.raises(lc.InputError, match=r"with other W_O|with weights"):
         lc.head_residual(xr.concat([theirs, theirs], "prompt", **joining), model)
 
 

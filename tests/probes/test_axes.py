@@ -214,7 +214,7 @@ def test_parts_that_xarray_joined_are_activations(name: str, kept: Any) -> None:
 @pytest.mark.parametrize("name", ["cluster", "nearest_neighbour", "probe", "membership"])
 def test_heads_of_two_models_are_not_taken_for_one(name: str) -> None:
     joined = xr.concat([ACTS, OTHER], "prompt", data_vars="all")
-    with pytest.raises(lc.InputError, match="heads of several models .* one model at a time"):
+    with pytest.raises(lc.InputError, match=r"heads of several models .* one model at a time"):
         PROBES[name](joined)
     with pytest.raises(ValueError, match="head_frame"):
         xr.concat([ACTS, OTHER], "prompt", data_vars="minimal", compat="equals")
