@@ -49,6 +49,7 @@ from lensclust.store_notes import (
 )
 from lensclust.store_places import Place, as_place, held, made_whole, vacant, zarr_store
 from lensclust.store_reading import (
+    how_to_finish,
     open_activations,
     opened,
     read_finished,
@@ -260,18 +261,17 @@ def _admit(
         if complete and not (resume and is_known):
             _require_new(path, np.asarray(store[ROW_KEYS][:]), keys, resume=resume, append=append)
         if not complete and not resume:
-            raise InputError(
-                f"store {path}: its writing was interrupted; finish it with resume=True"
-            )
+            raise InputError(f"store {path}: its writing was interrupted; {how_to_finish(store)}")
         if not complete and not is_known:
             raise InputError(
                 f"store {path}: was interrupted while reading other prompts than these (tokens, "
                 "labels, spans or answers differ)"
             )
         if is_known and total > n and not append:
+            advice = "open it with open_activations, or give append=True to get all of them"
             raise InputError(
-                f"store {path}: holds {total - n} more prompts than the {n} to be resumed; open it "
-                "with open_activations and choose rows, or give append=True to get all of them"
+                f"store {path}: holds {total - n} more prompts than the {n} to be resumed; "
+                f"{advice if complete else how_to_finish(store)}"
             )
         is_new = complete and not (resume and is_known)
         number = len(known) if is_new else known.index(batch[:2])

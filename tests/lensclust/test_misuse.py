@@ -166,7 +166,7 @@ others = {
     "logits gave NoneType for 2 prompts": lambda: probes.rank(
         model, prompts, prompts, "resid", metric=lambda logits, rows: None, progress=False
     ),
-    "logits gave float for": lambda: probes.head_activation(
+    "prompts is float, expected one number each": lambda: probes.head_activation(
         model, prompts, loss=lambda logits, rows: 0.5, progress=False
     ),
     "function given as moves, expected a function of source and target": lambda: (

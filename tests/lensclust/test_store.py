@@ -195,8 +195,9 @@ def test_a_resumed_store_gives_the_prompts_that_were_asked_for(model, tmp_path, 
         group = zarr.open_group(str(tmp_path / "a"), mode="r+")
         group[store_notes.DONE][9:] = 0
         store_notes.note(group, written=9)
+    advice = "finish it with .* and append=True" if interrupted else "open it with open_activations"
     for prompts, more in zip(parts, (7, 8, 9), strict=True):
-        with pytest.raises(lc.InputError, match=f"holds {more} more prompts .* open_activations"):
+        with pytest.raises(lc.InputError, match=f"holds {more} more prompts .*; {advice}"):
             lc.extract(model, prompts, "resid 2", resume=True, **options)
     with pytest.raises(lc.InputError, match=r"interrupted|open it with open_activations$"):
         lc.extract(model, parts[0].take([1, 0]), "resid 2", resume=not interrupted, **options)
