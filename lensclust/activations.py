@@ -46,7 +46,7 @@ def head_residual(
 
     Raises:
         InputError: if ``acts`` holds no heads, was not read with site ``head``, or was read with
-            other weights.
+            other weights, or with those of several models.
     """
     require_axes(acts, "z")
     if "head_frame" not in acts:
@@ -58,15 +58,50 @@ def head_residual(
             f"head_residual: the activations were read with weights {read[:8]}, the model has "
             f"{now[:8]} now; expected the model as it was read"
         )
+    frame = head_frame(acts)
     w_o = np.stack(
         [
             output_weights(model, int(b))[0].cpu().numpy()[acts["head"].values]
             for b in acts["block"].values
         ]
     )
+    if read is None and not _of(frame, w_o):  # a concatenation may have dropped the attributes
+        raise InputError(
+            "head_residual: the activations were read with other W_O than the model's; expected "
+            "the model as it was read"
+        )
     weights = xr.DataArray(w_o, dims=("block", "head", "d_head", "d_model"))
     found = xr.dot(acts["z"].astype(np.float32), weights, dim="d_head").rename("head_residual")
     return found.transpose("prompt", "position", "block", "head", "d_model")
+
+
+def head_frame(acts: xr.Dataset, site: Site | None = None) -> xr.DataArray:
+    """What heads' ``z`` is multiplied by to have the geometry of what they add, of all or of one.
+
+    ``xr.concat`` repeats it for every prompt; the repeated axis is dropped.
+
+    Raises:
+        InputError: if it differs between prompts: the activations are of several models.
+    """
+    frame = acts["head_frame"]
+    if site is not None:
+        frame = frame.sel(block=site.layer, head=site.head)
+    if "prompt" not in frame.dims:
+        return frame
+    first = frame.isel(prompt=0, drop=True)
+    if not bool((frame == first).all()):
+        raise InputError(
+            "these activations hold heads of several models (their head_frame differs between "
+            "prompts): take those of one model at a time"
+        )
+    return first
+
+
+def _of(frame: xr.DataArray, w_o: np.ndarray) -> bool:
+    """Whether a frame keeps the lengths and angles that these output weights make."""
+    rows = frame.transpose("block", "head", "d_head", "rank").values
+    made, kept = (each @ each.swapaxes(-1, -2) for each in (w_o, rows))
+    return made.shape == kept.shape and np.allclose(made, kept, rtol=1e-3, atol=1e-3 * made.max())
 
 
 def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) -> np.ndarray:
@@ -83,8 +118,7 @@ def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) ->
     values = np.ascontiguousarray(stored_values(acts, site, position=position), dtype=np.float32)
     if site.kind != "head":
         return values
-    frame = acts["head_frame"].sel(block=site.layer, head=site.head)
-    return values @ frame.transpose("d_head", "rank").values
+    return values @ head_frame(acts, site).transpose("d_head", "rank").values
 
 
 def stored_values(acts: xr.Dataset, site: Site, *, position: str | None = None) -> np.ndarray:

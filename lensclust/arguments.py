@@ -103,6 +103,8 @@ class _Wanted:
             return value
         if isinstance(value, str):
             value = str(value)  # numpy's own texts show their type in every message
+        if self.name == "dtype" and "str" in self.kinds:
+            value = _dtype_name(value)
         if value is None and any(kind in MAY_BE_NONE for kind in self.kinds):
             return None
         if any(kind in (*MODELS, "Prompts") for kind in self.kinds):
@@ -182,8 +184,26 @@ def _classes(value: Any) -> set[str]:
     return {each.__name__ for each in type(value).__mro__}
 
 
-def _is_function(value: Any) -> bool:
-    return callable(value) and not hasattr(value, "parameters")  # a model can be called, too
+def _is_function(value: Any, arguments: int = 0) -> bool:
+    """Whether a value is a function; of so many arguments, where its signature tells."""
+    if not callable(value) or hasattr(value, "parameters"):  # a model can be called, too
+        return False
+    try:
+        inspect.signature(value).bind(*[None] * arguments)
+    except TypeError:
+        return not arguments
+    except ValueError:  # some of those that are written in C have none
+        return True
+    return True
+
+
+def _dtype_name(given: Any) -> Any:
+    """A number type of torch or numpy by its name, as ``"float16"``; all else as it is."""
+    name = str(given).removeprefix("torch.")
+    if type(given).__name__ == "dtype":
+        return name
+    is_numpy = isinstance(given, type) and given.__module__ == "numpy"
+    return given.__name__ if is_numpy else getattr(given, "name", given)
 
 
 def _is_listed(value: Any) -> bool:
@@ -209,9 +229,9 @@ _TESTS: dict[str, Callable[[Any], bool]] = {
     "float": lambda value: isinstance(value, _NUMBER) or hasattr(value, "__float__"),
     "bool": lambda value: isinstance(value, _WHOLE) or type(value).__name__ == "bool_",
     "PreTrainedTokenizerBase": lambda value: _is_function(value) and hasattr(value, "pad_token_id"),
-    "Readout": _is_function,
-    "Make": _is_function,
-    "Moves": _is_function,
+    "Readout": functools.partial(_is_function, arguments=2),
+    "Make": functools.partial(_is_function, arguments=2),
+    "Moves": functools.partial(_is_function, arguments=2),
     "LossOn": lambda value: isinstance(value, str),
     "SiteSelector": lambda value: (
         isinstance(value, str) or "Site" in _classes(value) or _is_listed(value)
@@ -232,7 +252,8 @@ _WORDS = {
     "float": "a number",
     "bool": "True or False",
     "PreTrainedTokenizerBase": "a tokenizer such as model.tokenizer",
-    "Readout": "a function of logits and the numbers of their prompts",
+    "Readout": "a function of logits (row, vocab) and the numbers of their prompts that gives one "
+    "value a row, such as lambda logits, rows: logits[:, 0]",
     "Make": "a function of a site and a strength that makes one",
     "Moves": "a function of source and target that gives a list of interventions, such as "
     "lambda a, b: [probes.shift(means, a, b)]",

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust.agreement import agrees, remembered
 from lensclust.batching import model_device, without_cache
 from lensclust.errors import InputError
+from lensclust.faithfulness import called_not_causal
 
 _log = logging.getLogger(__name__)
 
@@ -42,9 +43,11 @@ def require_causal(model: TransformerBridge, *, caller: str = "load") -> None:
         raise InputError(f"{caller}: {name} has an encoder, expected a causal language model")
     where = remembered(model, "causal", lambda: _sees_later_tokens(model, caller))
     if where is not None:
+        reason = called_not_causal(network)
         raise InputError(
-            f"{caller}: {name} is not causal: states {where} depend on later tokens, so that "
-            "padding would change them; expected a decoder, such as ...ForCausalLM"
+            f"{caller}: {name} is not causal{reason and f' ({reason})'}: states {where} depend on "
+            "later tokens, so that padding would change them; expected a decoder, such as "
+            "...ForCausalLM"
         )
 
 

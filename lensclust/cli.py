@@ -22,6 +22,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lensclust import own_packages
 from lensclust.claim_table import print_claims
@@ -83,7 +84,7 @@ def _studies(given: list[str]) -> int:
         table.add_column(column, overflow="fold", no_wrap=column == "study")
     for name, study in sorted(_load_studies().items()):
         presets = "\n".join(f"{p}: {study.cost.get(p, '?')}" for p in study.presets)
-        table.add_row(name, study.title, study.paper, presets)
+        table.add_row(*map(Text, (name, study.title, study.paper, presets)))
     Console().print(table)
     return DONE
 
@@ -204,7 +205,7 @@ def _doctor(given: list[str]) -> int:
         return DONE
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, state in examine(options.model).items():
-        table.add_row(name, state)
+        table.add_row(*map(Text, (name, state)))  # plain: "[peft]" is no markup
     Console().print(table)
     return DONE
 

@@ -65,10 +65,12 @@ def extract(
             (``s3://bucket/a``; `lensclust.store_places` says what a URL cannot give: see that
             only one process writes to it).
         resume: continue a store that a killed run left behind. One that was finished with these
-            very prompts (tokens, labels, spans and answers) is opened and left as it is.
-        append: add these prompts to a finished store with the same model, tokenizer and sites.
-            Prompts that are in it already are refused: they would leak from one fold into
-            another.
+            very prompts (tokens, labels, spans and answers) is opened and left as it is; one that
+            holds others beside them is refused.
+        append: add these prompts to a finished store with the same model, tokenizer and sites, and
+            return all that it holds. Prompts that are in it already are refused: they would leak
+            from one fold into another. With ``resume`` as well, what an earlier call added is
+            not added again.
         progress: show a bar.
 
     Returns:
@@ -77,7 +79,10 @@ def extract(
         ``mlp_out``, ``resid_mid (prompt, position, block, d_model)``, as asked for. With
         ``head``, ``head_frame (block, head, d_head, rank)`` lets distances between heads'
         contributions be taken in ``z`` (`lensclust.sites.head_frames`). Attributes hold the
-        provenance. With ``store`` the dataset is read lazily from disk.
+        provenance. With ``store`` the dataset is read lazily from disk. Parts that
+        were read of one model are joined by ``xr.concat(parts, "prompt",
+        data_vars="minimal")``. xarray keeps the attributes of the first part alone: keep the
+        activations of several models apart.
 
     Raises:
         InputError: if a site or position does not exist, no rectangle holds the sites (heads of

@@ -1,4 +1,4 @@
-"""Whether a bridge computes what the network that it wraps computed before."""
+"""Whether a bridge computes what the network that it wraps computed before, block by block."""
 
 from __future__ import annotations
 
@@ -36,6 +36,31 @@ def note_bare(bridge: TransformerBridge, logits: Tensor | None) -> None:
     remembered(bridge, _BARE, lambda: logits)
 
 
+def require_all_blocks(bridge: TransformerBridge) -> None:
+    """Refuse a network whose configuration gives another number of blocks than it has.
+
+    The last layer of the residual stream would be missing, or be looked for in a block that never
+    runs.
+
+    Raises:
+        InputError: with both numbers, and how to make them agree.
+    """
+    there, said = len(getattr(bridge, "blocks", ())), bridge.cfg.n_layers
+    if there and there != said:
+        raise InputError(
+            f"load: {bridge.cfg.model_name} has {there} blocks, its configuration says {said}; "
+            f"where blocks were cut or added by hand, set config.num_hidden_layers = {there}"
+        )
+
+
+def called_not_causal(network: Any) -> str:
+    """What to say of a network whose configuration itself turns causal attention off."""
+    config = getattr(network, "config", None)
+    if getattr(config, "is_causal", True) is False:
+        return "its config.is_causal is False, so that states see later tokens"
+    return ""
+
+
 def require_faithful(bridge: TransformerBridge) -> None:
     """Refuse a bridge whose logits are not those of its network; checked once, when it is made.
 
@@ -57,6 +82,11 @@ def _require(bridge: TransformerBridge) -> None:
             "version of transformer-lens or transformers"
         )
     if not agrees(found, expected, dtype=network.dtype):
+        if reason := called_not_causal(network):
+            raise InputError(
+                f"load: {name} is not causal: {reason}; expected a decoder, such as ...ForCausalLM "
+                "with is_causal=True"
+            )
         raise InputError(
             f"load: {name} gives other logits once TransformerLens has wrapped it (relative "
             f"difference {relative_error(found, expected):.2g}), so states would be another "

@@ -83,6 +83,11 @@ def wanted_texts(name: str, wanted: Any) -> set[str]:
     >>> sorted(wanted_texts("task", range(2))), sorted(wanted_texts("task", pd.Series(["a"])))
     (['0', '1'], ['a'])
     """
+    if callable(wanted):
+        raise InputError(
+            f"{name}: a function given, expected one label or a list of them; "
+            f"take(prompts.rows[{name!r}].map(function)) chooses by one"
+        )
     single = isinstance(wanted, (str, bytes)) or not isinstance(wanted, Iterable)
     if single or getattr(wanted, "ndim", None) == 0:
         return {label_text(wanted)}

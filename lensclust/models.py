@@ -25,7 +25,7 @@ from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
-from lensclust.faithfulness import bare_logits, require_faithful
+from lensclust.faithfulness import bare_logits, require_all_blocks, require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
@@ -123,8 +123,9 @@ def load(
     weights that lie off the devices, where a forward takes long.
 
     Raises:
-        InputError: in one line, if the source does not exist or cannot be used, or states depend
-            on later tokens, as in BERT: with padding they would be wrong.
+        InputError: in one line, if the source does not exist or cannot be used, its blocks are
+            not as many as its configuration says, or states depend on later tokens, as in BERT:
+            with padding they would be wrong.
 
     >>> model = load("native:sif-small", seed=1)
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -157,6 +158,7 @@ def load(
         pretrained.attach_tokenizer(model, _read_tokenizer(tokenizer, request))
     if (own := own_network(model)) is not None:
         own.eval()
+    require_all_blocks(model)
     require_faithful(mended(model).eval())
     require_causal(model)
     require_right_library(model)
@@ -177,6 +179,11 @@ def _require_device(device: str | torch.device | None) -> None:
 
 def _misfit(source: Any) -> str:
     """Why this is no source of a model, and what would be."""
+    if isinstance(source, (str, Path)) and Path(source).is_file():
+        return (
+            f"{str(source)!r} is a file that holds no model: expected .gguf, .safetensors or a "
+            "directory with config.json"
+        )
     if isinstance(source, (str, Path)):
         return (
             f"{str(source)!r} does not exist: expected a file, a directory, a hub id, one of "
@@ -404,7 +411,8 @@ def _is_directory(source: Any) -> bool:
 def _is_hub_id(source: Any) -> bool:
     if not isinstance(source, str) or source.endswith((".gguf", ".safetensors")):
         return False
-    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", source))
+    # transformers would read a file of that name as a configuration.
+    return not Path(source).is_file() and bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", source))
 
 
 _KINDS: tuple[tuple[Callable[[Any], bool], Callable[[_Request], TransformerBridge]], ...] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -232,6 +233,19 @@ def config_from_json(text: str, *, where: str = "native_config") -> TransformerB
 
 def _config(fields: dict[str, Any]) -> TransformerBridgeConfig:
     rope_scaling = fields.pop("rope_scaling", None)
+    if any(isinstance(value, torch.Tensor) for value in fields.values()):
+        raise InputError(
+            "load: weights given (a dictionary of tensors), expected the network that they belong "
+            "to: network.load_state_dict(weights), then load(network)"
+        )
+    known = inspect.signature(TransformerBridgeConfig).parameters.values()
+    needed = [p.name for p in known if p.kind != p.VAR_KEYWORD and p.default is p.empty]
+    lacking = [name for name in needed if name not in fields]
+    if lacking:
+        raise InputError(
+            f"native_config: the configuration lacks {', '.join(lacking)}; "
+            f"native_config({min(PRESETS)!r}, ...) fills in what is not given"
+        )
     try:
         config = TransformerBridgeConfig(**fields)
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -68,13 +68,13 @@ def progress_bar(
         yield lambda amount=1, note="": None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     bar = Progress(*columns, console=console, transient=transient)
     task = bar.add_task(title, total=total, note="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -364,7 +364,7 @@ class Prompts:
             pad_id=self.pad_id,
         )
 
-    def where(self, **labels: Any) -> Prompts:
+    def where(self, *given: Any, **labels: Any) -> Prompts:
         """The prompts whose row has the given labels: a value each, or several in a list.
 
         A list may be an array, Series, set, range or whatever else can be iterated. Labels are
@@ -372,12 +372,18 @@ class Prompts:
         and None finds the prompts without that label.
 
         Raises:
-            InputError: if a column does not exist or no prompt is left.
+            InputError: if a column does not exist, no prompt is left, or anything is given without
+                the name of a label (`take` is for masks and row numbers).
 
         >>> rows = pd.DataFrame({"task": ["copy", "add"], "split": ["train", "test"]})
         >>> len(Prompts.from_token_lists([[1], [2]], rows).where(split=["train"]))
         1
         """
+        if given:
+            raise InputError(
+                f"Prompts.where: a {type(given[0]).__name__} given without the name of a label, "
+                "expected labels such as where(task='a'); a mask or row numbers go to take(mask)"
+            )
         keep = np.ones(len(self), dtype=bool)
         wanted = {name: wanted_texts(name, given) for name, given in labels.items()}
         for column, texts in wanted.items():
@@ -431,6 +437,13 @@ def _frame(rows: Any) -> pd.DataFrame:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"Prompts: rows have the column {twice!r} twice")
+    for name, column in rows.items():
+        for i, label in enumerate(column if column.dtype == object else ()):
+            if not isinstance(label, Hashable):
+                raise InputError(
+                    f"Prompts: label {name!r} of prompt {i} is {label!r:.40}, expected one text or "
+                    "number a prompt"
+                )
     return rows
 
 

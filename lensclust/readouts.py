@@ -69,7 +69,7 @@ def answers(
 
 
 def one_a_row(found: Any, rows: Int[Tensor, " row"]) -> Tensor:
-    """What a readout gave, if it is a tensor with one value, or tensor, a row.
+    """What a readout, metric or loss gave, if it is a tensor with one value, or tensor, a row.
 
     Raises:
         InputError: if it is not.
@@ -78,8 +78,8 @@ def one_a_row(found: Any, rows: Int[Tensor, " row"]) -> Tensor:
         return found
     given = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
     raise InputError(
-        f"readout: gave {given} for {len(rows)} prompts, expected a tensor with one value, or "
-        "tensor, for each"
+        f"readout: the function of logits gave {given} for {len(rows)} prompts, expected a tensor "
+        "with one value, or tensor, for each"
     )
 
 

@@ -49,6 +49,7 @@ from lensclust.store_notes import (
 )
 from lensclust.store_places import Place, as_place, held, made_whole, vacant, zarr_store
 from lensclust.store_reading import (
+    how_to_finish,
     open_activations,
     opened,
     read_finished,
@@ -125,14 +126,15 @@ def fill(
         keys: a number for each row that tells its prompt from others (`Prompts.row_digests`).
         shard: rows of a new store's chunks; a store keeps the size it was made with.
         resume: finish a store whose writing was interrupted; of a finished one that holds these
-            prompts nothing is written.
-        append: add prompts to a finished store.
+            very prompts nothing is written.
+        append: add prompts to a finished store; with ``resume``, the store may hold others too.
 
     Raises:
         InputError: if the folder holds something else, another model's or other sites'
-            activations, an unfinished store that is not to be resumed, or a finished one that is
-            not to be appended to or holds some of these prompts; if another process writes to
-            it; if it is damaged, or nothing can be written there.
+            activations, an unfinished store that is not to be resumed, a finished one that is not
+            to be appended to or holds some of these prompts, or one to be resumed that holds
+            others beside these; if another process writes to it; if it is damaged, or nothing can
+            be written there.
     """
     what = f"store {path}"
     with held(path, what):
@@ -257,15 +259,19 @@ def _admit(
             require_affordable(path, store, dict(store.arrays()))
         is_known = batch[:2] in known
         if complete and not (resume and is_known):
-            _require_new(path, np.asarray(store[ROW_KEYS][:]), keys, append)
+            _require_new(path, np.asarray(store[ROW_KEYS][:]), keys, resume=resume, append=append)
         if not complete and not resume:
-            raise InputError(
-                f"store {path}: its writing was interrupted; finish it with resume=True"
-            )
+            raise InputError(f"store {path}: its writing was interrupted; {how_to_finish(store)}")
         if not complete and not is_known:
             raise InputError(
                 f"store {path}: was interrupted while reading other prompts than these (tokens, "
                 "labels, spans or answers differ)"
+            )
+        if is_known and total > n and not append:
+            advice = "open it with open_activations, or give append=True to get all of them"
+            raise InputError(
+                f"store {path}: holds {total - n} more prompts than the {n} to be resumed; "
+                f"{advice if complete else how_to_finish(store)}"
             )
         is_new = complete and not (resume and is_known)
         number = len(known) if is_new else known.index(batch[:2])
@@ -290,14 +296,18 @@ def _remove_partial_chunks(path: Place) -> None:
                 left.unlink()
 
 
-def _require_new(path: Place, there: np.ndarray, keys: np.ndarray, append: bool) -> None:
+def _require_new(
+    path: Place, there: np.ndarray, keys: np.ndarray, *, resume: bool, append: bool
+) -> None:
     """Refuse prompts that a finished store is not to take."""
     repeated = np.flatnonzero(np.isin(keys, there))
     if repeated.size:
+        are_all = len(repeated) == len(keys) == len(there)
+        advice = " or resume=True" if are_all and not resume else ""
         raise InputError(
             f"store {path}: is finished and holds {len(repeated)} of these {len(keys)} prompts, "
             f"the first is prompt {repeated[0]} (prompts that come twice leak from one fold into "
-            "another); open it with open_activations or resume=True"
+            f"another); open it with open_activations{advice}"
         )
     if not append:
         raise InputError(
@@ -338,16 +348,37 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
             "(open_activations), not resumed or appended to"
         )
     labels = {str(name) for name, label in frame.coords.items() if label.dims == ("prompt",)}
+    elsewhere = "or write to another store"
     for name, label in frame.coords.items():
         if str(name) not in store:
-            raise InputError(f"store {path}: has no {name!r}, these prompts have")
-        if str(name) in labels and stored_kind(store[str(name)]) != kind(label.dtype):
-            raise InputError(f"store {path}: holds {name} as {store[str(name)].dtype}, not these")
-        if str(name) not in labels and list(store[str(name)][:]) != list(label.values):
-            raise InputError(f"store {path}: holds {name} {list(store[str(name)][:])}, not these")
+            raise InputError(
+                f"store {path}: its prompts have no label {str(name)!r}, these have; leave it out, "
+                f"{elsewhere}"
+            )
+        if str(name) in labels:
+            there, here = stored_kind(store[str(name)]), kind(label.dtype)
+            if there != here:
+                raise InputError(
+                    f"store {path}: holds label {str(name)!r} as {_spelt(there)}, these prompts "
+                    f"have it as {_spelt(here)}; give it alike, {elsewhere}"
+                )
+        elif list(store[str(name)][:]) != list(label.values):
+            there, here = (
+                ", ".join(map(str, each)) for each in (store[str(name)][:], label.values)
+            )
+            raise InputError(
+                f"store {path}: holds {name} {there}, asked for {here}; read the same, {elsewhere}"
+            )
     extra = set(store.array_keys()) - labels - set(map(str, frame.variables)) - {ROW_KEYS, DONE}
     if extra:
-        raise InputError(f"store {path}: holds {sorted(extra)}, these activations do not")
+        raise InputError(
+            f"store {path}: holds {', '.join(sorted(extra))}, which these prompts and sites do not "
+            f"have; give them too, {elsewhere}"
+        )
+
+
+def _spelt(kind: str) -> str:
+    return {"string": "text", "|b1": "True or False"}.get(kind) or str(np.dtype(kind))
 
 
 def _chunks(variable: xr.DataArray, shard: int) -> tuple[int, ...]:

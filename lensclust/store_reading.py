@@ -117,9 +117,15 @@ def _finished(path: Place) -> Any:
             there = np.count_nonzero(rows_done(store, slice(None))) if DONE in store else "some"
             raise InputError(
                 f"store {path}: holds {there} of {total} prompts, its writing was interrupted; "
-                "finish it with resume=True"
+                f"{how_to_finish(store)}"
             )
     return store
+
+
+def how_to_finish(store: Any) -> str:
+    """What to give a call that finishes a store."""
+    added = " and append=True" if len(batches_written(store)) > 1 else ""
+    return f"finish it with resume=True{added}"
 
 
 def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> None:

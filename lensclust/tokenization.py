@@ -21,6 +21,8 @@ TokenSpan = tuple[int, int]
 _FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 # Private-use characters: no text, template or tokenizer gives them a meaning.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
+# What an answer is put after to be cut as inside a text: hardly anything merges with these.
+_BEFORE = (_MARKS[0], *".\nqz7")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -127,11 +129,34 @@ def continuation(
     *,
     chat: bool = False,
 ) -> list[int]:
-    """Ids of ``answer`` after ``text``: from the joint text, so that a leading space counts."""
+    """Ids of ``answer`` after ``text``: those of the joint text, so that a leading space counts.
+
+    Where a token of the joint text lies across the border, the answer is cut as inside a text: many
+    tokenizers put a space before a text that stands alone. Prompt and answer decode to the joint
+    text.
+
+    Raises:
+        InputError: if no such tokens are found.
+    """
     joint = encoded(tokenizer, text + answer, chat=chat).ids
     if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
         return joint[len(prompt) :]
-    return tokenizer(answer, add_special_tokens=False)["input_ids"]
+    whole = _spelt(tokenizer, joint)
+    for before in ("", *_BEFORE):
+        lead = list(tokenizer(before, add_special_tokens=False)["input_ids"]) if before else []
+        found = list(tokenizer(before + answer, add_special_tokens=False)["input_ids"])
+        ids = found[len(lead) :]
+        if found[: len(lead)] == lead and _spelt(tokenizer, prompt + ids) == whole:
+            return ids
+    raise InputError(
+        f"Prompts: no tokens spell the answer {answer!r:.60} after the text that ends in "
+        f"{text[-30:]!r}, as its tokens lie across the border; expected a border between words, "
+        "with the space at the answer's beginning"
+    )
+
+
+def _spelt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> TokenSpan:
@@ -185,16 +210,22 @@ class ChatPlaces:
     def range_of(self, text: str, rendered: str, start: int, stop: int) -> TokenSpan:
         """The range of the rendered chat that shows the characters ``start`` to ``stop``.
 
-        What the template leaves out has no place; the range of that alone is empty.
+        Those that the template leaves out beside others have no place.
 
         Raises:
-            InputError: if the template changes the message so that its characters have no place.
+            InputError: if it leaves them all out, or changes the message so that its characters
+                have no place.
         """
         if self.mark in self.pattern and self.pattern.replace(self.mark, text) == rendered:
             first = len(self.pattern[: self.pattern.rindex(self.mark)].replace(self.mark, text))
             return first + start, first + stop
         shown = range(start, stop) if start < stop else range(start, len(text))
         begin = self._first(text, rendered, shown)
+        if start < stop and begin is None:
+            raise InputError(
+                f"Prompts: the chat template leaves out characters {start} to {stop} of the "
+                f"text {text!r:.60}, so that their span has no place"
+            )
         if start >= stop or begin is None:
             place = begin[0] if begin else len(rendered)
             return place, place

@@ -41,7 +41,7 @@ from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, hook_name, model_name
 from probes.metrics import DIFFERENCE, metric_of
 from probes.patching import Patching, patch, require_pairs
-from probes.replay import Readout
+from probes.replay import Readout, one_a_row
 
 # The graph of a backward holds every layer's states, so its batches are smaller.
 BACKWARD = 4
@@ -193,7 +193,8 @@ def _gradients(
 
         def total(logits: Tensor, rows: Tensor = rows, last: Tensor = last) -> Tensor:
             # Rows do not touch each other, so the gradient of the sum is each row's own.
-            return readout(logits[torch.arange(len(rows)), last].float(), rows).sum()
+            found = readout(logits[torch.arange(len(rows)), last].float(), rows)
+            return one_a_row(found, rows).sum()
 
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
         with _begun(model):

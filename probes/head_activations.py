@@ -183,11 +183,13 @@ def _last_token(model: TransformerBridge, prompts: Prompts, loss: Readout) -> _S
 
     def losses(rows: Int[Tensor, " row"]) -> RowLosses:
         def of(logits: Tensor, owner: Tensor) -> Float[Tensor, " row"]:
-            found = loss(logits, rows)
-            if found.shape != rows.shape:
+            found: Any = loss(logits, rows)
+            if not isinstance(found, Tensor) or found.shape != rows.shape:
+                is_tensor = isinstance(found, Tensor)
+                given = f"of shape {tuple(found.shape)}" if is_tensor else type(found).__name__
                 raise InputError(
-                    f"head_activation: the loss of {len(rows)} prompts has shape "
-                    f"{tuple(found.shape)}, expected one number each"
+                    f"head_activation: the loss of {len(rows)} prompts is {given}, expected one "
+                    "number each, in a tensor"
                 )
             return found
 

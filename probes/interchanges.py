@@ -30,12 +30,12 @@ from lensclust.extraction import extract
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
-from probes.interventions import Intervention
+from probes.interventions import Intervention, interventions
 from probes.pairing import answer_table, draw_members, draw_targets, first_answers, prompt_strings
 from probes.replay import answers as read_answers
 from probes.replay import replay
 
-Moves = Callable[[str, str], Sequence[Intervention]]
+Moves = Callable[[str, str], Intervention | Sequence[Intervention]]
 MEMBER = "another member"
 OUTCOMES = ["target", "source", "other"]
 
@@ -125,8 +125,8 @@ def interchange(
     Args:
         model: a hooked model, in eval mode.
         prompts: whose states are moved; with answers.
-        moves: ``(source, target) ->`` the interventions to compare; their names are the
-            methods, and every pair must give the same names.
+        moves: ``(source, target) ->`` the intervention, or the several to compare; their names
+            are the methods, and every pair must give the same names.
         sites: where to move; several sites of one kind make a curve over layers.
         by: the label whose clusters are exchanged.
         given: the label under which another label's answer is looked up (the input).
@@ -209,7 +209,7 @@ def _moved(
             turn, row = np.nonzero((label == source) & (targets == target))
             if len(row) == 0:
                 continue
-            made = moves(str(source), str(target))
+            made = interventions("interchange: moves", moves(str(source), str(target)))
             given = [intervention.name for intervention in made]
             if given != (names := names or given) or len({*given, MEMBER}) <= len(given):
                 raise InputError(

@@ -11,7 +11,7 @@ singles out (`dealt`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,24 @@ class Intervention:
 
         by_row = self.by_row or other.by_row
         return Intervention(f"{self.name}, norm of {other.name}", edit_at, by_row)
+
+
+def interventions(caller: str, given: Any) -> list[Intervention]:
+    """What a function of a caller gave, one intervention or several, as a list.
+
+    >>> interventions("interchange: moves", None)
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: interchange: moves gave NoneType, expected an intervention or ...
+    """
+    several = [*given] if isinstance(given, Iterable) else [given]
+    for made in several:
+        if not isinstance(made, Intervention):
+            raise InputError(
+                f"{caller} gave {type(made).__name__}, expected an intervention or a list of them, "
+                "as probes.shift and its like make (a function needs a return)"
+            )
+    return several
 
 
 @checked_arguments
@@ -276,8 +294,10 @@ def require_labels(centroids: xr.Dataset, by: str, *labels: Label) -> list[int]:
             "returns"
         )
     if by not in centroids.coords:
+        option = "by" if labels else "given"
         raise InputError(
-            f"label {by!r} is not in these centroids: they have {list(centroids.dims)}"
+            f"label {by!r} is not in these mean states, which have {list(centroids.coords)}: make "
+            f"them with mean_states(acts, {option}={by!r})"
         )
     known = np.atleast_1d(label_texts(centroids[by].values)).tolist()
     wanted = list(map(label_text, labels))

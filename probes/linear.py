@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from joblib import delayed
 from threadpoolctl import threadpool_limits
 
-from lensclust.activations import VARIABLES, dataset_sites, labelled
+from lensclust.activations import VARIABLES, dataset_sites, head_frame, labelled
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.placement import found_device
@@ -256,5 +256,5 @@ def _by_variable(
             intercepts.reshape(*sizes, -1), dims=(*axes, target), coords=coords
         )
     if any(site.kind == "head" for site in sites):
-        variables["head_frame"] = acts["head_frame"]
+        variables["head_frame"] = head_frame(acts)
     return xr.Dataset(variables)

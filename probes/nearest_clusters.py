@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from scipy.spatial.distance import cdist
 
-from lensclust.activations import dataset_sites, labelled, prompt_labels, site_values
+from lensclust.activations import dataset_sites, head_frame, labelled, prompt_labels, site_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from probes.centroids import mean_states
@@ -72,7 +72,7 @@ def membership(
         values = site_values(acts, site, position=position)
         means = states_at(centroids, site)
         if site.kind == "head":  # in the coordinates of `site_values`
-            frame = acts["head_frame"].sel(block=site.layer, head=site.head)
+            frame = head_frame(acts, site)
             means = means.copy(data=means.values @ frame.transpose("d_head", "rank").values)
         for value, rows in parts.items():
             here = means if given is None else _condition(means, given, value)

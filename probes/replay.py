@@ -36,7 +36,7 @@ from lensclust.sites import hook_name, resolve
 from probes.edits import Edit
 from probes.prefixes import PACKED_TOKENS, Batch, Way, batch_width, packed, stacked, ways
 
-__all__ = ["Edit", "Readout", "answers", "replay"]
+__all__ = ["Edit", "Readout", "answers", "one_a_row", "replay"]
 
 
 @checked_arguments

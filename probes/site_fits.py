@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations import select
+from lensclust.activations import head_frame, select
 from lensclust.errors import InputError
 from lensclust.sites import Site
 from probes.devices import Array, host, like, placed, wide
@@ -44,8 +44,7 @@ class SiteRows:
         stored = select(acts, site, position=position).variable
         if site.kind != "head":
             return cls(str(site), stored, None, device)
-        frame = acts["head_frame"].sel(block=site.layer, head=site.head)
-        frame = frame.transpose("d_head", "rank").values
+        frame = head_frame(acts, site).transpose("d_head", "rank").values
         return cls(str(site), stored, frame.astype(np.float64), device)
 
     def __iter__(self) -> Iterator[tuple[slice, Float[Array, "row d"]]]:

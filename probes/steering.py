@@ -238,7 +238,8 @@ class _Places:
                 )
             if len(wanted) != rows:
                 raise InputError(
-                    f"steer: {len(wanted)} positions given, but a batch of {rows} was run"
+                    f"steer: {len(wanted)} positions given, but a batch of {rows} was run: a "
+                    "function that runs batches of its own needs one index for all rows, or 'all'"
                 )
             return wanted
         if self.wanted == "all":

@@ -26,7 +26,7 @@ from lensclust.extraction import extract
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, resolve
-from probes.interventions import Intervention
+from probes.interventions import Intervention, interventions
 from probes.metrics import METRICS
 from probes.replay import answers, replay
 
@@ -176,7 +176,8 @@ def tune(
 def _made(make: Intervention | Make, site: Site, strength: float) -> Intervention:
     if isinstance(make, Intervention):
         return make.scaled(strength)
-    return make(site, strength)
+    (made,) = interventions("tune: make", [make(site, strength)])
+    return made
 
 
 def _checked_strengths(strengths: Sequence[float | int]) -> list[float]:

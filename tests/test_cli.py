@@ -262,6 +262,22 @@ def test_doctor(capsys):
     assert "torch" in said
 
 
+def test_doctor_shows_what_looks_like_markup(capsys, tmp_path):
+    """As ``pip install 'lensclust[peft]'``: what stands in brackets is no style."""
+    hf_model("llama").save_pretrained(tmp_path / "tiny[red]")
+    assert main(["doctor", "--model", str(tmp_path / "tiny[red]")]) == 0
+    assert "tiny[red]: 3 blocks" in capsys.readouterr().out
+
+
+def test_the_package_is_the_command():
+    for words, status in ((["--help"], 0), ([], 2), (["nothing"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "lensclust", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        assert ("usage: lensclust COMMAND" in done.stdout) == (words != ["nothing"])
+
+
 def test_run_ends_with_the_claims_and_the_page_and_is_not_overwritten(capsys, tmp_path):
     out = tmp_path / "run"
     assert main(["run", "emergence", *QUICK, "1", "--out", str(out)]) == 0

@@ -49,6 +49,21 @@ def test_commands_find_our_studies_and_name_the_files_in_the_way(folder: Path) -
         assert str(folder / "studies" / "__init__.py") in lines[1]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_probes_are_found_below_lensclust(folder: Path, tmp_path: Path, beside: bool) -> None:
+    program = (
+        "from lensclust.probes import steer, shift\n"
+        "import lensclust as lc, lensclust.probes\n"
+        "from lensclust import probes\n"
+        "assert probes.steer is lc.probes.steer is steer\n"
+        "try: from lensclust.probes import stear\n"
+        "except ImportError: print('missing')\n"
+    )
+    place = folder if beside else ROOT
+    done = run(place, sys.executable, "-c", program)
+    assert done.stdout == "missing\n", done.stderr
+
+
 @pytest.mark.slow
 def test_from_lensclust_gives_ours_and_leaves_theirs(folder: Path) -> None:
     (folder / "script.py").write_text(

@@ -82,6 +82,14 @@ def test_encoders_are_refused_in_half_precision_too(name: str) -> None:
     assert "not causal" in refusal(network.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_configuration_that_turns_causality_off_is_named(name: str) -> None:
+    network = hf_model(name)
+    network.config.is_causal = False
+    assert "is not causal" in (message := refusal(network))
+    assert "its config.is_causal is False" in message
+
+
 def test_bidirectional_native_models_are_refused() -> None:
     config = native_config("sif-small", attention_dir="bidirectional")
     assert "not causal" in refusal(config)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,6 +137,22 @@ def test_heads_are_not_multiplied_by_weights_that_they_were_not_read_with():
         weight.sub_(1)
     lc.head_residual(lc.extract(model, some_prompts(3), "head"), model)
     assert before.sizes["head"] == 4
+
+
+@pytest.mark.parametrize("attributes", ["override", "drop", "drop_conflicts"])
+def test_heads_of_a_joined_dataset_are_multiplied_by_their_own_weights(attributes):
+    """Whichever attributes are left of those that were joined."""
+    model, other = loaded("llama"), loaded("gpt2")
+    parts = [lc.extract(model, some_prompts(4, seed=s), "head", progress=False) for s in (0, 1)]
+    theirs = lc.extract(other, some_prompts(4), "head", progress=False)
+    joining = {"data_vars": "all", "combine_attrs": attributes}
+    found = lc.head_residual(xr.concat(parts, "prompt", **joining), model)
+    expected = np.concatenate([lc.head_residual(part, model).values for part in parts])
+    np.testing.assert_array_equal(found.values, expected)
+    with pytest.raises(lc.InputError, match="heads of several models"):
+        lc.head_residual(xr.concat([parts[0], theirs], "prompt", **joining), model)
+    with pytest.raises(lc.InputError, match=r"with other W_O|with weights"):
+        lc.head_residual(xr.concat([theirs, theirs], "prompt", **joining), model)
 
 
 @pytest.mark.parametrize("name", ADDITIVE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -62,3 +63,35 @@ def test_a_network_that_was_trained_is_loaded_again():
         for weight in network.parameters():
             weight.add_(0.1)
     assert lc.load(network) is first
+
+
+STACKS = {"gpt2": "transformer.h", "neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "opt", "gemma2"])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_blocks_that_the_configuration_does_not_count_are_refused(name, blocks):
+    network = hf_model(name)
+    home, _, stack = STACKS.get(name, "model.layers").rpartition(".")
+    parent = network.get_submodule(home)
+    own = [*network.get_submodule(f"{home}.{stack}")]
+    setattr(parent, stack, torch.nn.ModuleList((own + own)[:blocks]))
+    for _ in range(2):
+        with pytest.raises(lc.InputError, match=f"has {blocks} blocks, its configuration says 3"):
+            lc.load(network)
+    if blocks > len(own):
+        return
+    network.config.num_hidden_layers = blocks
+    prompts = lc.Prompts.from_token_lists([[5, 6, 7]], {"task": ["a"]})
+    acts = lc.extract(lc.load(network), prompts, "resid", progress=False)
+    assert acts.layer.values.tolist() == [*range(blocks + 1)]
+    seen = []
+    own[blocks - 1].register_forward_hook(lambda module, given, out: seen.append(out))
+    network(torch.tensor([[5, 6, 7]]))
+    last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    np.testing.assert_allclose(
+        acts.resid.sel(layer=blocks, position="answer").values[0],
+        last.detach()[0, -1],
+        rtol=1e-4,
+        atol=1e-5,
+    )

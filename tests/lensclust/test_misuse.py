@@ -12,7 +12,7 @@ from pathlib import Path
 PROGRAM = """
 import contextlib, sys, warnings
 warnings.filterwarnings("ignore")
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from peft import LoraConfig, get_peft_model
 import lensclust as lc, probes
 from lensclust.readouts import answers
@@ -26,12 +26,23 @@ acts = lc.extract(model, prompts, "resid", progress=False)
 four = lc.Prompts.from_token_lists(
     [[5, 6, 7], [8, 9, 3], [4, 4, 7], [6, 9, 5]], {"task": list("abab"), "input": list("xxyy")}
 )
+answered = lc.Prompts.from_token_lists(
+    [[5, 6, 7], [8, 9, 3]], {"task": list("ab"), "input": list("xx")}, answers=[5, 6]
+)
+six = lc.Prompts.from_token_lists(
+    [[5 + i, 6, 7] for i in range(6)], {"task": list("ababab")}, answers=[5] * 6
+)
 acts4 = lc.extract(model, four, "resid", progress=False)
 move = probes.shift(probes.mean_states(acts), "a", "b")
 
 def steer(model, prompts):
     with probes.steer(model, move, at="resid 1"):
         lc.extract(model, prompts, "resid", progress=False)
+
+def half(dtype):
+    options = {"dtype": dtype, "progress": False}
+    assert lc.extract(model, prompts, "resid", **options).resid.dtype == "f2"
+    assert lc.pooled(model, prompts, "resid", span="prompt", **options).resid.dtype == "f2"
 
 def padded(pad_id):
     return lc.Prompts.from_token_lists([[1]], rows[:1], pad_id=pad_id)
@@ -40,6 +51,10 @@ def narrow():
     small = lc.load("native:sif-small")
     with probes.steer(small, move, at="resid 1", positions="all"):
         small(torch.tensor([[1, 2]]))
+
+def inside(call):
+    with probes.steer(model, move, at="resid 1", positions=[1, 2, 1, 2, 1, 2]):
+        return call()
 
 def made_inside():
     with torch.inference_mode():
@@ -136,6 +151,54 @@ others = {
     "were made inside torch.inference_mode": made_inside,
     "k='3', expected a whole number": lambda: probes.cluster(acts, k="3"),
     "expected mean states": lambda: probes.shift(acts, "a", "b"),
+    "metric, expected one text or a function of logits (row, vocab)": lambda: probes.patch(
+        model, prompts, prompts, "resid", metric=lambda logits: logits[:, 0], progress=False
+    ),
+    "function given as loss, expected one text or a function of logits": lambda: (
+        probes.head_activation(model, prompts, loss=lambda a, b, c: a, progress=False)
+    ),
+    "function given as readout, expected a function of logits": lambda: answers(
+        model, prompts, lambda: None
+    ),
+    "gave NoneType for 2 prompts, expected a tensor": lambda: probes.patch(
+        model, prompts, prompts, "resid", metric=lambda logits, rows: None, progress=False
+    ),
+    "logits gave NoneType for 2 prompts": lambda: probes.rank(
+        model, prompts, prompts, "resid", metric=lambda logits, rows: None, progress=False
+    ),
+    "prompts is float, expected one number each": lambda: probes.head_activation(
+        model, prompts, loss=lambda logits, rows: 0.5, progress=False
+    ),
+    "function given as moves, expected a function of source and target": lambda: (
+        probes.interchange(model, four, lambda pair: [move], "resid", progress=False)
+    ),
+    "moves gave NoneType, expected an intervention or a list": lambda: probes.interchange(
+        model, answered, lambda a, b: None, "resid", progress=False
+    ),
+    "moves gave str, expected an intervention or a list": lambda: probes.interchange(
+        model, answered, lambda a, b: [move, "shift"], "resid", progress=False
+    ),
+    "make gave NoneType, expected an intervention": lambda: probes.tune(
+        model, prompts, lambda site, strength: None, "resid 1", wanted=[5, 6], progress=False
+    ),
+    "label 'x' of prompt 1 is ['b'], expected one text or number": lambda: (
+        lc.Prompts.from_token_lists([[1], [2]], [{"x": "a"}, {"x": ["b"]}])
+    ),
+    "label 'x' of prompt 0 is {1}, expected one text or number": lambda: lc.Prompts.from_texts(
+        ["w1", "w2"], {"x": [{1}, {2}]}, tiny_tokenizer(sys.argv[1])
+    ),
+    "mask or row numbers go to take(mask)": lambda: prompts.where(prompts.rows.task == "a"),
+    "input: a function given, expected one label": lambda: prompts.where(
+        input=lambda label: label == "x"
+    ),
+    "make them with mean_states(acts, given='input')": lambda: probes.transport(
+        probes.mean_states(acts4), "a", "b"
+    ),
+    "6 positions given, but a batch of 2 was run: a function that runs batches of its own "
+    "needs one index for all rows, or 'all'": lambda: inside(
+        lambda: probes.head_activation(model, six, progress=False)
+    ),
+    "dtype 'int8' is not known": lambda: lc.extract(model, prompts, "resid", dtype=torch.int8),
     "store: int given": lambda: lc.extract(model, prompts, "resid", store=3),
     "store: TransformerBridge given": lambda: lc.open_activations(model),
     "texts 1 is 3, expected a text": lambda: lc.Prompts.from_texts(
@@ -178,6 +241,13 @@ for name, taken in {
     ),
     "curves": lambda: probes.change_points([1, 2, 3, 8, 9, 10.0]),
     "pad_id": lambda: padded(None),
+    "one intervention": lambda: probes.interchange(
+        model, answered, lambda a, b: probes.shift(probes.mean_states(acts), a, b), "resid",
+        progress=False,
+    ).best("shift"),
+    "torch dtype": lambda: half(torch.float16),
+    "numpy dtype": lambda: half(np.dtype("float16")),
+    "numpy type": lambda: half(np.float16),
 }.items():
     try:
         taken()

@@ -351,7 +351,21 @@ def test_native_sources_refuse_impossible_values() -> None:
     with pytest.raises(InputError, match="no preset"):
         native_config("nothing")
     assert "act_fn" in refusal(native_config("sif-small", act_fn="nothing"))
-    assert "n_layers" in refusal({"d_model": 8, "d_head": 4, "n_ctx": 4})
+    assert "lacks n_layers; native_config('sif" in refusal({"d_model": 8, "d_head": 4, "n_ctx": 4})
+    assert "lacks d_model, d_head, n_layers, n_ctx" in refusal({"n_heads": 2})
+    assert "weights given (a dictionary of tensors)" in refusal(hf_model("neox").state_dict())
+
+
+@pytest.mark.parametrize("name", ["script.py", "model.bin", "notes"])
+def test_a_file_that_holds_no_model_is_no_hub_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("import lensclust")
+    monkeypatch.chdir(tmp_path)
+    for source in (name, tmp_path / name):
+        message = refusal(source)
+        assert "is a file that holds no model: expected .gguf" in message
+        assert "hub" not in message
 
 
 # -- real weights -----------------------------------------------------------------------------

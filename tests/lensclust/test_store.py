@@ -137,7 +137,7 @@ def test_refuses_what_does_not_belong(model, tmp_path):
         lc.extract(other, some_prompts(6), "resid", store=path)
     with pytest.raises(lc.InputError, match="holds sites 'resid', these are 'head'"):
         lc.extract(model, some_prompts(6), "head", store=path)
-    with pytest.raises(lc.InputError, match="holds layer"):
+    with pytest.raises(lc.InputError, match=r"holds layer 0, 1, .*, asked for 2; read the same"):
         lc.extract(model, some_prompts(6), "resid 2", store=path)
     with pytest.raises(lc.InputError, match="holds dtype 'float32', these are 'float16'"):
         lc.extract(model, some_prompts(6), "resid", store=path, dtype="float16")
@@ -152,9 +152,9 @@ def test_refuses_what_does_not_belong(model, tmp_path):
 def test_labels_of_another_kind_are_refused_before_anything_is_written(model, tmp_path):
     first = some_prompts(6)
     lc.extract(model, first, "resid 2", store=tmp_path / "a")
-    for values in ([0.5] * 6, ["text"] * 6):
+    for values, here in (([0.5] * 6, "float64"), (["text"] * 6, "text")):
         other = replace(some_prompts(6, seed=1), rows=first.rows.assign(n=values))
-        with pytest.raises(lc.InputError, match="holds n as int64"):
+        with pytest.raises(lc.InputError, match=f"holds label 'n' as int64, .* as {here}; "):
             lc.extract(model, other, "resid 2", store=tmp_path / "a")
     assert lc.open_activations(tmp_path / "a").sizes["prompt"] == 6
 
@@ -180,9 +180,48 @@ def test_prompts_come_once_into_a_store(model, tmp_path):
     lc.extract(model, some_prompts(4, seed=2), "resid 2", store=path, append=True)
     with pytest.raises(lc.InputError, match=r"holds 2 of these 2 prompts"):
         lc.extract(model, some_prompts(4, seed=2).take([3, 1]), "resid 2", store=path, append=True)
-    again = lc.extract(model, first, "resid 2", store=path, resume=True)
-    assert again.sizes["prompt"] == 13
     assert store.verify(path).size == 0
+    assert lc.open_activations(path).sizes["prompt"] == 13
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_resumed_store_gives_the_prompts_that_were_asked_for(model, tmp_path, interrupted):
+    """Or none: neither call of several gets what another call added, unless it appends itself."""
+    parts = [some_prompts(5), some_prompts(4, seed=1), some_prompts(3, seed=2)]
+    options = {"store": tmp_path / "a", "progress": False, "shard": 2}
+    for prompts in parts:
+        lc.extract(model, prompts, "resid 2", append=True, **options)
+    if interrupted:
+        group = zarr.open_group(str(tmp_path / "a"), mode="r+")
+        group[store_notes.DONE][9:] = 0
+        store_notes.note(group, written=9)
+    advice = "finish it with .* and append=True" if interrupted else "open it with open_activations"
+    for prompts, more in zip(parts, (7, 8, 9), strict=True):
+        with pytest.raises(lc.InputError, match=f"holds {more} more prompts .*; {advice}"):
+            lc.extract(model, prompts, "resid 2", resume=True, **options)
+    with pytest.raises(lc.InputError, match=r"interrupted|open it with open_activations$"):
+        lc.extract(model, parts[0].take([1, 0]), "resid 2", resume=not interrupted, **options)
+    both = lc.extract(model, parts[2], "resid 2", resume=True, append=True, **options)
+    whole = [lc.extract(model, prompts, "resid 2", progress=False) for prompts in parts]
+    expected = np.concatenate([part.resid.values for part in whole])
+    np.testing.assert_allclose(both.resid.values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_store_of_other_places_or_labels_is_refused_in_plain_words(model, tmp_path):
+    first = some_prompts(4)
+    first = replace(first, spans={"s": torch.tensor([[0, 1]] * 4)})
+    options = {"store": tmp_path / "a", "progress": False, "append": True}
+    lc.extract(model, first, "resid 2", **options)
+    other = replace(first, rows=first.rows.assign(task="new"))
+    with pytest.raises(lc.InputError, match="holds position answer, asked for s_start; read the"):
+        lc.extract(model, other, "resid 2", at="s_start", **options)
+    for rows, said in (
+        (other.rows.assign(more=1), r"no label 'more', these have; leave it out, or write"),
+        (other.rows[["task"]], r"holds n, which these prompts and sites do not have; give"),
+        (other.rows.assign(n=True), r"label 'n' as int64, .* as True or False; give it alike"),
+    ):
+        with pytest.raises(lc.InputError, match=said):
+            lc.extract(model, replace(other, rows=rows), "resid 2", **options)
 
 
 def _stretched(network: Any) -> None:

@@ -13,7 +13,16 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust.chat_templates import render
@@ -89,12 +98,16 @@ def test_a_span_is_where_the_template_puts_its_characters(frame, change, text, d
     assert rendered == message  # the oracle knows the template
     if not message:
         return
-    prompts = lc.Prompts.from_texts(
-        [text], pd.DataFrame({"task": ["a"]}), tokenizer, chat=True, spans={"s": [(start, stop)]}
-    )
+    inside = "".join(pieces[start:stop])
+    arguments = ([text], pd.DataFrame({"task": ["a"]}), tokenizer)
+    spans = {"s": [(start, stop)]}
+    if start < stop and not inside:
+        with pytest.raises(lc.InputError, match=r"leaves out .* so that their span has no place"):
+            lc.Prompts.from_texts(*arguments, chat=True, spans=spans)
+        return
+    prompts = lc.Prompts.from_texts(*arguments, chat=True, spans=spans)
     assert prompts.tokens[0].tolist() == ids_of(message)
     first, last = prompts.spans["s"][0].tolist()
-    inside = "".join(pieces[start:stop])
     assert prompts.tokens[0, first:last].tolist() == ids_of(inside)
     if inside:
         assert first == len((head + "".join(pieces[:start])).encode())
@@ -160,6 +173,51 @@ def test_an_unknown_word_is_no_added_bos(tmp_path):
     tokenizer.bos_token = tokenizer.unk_token
     prompts = lc.Prompts.from_texts(["<unk> odd w1"], pd.DataFrame({"task": ["a"]}), tokenizer)
     assert prompts.tokens[0].tolist() == tokenizer("<unk> odd w1")["input_ids"]
+
+
+def spacing(scheme: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that shows spaces as ``▁``, and puts one before a text as ``scheme`` says."""
+    cut = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if scheme == "normalizer":  # as in Llama 2
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        cut.normalizer = normalizers.Sequence(steps)
+    else:
+        cut.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    corpus = ["may be maybe the answer is yes no", "is yes. yes, no"] * 9
+    cut.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    strip = [] if scheme == "never" else [decoders.Strip(" ", 1, 0)]
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    cut.decoder = decoders.Sequence(steps)
+    cut.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=cut, bos_token="<s>", unk_token="<unk>")
+
+
+SPACING = {scheme: spacing(scheme) for scheme in ("always", "first", "never", "normalizer")}
+
+
+@pytest.mark.parametrize("scheme", SPACING)
+@given(
+    text=st.text("maybe is\né", max_size=8).map("yes".__add__),
+    answer=st.one_of(st.text("maybe is.\né", max_size=6), st.sampled_from(["be", "yes", " no"])),
+)
+def test_prompt_and_answer_spell_the_joint_text(scheme, text, answer):
+    tokenizer = SPACING[scheme]
+    rows = pd.DataFrame({"task": ["a"]})
+    prompts = lc.Prompts.from_texts([text], rows, tokenizer, answers=[answer])
+    ids = prompts.with_answers()[0][0]
+    assert tokenizer.decode(ids[1:]) == text + answer
+    assert prompts.tokens[0].tolist() == tokenizer(text)["input_ids"]
+    joint = tokenizer(text + answer)["input_ids"]
+    if joint[: len(prompts.tokens[0])] == prompts.tokens[0].tolist():
+        assert ids.tolist() == joint
+
+
+def test_an_answer_that_no_tokens_spell_there_is_refused():
+    with pytest.raises(lc.InputError, match=r"no tokens spell the answer 'w2' .* ends in 'w3 w1'"):
+        lc.Prompts.from_texts(
+            ["w3 w1"], pd.DataFrame({"task": ["a"]}), closing("$A"), answers=["w2"]
+        )
 
 
 def test_fingerprints_tell_how_a_text_is_cut(tmp_path):

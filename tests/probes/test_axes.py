@@ -85,8 +85,8 @@ PROBES: dict[str, Callable[[xr.Dataset], Any]] = {
     "erase_random": lambda a: moved(probes.erase_random(a, given="input", **AT)),
     "erase_reassigned": lambda a: moved(probes.erase_reassigned(a, given="input", **AT)),
     "head_residual": lambda a: [
-        lc.head_residual(a, MODEL),
-        lc.head_residual(a, MODEL).values,
+        lc.head_residual(a.assign_attrs(weights=lc.fingerprint(MODEL)), MODEL),
+        lc.head_residual(a.assign_attrs(weights=lc.fingerprint(MODEL)), MODEL).values,
     ],
     "head_view": lambda a: probes.head_view(a, HEAD_SCORES, score="metric", **AT).points,
     "hypothesis": lambda a: probes.hypothesis(a, "task"),
@@ -202,6 +202,23 @@ def test_axes_of_activations_are_taken_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", MOVES)
 def test_axes_of_mean_states_are_taken_by_name(name: str) -> None:
     hold(MOVES[name], MEANS)
+
+
+@pytest.mark.parametrize("kept", ["all", "minimal"])
+@pytest.mark.parametrize("name", PROBES)
+def test_parts_that_xarray_joined_are_activations(name: str, kept: Any) -> None:
+    """By default ``xr.concat`` repeats for every prompt what has no axis of prompts."""
+    parts = [ACTS.isel(prompt=slice(0, 7)), ACTS.isel(prompt=slice(7, None))]
+    same(PROBES[name](xr.concat(parts, "prompt", data_vars=kept)), PROBES[name](ACTS))
+
+
+@pytest.mark.parametrize("name", ["cluster", "nearest_neighbour", "probe", "membership"])
+def test_heads_of_two_models_are_not_taken_for_one(name: str) -> None:
+    joined = xr.concat([ACTS, OTHER], "prompt", data_vars="all")
+    with pytest.raises(lc.InputError, match=r"heads of several models .* one model at a time"):
+        PROBES[name](joined)
+    with pytest.raises(ValueError, match="head_frame"):
+        xr.concat([ACTS, OTHER], "prompt", data_vars="minimal", compat="equals")
 
 
 def test_pooled_activations_are_activations() -> None:
