@@ -212,7 +212,7 @@ def with_depth(source: Source) -> Redrawn:
     )
 
 
-def _with_place(values: Float[np.ndarray, layer * n]) -> Float[np.ndarray, "*n"]:
+def _with_place(values: np.ndarray) -> np.ndarray:
     """Spearman's rho of values with their place along the first axis; 0 where they are level."""
     ranks = rankdata(values, axis=0) - (len(values) + 1) / 2
     place = np.arange(len(values)) - (len(values) - 1) / 2
