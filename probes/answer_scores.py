@@ -61,7 +61,7 @@ def answer_scores(
     columns = ["confidence", "right", *(["choice", "says_other"] if others is not None else [])]
     device = model_device(model)
     table = torch.empty((len(prompts), len(columns)), dtype=torch.float64)
-    for rows in batches(lengths, batch_tokens or default_budget(model)):
+    for rows in batches(model, lengths - 1, batch_tokens or default_budget(model)):
         longest = int(lengths[rows].max())
         # The logits at a token are about the next one.
         row, place = asked[rows, 1:longest].nonzero().unbind(1)
