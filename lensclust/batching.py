@@ -13,6 +13,8 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.utilities.statistics import derive_generator
 
+from lensclust.frequencies import length_steps
+
 BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
 # Few enough to mix what is trained on, enough to find rows of one length.
@@ -128,29 +130,6 @@ def few_tokens(
     length = min(length, model.cfg.n_ctx or length)
     ids = 3 + 7 * torch.arange(length) + 5 * torch.arange(rows)[:, None]
     return (ids % max(model.cfg.d_vocab, 1)).to(model_device(model))
-
-
-def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
-    """Lengths beyond which a forward's longest prompt changes what the model does with all of them.
-
-    LongRoPE takes other frequencies for the whole forward as soon as one token stands beyond the
-    length of pretraining, so that a shorter prompt is not what it would be alone.
-
-    >>> import lensclust as lc
-    >>> length_steps(lc.load("native:sif-small"))
-    ()
-    """
-    config: Any = getattr(getattr(model, "original_model", None), "config", None)
-    if not hasattr(config, "get_text_config"):
-        return ()
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # Either the parameters themselves, or those of each type of layer.
-    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
-    return tuple(
-        kind["original_max_position_embeddings"]
-        for kind in kinds
-        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
-    )
 
 
 def without_cache(model: TransformerLensModel) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.agreement import agrees, remembered
-from lensclust.batching import length_steps, model_device, without_cache
+from lensclust.batching import model_device, without_cache
 from lensclust.errors import InputError
+from lensclust.frequencies import length_steps
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lensclust.batching import length_steps
 from lensclust.errors import InputError
+from lensclust.frequencies import length_steps
 from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
 from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
