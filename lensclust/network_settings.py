@@ -48,9 +48,8 @@ def settings_digest(model: nn.Module) -> str:
         if name not in kept and isinstance(held, Tensor)
     }
     said = {**plain_settings(network), "tables": tensors_digest(tables.items(), brought_in(model))}
-    device = next((weight.device.type for weight in network.parameters()), "cpu")
-    if torch.is_autocast_enabled(device):
-        said["autocast"] = str(torch.get_autocast_dtype(device))
+    if (precision := autocast_precision(network)) is not None:
+        said["autocast"] = str(precision)
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -66,6 +65,12 @@ def _rewritten(network: nn.Module) -> Iterator[str]:
                 yield f"{name}.{layers}{'_' if layers else ''}inv_freq"
             if "dynamic" in str(kind):
                 yield f"{name}.attention_scaling"
+
+
+def autocast_precision(network: Any) -> torch.dtype | None:
+    """To what `torch.autocast` rounds on the device of a network; None where it is off."""
+    device = next((weight.device.type for weight in network.parameters()), "cpu")
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def plain_settings(network: nn.Module) -> dict[str, Any]:
