@@ -13,6 +13,8 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.utilities.statistics import derive_generator
 
+from lensclust.frequencies import length_steps
+
 BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
 # Few enough to mix what is trained on, enough to find rows of one length.
@@ -42,31 +44,42 @@ def default_budget(model: TransformerLensModel) -> int:
 
 
 def batches(
-    lengths: Int[Tensor, " row"], budget: int, *, apart: Sequence[int] = ()
+    model: TransformerLensModel, lengths: Int[Tensor, " row"], budget: int
 ) -> Iterator[Int[Tensor, " row"]]:
-    """Row indices by falling length, cut so that rows x longest stays within the budget.
+    """Row indices by falling length, in batches that a model runs as it runs each row alone.
 
     Longest first: what does not fit in memory fails at once, not after an hour.
 
     Args:
-        apart: rows of more and of fewer tokens than one of these never come together
-            (`length_steps`).
+        model: rows on two sides of one of its `length_steps` never come together.
+        lengths: tokens of each row that are run: without the last of an answer, which is
+            predicted only.
+        budget: rows x longest of a batch at most.
 
-    >>> [rows.tolist() for rows in batches(torch.tensor([2, 5, 3]), budget=6)]
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")
+    >>> [rows.tolist() for rows in batches(model, torch.tensor([2, 5, 3]), budget=6)]
     [[1], [2, 0]]
     """
+    return announced(cut_by_length(lengths, budget, length_steps(model)), len(lengths))
 
-    def cut() -> Iterator[Tensor]:
-        order = torch.argsort(lengths, descending=True, stable=True)
-        start = 0
-        while start < len(order):
-            longest = int(lengths[order[start]])
-            least = max((step for step in apart if step < longest), default=0)
-            stop = min(start + max(1, budget // longest), int((lengths > least).sum()))
-            yield order[start:stop]
-            start = stop
 
-    return announced(cut(), len(lengths))
+def cut_by_length(
+    lengths: Int[Tensor, " row"], budget: int, apart: Sequence[int] = ()
+) -> Iterator[Int[Tensor, " row"]]:
+    """`batches` of no model; rows on two sides of one of ``apart`` never come together.
+
+    >>> [rows.tolist() for rows in cut_by_length(torch.tensor([2, 5, 3]), 99, apart=[3])]
+    [[1], [2, 0]]
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        least = max((step for step in apart if step < longest), default=0)
+        stop = min(start + max(1, budget // longest), int((lengths > least).sum()))
+        yield order[start:stop]
+        start = stop
 
 
 def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> Iterator[Tensor]:
@@ -87,7 +100,9 @@ def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> It
 def rows_being_run() -> Rows | None:
     """The rows of the present forward, for hooks of callers; None outside the library's loops.
 
-    >>> [rows_being_run().which.tolist() for rows in batches(torch.tensor([2, 5]), budget=5)]
+    >>> import lensclust as lc
+    >>> model, lengths = lc.load("native:sif-small"), torch.tensor([2, 5])
+    >>> [rows_being_run().which.tolist() for rows in batches(model, lengths, budget=5)]
     [[1], [0]]
     >>> rows_being_run() is None
     True
@@ -117,29 +132,6 @@ def few_tokens(
     return (ids % max(model.cfg.d_vocab, 1)).to(model_device(model))
 
 
-def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
-    """Lengths beyond which a forward's longest prompt changes what the model does with all of them.
-
-    LongRoPE takes other frequencies for the whole forward as soon as one token stands beyond the
-    length of pretraining, so that a shorter prompt is not what it would be alone.
-
-    >>> import lensclust as lc
-    >>> length_steps(lc.load("native:sif-small"))
-    ()
-    """
-    config: Any = getattr(getattr(model, "original_model", None), "config", None)
-    if not hasattr(config, "get_text_config"):
-        return ()
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # Either the parameters themselves, or those of each type of layer.
-    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
-    return tuple(
-        kind["original_max_position_embeddings"]
-        for kind in kinds
-        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
-    )
-
-
 def without_cache(model: TransformerLensModel) -> dict[str, Any]:
     """Hugging Face models build a key/value cache unless told not to; native ones have none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
@@ -147,7 +139,12 @@ def without_cache(model: TransformerLensModel) -> dict[str, Any]:
 
 
 def training_batches(
-    lengths: Int[Tensor, " row"], batch_size: int, batch_tokens: int | None = None, *, seed: int
+    model: TransformerLensModel,
+    lengths: Int[Tensor, " row"],
+    batch_size: int,
+    batch_tokens: int | None = None,
+    *,
+    seed: int,
 ) -> Iterator[Int[Tensor, " row"]]:
     """Row indices of one batch after the other, without end; each round holds every row once.
 
@@ -155,26 +152,30 @@ def training_batches(
     rows of a batch are alike in length and little is padded, and all its batches are shuffled.
 
     Args:
-        lengths: tokens of each row.
+        model: rows on two sides of one of its `length_steps` never come together.
+        lengths: tokens of each row, the last of which is predicted only.
         batch_size: rows of a batch.
         batch_tokens: rows x longest row of a batch at most, instead of ``batch_size``.
         seed: of all rounds; the global random state is left alone.
 
-    >>> lengths = torch.tensor([2, 9, 2, 9])
-    >>> plan = training_batches(lengths, 2, seed=0)
+    >>> import lensclust as lc
+    >>> model, lengths = lc.load("native:sif-small"), torch.tensor([2, 9, 2, 9])
+    >>> plan = training_batches(model, lengths, 2, seed=0)
     >>> sorted(lengths[next(plan)].tolist() for _ in range(2))
     [[2, 2], [9, 9]]
     """
+    side = torch.bucketize(lengths - 1, torch.tensor(sorted(length_steps(model))))
     for round_ in count():
         generator = derive_generator(seed, "batches", round_)
         order = torch.randperm(len(lengths), generator=generator)
         budget = batch_tokens or batch_size * int(lengths.max())
         bucket = _BUCKET_BATCHES * max(1, budget // int(lengths.max()))
         cut: list[Tensor] = []
-        for rows in order.split(bucket):
+        buckets = order.split(bucket)
+        for rows in (b[side[b] == one] for b in buckets for one in side[b].unique()):
             if batch_tokens is None:
                 cut += rows[torch.argsort(lengths[rows], stable=True)].split(batch_size)
             else:
-                cut += [rows[some] for some in batches(lengths[rows], batch_tokens)]
+                cut += [rows[some] for some in cut_by_length(lengths[rows], batch_tokens)]
         for index in torch.randperm(len(cut), generator=generator):
             yield cut[index]

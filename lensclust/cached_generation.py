@@ -2,7 +2,8 @@
 
 The libraries below hand a cache from one to the other by the names of arguments. Where a name is
 lost every step sees one token alone, and what is generated is wrong without any error: so does
-transformers 5.24 with TransformerLens 4.3. One short generation shows it.
+transformers 5.24 with TransformerLens 4.3. One short generation shows it. A long one is wrong
+also where frequencies change with the length, which is read from the configuration.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lensclust.agreement import agrees, relative_error, remembered
 from lensclust.batching import few_tokens, without_cache
 from lensclust.effects import unhooked
 from lensclust.errors import InputError
+from lensclust.frequencies import cached_up_to
 from lensclust.sites import model_name
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 # The first release whose caches TransformerLens 4.3 loses; the bound in pyproject.toml.
 FIRST_BAD = (5, 24)
 ROWS, PROMPT, STEPS = 2, 5, 3
+UNBOUNDED = 2**62
 # Windows up to this length are left behind by the tokens that are tried.
 LONGEST_WINDOW = 32
 
@@ -52,10 +55,17 @@ def require_right_library(model: TransformerLensModel) -> None:
     Raises:
         InputError: with the versions found and what to install.
     """
-    verdict = cached_generation(model)
+    verdict, name, lens = cached_generation(model), model_name(model), version("transformer-lens")
     if verdict.right is not False:
+        if (most := cached_up_to(model, 1, UNBOUNDED)) is not None:
+            log.warning(
+                "load: %s generates wrongly with a key/value cache beyond %s tokens, where its "
+                "frequencies change; %s",
+                name,
+                f"{most:,}",
+                uncached(model),
+            )
         return
-    name, lens = model_name(model), version("transformer-lens")
     if tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_BAD:
         raise InputError(
             f"load: {name} generates wrongly with a key/value cache under transformers "
@@ -63,11 +73,52 @@ def require_right_library(model: TransformerLensModel) -> None:
             f"pip install 'transformers<{FIRST_BAD[0]}.{FIRST_BAD[1]}'"
         )
     log.warning(
-        "load: %s generates wrongly with a key/value cache (%s); generate with "
-        "use_past_kv_cache=False",
+        "load: %s generates wrongly with a key/value cache (%s); %s",
         name,
         verdict.why,
+        uncached(model),
     )
+
+
+def uncached(model: TransformerLensModel) -> str:
+    """How to generate with this model without a cache.
+
+    Where TransformerLens makes the states of recurrent layers itself, ``use_past_kv_cache=False``
+    makes it call the generation of transformers, with the cache of transformers.
+
+    >>> import lensclust as lc
+    >>> uncached(lc.load("native:sif-small"))
+    'generate with use_past_kv_cache=False'
+    """
+    if getattr(model.cfg, "is_stateful", False):
+        return "generate with model.original_model.generate(tokens, use_cache=False)"
+    return "generate with use_past_kv_cache=False"
+
+
+def wrong_with_cache(model: TransformerLensModel, start: int, stop: int) -> str | None:
+    """Why a generation with a cache would be wrong, None if it is right or cannot be tried.
+
+    Args:
+        start: tokens in the first forward.
+        stop: tokens that are run in all, without the last one generated.
+
+    >>> import lensclust as lc
+    >>> wrong_with_cache(lc.load("native:sif-small"), 8, 20) is None
+    True
+    """
+    verdict = cached_generation(model)
+    if verdict.right is False:
+        return verdict.why
+    most = cached_up_to(model, start, stop)
+    return None if most is None else f"its frequencies change beyond {most:,} tokens"
+
+
+def described(model: TransformerLensModel) -> str:
+    """`cached_generation` and the length up to which it holds, in a few words."""
+    verdict, most = cached_generation(model), cached_up_to(model, 1, UNBOUNDED)
+    if verdict.right is False or most is None:
+        return verdict.why
+    return f"{verdict.why}; wrong beyond {most:,} tokens, where frequencies change"
 
 
 def cached_generation(model: TransformerLensModel) -> Verdict:
@@ -92,6 +143,8 @@ def _tried(model: Any, network: Any) -> Verdict:
     most = model.cfg.n_ctx or LONGEST_WINDOW
     window = getattr(network.config.get_text_config(), "sliding_window", None) or 0
     prompt = PROMPT + (window if window <= LONGEST_WINDOW else 0)
+    while (step := cached_up_to(model, prompt, prompt + STEPS)) is not None:
+        prompt = step + 1
     prompt = max(1, min(prompt, most - STEPS))
     tokens = few_tokens(model, prompt, rows=ROWS)
     steps: list[tuple[int, int | None]] = []

@@ -14,6 +14,7 @@ from lensclust.agreement import agrees, remembered
 from lensclust.batching import model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.faithfulness import called_not_causal
+from lensclust.frequencies import length_steps
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def _sees_later_tokens(model: TransformerBridge, caller: str) -> str | None:
     for short, long in _LENGTHS:
         if long > context and (short, long) != _LENGTHS[0]:
             break
-        long = min(long, context)
+        # Both on one side of a length at which all states change by right.
+        steps = (step for step in length_steps(model) if step >= short)
+        long = min(long, context, *steps)
         short = min(short, long - 1)
         # Not the first ids, which are often special.
         tokens = (torch.arange(2 * long).reshape(2, long) + vocabulary // 3) % vocabulary

@@ -12,7 +12,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.blocks import blocks_of
-from lensclust.cached_generation import cached_generation
+from lensclust.cached_generation import described
 from lensclust.downloads import PINS, cache_folder
 from lensclust.errors import InputError
 from lensclust.run_directory import machine
@@ -56,7 +56,7 @@ def examine(source: Any = None) -> dict[str, str]:
     report["model"] = _shape(model)
     report |= {f"site {kind}": _try_site(model, kind) for kind in KINDS}
     report["shared prefixes"] = summary(model)
-    report["cached generation"] = cached_generation(model).why
+    report["cached generation"] = described(model)
     report |= {f"edit {name}": _try_edit(model, hook) for name, hook in EDITS.items()}
     report["gradients"] = _try_gradient(model)
     report["texts"] = "yes" if model.tokenizer is not None else "no tokenizer: token ids only"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import batches
 from lensclust.prompts import Prompts
@@ -21,6 +22,7 @@ LogitsAt = Callable[
 
 
 def score_answers(
+    model: TransformerLensModel,
     logits_at: LogitsAt,
     prompts: Prompts,
     step: int,
@@ -35,7 +37,7 @@ def score_answers(
     """
     tokens, lengths, answers = prompts.with_answers()
     right, loss = torch.zeros(len(tokens), dtype=torch.bool), torch.zeros(len(tokens))
-    for rows in batches(lengths, batch_tokens):
+    for rows in batches(model, lengths - 1, batch_tokens):
         longest = int(lengths[rows].max())
         batch = tokens[rows, :longest].to(device)
         asked = answers[rows, 1:longest].to(device)

@@ -25,7 +25,7 @@ from lensclust.chosen_weights import (
     parameter_names,
 )
 from lensclust.errors import InputError, check_counts
-from lensclust.fits import require_answers, require_fits
+from lensclust.fits import require_answers, require_fits, require_one_side
 from lensclust.gradients import with_gradients
 from lensclust.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.prompts import Prompts
@@ -128,7 +128,9 @@ def _train(
 ) -> Finetuned:
     began = time.perf_counter()
     device = torch.device(model.cfg.device or "cpu")
-    tokens, _, answers = prompts.with_answers()
+    tokens, lengths, answers = prompts.with_answers()
+    # Every batch is padded to the longest of all.
+    require_one_side(model, lengths - 1, caller="finetuned")
     tokens, answers = tokens.to(device), answers.to(device)
     lowest = _lowest_block(model, {id(named[name]) for name in masks})
     if extra is not None and extra.layer <= lowest:

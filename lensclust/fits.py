@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust.errors import InputError
+from lensclust.frequencies import length_steps
 from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
 from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
@@ -104,6 +106,27 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
             f"{caller}: token id {largest} given, but {name} has a vocabulary of {vocabulary}; "
             "were the prompts made with another tokenizer?"
         )
+
+
+def require_one_side(
+    model: TransformerLensModel, lengths: Int[Tensor, " row"], *, caller: str
+) -> None:
+    """Refuse rows that cannot be run as one padded batch: the longest would change the others.
+
+    Args:
+        lengths: tokens of each row that are run.
+
+    Raises:
+        InputError: in the name of ``caller``, if they lie on two sides of a `length_steps`.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    for step in length_steps(model):
+        if shortest <= step < longest:
+            raise InputError(
+                f"{caller}: prompts of {shortest} and of {longest} tokens given, but "
+                f"{model_name(model)} has other frequencies beyond {step} tokens: expected prompts "
+                "of one kind, shorter or longer"
+            )
 
 
 def require_answers(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:

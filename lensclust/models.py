@@ -19,13 +19,12 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
-from lensclust.agreement import agrees
 from lensclust.arguments import checked_arguments
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
 from lensclust.downloads import PINS, fetch
 from lensclust.errors import InputError
-from lensclust.faithfulness import bare_logits, require_all_blocks, require_faithful
+from lensclust.faithfulness import bare, bare_logits, require_all_blocks, require_faithful
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
@@ -344,11 +343,11 @@ def _in_step(bridge: TransformerBridge, own: Any) -> bool:
     except InputError:
         return False
     network: Any = bridge.original_model
-    found, expected = bare_logits(network), bare_logits(own)
+    finer, coarser = sorted((network, own), key=lambda each: torch.finfo(each.dtype).eps)
+    found, expected = bare_logits(finer), bare(coarser)
     if found is None or expected is None:
         return found is expected
-    coarser = max(own.dtype, network.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return agrees(found, expected, dtype=coarser)
+    return expected.difference(found) is None
 
 
 def _bridge(request: _Request) -> TransformerBridge:

@@ -30,7 +30,7 @@ def settings_digest(model: nn.Module) -> str:
 
     That is: what the class of a network adds to its configuration (not its name or dtype), the
     classes of its modules, plain numbers and texts among their attributes, buffers that no state
-    dict holds, and the precision of `torch.autocast` where that is on.
+    dict holds and no forward writes, and the precision of `torch.autocast` where that is on.
 
     >>> import lensclust as lc
     >>> one, other = lc.load("native:sif-small"), lc.load("native:sif-small")
@@ -41,17 +41,36 @@ def settings_digest(model: nn.Module) -> str:
     False
     """
     network = getattr(model, "original_model", model)
-    kept = set(network.state_dict(keep_vars=True))
+    kept = {*network.state_dict(keep_vars=True), *_rewritten(network)}
     tables = {
         name.replace(WRAPPED, ""): held
-        for name, held in network.named_buffers()
+        for name, held in network.named_buffers(remove_duplicate=False)
         if name not in kept and isinstance(held, Tensor)
     }
     said = {**plain_settings(network), "tables": tensors_digest(tables.items(), brought_in(model))}
-    device = next((weight.device.type for weight in network.parameters()), "cpu")
-    if torch.is_autocast_enabled(device):
-        said["autocast"] = str(torch.get_autocast_dtype(device))
+    if (precision := autocast_precision(network)) is not None:
+        said["autocast"] = str(precision)
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _rewritten(network: nn.Module) -> Iterator[str]:
+    """Names of what rotary embeddings make again for the length of each forward.
+
+    What they make it from is in the configuration, and in a table beside it.
+    """
+    for name, module in network.named_modules():
+        found = getattr(module, "rope_type", None)
+        for layers, kind in (found if isinstance(found, dict) else {"": found}).items():
+            if kind == "longrope" or "dynamic" in str(kind):
+                yield f"{name}.{layers}{'_' if layers else ''}inv_freq"
+            if "dynamic" in str(kind):
+                yield f"{name}.attention_scaling"
+
+
+def autocast_precision(network: Any) -> torch.dtype | None:
+    """To what `torch.autocast` rounds on the device of a network; None where it is off."""
+    device = next((weight.device.type for weight in network.parameters()), "cpu")
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def plain_settings(network: nn.Module) -> dict[str, Any]:
@@ -77,12 +96,15 @@ def _general() -> frozenset[str]:
 
 
 def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    rewritten = set(_rewritten(network))
     for name, module in network.named_modules():
         # The wrappers' own attributes change with what is read from them.
         if type(module).__module__.startswith("transformer_lens.model_bridge.generalized"):
             continue
         yield name.replace(WRAPPED, ""), type(module).__qualname__
         for key, value in vars(module).items():
+            if f"{name}.{key}" in rewritten:
+                continue
             if _decides(key) and isinstance(value, _PLAIN):
                 yield f"{name}.{key}".replace(WRAPPED, ""), value
 

@@ -135,7 +135,7 @@ class _SpanReader(BatchReader):
     ) -> HostCopy:
         buffers = self._buffers(len(index))
         lengths = prompts.lengths[index]
-        for rows in batches(lengths, self.batch_tokens, apart=self.apart):
+        for rows in batches(self.model, lengths, self.batch_tokens):
             tokens = upload(prompts.tokens[index[rows], : int(lengths[rows].max())], self.device)
             sizes = stops[rows] - starts[rows]
             row = torch.arange(len(rows)).repeat_interleave(sizes)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lensclust.batching import batches
+from lensclust.batching import cut_by_length
 from lensclust.costs import Cost
 from lensclust.packed_batches import GROUP_TOKENS, Layout, PackedBatch
 from lensclust.tries import alphabetical
@@ -132,7 +132,7 @@ def pack(
     """
     stops = positions.max(1).values.numpy() + 1
     order, common = alphabetical(tokens.numpy(), stops)
-    full = [(len(rows), int(lengths[rows].max())) for rows in batches(lengths, budget)]
+    full = [(len(rows), int(lengths[rows].max())) for rows in cut_by_length(lengths, budget)]
     plain_cost = sum(cost(sequences=n, tokens=longest, keys=longest) for n, longest in full)
     counted: dict[str, Any] = {
         "prompts": len(tokens),

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lensclust.errors import InputError
-from lensclust.faithfulness import bare_logits, note_bare
+from lensclust.faithfulness import bare, note_bare
 from lensclust.placement import DeviceMap, require_placeable
 from lensclust.weight_files import (
     gguf_contents,
@@ -200,13 +200,13 @@ def wrap_pretrained(model: PreTrainedModel, *, name: str) -> TransformerBridge:
     """
     require_bare(model)
     force_eager_attention(model)
-    bare = bare_logits(model.eval())
+    before = bare(model.eval())
     architecture = type(model).__name__
     with _reported(name):
         bridge = build_bridge_from_module(
             model, architecture, hf_config=model.config, model_name=name
         )
-    note_bare(bridge, bare)
+    note_bare(bridge, before)
     return bridge.eval()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, length_steps, model_device, without_cache
+from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.packed_forwards import Hooks
@@ -147,7 +147,7 @@ class _Reading:
         return torch.cat(self.parts)[torch.cat(self.order).argsort()]
 
     def in_full(self, budget: int) -> None:
-        for rows in batches(self.prompts.lengths, budget, apart=length_steps(self.model)):
+        for rows in batches(self.model, self.prompts.lengths, budget):
             self._keep(*self._run_in_full(rows, self.hooks), rows)
 
     def shared(self, sharing: PrefixSharing, packing: Packing) -> bool:

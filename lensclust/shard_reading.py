@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
-from lensclust.batching import batches, default_budget, length_steps, model_device, without_cache
+from lensclust.batching import batches, default_budget, model_device, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
@@ -147,7 +147,6 @@ class BatchReader:
                 model, caller="extract", batch_tokens=batch_tokens, dtype=dtype
             )
         self.arguments = without_cache(model)
-        self.apart = length_steps(model)
 
     def read(
         self,
@@ -185,7 +184,7 @@ class BatchReader:
     def _read_in_full(
         self, asked: _Asked, buffers: Mapping[str, Tensor], advance: Callable[..., None]
     ) -> None:
-        for rows in batches(asked.lengths, self.batch_tokens, apart=self.apart):
+        for rows in batches(self.model, asked.lengths, self.batch_tokens):
             longest = int(asked.lengths[rows].max())
             tokens = upload(asked.tokens[rows, :longest], self.device)
             places = asked.positions[rows]

@@ -158,7 +158,7 @@ def finetune(
     fused = all(parameter.is_contiguous() for parameter in tuned.parameters.values())
     optimizer = torch.optim.AdamW(_groups(tuned, masks, weight_decay), lr=lr, fused=fused)
     tokens, lengths, answers = prompts.with_answers()
-    plan = training_batches(lengths, batch_size, batch_tokens, seed=seed)
+    plan = training_batches(model, lengths, batch_size, batch_tokens, seed=seed)
     in_memory: dict[int, dict[str, Tensor]] = {}
     with (
         claimed(folder, caller="finetune"),
@@ -284,7 +284,7 @@ def _scores(
 
     device, budget = model_device(model), default_budget(model)
     with tuned.on():
-        rows = score_answers(logits_at, evaluate, step, device=device, batch_tokens=budget)
+        rows = score_answers(model, logits_at, evaluate, step, device=device, batch_tokens=budget)
     return [{**row, "samples": samples} for row in rows]
 
 

@@ -211,7 +211,9 @@ def train(
             is_checkpoint = step in at
             is_reported = is_checkpoint or (evaluate_every and step % evaluate_every == 0)
             if is_reported and all(row["step"] != step for row in scores):
-                scores = scores + score_answers(_reader(model), evaluated, step, device=device)
+                scores = scores + score_answers(
+                    bridge, _reader(model), evaluated, step, device=device
+                )
                 if is_checkpoint and folder is None:
                     in_memory[step] = {name: copied(tensor) for name, tensor in tensors.items()}
                 elif is_checkpoint and folder is not None:

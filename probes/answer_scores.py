@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.batching import announced, batches, default_budget, model_device
-from lensclust.cached_generation import cached_generation
+from lensclust.cached_generation import wrong_with_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_answers, require_fits
 from lensclust.partial_forwards import scored_logits
@@ -61,7 +61,7 @@ def answer_scores(
     columns = ["confidence", "right", *(["choice", "says_other"] if others is not None else [])]
     device = model_device(model)
     table = torch.empty((len(prompts), len(columns)), dtype=torch.float64)
-    for rows in batches(lengths, batch_tokens or default_budget(model)):
+    for rows in batches(model, lengths - 1, batch_tokens or default_budget(model)):
         longest = int(lengths[rows].max())
         # The logits at a token are about the next one.
         row, place = asked[rows, 1:longest].nonzero().unbind(1)
@@ -112,7 +112,7 @@ def greedy_texts(
             prompts.tokens[rows, :length].to(model_device(model)),
             max_new_tokens=new_tokens,
             do_sample=False,
-            use_past_kv_cache=cached_generation(model).right is not False,
+            use_past_kv_cache=wrong_with_cache(model, length, length + new_tokens - 1) is None,
             stop_at_eos=False,
             return_type="tokens",
             verbose=False,

@@ -126,7 +126,7 @@ def attention_ratio(
     weights = np.empty((*sizes, 2), dtype=np.float32)
     null = np.zeros((2, sizes[0], sizes[2], sizes[3] + len(OVER_HEADS), draws))
     with progress_bar("attention", len(prompts), enabled=progress) as advance:
-        for rows in batches(prompts.lengths, budget):
+        for rows in batches(model, prompts.lengths, budget):
             last = prompts.lengths[rows] - 1
             tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
             weighing = SpanWeights(

@@ -101,7 +101,7 @@ def answers_cut_off(
     device = model_device(model)
     parts, order = [], []
     with torch.no_grad():
-        for rows in batches(prompts.lengths, batch_tokens or default_budget(model)):
+        for rows in batches(model, prompts.lengths, batch_tokens or default_budget(model)):
             last = prompts.lengths[rows] - 1
             width = int(last.max()) + 1
             looks = torch.arange(width) >= begin[rows][:, None]

@@ -166,7 +166,7 @@ def sample_attention(
     for place, site in enumerate(wanted):
         places.setdefault(site.layer, []).append(place)
 
-    for rows in batches(prompts.lengths, batch_tokens or default_budget(model)):
+    for rows in batches(model, prompts.lengths, batch_tokens or default_budget(model)):
         last = prompts.lengths[rows] - 1
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
 

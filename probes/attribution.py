@@ -185,7 +185,7 @@ def _gradients(
     hooks = dict.fromkeys(hook_name(model, site) for site in sites)
     parts: list[list[Tensor]] = [[] for _ in sites]
     order = []
-    for rows in batches(prompts.lengths, budget):
+    for rows in batches(model, prompts.lengths, budget):
         last = prompts.lengths[rows] - 1
         device = model_device(model)
         inside = torch.arange(len(rows), device=device)

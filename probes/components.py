@@ -36,6 +36,7 @@ from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
 from lensclust.labels import label_texts
+from lensclust.network_settings import autocast_precision
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import States, answers_with_states
@@ -126,10 +127,17 @@ def decompose(
     allowed = max(TOLERANCE, rounding_tolerance(parts.weight.dtype))
     if not error <= allowed:
         changed = hooked_points(model)
-        why = f"; hooks such as steering change {changed[:1]}, and their part is no component"
+        why = ""
+        if changed:
+            why = f"; hooks such as steering change {changed[:1]}, and their part is no component"
+        elif (precision := autocast_precision(model)) is not None:
+            why = (
+                f": torch.autocast rounds to {precision} what float32 weights give; leave it, or "
+                f"load the model with dtype={precision}"
+            )
         raise InputError(
             f"decompose: the components of {model_name(model)} do not add up to its label logits "
-            f"(relative error {error:.2g}, expected at most {allowed:.2g}){why if changed else ''}"
+            f"(relative error {error:.2g}, expected at most {allowed:.2g}){why}"
         )
     return ComponentLogits(
         data=_dataset(model, prompts, tokens, targets, label, logits, own),

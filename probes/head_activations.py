@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, length_steps, model_device
+from lensclust.batching import batches, default_budget, model_device
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
@@ -108,7 +108,7 @@ def head_activation(
     ):
         budget = batch_tokens or max(1, default_budget(model) // (FUSED if fused else BACKWARD))
         require_reach(model, *shortest, path=fused)
-        for rows in batches(scoring.lengths, budget, apart=length_steps(model)):
+        for rows in batches(model, scoring.lengths, budget):
             found, gradients = gate_gradients(model, *scoring.batch(rows))
             _require_finite(rows, found, "loss")
             _require_finite(rows, gradients.flatten(1).sum(1), "gradient of the loss")

@@ -155,7 +155,7 @@ def label_word_flow(
     found = np.empty((len(FLOWS), len(prompts), len(reader.blocks)), dtype=np.float32)
     budget = batch_tokens or max(1, default_budget(model) // BACKWARD)
     with progress_bar("label words", len(prompts), enabled=progress) as advance:
-        for rows in batches(prompts.lengths, budget):
+        for rows in batches(model, prompts.lengths, budget):
             lengths = prompts.lengths[rows]
             width = int(lengths.max())
             columns = _columns(rows.numpy(), anchors[rows.numpy(), :width], asked, draws, seed)

@@ -21,12 +21,13 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import agrees, relative_error
 from lensclust.arguments import checked_arguments
-from lensclust.batching import announced, default_budget, length_steps
+from lensclust.batching import announced, default_budget
 from lensclust.blocks import blocks_of
 from lensclust.branching_check import FAILURES, named
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.frequencies import length_steps
 from lensclust.middle_states import require_editable
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts

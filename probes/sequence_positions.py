@@ -19,6 +19,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.blocks import hooks_are_off
+from lensclust.cached_generation import uncached
 from lensclust.errors import InputError
 
 # Names under which networks are handed what earlier forwards computed.
@@ -58,9 +59,10 @@ class _Generation:
 class _Follower:
     """Keeps track of the sequences that a network runs."""
 
-    def __init__(self, notice: Callable[[Stretch], None], caller: str) -> None:
+    def __init__(self, notice: Callable[[Stretch], None], caller: str, advice: str) -> None:
         self.notice = notice
         self.caller = caller
+        self.advice = advice
         self.generation: _Generation | None = None
         # What is known of the sequence that a cache holds.
         self.prompt_ends: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
@@ -145,8 +147,8 @@ class _Follower:
 
     def _lost(self, why: str) -> InputError:
         return InputError(
-            f"{self.caller}: cannot tell where in its sequence a forward stands ({why}); run "
-            "without a cache (use_past_kv_cache=False), on token ids and a mask of 0 and 1"
+            f"{self.caller}: cannot tell where in its sequence a forward stands ({why}); "
+            f"{self.advice}, on token ids and a mask of 0 and 1"
         )
 
 
@@ -168,7 +170,7 @@ def following(
     """
     hooked: Any = model
     network: Any = getattr(model, "original_model", model)
-    follower = _Follower(notice, caller)
+    follower = _Follower(notice, caller, uncached(model))
     handles = [
         network.register_forward_pre_hook(follower.before, with_kwargs=True),
         network.register_forward_hook(follower.after, with_kwargs=True),

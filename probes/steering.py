@@ -2,7 +2,9 @@
 
 Positions are those of the sequence. While a model generates, an edit is made where its token is
 computed: in the prefill, in a forward of one token behind a key/value cache, or in every forward
-of the whole sequence where there is no cache. So a cache changes the time, not the result.
+of the whole sequence where there is no cache. So a cache changes the time, not the result; where
+it would change the result, because of the libraries or of frequencies that depend on the length
+of a sequence, a forward with a cache is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
 from lensclust.batching import rows_being_run
-from lensclust.cached_generation import cached_generation
+from lensclust.cached_generation import uncached, wrong_with_cache
 from lensclust.effects import require_effect
 from lensclust.errors import InputError
 from lensclust.fits import require_model
@@ -78,7 +80,8 @@ def steer(
             the model is in training mode, or both ``positions`` and ``since`` are given. From the
             forward: if the indices do not fit the batch or the sequence, a batch of several rows
             is run and no positions were given, or it cannot be told where a forward stands in
-            its sequence. At the end, if a sequence that was generated never reached an index.
+            its sequence, or a cache would make it wrong. At the end, if a sequence that was
+            generated never reached an index.
 
     >>> import lensclust as lc
     >>> from probes.centroids import mean_states
@@ -102,13 +105,15 @@ def steer(
     sites = resolve(model, at)
     require_editable(model, sites, caller="steer")
     require_effect(model, [hook_name(model, site) for site in sites], caller="steer")
-    generation = cached_generation(model)
 
     def notice(stretch: Stretch) -> None:
-        if stretch.cached and generation.right is False:
+        before, until = int(stretch.index[:, 0].max()), int(stretch.index.max()) + 1
+        # A prompt by itself is right however long it is.
+        start = before if before > 0 else until
+        if stretch.cached and (why := wrong_with_cache(model, start, until)) is not None:
             raise InputError(
-                f"steer: {model_name(model)} generates wrongly with a key/value cache "
-                f"({generation.why}): generate with use_past_kv_cache=False"
+                f"steer: {model_name(model)} generates wrongly with a key/value cache ({why}): "
+                f"{uncached(model)}"
             )
         places.notice(stretch)
 

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.activations import select
 from lensclust.finetuning import Finetuned
+from lensclust.fits import require_one_side
 from lensclust.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.sites import Site
 from probes.interventions import Intervention
@@ -233,6 +234,7 @@ def read_now(
 ) -> Float[Tensor, "prompt 2"]:
     """First token and divergence of each prompt, with the weights as they are."""
     prompts = asked.prompts
+    require_one_side(model, prompts.lengths, caller="alignment")
     last = torch.arange(prompts.tokens.shape[1]) == (prompts.lengths - 1)[:, None]
     with torch.no_grad(), nullcontext() if frozen is None else frozen.reused():
         logits = scored_logits(model, prompts.tokens, last).float()

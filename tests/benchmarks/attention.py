@@ -102,7 +102,7 @@ def ours(model: Any, given: lc.Prompts, *, weighting: tuple[str, ...]) -> Any:
 def plain(network: Any, given: lc.Prompts, **options: Any) -> None:
     """Nothing but the forward, in the same batches."""
     budget = BATCH_TOKENS.get(network.device.type, ACCELERATOR_TOKENS)
-    for chosen in batches(given.lengths, budget):
+    for chosen in batches(model, given.lengths, budget):
         network(given.tokens[chosen], use_cache=False, **options)
 
 

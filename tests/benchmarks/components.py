@@ -140,7 +140,7 @@ def straightforward(model: Any, prompts: lc.Prompts) -> np.ndarray:
     kept += [f"blocks.{block}.hook_mlp_out" for block in blocks]
     w_o = torch.stack([model.blocks[block].attn.W_O for block in blocks])
     out = np.empty((len(prompts), len(blocks) * (model.cfg.n_heads + 1), len(labels)), np.float32)
-    for chosen in batches(prompts.lengths, default_budget(model)):
+    for chosen in batches(model, prompts.lengths, default_budget(model)):
         lengths = prompts.lengths[chosen]
         tokens = prompts.tokens[chosen, : int(lengths.max())]
         _, cache = model.run_with_cache(tokens, names_filter=[*kept, "ln_final.hook_scale"])

@@ -104,7 +104,7 @@ def _compare(
 
     def batched(read: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
         out = np.empty((len(prompts), n_layers + 1, model.cfg.d_model), dtype=np.float32)
-        for chosen in batches(prompts.lengths, default_budget(model)):
+        for chosen in batches(model, prompts.lengths, default_budget(model)):
             lengths = prompts.lengths[chosen]
             tokens = prompts.tokens[chosen, : int(lengths.max())]
             out[chosen] = read(tokens, lengths - 1).numpy()

@@ -124,7 +124,7 @@ def _bare(network: PreTrainedModel, budget: int) -> Read:
     @torch.no_grad()
     def read(prompts: lc.Prompts) -> np.ndarray:
         out = [np.empty(0)] * len(prompts)
-        for rows in batches(prompts.lengths, budget):
+        for rows in batches(model, prompts.lengths, budget):
             lengths = prompts.lengths[rows]
             tokens = prompts.tokens[rows, : int(lengths.max())]
             mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,20 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 
 import lensclust as lc
 from lensclust.agreement import _MEMO
-from lensclust.cached_generation import FIRST_BAD, cached_generation
+from lensclust.cached_generation import FIRST_BAD, cached_generation, uncached
 from lensclust.doctor import examine
 from probes.answer_scores import greedy_texts
 from probes.interventions import Intervention
 from probes.steering import steer
+from tests.families.registry import FAMILIES, build
+from tests.longrope import changing, greedy
 from tests.tiny import ARCHITECTURES, hf_model, tiny_tokenizer
 
 MOVE = Intervention("plus one", lambda site: lambda states: states + 1)
 TOKENS = torch.tensor([[5, 9, 3, 7, 11], [8, 4, 6, 2, 9]])
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False}
 OPTIONS |= {"verbose": False}
+STATES = "hidden_states"
 
 
 @pytest.fixture
@@ -116,6 +121,94 @@ def test_what_cannot_be_tried_loads():
     assert cached_generation(loaded).why == "not tried: RuntimeError: one line"
     fresh.forward = forward
     assert examine(bridge)["cached generation"] == "equals a forward of the whole sequence"
+
+
+KINDS = [("phi3", "longrope"), ("gemma3", "longrope"), ("llama", "dynamic"), ("qwen2", "dynamic")]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_cache_that_outlives_its_frequencies_is_not_used(name, kind, tmp_path, caplog):
+    network: Any = changing(name, 20, kind=kind)
+    plain = copy.deepcopy(network)
+    with caplog.at_level(logging.WARNING):
+        bridge: Any = lc.load(network, tokenizer=tiny_tokenizer(tmp_path))
+    assert "beyond 20 tokens, where its frequencies change" in caplog.text
+    assert "wrong beyond 20 tokens" in examine(bridge)["cached generation"]
+    rng = torch.Generator().manual_seed(0)
+    lengths = (9, 17, 17, 19)
+    rows = [torch.randint(4, 60, (n,), generator=rng).tolist() for n in lengths]
+    prompts = lc.Prompts.from_token_lists(rows, pd.DataFrame({"row": lengths}))
+    texts = greedy_texts(bridge, prompts, new_tokens=7)
+    written = [greedy(plain, torch.tensor([row]), 7)[0, len(row) :] for row in rows]
+    assert texts == [bridge.tokenizer.decode(tokens) for tokens in written]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_steering_refuses_a_cache_where_frequencies_change(name, kind):
+    network: Any = changing(name, 20, kind=kind)
+    plain = copy.deepcopy(network)
+    bridge: Any = lc.load(network)
+    tokens = torch.randint(4, 60, (2, 17), generator=torch.Generator().manual_seed(1))
+    module = plain.get_decoder().layers[1]
+    options = {**OPTIONS, "return_type": "tokens"}
+
+    def moved(length: int, new: int) -> torch.Tensor:
+        def add(_module: Any, args: Any, given: Any) -> Any:
+            states = args[0] if args else given["hidden_states"]
+            return (
+                ((states + 1, *args[1:]), given) if args else (args, {**given, STATES: states + 1})
+            )
+
+        handle = module.register_forward_pre_hook(add, with_kwargs=True)
+        found = greedy(plain, tokens[:, :length], new)
+        handle.remove()
+        return found
+
+    with steer(bridge, MOVE, at="resid 1", positions="all"):
+        # 17 tokens and three of four new ones are run: the cache holds throughout.
+        assert torch.equal(bridge.generate(tokens, **options), moved(17, 4))
+        longer = {**options, "max_new_tokens": 6}
+        with pytest.raises(lc.InputError, match="frequencies change beyond 20 tokens") as caught:
+            bridge.generate(tokens, **longer)
+        assert "\n" not in str(caught.value)
+        found = bridge.generate(tokens, use_past_kv_cache=False, **longer)
+        assert torch.equal(found, moved(17, 6))
+
+
+def test_beyond_its_change_the_cache_of_longrope_is_right_again():
+    network: Any = changing("qwen2", 12)
+    plain = copy.deepcopy(network)
+    bridge: Any = lc.load(network)
+    assert cached_generation(bridge).right is True
+    tokens = torch.randint(4, 60, (2, 13), generator=torch.Generator().manual_seed(1))
+    nothing = Intervention("nothing", lambda site: lambda states: states)
+    with steer(bridge, nothing, at="resid 1", positions="all"):
+        found = bridge.generate(tokens, **{**OPTIONS, "return_type": "tokens"})
+    assert torch.equal(found, greedy(plain, tokens, 4))
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 7, 8])
+def test_frequencies_that_change_among_the_tried_tokens_are_not_a_lost_cache(step):
+    assert cached_generation(lc.load(changing("llama", step))).right is True
+
+
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "mamba"])
+def test_the_advice_for_models_whose_states_transformers_must_make_works(name):
+    network: Any = build(FAMILIES[name])
+    plain = copy.deepcopy(network)
+    bridge: Any = lc.load(network)
+    tokens = torch.randint(4, 60, (2, 11), generator=torch.Generator().manual_seed(1))
+    assert "model.original_model.generate(tokens, use_cache=False)" in uncached(bridge)
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": False, "eos_token_id": None}
+    nothing = Intervention("nothing", lambda site: lambda states: states)
+    for steering in (nullcontext(), steer(bridge, nothing, at="resid 1", positions="all")):
+        with steering:
+            found = bridge.original_model.generate(tokens, **options)
+        assert torch.equal(found, greedy(plain, tokens, 5))
+    if name == "bamba":
+        with steer(bridge, MOVE, at="resid 1"), pytest.raises(lc.InputError) as caught:
+            bridge.generate(tokens[:1], **OPTIONS)
+        assert uncached(bridge) in str(caught.value)
 
 
 def test_the_bound_is_that_of_the_package():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,15 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 import lensclust as lc
 from lensclust import pretrained
+from tests.families.registry import FAMILIES, build
 from tests.tiny import ARCHITECTURES, hf_model
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -47,12 +55,41 @@ def test_code_that_cannot_be_made_eager_is_refused():
         lc.load(perturbed(config, "sdpa"))
 
 
-def perturbed(config, attention: str):
-    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", list(FAMILIES)[0::4])
+def test_rounding_in_half_precision_is_no_other_network(name, dtype):
+    lc.load(build(FAMILIES[name], seed=1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_difference_beyond_rounding_is_refused_in_half_precision(dtype):
+    # Both are below the tenth that rounding may make in bfloat16 at most.
+    gpt2 = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, scale_attn_weights=False
+    )
+    falcon = transformers.FalconConfig(**SIZES, alibi=True)
+    for config, attention, size in ((gpt2, "eager", 0.04), (falcon, "sdpa", 0.04)):
+        network = perturbed(config, attention, size).to(dtype)
+        with pytest.raises(lc.InputError, match=r"by rounding at most 0\.0") as caught:
+            lc.load(network)
+        found = re.search(r"relative difference ([\d.]+), ", str(caught.value))
+        assert found is not None
+        assert float(found[1]) < 0.1, attention
+
+
+def perturbed(config, attention: str, size: float = 0.2):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        network = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention
+        )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in network.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator) / 5)
+            weight.add_(torch.randn(weight.shape, generator=generator) * size)
     return network.eval()
 
 

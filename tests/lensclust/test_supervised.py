@@ -37,6 +37,7 @@ from tests.lensclust.test_finetuning import (
     state_of,
 )
 
+MODEL = lc.load("native:sif-small")
 LORA = Lora(rank=2, alpha=6, targets=("q", "o", "in"), blocks=(0, 2))
 KNOBS: dict[str, Any] = {"steps": 9, "batch_size": 4, "lr": 1e-2, "progress": False}
 WAYS: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ def by_hand(
     _, lengths, _ = asked.with_answers()
     optimizer = torch.optim.AdamW(free, lr=1.0, weight_decay=decay)
     losses = []
-    for step, rows in enumerate(islice(training_batches(lengths, 4, seed=5), steps)):
+    for step, rows in enumerate(islice(training_batches(MODEL, lengths, 4, seed=5), steps)):
         # One step of warmup, then half a turn of the cosine.
         share = 1.0 if step == 0 else (1 + math.cos(math.pi * (step - 1) / (steps - 1))) / 2
         optimizer.param_groups[0]["lr"] = 3e-3 * share
@@ -216,7 +217,7 @@ def test_every_round_holds_every_prompt_once(data):
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=n, max_size=n)))
     size, seed = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 9))
     budget = data.draw(st.none() | st.integers(1, 40))
-    plan = training_batches(lengths, size, budget, seed=seed)
+    plan = training_batches(MODEL, lengths, size, budget, seed=seed)
     for _ in range(2):
         seen: list[int] = []
         while len(seen) < n:
@@ -234,7 +235,9 @@ def test_batches_are_alike_in_length_and_follow_the_seed():
     lengths = torch.randint(5, 100, (512,), generator=generator)
 
     def first(seed: int) -> list[list[int]]:
-        return [rows.tolist() for rows in islice(training_batches(lengths, 16, seed=seed), 32)]
+        return [
+            rows.tolist() for rows in islice(training_batches(MODEL, lengths, 16, seed=seed), 32)
+        ]
 
     padded = sum(16 * int(lengths[rows].max()) for rows in first(0))
     assert padded < 1.15 * int(lengths.sum()) < 1.15 * 512 * 99 / 1.5

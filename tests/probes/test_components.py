@@ -365,6 +365,20 @@ def test_labels_whose_logits_are_near_zero_add_up_in_half_precision(name: str) -
     assert found.error < 0.05
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_autocast_is_named_where_it_is_what_does_not_add_up(name: str) -> None:
+    model, prompts = lc.load(hf_model(name)), prompts_of()
+    given: Any = {"label": None, "progress": False}
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(lc.InputError) as caught:
+        decompose(model, prompts, {"a": 3, "b": 5}, **given)
+    assert "torch.autocast rounds to torch.bfloat16" in str(caught.value)
+    assert "dtype=torch.bfloat16" in str(caught.value)
+    # What it advises works.
+    assert decompose(model, prompts, {"a": 3, "b": 5}, **given).error < 1e-4
+    half = lc.load(hf_model(name), dtype=torch.bfloat16)
+    assert decompose(half, prompts, {"a": 3, "b": 5}, **given).error < 0.1
+
+
 def test_a_block_without_heads_is_named() -> None:
     config = transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
     model = lc.load(transformers.AutoModelForCausalLM.from_config(config).eval())
