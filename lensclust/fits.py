@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lensclust.agreement import forget_outdated
 from lensclust.errors import InputError
+from lensclust.faithfulness import require_faithful
 from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
 from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
@@ -18,6 +21,8 @@ from lensclust.wrapping import keep_up, modules_of
 
 def require_model(model: Any, *, caller: str) -> None:
     """Refuse what is no hooked model, one with a part in training mode, or one to load again.
+
+    What checks found out about the model with other weights than it has now is forgotten.
 
     Args:
         model: whatever was given in a model's place.
@@ -39,6 +44,9 @@ def require_model(model: Any, *, caller: str) -> None:
             f"{caller}: {name} is in training mode in part ({', '.join(kinds[:3])}); call eval() "
             "of the network that was loaded, and model.eval()"
         )
+    forget_outdated(model)
+    if isinstance(model, TransformerBridge):
+        require_faithful(model, caller=caller)
 
 
 def _quantised(module: nn.Module) -> bool:

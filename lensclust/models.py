@@ -19,7 +19,7 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
-from lensclust.agreement import agrees
+from lensclust.agreement import agrees, forget_outdated
 from lensclust.arguments import checked_arguments
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
@@ -157,6 +157,7 @@ def load(
         pretrained.attach_tokenizer(model, _read_tokenizer(tokenizer, request))
     if (own := own_network(model)) is not None:
         own.eval()
+    forget_outdated(model)
     require_faithful(mended(model).eval())
     require_causal(model)
     require_right_library(model)
