@@ -54,9 +54,10 @@ def _found(network: nn.Module) -> Iterator[AddedCode]:
                     yield AddedCode(path, kind, hook)
         forward = vars(module).get("forward")
         # A forward of transformers may be that of another module.
-        if forward is not None and not hasattr(module, "_hf_hook"):
-            if _home(forward).partition(".")[0] not in LIBRARIES - {"transformers"}:
-                yield AddedCode(path, "replaced forward", forward)
+        if forward is None or hasattr(module, "_hf_hook"):
+            continue
+        if _home(forward).partition(".")[0] not in LIBRARIES - {"transformers"}:
+            yield AddedCode(path, "replaced forward", forward)
 
 
 def _home(code: Any) -> str:

@@ -78,8 +78,8 @@ def remembered(
 
     For self-checks of a model's code: whether prefixes can be shared, whether an edit takes
     effect. Weights at which code cannot go wrong (zeros, at initialisation) make a check pass, so
-    verdicts go when `forget_outdated` sees that weights have grown or shrunk. A check that raises is
-    not remembered.
+    verdicts go when `forget_outdated` sees that weights have grown or shrunk. A check that raises
+    is not remembered.
 
     Args:
         model: the object that the verdict belongs to; forgotten together with it.

@@ -59,8 +59,8 @@ def _require(bridge: TransformerBridge, caller: str) -> None:
     name, found = bridge.cfg.model_name, bare_logits(network)
     if found is None:
         raise InputError(
-            f"{caller}: {name} runs alone and fails once TransformerLens has wrapped it: try another "
-            "version of transformer-lens or transformers"
+            f"{caller}: {name} runs alone and fails once TransformerLens has wrapped it: try "
+            "another version of transformer-lens or transformers"
         )
     if not agrees(found, expected, dtype=network.dtype):
         raise InputError(

@@ -138,8 +138,7 @@ def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[
 
 
 def _placewise(model: nn.Module, whole: Callable[..., Any], states: Tensor) -> bool:
-    """Whether the last MLP makes the same of a token whatever stands beside it; checked once for each
-    model.
+    """Whether the last MLP makes the same of a token whatever stands beside it; checked once.
 
     Every third of some tokens is run without the others, and all of them in another shape. Where
     there are few tokens they come several times, moved a little, so that no two are alike.

@@ -9,7 +9,7 @@ Where TransformerLens splits a joint projection (GPT-2, GPT-NeoX, Phi-3), the br
 parameters: views of the joint ones, or copies. Copies are made again when the joint weights have
 changed, and written back where they were trained through the bridge. All that is looked at
 before every forward, by identity, version and place of the weights, and by a few of their values;
-before every call of lensclust by all values, and by the network's constants.
+before every call of lensclust by all values, and by the network's constants, hooks and forwards.
 """
 
 from __future__ import annotations
@@ -128,13 +128,16 @@ def keep_up(model: Any) -> None:
     Unlike what is done before each forward, this compares copies of weights by all their values:
     some edits (``weight.data[0] = 1``) leave no other trace.
 
+    What was trained through the bridge is in the network afterwards.
+
     Raises:
-        InputError: if it cannot: the network has other modules, shapes or settings than when it
-            was loaded, or was released.
+        InputError: if it cannot: the network has other modules, shapes, settings, hooks or
+            forwards than when it was loaded, or was released.
     """
     if (link := _link(model)) is not None:
         link.keep_up(by_value=True)
         link.require_settings()
+        link.write_back()
 
 
 def modules_of(model: Any) -> list[nn.Module]:
