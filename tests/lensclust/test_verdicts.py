@@ -1,7 +1,7 @@
 """What checks found out with weights at which nothing can go wrong is found out again later.
 
-Each network is first read as it is at initialisation, with output projections of 0, then given
-weights with which its peculiarity shows. The other side is a plain copy of it, with torch hooks.
+Each network is first read with weights of 0, as initialisations have them, then given those with
+which its peculiarity shows. The other side is a plain copy of it, with torch hooks.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ PROMPTS = lc.Prompts.from_token_lists(
 )
 
 
-def without_outputs(network: Any) -> dict[str, torch.Tensor]:
-    """Output projections set to 0; returns the weights as they were."""
+OUTPUTS = r"(o_proj|down_proj|out_proj|dense\w*|c_proj)\.(weight|bias)$"
+ATTENTION = r"(attn|attention)\."
+
+
+def zeroed(network: Any, pattern: str) -> dict[str, torch.Tensor]:
+    """Set some weights to 0; returns all as they were."""
     before = copy.deepcopy(network.state_dict())
     with torch.no_grad():
         for name, weight in network.named_parameters():
-            if re.search(r"(o_proj|down_proj|out_proj|dense\w*|c_proj)\.(weight|bias)$", name):
+            if re.search(pattern, name):
                 weight.zero_()
     return before
 
 
 def last_states(network: Any) -> np.ndarray:
-    """What goes into the last block at each prompt's last token."""
+    """What goes out of the last block at each prompt's last token."""
     network, found = copy.deepcopy(network), []
     blocks = next(
         module
@@ -51,25 +55,24 @@ def last_states(network: Any) -> np.ndarray:
         if isinstance(module, nn.ModuleList) and len(module) == network.config.num_hidden_layers
     )
 
-    def keep(_block: Any, given: Any, named: Any) -> None:
-        states = given[0] if given else named["hidden_states"]
-        found.append(states[0, -1].detach())
+    def keep(_block: Any, _given: Any, out: Any) -> None:
+        found.append((out[0] if isinstance(out, tuple) else out)[0, -1].detach())
 
-    blocks[-1].register_forward_pre_hook(keep, with_kwargs=True)
+    blocks[-1].register_forward_hook(keep)
     for row in range(len(PROMPTS)):
         with torch.no_grad():
             network(PROMPTS.tokens[row : row + 1, : int(PROMPTS.lengths[row])])
     return torch.stack(found).numpy()
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon, alibi", "lfm2"])
+@pytest.mark.parametrize("name", ["mpt", "gpt-neo", "llama4"])
 def test_whether_prefixes_can_be_shared(name: str) -> None:
     model: Any = attention_model(name)
     network: Any = own_network(model)
-    weights = without_outputs(network)
-    lc.extract(model, PROMPTS, "resid 1", progress=False)
+    weights = zeroed(network, ATTENTION)
+    lc.extract(model, PROMPTS, "resid 2", progress=False)
     network.load_state_dict(weights)
-    found = lc.extract(model, PROMPTS, "resid 1", progress=False)
+    found = lc.extract(model, PROMPTS, "resid 2", progress=False)
     expected = last_states(network)
     np.testing.assert_allclose(found.resid.values[:, 0, 0], expected, rtol=1e-3, atol=1e-4)
 
@@ -81,7 +84,7 @@ def test_whether_heads_add_up(kind: str) -> None:
         **SIZES, num_key_value_heads=2, head_dim=8, attn_implementation="eager"
     )
     network: Any = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    weights = without_outputs(network)
+    weights = zeroed(network, OUTPUTS)
     model = lc.load(network)
     lc.extract(model, PROMPTS, "head", progress=False)
     network.load_state_dict(weights)
@@ -93,13 +96,13 @@ def test_whether_a_bridge_computes_what_its_network_does() -> None:
     """Falcon's own fused attention scales biases otherwise than the bridge."""
     config = transformers.FalconConfig(**SIZES, alibi=True)
     network: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    without_outputs(network)
+    zeroed(network, OUTPUTS)
     model = lc.load(network.eval())
     lc.extract(model, PROMPTS, "resid", progress=False)
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) / 5)
-    with pytest.raises(lc.InputError, match="^extract: .* other logits"):
+    with pytest.raises(lc.InputError, match=r"^extract: .* other logits"):
         lc.extract(model, PROMPTS, "resid", progress=False)
 
 
