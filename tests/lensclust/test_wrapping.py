@@ -296,9 +296,9 @@ def _swapped(network: Any) -> None:
 
 
 def _merged(network: Any) -> None:
-    get_peft_model(
-        network, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    ).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    tuned: Any = get_peft_model(network, config)
+    tuned.merge_and_unload()
 
 
 def _one_value(network: Any) -> None:
@@ -624,7 +624,7 @@ def _projection(network: Any) -> Any:
 def test_joint_projections_whose_weight_is_computed(
     name: str, compute: Callable[[Any], None]
 ) -> None:
-    network = network_of(name)
+    network: Any = network_of(name)
     model = lc.load(network)
     compute(_projection(network))
     network(TOKENS)  # as ever
