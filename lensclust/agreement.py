@@ -9,13 +9,19 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lensclust.marks import sampled
 
 # Two exact ways to one result may differ by so many rounding errors, and by this share at most.
 ROUNDING, SHARE = 500, 0.1
+# By so much a weight may grow or shrink before verdicts are found again.
+OTHER_SIZE = 0.25
+# A weight of less than this, over the size of a typical matrix, is none but for noise.
+NOTHING = 1e-4
 
 _Found = TypeVar("_Found")
-_MEMO: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+_MEMO: WeakKeyDictionary[Any, _Memory] = WeakKeyDictionary()
 
 Size = tuple[int, ...]
 
@@ -65,24 +71,82 @@ def rounding_tolerance(dtype: torch.dtype) -> float:
     return min(ROUNDING * epsilon, SHARE)
 
 
-def remembered(model: Any, what: Hashable, find: Callable[[], _Found]) -> _Found:
-    """What ``find`` returned for this model the first time; it is called once for each model.
+def remembered(
+    model: Any, what: Hashable, find: Callable[[], _Found], *, lasting: bool = False
+) -> _Found:
+    """What ``find`` returned for this model the first time, until its weights are others.
 
-    For self-checks whose verdict depends on a model's code, not on its weights: whether prefixes
-    can be shared, whether an edit takes effect. A check that raises is not remembered.
+    For self-checks of a model's code: whether prefixes can be shared, whether an edit takes
+    effect. Weights at which code cannot go wrong (zeros, at initialisation) make a check pass, so
+    verdicts go when `forget_outdated` sees that weights have grown or shrunk. A check that raises
+    is not remembered.
 
     Args:
         model: the object that the verdict belongs to; forgotten together with it.
         what: name of the check, with whatever else decides the verdict.
+        lasting: keep it whatever the weights are.
 
     >>> model = torch.nn.Linear(1, 1)
     >>> remembered(model, "name", lambda: "first"), remembered(model, "name", lambda: "second")
     ('first', 'first')
     """
-    known = _MEMO.setdefault(model, {})
+    memory = _MEMO.get(model)
+    if memory is None:
+        memory = _MEMO[model] = _Memory(_sizes(model))
+    known = memory.lasting if lasting else memory.found
     if what not in known:
         known[what] = find()
     return known[what]
+
+
+def forget_outdated(model: Any) -> None:
+    """Forget what was found while a weight of the model was 0, or differed in size by a quarter.
+
+    A check with weights of one size tells of others of that size; with smaller ones, what it
+    looks for may have been lost in rounding. Vectors count against the size of a typical matrix
+    too: biases are next to 0 for long. A few values of each weight are looked at, so that a call
+    costs little, and a training that is probed at every step finds verdicts again at few of them.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    >>> remembered(model, "name", lambda: "first")
+    'first'
+    >>> _ = model.weight.mul_(-1.1)
+    >>> forget_outdated(model), remembered(model, "name", lambda: "second")
+    (None, 'first')
+    >>> _ = model.weight.mul_(2)
+    >>> forget_outdated(model), remembered(model, "name", lambda: "third")
+    (None, 'third')
+    """
+    if (memory := _MEMO.get(model)) is None:
+        return
+    now, then = _sizes(model), memory.sizes
+    if len(now) != len(then) or _differ(now, then, _are_matrices(model)):
+        memory.sizes = now
+        memory.found.clear()
+
+
+def _differ(now: Tensor, then: Tensor, matrices: Tensor) -> bool:
+    typical = then[matrices].median() if matrices.any() else then.new_zeros(())
+    allowed = OTHER_SIZE * torch.where(matrices, then, then + typical)
+    nothing = NOTHING * typical
+    return bool(((now - then).abs() > torch.where(then > nothing, allowed, nothing)).any())
+
+
+def _sizes(model: Any) -> Tensor:
+    return sampled(model.parameters() if isinstance(model, nn.Module) else ()).norm(dim=1)
+
+
+def _are_matrices(model: Any) -> Tensor:
+    return torch.tensor([weight.ndim > 1 for weight in model.parameters()], dtype=torch.bool)
+
+
+@dataclass(eq=False)
+class _Memory:
+    """Verdicts on a model, and the sizes of the weights with which the first was found."""
+
+    sizes: Tensor
+    found: dict[Hashable, Any] = field(default_factory=dict)
+    lasting: dict[Hashable, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

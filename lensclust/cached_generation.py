@@ -19,7 +19,7 @@ import transformers
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
-from lensclust.agreement import agrees, relative_error, remembered
+from lensclust.agreement import agrees, forget_outdated, relative_error, remembered
 from lensclust.batching import few_tokens, without_cache
 from lensclust.effects import unhooked
 from lensclust.errors import InputError
@@ -136,6 +136,7 @@ def cached_generation(model: TransformerLensModel) -> Verdict:
         return Verdict(None, f"no key/value cache in {type(network or model).__name__}")
     if any(parameter.is_meta for parameter in network.parameters()):
         return Verdict(None, "not tried: weights lie off the devices")
+    forget_outdated(model)
     return remembered(model, "cached generation", lambda: _tried(model, network))
 
 

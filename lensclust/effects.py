@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.agreement import relative_error, remembered
@@ -115,25 +115,33 @@ def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
             return "it does not fire in a forward; load the model with eager attention"
         if relative_error(edited[row], plain[row]) > rounding:
             return None
-        if _projected(model, name, lambda: logits([]), lambda: logits([(name, noise(row, name))])):
+        if _goes_on(model, name, lambda: logits([]), lambda: logits([(name, noise(row, name))])):
             return None
-        return "what is changed there is not what the network goes on with"
+        return (
+            "what is changed there is not what the network goes on with, or weights behind it are 0"
+        )
 
     return {name: fault(row, name) for row, name in enumerate(names)}
 
 
-def _projected(
+def _goes_on(
     model: Any, name: str, plain: Callable[[], Tensor], edited: Callable[[], Tensor]
 ) -> bool:
-    """Whether heads' outputs go into the output projection as they were changed.
+    """Whether an edit changes what goes into the unembedding, or heads' output projection.
 
-    Where its weights are 0, as of heads that were taken out, no logits move.
+    Where the weights of these are 0, at initialisation or of heads that were taken out, no
+    logits move.
     """
     found = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", name)
     attention = model.blocks[int(found[1])].attn if found else None
-    projection = getattr(getattr(attention, "o", None), "original_component", None)
-    if projection is None:
-        return False
+    maps = [getattr(attention, "o", None), getattr(model, "unembed", None)]
+    originals = [getattr(each, "original_component", None) for each in maps]
+    return any(_enters(each, plain, edited) for each in originals if each is not None)
+
+
+def _enters(
+    projection: nn.Module, plain: Callable[[], Tensor], edited: Callable[[], Tensor]
+) -> bool:
     entered: list[Tensor] = []
     handle = projection.register_forward_pre_hook(
         lambda _, given: entered.append(given[0].detach().clone())
@@ -143,4 +151,6 @@ def _projected(
             forward()
     finally:
         handle.remove()
-    return len(entered) == 2 and not torch.equal(*entered)
+    if len(entered) != 2:
+        return False
+    return relative_error(entered[1], entered[0]) > torch.finfo(entered[0].dtype).eps

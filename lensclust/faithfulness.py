@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.added_code import added_code
 from lensclust.agreement import relative_error, remembered, rounding_tolerance
+from lensclust.blocks import hooked_points
 from lensclust.errors import InputError
+from lensclust.wrapping import followed_network
 
 # Two sequences of so many tokens are run.
 _LENGTH = 9
@@ -126,35 +129,46 @@ def called_not_causal(network: Any) -> str:
     return ""
 
 
-def require_faithful(bridge: TransformerBridge) -> None:
-    """Refuse a bridge whose logits are not those of its network; checked once, when it is made.
+def require_faithful(bridge: TransformerBridge, *, caller: str = "load") -> None:
+    """Refuse a bridge whose logits are not those of its network.
+
+    Checked when it is made, and again when the weights are others: what a bridge leaves out may
+    not show at initialisation.
 
     Raises:
         InputError: with the relative difference.
     """
-    remembered(bridge, "faithful", lambda: _require(bridge))
+    remembered(bridge, "faithful", lambda: _require(bridge, caller))
 
 
-def _require(bridge: TransformerBridge) -> None:
-    expected: Bare | None = remembered(bridge, _BARE, lambda: None)
+def _require(bridge: TransformerBridge, caller: str) -> None:
+    expected: Bare | None = remembered(bridge, _BARE, lambda: _of_own(bridge))
     if expected is None:
         return
     network: Any = bridge.original_model
     name, found = bridge.cfg.model_name, bare_logits(network)
     if found is None:
         raise InputError(
-            f"load: {name} runs alone and fails once TransformerLens has wrapped it: try another "
-            "version of transformer-lens or transformers"
+            f"{caller}: {name} runs alone and fails once TransformerLens has wrapped it: try "
+            "another version of transformer-lens or transformers"
         )
     if (error := expected.difference(found)) is not None:
         if reason := called_not_causal(network):
             raise InputError(
-                f"load: {name} is not causal: {reason}; expected a decoder, such as ...ForCausalLM "
-                "with is_causal=True"
+                f"{caller}: {name} is not causal: {reason}; expected a decoder, such as "
+                "...ForCausalLM with is_causal=True"
             )
         raise InputError(
-            f"load: {name} gives other logits once TransformerLens has wrapped it (relative "
+            f"{caller}: {name} gives other logits once TransformerLens has wrapped it (relative "
             f"difference {error:.2g}, by rounding at most {expected.rounding:.2g}), so states "
             "would be another network's: build the network with attn_implementation='eager', or "
             "try another version of transformer-lens"
         )
+
+
+def _of_own(bridge: TransformerBridge) -> Bare | None:
+    """What the network that a bridge was made of gives; None where it may rightly differ."""
+    own = followed_network(bridge)
+    if own is None or hooked_points(bridge) or added_code(bridge.original_model):
+        return None
+    return bare(own)

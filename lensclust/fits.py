@@ -7,10 +7,13 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lensclust.agreement import forget_outdated
 from lensclust.errors import InputError
+from lensclust.faithfulness import require_faithful
 from lensclust.frequencies import length_steps
 from lensclust.prompts import Prompts, require_prompts
 from lensclust.sites import model_name
@@ -20,6 +23,8 @@ from lensclust.wrapping import keep_up, modules_of
 
 def require_model(model: Any, *, caller: str) -> None:
     """Refuse what is no hooked model, one with a part in training mode, or one to load again.
+
+    What checks found out about the model with other weights than it has now is forgotten.
 
     Args:
         model: whatever was given in a model's place.
@@ -41,6 +46,9 @@ def require_model(model: Any, *, caller: str) -> None:
             f"{caller}: {name} is in training mode in part ({', '.join(kinds[:3])}); call eval() "
             "of the network that was loaded, and model.eval()"
         )
+    forget_outdated(model)
+    if isinstance(model, TransformerBridge):
+        require_faithful(model, caller=caller)
 
 
 def _quantised(module: nn.Module) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+
 import torch
 import xxhash
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+# Values of each weight that are looked at where all would take too long.
+_SAMPLED = 16
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,6 +25,36 @@ def mark(weight: Tensor) -> bytes | Tensor:
     if weight.device.type != "cpu":
         return _margins(weight)
     return xxhash.xxh3_128_digest(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def sampled(weights: Iterable[Tensor]) -> Float[Tensor, "weight value"]:
+    """A few values of each weight, spread over it, on the host; zeros of an empty weight.
+
+    Cheaper by far than `mark`, and blind to an edit of other values.
+
+    >>> sampled([torch.zeros(0), torch.arange(100.0)])[:, :3]
+    tensor([[ 0.,  0.,  0.],
+            [ 0.,  6., 13.]])
+    """
+    held = [weight.detach() for weight in weights]
+    found = torch.zeros(len(held), _SAMPLED)
+    places: dict[torch.device, list[int]] = {}
+    for number, weight in enumerate(held):
+        if weight.numel() and not weight.is_meta:
+            places.setdefault(weight.device, []).append(number)
+    for device, numbers in places.items():  # one wait for each device
+        values = [_few(held[number], device) for number in numbers]
+        found[numbers] = torch.stack(values).cpu()
+    return found.nan_to_num()
+
+
+def _few(weight: Tensor, device: torch.device) -> Float[Tensor, " value"]:
+    return weight.reshape(-1)[_spread(weight.numel(), device)].float()
+
+
+@lru_cache(maxsize=1024)
+def _spread(total: int, device: torch.device) -> Int[Tensor, " value"]:
+    return torch.linspace(0, total - 1, _SAMPLED, dtype=torch.float64).long().to(device)
 
 
 def _margins(weight: Tensor) -> Int[Tensor, " row_and_column"]:

@@ -19,6 +19,7 @@ from transformer_lens.utilities.devices import get_device
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust import pretrained, weights
+from lensclust.agreement import forget_outdated
 from lensclust.arguments import checked_arguments
 from lensclust.cached_generation import require_right_library
 from lensclust.causality import require_causal
@@ -28,6 +29,8 @@ from lensclust.faithfulness import bare, bare_logits, require_all_blocks, requir
 from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
+from lensclust.sites import model_name
+from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import (
     keep_up,
     known_bridge,
@@ -91,14 +94,19 @@ def load(
               otherwise left alone: the bridge wraps a copy of its modules that shares its
               weights (with eager attention, so that patterns exist). Train it, save it, load
               other weights into it: the bridge has the weights it has. A second `load` gives
-              the same bridge; `release` takes it off again. Hooks that the model gets later do
-              not act in the bridge, and once its configuration or constants (a window, an
-              epsilon) have changed the bridge refuses to be read until it is loaded again.
+              the same bridge; `release` takes it off again. Once its configuration, constants
+              (a window, an epsilon), hooks or replaced forwards have changed the bridge refuses
+              to be read until it is loaded again. What is trained through the bridge is in
+              joint projections (``query_key_value``) from the model's next forward or
+              ``state_dict()``, or the next call of lensclust, on: not yet for a
+              ``copy.deepcopy`` right after an optimizer's step.
               Models that accelerate has spread over devices and quantised ones are wrapped
               **in place**, as TransformerLens does;
             - a bridge, which passes through;
             - a hub id.
-        tokenizer: instead of the source's own; or the directory or hub id of one.
+        tokenizer: instead of the source's own; or the directory or hub id of one. A model in
+            memory that was loaded with another one is refused: its bridge would read text
+            otherwise from then on. Give the bridge itself to replace its tokenizer.
         device: where to put it. Default: an accelerator if there is one; a model in memory stays.
         dtype: of the weights. Default: float32; a model in memory or checkpoint keeps its own.
             With another device or dtype than a model in memory has, the bridge gets weights of
@@ -154,10 +162,14 @@ def load(
     else:
         raise InputError(f"load: {_misfit(source)}")
     if tokenizer is not None:
-        pretrained.attach_tokenizer(model, _read_tokenizer(tokenizer, request))
+        read = _read_tokenizer(tokenizer, request)
+        if not isinstance(source, TransformerBridge):
+            _require_same_tokenizer(model, read)
+        pretrained.attach_tokenizer(model, read)
     if (own := own_network(model)) is not None:
         own.eval()
     require_all_blocks(model)
+    forget_outdated(model)
     require_faithful(mended(model).eval())
     require_causal(model)
     require_right_library(model)
@@ -220,6 +232,21 @@ def _read_tokenizer(tokenizer: Any, request: _Request) -> PreTrainedTokenizerBas
             "hub id or directory of one"
         )
     return found
+
+
+def _require_same_tokenizer(model: TransformerBridge, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to replace the tokenizer of a bridge that someone may have in use."""
+    known = model.tokenizer
+    if known is None:
+        return
+    # What is put around a text is not in a fingerprint.
+    around, wanted = ((each("").input_ids, each.chat_template) for each in (known, tokenizer))
+    same = same_tokenizer(tokenizer_fingerprint(known), tokenizer_fingerprint(tokenizer))
+    if around != wanted or not same:
+        raise InputError(
+            f"load: {model_name(model)} was loaded with another tokenizer, expected the same: give "
+            "the bridge itself, lensclust.load(bridge, tokenizer=...), to replace it there"
+        )
 
 
 def _native(request: _Request) -> TransformerBridge:

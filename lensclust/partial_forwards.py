@@ -127,7 +127,7 @@ def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[
     whole = mlp.forward
 
     def forward(states: Any, *given: Any, **named: Any) -> Any:
-        if given or named or not _placewise(mlp, whole, states):
+        if given or named or not _placewise(model, whole, states):
             return whole(states, *given, **named)
         places = scored.to(states.device)
         found = whole(states[places][None])[0]
@@ -137,8 +137,8 @@ def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[
         yield
 
 
-def _placewise(mlp: nn.Module, whole: Callable[..., Any], states: Tensor) -> bool:
-    """Whether an MLP makes the same of a token whatever stands beside it; checked once for each.
+def _placewise(model: nn.Module, whole: Callable[..., Any], states: Tensor) -> bool:
+    """Whether the last MLP makes the same of a token whatever stands beside it; checked once.
 
     Every third of some tokens is run without the others, and all of them in another shape. Where
     there are few tokens they come several times, moved a little, so that no two are alike.
@@ -158,7 +158,7 @@ def _placewise(mlp: nn.Module, whole: Callable[..., Any], states: Tensor) -> boo
             return False
         return agrees(alone[0], together[0, 1::3]) and agrees(apart.flatten(0, 1), together[0])
 
-    return remembered(mlp, ("placewise", states.dtype), check)
+    return remembered(model, ("placewise", states.dtype), check)
 
 
 class _Read(Exception):

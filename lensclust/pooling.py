@@ -101,8 +101,8 @@ def pooled(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"pooled: batch_tokens={batch_tokens}, expected at least 1")
     starts, stops = _ranges(prompts, span)
-    chosen = rectangle(model, resolve(model, sites))
     require_fits(model, prompts, caller="pooled")
+    chosen = rectangle(model, resolve(model, sites))
     names = [f"{span}_{way}" for way in ways]
     frame = template(model, prompts, chosen, names, np.dtype(dtype))
     frame.attrs["span"] = span

@@ -77,6 +77,7 @@ class ShardReader:
         share_prefixes: bool = True,
         dtype: str = "float32",
     ) -> None:
+        require_fits(model, prompts, caller="extract")
         chosen = rectangle(model, resolve(model, sites))
         names: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
         if odd := [name for name in names if not isinstance(name, str)]:
@@ -89,7 +90,6 @@ class ShardReader:
             raise InputError(f"extract: batch_tokens={batch_tokens}, expected at least 1")
         self.prompts = prompts
         self.positions = torch.stack([prompts.position(name) for name in names], dim=1)
-        require_fits(model, prompts, caller="extract")
         if dtype not in DTYPES:
             raise InputError(f"extract: dtype {dtype!r} is not known: expected one of {DTYPES}")
         self.frame = template(model, prompts, chosen, names, np.dtype(dtype))

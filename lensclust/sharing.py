@@ -23,7 +23,16 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
-from lensclust.agreement import Size, SizedCheck, agrees, power_of_two, relative_error, remembered
+from lensclust.added_code import OWN_HOOKS
+from lensclust.agreement import (
+    Size,
+    SizedCheck,
+    agrees,
+    forget_outdated,
+    power_of_two,
+    relative_error,
+    remembered,
+)
 from lensclust.arguments import checked_arguments
 from lensclust.batching import default_budget, model_device
 from lensclust.branching_check import FAILURES, TAIL, branching_failure, named
@@ -44,9 +53,6 @@ SHORT = 32
 WINDOW = 1024
 # Parts of the names under which configs keep lengths beyond which attention changes.
 WINDOWS = ("window", "chunk_size", "original_max_position")
-
-# Modules whose hooks belong to a model for good and work token by token.
-OWN_HOOKS = {"lensclust.wrapping", "lensclust.mended_bridges", "lensclust.middle_states"}
 
 Forward = Callable[[Hooks], Any]
 Read = Callable[[Int[Tensor, "read 4"], Forward], None]
@@ -184,6 +190,7 @@ def plan_prefixes(
     if not names:
         raise InputError("plan_prefixes: at names no position, expected such as 'answer'")
     positions = torch.stack([prompts.position(name) for name in names], dim=1)
+    forget_outdated(model)
     reason = obstacle(model)
     plans = []
     for rows in shard_ranges(0, len(prompts), shard):
@@ -250,6 +257,7 @@ def refusal(model: TransformerLensModel, longest: int = 0, keys: int = 0) -> str
     >>> refusal(lc.load("native:sif-small"))
     'no key/value cache in NativeModel'
     """
+    forget_outdated(model)
     longest = min(longest, model.cfg.n_ctx or longest)
     return obstacle(model) or _failure(model, (longest, max(longest, keys)))
 
@@ -265,7 +273,7 @@ def log_refusal(
     model: TransformerLensModel, caller: str, reason: str, *, level: int = logging.WARNING
 ) -> None:
     """Tell that prompts are run in full, once for each model and reason."""
-    told: set[str] = remembered(model, "refusals of shared prefixes", set)
+    told: set[str] = remembered(model, "refusals of shared prefixes", set, lasting=True)
     if reason not in told:
         told.add(reason)
         log.log(

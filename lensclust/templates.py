@@ -12,6 +12,7 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
+from lensclust.added_code import AddedCode, added_code
 from lensclust.blocks import blocks_of, hooked_points
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
@@ -111,10 +112,14 @@ def _provenance(
         "model": model_name(model),
         "weights": fingerprint_again(model),
         "settings": settings_digest(model),
-        "hooks": ", ".join(hooked_points(model)),
+        "hooks": ", ".join([*hooked_points(model), *map(str, _added(model))]),
         "tokenizer": prompts.tokenizer,
         "prompts": prompts.digest(),
         "sites": ", ".join(sorted({site.kind for site in sites})),
         "dtype": str(dtype),
         **{f"version_{name}": version(name) for name in LIBRARIES},
     }
+
+
+def _added(model: Any) -> list[AddedCode]:
+    return added_code(getattr(model, "original_model", model))

@@ -9,14 +9,14 @@ Where TransformerLens splits a joint projection (GPT-2, GPT-NeoX, Phi-3), the br
 parameters: views of the joint ones, or copies. Copies are made again when the joint weights have
 changed, and written back where they were trained through the bridge. All that is looked at
 before every forward, by identity, version and place of the weights, and by a few of their values;
-before every call of lensclust by all values, and by the network's constants.
+before every call of lensclust by all values, and by the network's constants, hooks and forwards.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from lensclust.added_code import AddedCode, added_code
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.integrity import difference
-from lensclust.marks import mark
+from lensclust.marks import mark, sampled
 from lensclust.network_settings import plain_settings
 
 _log = logging.getLogger(__name__)
@@ -127,13 +128,16 @@ def keep_up(model: Any) -> None:
     Unlike what is done before each forward, this compares copies of weights by all their values:
     some edits (``weight.data[0] = 1``) leave no other trace.
 
+    What was trained through the bridge is in the network afterwards.
+
     Raises:
-        InputError: if it cannot: the network has other modules, shapes or settings than when it
-            was loaded, or was released.
+        InputError: if it cannot: the network has other modules, shapes, settings, hooks or
+            forwards than when it was loaded, or was released.
     """
     if (link := _link(model)) is not None:
         link.keep_up(by_value=True)
         link.require_settings()
+        link.write_back()
 
 
 def modules_of(model: Any) -> list[nn.Module]:
@@ -149,6 +153,14 @@ def own_network(model: Any) -> nn.Module | None:
     """The network that a bridge was made of, None where it was not given in memory."""
     link = _link(model)
     return None if link is None else link.own
+
+
+def followed_network(model: Any) -> nn.Module | None:
+    """As `own_network`, None also where the bridge has weights that are not the network's now."""
+    link = _link(model)
+    if link is None or link.released or link.has_other_weights(model):
+        return None
+    return link.own
 
 
 @checked_arguments
@@ -204,7 +216,7 @@ class Split:
         split: makes parts of it.
         parts: those that the bridge runs.
         joint: names in that module of what is split.
-        views: whether they share the memory of the joint weights.
+        views: whether they all share the memory of the joint weights.
         ahead: the parts were trained, and the joint weights do not know yet.
     """
 
@@ -225,15 +237,15 @@ class Split:
         self._sources, self._made = self._marks_now()
         if not self.views:
             self._sources_digest = _digests(self._joint())
-            self._made_digest = _digests(_tensors(self.parts))
-            self._sample = _sampled(self._joint())
+            self._made_digest = _digests(self._copies())
+            self._sample = sampled(self._joint())
 
     def settle(self, name: str, *, by_value: bool = False) -> None:
         """Bring the parts up to date."""
         sources, made = self._marks_now()
         if not self.views and not by_value and sources == self._sources and made == self._made:
             # Most edits that leave no mark (a swap of averages) change what is sampled.
-            by_value = not torch.equal(_sampled(self._joint()), self._sample)
+            by_value = not torch.equal(sampled(self._joint()), self._sample)
         if sources == self._sources and made == self._made and (self.views or not by_value):
             return
         if self.views:
@@ -248,7 +260,7 @@ class Split:
             self.ahead = False
             return self.note()
         # Since they last agreed: which of the two has other values?
-        if not _alike(_digests(_tensors(self.parts)), self._made_digest):
+        if not _alike(_digests(self._copies()), self._made_digest):
             if not _alike(_digests(self._joint()), self._sources_digest):
                 raise InputError(
                     f"{name}: joint projections were changed both in the network and through the "
@@ -269,6 +281,7 @@ class Split:
             return
         # Splitting weights that are numbered tells where each part's weights lie.
         weights = {id(weight): weight for weight in self._joint()}
+        before = [weight.detach().clone() for weight in weights.values()]
         memo: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
         starts, total = {}, 0
         for key, weight in weights.items():
@@ -286,6 +299,9 @@ class Split:
                     flat[places] = values.reshape(-1)[here.to(values.device)].to(flat)
                     weight.copy_(flat.view_as(weight))
         if not _equal(self._fresh(), self.parts):
+            with torch.no_grad():
+                for weight, values in zip(weights.values(), before, strict=True):
+                    weight.copy_(values)
             raise InputError(
                 f"{name}: what was trained through the bridge cannot be written into its joint "
                 "projections, expected the network itself to be trained"
@@ -296,15 +312,28 @@ class Split:
     def _marks_now(self) -> tuple[Marks, Marks]:
         version = not self.views
         sources = [_mark(tensor, version) for tensor in self._joint()]
-        return sources, [_mark(tensor, version) for tensor in _tensors(self.parts)]
+        made = _tensors(self.parts) if self.views else self._copies()
+        return sources, [_mark(tensor, version) for tensor in made]
 
     def _joint(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self.joint]
 
+    def is_there(self) -> bool:
+        """Whether the joint weights are still the network's: pruning and the like rename them."""
+        held = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        return held.issuperset(self.joint)
+
     def _share_memory(self) -> bool:
+        return not self._copies()
+
+    def _copies(self) -> list[Tensor]:
+        """Weights of the parts with memory of their own."""
         storages = {weight.untyped_storage().data_ptr() for weight in self._joint()}
-        made = {tensor.untyped_storage().data_ptr() for tensor in _tensors(self.parts)}
-        return made <= storages
+        return [
+            each
+            for each in _tensors(self.parts)
+            if each.untyped_storage().data_ptr() not in storages
+        ]
 
     def _fresh(self) -> Sequence[nn.Module]:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -343,9 +372,12 @@ class Link:
     _tree: list[tuple[nn.Module, list[Any]]] = field(default_factory=list)
     _slots: list[tuple[dict[str, Any], dict[str, Any], str, Any, Any]] = field(default_factory=list)
     _versions: Marks = field(default_factory=list)
+    _sample: Tensor = field(default_factory=lambda: torch.empty(0))
+    _digest: list[bytes | Tensor] = field(default_factory=list)
     _home: tuple[Any, Any] = (None, None)
     _shapes: list[Any] = field(default_factory=list)
     _settings: dict[str, Any] = field(default_factory=dict)
+    _added: list[AddedCode] = field(default_factory=list)
 
     def note(self) -> None:
         """Take the network as it is now for what the copy has the weights of."""
@@ -360,19 +392,25 @@ class Link:
             for name, tensor in held.items()
         ]
         self._versions = self._versions_now()
+        self._note_values()
         self._shapes = [slot[3].shape if slot[3] is not None else None for slot in self._slots]
         self._home = self._home_now()
         self._settings = plain_settings(self.own)
+        self._added = added_code(self.own)
         for split in self.splits:
             split.note()
 
     def follow(self, bridge: TransformerBridge) -> None:
         """Find out whether all weights of a bridge can be followed."""
         self.owners = bridge._modules.get("_container_state_owners")
+        self.detached = self.apart or self.has_other_weights(bridge)
+
+    def has_other_weights(self, bridge: nn.Module) -> bool:
+        """Whether a bridge runs with weights that are not the network's."""
         weights = {id(weight) for weight in self.own.parameters()}
         weights |= {id(each) for split in self.splits for each in _tensors(split.parts)}
         held = chain(bridge.parameters(), self.copied.parameters())
-        self.detached = self.apart or any(id(weight) not in weights for weight in held)
+        return self.detached or any(id(weight) not in weights for weight in held)
 
     def is_usable(self) -> bool:
         """Whether the bridge still can be used."""
@@ -384,7 +422,7 @@ class Link:
         return True
 
     def require_settings(self) -> None:
-        """Refuse a network whose constants are no longer those that were copied.
+        """Refuse a network whose constants, hooks or forwards are not those that were copied.
 
         Raises:
             InputError: names the first of them.
@@ -394,6 +432,14 @@ class Link:
             raise InputError(
                 f"{self.config.model_name}: the network has other settings than when it was "
                 f"loaded ({difference(now, self._settings)[:200]}): load it again"
+            )
+        added, known = added_code(self.own), self._added
+        changed = [*(each for each in added if each not in known)]
+        changed += [each for each in known if each not in added]
+        if changed:
+            raise InputError(
+                f"{self.config.model_name}: the network has other hooks or forwards than when it "
+                f"was loaded ({changed[0]}): load it again"
             )
 
     def before_forward(self, *_: Any) -> None:
@@ -434,7 +480,7 @@ class Link:
                 )
         if stale:
             self._replace(stale, name)
-        if self.detached and self._versions_now() != self._versions:
+        if self.detached and self._has_moved(by_value):
             raise InputError(
                 f"{name}: the network has changed, but this bridge has weights of its own (folded, "
                 "converted or cast), which cannot follow: load the network again"
@@ -450,7 +496,7 @@ class Link:
         """Give the network what was trained through the bridge."""
         if not self.detached and not self.released:
             for split in self.splits:
-                if not split.views:
+                if not split.views and split.is_there():
                     split.write_back(self.config.model_name)
 
     def release(self) -> None:
@@ -474,7 +520,9 @@ class Link:
                 # A buffer is often made again in a forward; another parameter means that the
                 # bridge was given weights of its own (`enable_compatibility_mode`).
                 if isinstance(copied, nn.Parameter) or isinstance(in_copy, nn.Parameter):
-                    self.detached = True
+                    if not self.detached:
+                        self.detached = True
+                        self._note_values()
                 elif copied is not None and tensor is not None and copied.device != tensor.device:
                     held[key] = tensor.to(copied.device)
                 continue
@@ -508,6 +556,27 @@ class Link:
     def _versions_now(self) -> Marks:
         parameters = (slot[0].get(slot[2]) for slot in self._slots)
         return [_mark(p, True) for p in parameters if isinstance(p, nn.Parameter)]
+
+    def _note_values(self) -> None:
+        """Note the network's values, for a bridge that has its own."""
+        if self.detached:
+            self._sample = sampled(self._values())
+            self._digest = _digests(list(self._values()))
+
+    def _has_moved(self, by_value: bool) -> bool:
+        """Whether the network's weights are others than when the bridge got its own."""
+        if self._versions_now() != self._versions:
+            return True
+        if not torch.equal(sampled(self._values()), self._sample):
+            return True
+        return by_value and not _alike(_digests(list(self._values())), self._digest)
+
+    def _values(self) -> Iterator[Tensor]:
+        """The network's parameters, and buffers that its state dict holds."""
+        for module, _ in self.modules:
+            for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+                if tensor is not None and name not in module._non_persistent_buffers_set:
+                    yield tensor
 
     def _home_now(self) -> tuple[Any, Any]:
         weight = next(self.copied.parameters(), None)
@@ -563,11 +632,6 @@ def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
 
 def _digests(tensors: Sequence[Tensor]) -> list[bytes | Tensor]:
     return [mark(tensor.detach()) for tensor in tensors]
-
-
-def _sampled(tensors: Sequence[Tensor]) -> Tensor:
-    """A few values of each tensor."""
-    return torch.cat([each.detach().reshape(-1)[:: each.numel() // 16 + 1] for each in tensors])
 
 
 def _equal(some: Sequence[nn.Module], others: Sequence[nn.Module]) -> bool:

@@ -31,9 +31,9 @@ def model():
     return lc.load("native:sif-small")
 
 
-def some_prompts(n: int, seed: int = 0) -> lc.Prompts:
+def some_prompts(n: int, seed: int = 0, *, vocabulary: int = 99) -> lc.Prompts:
     rng = np.random.default_rng(seed)
-    ids = [rng.integers(0, 99, rng.integers(2, 12)).tolist() for _ in range(n)]
+    ids = [rng.integers(0, vocabulary, rng.integers(2, 12)).tolist() for _ in range(n)]
     # Labels of growing length: a fixed-width string would cut those appended later.
     rows = pd.DataFrame({"task": ["t" * (1 + seed + i % 4) for i in range(n)], "n": range(n)})
     return lc.Prompts.from_token_lists(ids, rows)
@@ -395,6 +395,42 @@ def test_states_that_hooks_edit_do_not_mix_with_others(model, tmp_path, when):
     seed = int(when == "appended to")
     with pytest.raises(lc.InputError, match=r"a: .* while hooks .*blocks\.1\.hook_mlp_out"):
         read(5, seed, hooked=when != "written")
+
+
+def _hooked(network: Any) -> None:
+    network.model.layers[0].register_forward_hook(lambda _m, _a, out: 2 * out)
+
+
+def _fed(network: Any) -> None:
+    network.model.layers[1].mlp.register_forward_pre_hook(lambda _m, given: (2 * given[0],))
+
+
+def _replaced(network: Any) -> None:
+    part = network.model.layers[1].mlp
+    part.forward = lambda states: 2 * type(part).forward(part, states)
+
+
+@pytest.mark.parametrize("change", [_hooked, _fed, _replaced])
+@pytest.mark.parametrize("first", ["changed", "plain"])
+def test_a_network_with_code_put_on_it_is_another_model(tmp_path, change, first):
+    """Its weights and settings are the same."""
+    plain, changed = hf_model("qwen2"), hf_model("qwen2")
+    change(changed)
+    few, more = (some_prompts(n, n, vocabulary=60) for n in (6, 3))
+    order = [plain, changed] if first == "plain" else [changed, plain]
+    read = []
+    for number, network in enumerate(order):
+        model = lc.load(network)
+        read.append(lc.extract(model, few, "resid", progress=False))
+        where = {"store": tmp_path / "a", "append": True, "resume": True, "progress": False}
+        if number == 0:
+            lc.extract(model, few, "resid", **where)
+            continue
+        for prompts in (few, more):
+            with pytest.raises(lc.InputError, match=r"while hooks .*model\.layers\.\d"):
+                lc.extract(model, prompts, "resid", **where)
+    assert read[0].attrs["weights"] == read[1].attrs["weights"]
+    assert not np.allclose(read[0].resid, read[1].resid)
 
 
 def test_a_store_of_another_precision_is_not_resumed(model, tmp_path):

@@ -7,6 +7,7 @@ torch hooks on its blocks.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -283,6 +285,46 @@ def test_weights_of_the_bridge_alone_are_refused_once_the_network_has_moved() ->
     assert "load the network again" in refused(lambda: model(TOKENS))
 
 
+def _scaled(network: Any) -> None:
+    for weight in network.parameters():
+        weight.data.mul_(1.2)
+
+
+def _swapped(network: Any) -> None:
+    for weight, other in zip(network.parameters(), network_of("qwen2", seed=4).parameters()):  # noqa: B905
+        weight.data.copy_(other.flatten()[: weight.numel()].reshape(weight.shape))
+
+
+def _merged(network: Any) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    tuned: Any = get_peft_model(network, config)
+    tuned.merge_and_unload()
+
+
+def _one_value(network: Any) -> None:
+    next(network.parameters()).data[3, 5] += 1
+
+
+@pytest.mark.parametrize("edit", [_scaled, _swapped, _merged, _one_value])
+@pytest.mark.parametrize("own", ["double", "half", "folded"])
+def test_weights_of_the_bridge_alone_are_refused_once_values_have_changed(
+    edit: Callable[[Any], None], own: str
+) -> None:
+    """No edit here leaves a mark on a tensor's version."""
+    network = network_of("qwen2")
+    dtypes = {"double": torch.float64, "half": torch.bfloat16}
+    model = lc.load(network, dtype=dtypes.get(own))
+    if own == "folded":
+        model.enable_compatibility_mode(disable_warnings=True)
+    our_states(model)
+    edit(network)
+    assert "load the network again" in refused(lambda: our_states(model))
+    if edit is not _one_value:  # which a bare forward does not look for
+        assert "load the network again" in refused(lambda: model(TOKENS))
+    again = lc.load(network, dtype=torch.float64)
+    assert_in_step(again, network)
+
+
 def test_adapters_of_peft() -> None:
     network: Any = network_of("llama")
     before = snapshot(network)
@@ -339,6 +381,11 @@ def test_loading_twice_gives_the_same_bridge(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path)
     assert lc.load(network, tokenizer=tokenizer) is model
     assert model.tokenizer is not None
+    assert lc.load(network, tokenizer=tiny_tokenizer(tmp_path / "same")) is model
+    before = model.to_tokens("w3 w4")
+    other = tiny_tokenizer(tmp_path / "other", adds_bos=True)
+    assert "another tokenizer" in refused(lambda: lc.load(network, tokenizer=other))
+    assert torch.equal(model.to_tokens("w3 w4"), before)
     assert lc.load(model) is model
     half = lc.load(network, dtype=torch.bfloat16)
     assert half is not model
@@ -519,6 +566,93 @@ def test_settings_that_were_changed_are_refused_until_it_is_loaded_again(
         lambda: our_states(model)
     )
     assert_in_step(lc.load(network), network)
+
+
+def _doubled_forward(network: Any) -> None:
+    part = network.model.layers[1].mlp
+    before = part.forward
+
+    @functools.wraps(before)
+    def forward(*given: Any, **named: Any) -> Any:
+        return 2 * before(*given, **named)
+
+    part.forward = forward
+
+
+def _another_forward(network: Any) -> None:
+    network.model.layers[0].mlp.forward = network.model.layers[1].mlp.forward
+
+
+def _hooked(network: Any) -> None:
+    network.model.layers[0].self_attn.v_proj.register_forward_hook(lambda _m, _a, out: 2 * out)
+
+
+@pytest.mark.parametrize("change", [_doubled_forward, _another_forward, _hooked])
+def test_code_that_was_put_on_a_network_is_refused_until_it_is_loaded_again(
+    change: Callable[[Any], None],
+) -> None:
+    network: Any = hf_model("qwen2")
+    model = lc.load(network)
+    network.enable_input_require_grads()  # a hook of transformers', which changes no state
+    assert_in_step(model, network)
+    change(network)
+    assert "other hooks or forwards than when it was loaded" in refused(lambda: our_states(model))
+    again = lc.load(network)
+    assert again is not model
+    if change is not _another_forward:  # a copy of which calls the network's own part
+        assert_in_step(again, network)
+    assert "on layers." in lc.extract(again, PROMPTS, "resid", progress=False).attrs[
+        "hooks"
+    ].replace("model.", "")
+
+
+def _normed(projection: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(projection)
+
+
+def _pruned(projection: nn.Module) -> None:
+    prune.random_unstructured(projection, "weight", amount=0.3)
+
+
+def _projection(network: Any) -> Any:
+    joint = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
+    return next(module for name, module in network.named_modules() if name.endswith(joint))
+
+
+@pytest.mark.parametrize("compute", [_normed, _pruned])
+@pytest.mark.parametrize("name", ["neox", "bloom", "gpt2", "phi3"])
+def test_joint_projections_whose_weight_is_computed(
+    name: str, compute: Callable[[Any], None]
+) -> None:
+    network: Any = network_of(name)
+    model = lc.load(network)
+    compute(_projection(network))
+    network(TOKENS)  # as ever
+    assert "load it again" in refused(lambda: our_states(model))
+    if compute is _pruned:
+        return  # torch copies no module with a computed weight that has a gradient
+    again = lc.load(network)
+    assert_in_step(again, network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    network(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    assert_in_step(again, network)
+
+
+@pytest.mark.parametrize("name", ["neox", "bloom", "mpt", "falcon"])
+def test_a_call_writes_what_the_bridge_has_learned_into_joint_weights(name: str) -> None:
+    network = network_of(name)
+    model = lc.load(network)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        before = _projection(network).weight.detach().clone()
+        logits: Any = model(TOKENS)
+        nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS.flatten()).backward()
+        optimizer.step()
+        ours = our_states(model)
+        # Of a copy of the network, and its parameters, without running it.
+        np.testing.assert_allclose(ours, plain_states(network), rtol=2e-4, atol=2e-5)
+        assert not torch.equal(_projection(network).weight, before)
 
 
 @pytest.mark.parametrize("name", ["neox", "bloom", "mpt", "gpt2", "phi3"])
