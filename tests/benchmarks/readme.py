@@ -16,7 +16,7 @@ from lensclust.run_directory import write_atomically
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-HEAD = ("| study | claim | estimate [95 %] | control | verdict |", "|---|---|---|---|---|")
+HEAD = ("| study | claim | estimate [95 %] (n, unit) | control | verdict |", "|---|---|---|---|---|")
 PICTURE = ROOT / "studies" / "pictures" / "task_by_layer.svg"
 
 
@@ -43,12 +43,18 @@ def _study(run: Path) -> str:
 
 
 def _line(study: str, claim: dict) -> str:
-    low, high = claim["ci95"]
-    control = ", ".join(f"{name} {value:.2f}" for name, value in claim["control"].items())
+    control = ", ".join(f"{name} {_number(value)}" for name, value in claim["control"].items())
+    ends = ", ".join(map(_number, claim["ci95"]))
+    # Claims that survive Holm's correction over their run stand out.
+    mark = "**" if claim["holds_corrected"] else ""
     return (
-        f"| {study} | {claim['statement']} | {claim['estimate']:.2f} "
-        f"[{low:.2f}, {high:.2f}] | {control} | {claim['verdict']} |"
+        f"| {study} | {claim['statement']} | {_number(claim['estimate'])} [{ends}] "
+        f"({claim['n']}, {claim['unit']}) | {control} | {mark}{claim['verdict']}{mark} |"
     )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _parted(section: str) -> tuple[str, str, str]:
