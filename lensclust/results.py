@@ -176,7 +176,7 @@ def decide_over_all(
     if not differences:
         raise ValueError(f"claim {id!r}: no null to decide it against")
     means = list(differences.values())
-    p = holm([min(1.0, 2 * mean.p_above(margin)) for mean in means])
+    p = holm(np.minimum(1, [2 * mean.p_above(margin) for mean in means]))
     against = {f"p against {name}": float(each) for name, each in zip(nulls, p, strict=True)}
     weakest = min(means, key=lambda mean: mean.value)
     said = f"95% intervals over {_plural(unit)}, corrected for {len(means)} nulls, all"

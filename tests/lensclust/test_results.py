@@ -85,6 +85,9 @@ def test_what_lies_above_every_null_is_found_and_what_lies_below_one_is_refuted(
     assert {"p against a", "p against b", "p against c"} <= set(above.control)
     below = decide_over_all("x", "x", nulls["a"] - 2, nulls, **WHO)
     assert (below.verdict, below.p) == ("contradicted", 1.0)
+    alone = decide_over_all("x", "x", [1.0], {"a": [0.0], "b": [0.5]}, **WHO)
+    assert alone.verdict == "inconclusive"
+    assert math.isnan(alone.p)
     with pytest.raises(ValueError, match="no null"):
         decide_over_all("x", "x", [1.0, 2.0], {}, **WHO)
 
