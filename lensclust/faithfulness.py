@@ -25,6 +25,7 @@ from lensclust.wrapping import followed_network
 # Two sequences of so many tokens are run.
 _LENGTH = 9
 _BARE = "logits before wrapping"
+_PARTS = "parts"
 # How many times the outputs of parts are changed.
 _DRAWS = 2
 
@@ -104,6 +105,11 @@ def note_bare(bridge: TransformerBridge, given: Bare | None) -> None:
     remembered(bridge, _BARE, lambda: given)
 
 
+def _parts(bridge: TransformerBridge) -> list[int]:
+    """Of which modules the wrapped network is made."""
+    return [id(part) for part in bridge.original_model.modules()]
+
+
 def require_all_blocks(bridge: TransformerBridge) -> None:
     """Refuse a network whose configuration gives another number of blocks than it has.
 
@@ -138,7 +144,9 @@ def require_faithful(bridge: TransformerBridge, *, caller: str = "load") -> None
     Raises:
         InputError: with the relative difference.
     """
-    remembered(bridge, "faithful", lambda: _require(bridge, caller))
+    made_of = remembered(bridge, _PARTS, lambda: _parts(bridge), lasting=True)
+    if made_of == _parts(bridge):  # else the caller put other parts in
+        remembered(bridge, "faithful", lambda: _require(bridge, caller))
 
 
 def _require(bridge: TransformerBridge, caller: str) -> None:

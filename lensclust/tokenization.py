@@ -133,7 +133,7 @@ def continuation(
 
     Where a token of the joint text lies across the border, the answer is cut as inside a text: many
     tokenizers put a space before a text that stands alone. Prompt and answer decode to the joint
-    text.
+    text. Where a tokenizer cuts at white space and drops it, the answer is the next word.
 
     Raises:
         InputError: if no such tokens are found.
@@ -141,6 +141,11 @@ def continuation(
     joint = encoded(tokenizer, text + answer, chat=chat).ids
     if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
         return joint[len(prompt) :]
+    if not tokenizer(" ", add_special_tokens=False)["input_ids"]:
+        # Spaces are no part of any token, so that texts that meet are words that follow.
+        joint = encoded(tokenizer, f"{text} {answer}", chat=chat).ids
+        if joint[: len(prompt)] == prompt:
+            return joint[len(prompt) :]
     whole = _spelt(tokenizer, joint)
     for before in ("", *_BEFORE):
         lead = list(tokenizer(before, add_special_tokens=False)["input_ids"]) if before else []

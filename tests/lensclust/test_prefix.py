@@ -207,7 +207,8 @@ def test_every_site_equals_the_plain_route_and_hugging_face(name, caplog, tokens
     plan = lc.plan_prefixes(model, prompts, at=options["at"])
     assert sum(sizes) == computed == plan.computed < 0.7 * plan.tokens
     assert plan.refused is None
-    assert shared.attrs == full.attrs
+    # The listening forward is noted as code of the caller's.
+    assert shared.attrs == full.attrs | {"hooks": shared.attrs["hooks"]}
     assert worst_error(shared, full) < 1e-5
     if name in ARCHITECTURES:  # the others are not built twice alike
         reference = hf_model(name)

@@ -214,10 +214,22 @@ def test_prompt_and_answer_spell_the_joint_text(scheme, text, answer):
 
 
 def test_an_answer_that_no_tokens_spell_there_is_refused():
-    with pytest.raises(lc.InputError, match=r"no tokens spell the answer 'w2' .* ends in 'w3 w1'"):
-        lc.Prompts.from_texts(
-            ["w3 w1"], pd.DataFrame({"task": ["a"]}), closing("$A"), answers=["w2"]
-        )
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("-", "removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    rows = pd.DataFrame({"task": ["x"]})
+    with pytest.raises(lc.InputError, match=r"no tokens spell the answer 'b' .* ends in 'b-a'"):
+        lc.Prompts.from_texts(["b-a"], rows, tokenizer, answers=["b"])
+    found = lc.Prompts.from_texts(["b-a"], rows, tokenizer, answers=["-b"])
+    assert found.answers == ((2,),)
+
+
+@pytest.mark.parametrize("answer", ["w2", " w2"])
+def test_words_follow_where_spaces_are_no_tokens(answer):
+    rows = pd.DataFrame({"task": ["a"]})
+    tokenizer = closing("$A")
+    found = lc.Prompts.from_texts(["w3 w1"], rows, tokenizer, answers=[answer])
+    assert found.answers == (tuple(tokenizer("w2", add_special_tokens=False)["input_ids"]),)
 
 
 def test_fingerprints_tell_how_a_text_is_cut(tmp_path):
