@@ -16,7 +16,10 @@ from lensclust.run_directory import write_atomically
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-HEAD = ("| study | claim | estimate [95 %] (n, unit) | control | verdict |", "|---|---|---|---|---|")
+HEAD = (
+    "| study | claim | estimate [95 %] (n, unit) | control | verdict |",
+    "|---|---|---|---|---|",
+)
 PICTURE = ROOT / "studies" / "pictures" / "task_by_layer.svg"
 
 
