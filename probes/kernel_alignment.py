@@ -10,9 +10,10 @@ unrelated states.
 Standard of evidence: beside each value stand mean and standard deviation of the same score when
 the prompts of one side are shuffled. Where prompts share wordings (`probes.design`), two sites
 that know nothing but the wording would look alike beside single shuffled prompts: prompts of one
-wording and task then move together, inputs kept side by side, and p is counted over such
-relabellings. Else all prompts are shuffled, and the moments are exact over all shufflings, so
-nothing is sampled. High CKA says that the geometry is alike, not that the task is what makes it so.
+wording and task then move together, inputs kept side by side, into the places of others with as
+many prompts of the same inputs, and p is counted over such relabellings. Else all prompts are
+shuffled, and the moments are exact over all shufflings, so nothing is sampled. High CKA says that
+the geometry is alike, not that the task is what makes it so.
 
 Sources: Kornblith et al. (ICML 2019); U-statistic: Song et al. (JMLR 2012), Nguyen et al. (ICLR
 2021); moments under permutation: Kazi-Aoual et al. (1995), Josse et al. (2008).
@@ -43,7 +44,7 @@ from lensclust.placement import found_device
 from lensclust.showing import Shown
 from lensclust.sites import Site
 from lensclust.stats import permutation_p
-from probes.design import ROWS, TASK, Exchange, Units, exchangeable
+from probes.design import INPUT, ROWS, TASK, Exchange, Units, exchangeable
 from probes.gram_matrices import Side, products, relabelled, shuffled
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,13 @@ def _exchange(acts: xr.Dataset, units: Units) -> Exchange | None:
     named = TASK in acts.coords and acts[TASK].dims == ("prompt",)
     labels = acts[TASK].values if named else np.zeros(acts.sizes["prompt"])
     found = exchangeable(labels, acts, by=TASK, units=units, call="cka")
-    return None if found.wording is None else found.as_units()
+    if found.wording is None:
+        return None
+    # What units are made of is in both sides: as many prompts, of the same inputs.
+    known = INPUT in label_columns(acts)
+    inputs = acts[INPUT].values.astype(str) if known else np.zeros(len(labels))
+    made_of = pd.Series(inputs).groupby(found.unit).agg(lambda rows: tuple(sorted(rows)))
+    return found.as_units().within(pd.factorize(made_of)[0][found.unit])
 
 
 def _places(sites: Sequence[Site], side: str) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from probes.design.flips import flipped_p, smallest_flip_p
 from probes.design.units import (
     COARSE,
+    INPUT,
     ROWS,
     TASK,
     UNEQUAL_ROWS,
@@ -15,6 +16,7 @@ from probes.design.units import (
 
 __all__ = [
     "COARSE",
+    "INPUT",
     "ROWS",
     "TASK",
     "UNEQUAL_ROWS",

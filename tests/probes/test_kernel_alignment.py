@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import ortho_group
+from scipy.stats import binom, ortho_group
 
 import lensclust as lc
 from probes import bag_of_tokens, gram_matrices
@@ -214,3 +214,27 @@ def test_results_show_themselves():
     assert repr(found).startswith("CKA(3 x 3 sites, 10 prompts, debiased; mean ")
     assert "Debiased linear CKA" in found.plot().to_dict()["usermeta"]["title"]
     assert found._repr_html_().startswith("<p>CKA(3 x 3")
+
+
+@pytest.mark.parametrize("tied", ["sizes", "inputs"])
+def test_what_tasks_are_made_of_is_no_likeness_of_two_models(tied):
+    """Effects of wordings and inputs, drawn anew for each side; tasks differ in their rows alone."""
+    rows = [
+        {"task": task, "template": f"{task}.{wording}", "input": x}
+        for task in range(4)
+        for wording in range(4)
+        for x in (range(8 if task > 1 else 2) if tied == "sizes" else (task, (task + 1) % 4))
+    ]
+    labels = pd.DataFrame(rows).astype(str)
+    rng = np.random.default_rng(0)
+
+    def model() -> xr.Dataset:
+        x = 0.3 * rng.normal(size=(len(labels), 6))
+        for name in ("template", "input"):
+            codes = pd.factorize(labels[name])[0]
+            x += rng.normal(size=(codes.max() + 1, 6))[codes]
+        return states(x).assign_coords({name: ("prompt", labels[name]) for name in labels})
+
+    p = [cka(model(), model(), permutations=39, seed=n).frame["p"].item() for n in range(60)]
+    # With a valid p more than this comes up once in 10,000 times.
+    assert np.sum(np.array(p) <= 0.05) <= binom.ppf(1 - 1e-4, 60, 0.05)
