@@ -218,7 +218,7 @@ def test_results_show_themselves():
 
 @pytest.mark.parametrize("tied", ["sizes", "inputs"])
 def test_what_tasks_are_made_of_is_no_likeness_of_two_models(tied):
-    """Effects of wordings and inputs, drawn anew for each side; tasks differ in their rows alone."""
+    """Effects of wordings and inputs, drawn anew for each side; tasks differ in rows alone."""
     rows = [
         {"task": task, "template": f"{task}.{wording}", "input": x}
         for task in range(4)
