@@ -115,7 +115,8 @@ def _staged(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _ordered(rows: pd.DataFrame, order: Any) -> pd.DataFrame:
     """In the order given: the measurement comes first, figures colour it."""
-    return rows.assign(method=pd.Categorical(rows["method"], list(order))).sort_values("method")
+    kept = where(rows, method=list(order))
+    return kept.assign(method=pd.Categorical(kept["method"], list(order))).sort_values("method")
 
 
 def _means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:

@@ -156,12 +156,12 @@ def test_the_heads_that_open_are_those_of_the_last_checkpoint(tmp_path):
     )
     found = measure(study, 0, tmp_path)
     view = HeadView.from_json(json.loads(found["heads"]["view"].iloc[0]), where="here")
-    assert next(iter(view.scores)) == "ari at step 4"
-    assert "ari at step 0" in view.scores
-    ari = where(found["scores"], kind="head", metric="ari", by="task", split=UNSEEN)
+    assert next(iter(view.scores)) == f"{AGREED} at step 4"
+    assert f"{AGREED} at step 0" in view.scores
+    agreed = where(found["scores"], kind="head", metric=AGREED, by="task", split=UNSEEN)
     for step in (0, 4):
-        for row in where(ari, step=step).itertuples():
-            value = view.scores[f"ari at step {step}"][int(row.layer), int(row.head)]
+        for row in where(agreed, step=step).itertuples():
+            value = view.scores[f"{AGREED} at step {step}"][int(row.layer), int(row.head)]
             assert value == pytest.approx(row.value, abs=1e-4)
     model = lc.load(sorted((tmp_path / "checkpoints").glob("*.safetensors"))[-1])
     assert len(set(view.labels["input"])) == 1

@@ -374,7 +374,7 @@ def test_a_tiny_run_leaves_claims_and_a_page_and_resumes_to_the_same(tmp_path):
     options: dict[str, Any] = {"seeds": 1, "jobs": 1, "progress": False}
     study.execute(out, **options)
     found = json.loads((out / "claims.json").read_text())
-    assert len(found) == 12
+    assert len(found) == 13
     assert {claim["verdict"] for claim in found} == {"inconclusive"}
     scores = pd.read_parquet(out / "scores.parquet")
     activations = scores[scores["metric"] == "activation"]
@@ -415,7 +415,7 @@ def test_the_pretrained_part_end_to_end(tmp_path):
     )  # fmt: skip
     out = tmp_path / "run"
     findings = study.execute(out, seeds=1, jobs=1, progress=False)
-    assert len(findings.claims) == 19
+    assert len(findings.claims) == 21
     own = findings.scores[findings.scores["part"] == "pretrained"]
     kinds = own.drop_duplicates("task").groupby("kind")["task"].nunique()
     assert kinds.to_dict() == {"basic": 4, "complex": 2, "control": 1}
