@@ -138,14 +138,15 @@ def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> No
     sizes = {"prompt": rows_expected(store)}
     measured = measured_names(store)
     # The activations first: the others have to be as long as they are.
-    for name, array in sorted(arrays.items(), key=lambda item: (item[0] not in measured, item[0])):
+    ordered = sorted(arrays.items(), key=lambda item: (item[0] not in measured, item[0]))
+    for name, array in ordered:
         for axis, size in zip(array.attrs["_ARRAY_DIMENSIONS"], array.shape, strict=True):
             if size != sizes.setdefault(axis, size):
                 raise InputError(
                     f"store {path}: is damaged: {name!r} is {size} long along {axis!r}, "
                     f"expected {sizes[axis]}"
                 )
-    for name, array in arrays.items():
+    for name, array in ordered:
         if name not in measured and "prompt" in array.attrs["_ARRAY_DIMENSIONS"]:
             continue
         size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
