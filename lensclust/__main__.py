@@ -1,5 +1,8 @@
 """``python -m lensclust``: the command."""
 
+import sys
+
 from lensclust.cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    sys.exit(main())

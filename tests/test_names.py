@@ -106,3 +106,17 @@ def test_without_a_study_that_can_be_loaded_the_command_fails(
             said = capsys.readouterr().err
             assert said.count("\n") == 1
             assert "no study can be loaded" in said
+
+
+def test_modules_do_nothing_when_they_are_imported():
+    """Tools that read documentation, or look for names, import every module."""
+    script = (
+        "import importlib, pkgutil, lensclust, probes, studies\n"
+        "for package in (lensclust, probes, studies):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-500:]
