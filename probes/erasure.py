@@ -96,14 +96,7 @@ def erase(
     labels = prompt_labels(acts, by)
     conditions = None if given is None else prompt_labels(acts, given)
 
-    @lru_cache(maxsize=1)
-    def edit_at(site: Site) -> Edit:
-        x = _states(acts, site, position)
-        return _grouped(
-            x, conditions, lambda rows, _: _leace_edit(x[rows], labels[rows], shrinkage)
-        )
-
-    return Intervention(name, edit_at)
+    return _erasure(acts, labels, conditions, position, shrinkage, name)
 
 
 @checked_arguments
@@ -234,6 +227,19 @@ def erase_reassigned(
     if found.coarse:
         log.warning("erase_reassigned: %s", found.coarse)
     labels = codes[np.random.default_rng(seed).choice(others)]
+
+    return _erasure(acts, labels, conditions, position, shrinkage, name)
+
+
+def _erasure(
+    acts: xr.Dataset,
+    labels: np.ndarray,
+    conditions: np.ndarray | None,
+    position: str | None,
+    shrinkage: bool,
+    name: str,
+) -> Intervention:
+    """LEACE of some labels, within each condition."""
 
     @lru_cache(maxsize=1)
     def edit_at(site: Site) -> Edit:

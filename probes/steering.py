@@ -107,14 +107,15 @@ def steer(
     require_effect(model, [hook_name(model, site) for site in sites], caller="steer")
 
     def notice(stretch: Stretch) -> None:
-        before, until = int(stretch.index[:, 0].max()), int(stretch.index.max()) + 1
-        # A prompt by itself is right however long it is.
-        start = before if before > 0 else until
-        if stretch.cached and (why := wrong_with_cache(model, start, until)) is not None:
-            raise InputError(
-                f"steer: {model_name(model)} generates wrongly with a key/value cache ({why}): "
-                f"{uncached(model)}"
-            )
+        if stretch.cached:
+            before, until = int(stretch.index[:, 0].max()), int(stretch.index.max()) + 1
+            # A prompt by itself is right however long it is.
+            start = before if before > 0 else until
+            if (why := wrong_with_cache(model, start, until)) is not None:
+                raise InputError(
+                    f"steer: {model_name(model)} generates wrongly with a key/value cache ({why}): "
+                    f"{uncached(model)}"
+                )
         places.notice(stretch)
 
     hooked: Any = model
