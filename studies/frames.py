@@ -36,11 +36,6 @@ def rank_correlations(frame: pd.DataFrame, a: str, b: str, *, by: str) -> pd.Ser
     return pd.Series(found)
 
 
-def means(table: pd.DataFrame) -> dict[str, float]:
-    """Mean of every column by its name."""
-    return {str(name): float(value) for name, value in table.mean().items()}
-
-
 def plane(points: np.ndarray, **labels: Any) -> pd.DataFrame:
     """Two principal components ``x, y`` of points ``(row, d)``, with labels beside them."""
     import numpy as np

@@ -87,6 +87,7 @@ class Realistic(Study):
             RANDOM,
             SHOWS,
             WORDS,
+            Evidence,
             claims,
             notes,
             pictures,
@@ -130,6 +131,7 @@ class Realistic(Study):
         read = [own, words, *controls]
         places = [each for each in sources if each.name in (MODEL, WORDS, RANDOM)]
         near = pd.concat([self.neighbours(a, s) for a, s in zip(read, places, strict=True)])
+        seen = Evidence(sources, given)
         shown: dict[str, Any] = dict(views(scores, own, given))
         if self.heads:
             shown["heads"] = opened_heads(
@@ -143,11 +145,11 @@ class Realistic(Study):
             )
         return Findings(
             scores=scores,
-            claims=claims(scores, sources, near, given),
+            claims=claims(scores, seen, near),
             figures=pictures(scores, own, given),
             shows=SHOWS,
             views=shown,
-            notes=notes(scores, sources, given),
+            notes=notes(scores, seen),
             provenance={"weights": weights, "prompts": prompts.digest(), "n": len(prompts)},
         )
 

@@ -74,15 +74,13 @@ class Evidence:
         return agreed_at(self.of(MODEL), kind="head")
 
 
-def claims(
-    scores: pd.DataFrame, sources: Sequence[Source], near: pd.DataFrame, given: str
-) -> list[lc.Claim]:
+def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.Claim]:
     """Decide the claims, over inputs (or folds) and wordings.
 
     Args:
         near: whether each prompt's neighbour has its task: ``source, group, instruction, value``.
     """
-    seen = Evidence(sources, given)
+    given = seen.given
     model, words, random = (
         float(each.value.mean()) for each in (seen.model, seen.words, seen.random)
     )
@@ -238,9 +236,9 @@ def _neighbours(scores: pd.DataFrame, near: pd.DataFrame, n_seeds: int) -> list[
     ]
 
 
-def notes(scores: pd.DataFrame, sources: Sequence[Source], given: str) -> list[str]:
+def notes(scores: pd.DataFrame, seen: Evidence) -> list[str]:
     """What the reader must know before believing the picture."""
-    seen = Evidence(sources, given)
+    given = seen.given
     mean = {
         MODEL: float(seen.model.value.mean()),
         WORDS: float(seen.words.value.mean()),

@@ -20,6 +20,7 @@ from studies.realistic_findings import (
     MODEL,
     RANDOM,
     WORDS,
+    Evidence,
     claims,
     notes,
 )
@@ -164,7 +165,7 @@ def run_of(*sources: Source) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def verdicts(*sources: Source) -> dict[str, str]:
     scores, near = run_of(*sources)
-    return {claim.id: claim.verdict for claim in claims(scores, sources, near, "input")}
+    return {claim.id: claim.verdict for claim in claims(scores, Evidence(sources, "input"), near)}
 
 
 def of_all(**options: str) -> list[Source]:
@@ -182,7 +183,7 @@ def test_clusters_by_task_are_found_and_stay_below_the_models_own_score():
     found = verdicts(*of_all(**{"model": "task", "model,_held-out_wordings": "task"}))
     assert {claim for claim in ON_TASKS if found[claim] == "supported"} == ON_TASKS
     scores, near = run_of(*(parts := of_all(model="task")))
-    decided = {claim.id: claim for claim in claims(scores, parts, near, "input")}
+    decided = {claim.id: claim for claim in claims(scores, Evidence(parts, "input"), near)}
     own = decided["clusters"].estimate
     for claim in decided.values():
         if "above" in claim.id and claim.id != "neighbours-above-words":
@@ -195,7 +196,7 @@ def test_states_that_know_no_task_support_no_claim_on_tasks(knows):
     parts = of_all(**{name: value for name, value in named.items() if value})
     found = verdicts(*parts)
     assert not [claim for claim in ON_TASKS if found[claim] == "supported"]
-    assert notes(run_of(*parts)[0], parts, "input")
+    assert notes(run_of(*parts)[0], Evidence(parts, "input"))
 
 
 def test_words_that_tell_the_task_leave_nothing_beyond_them():
@@ -247,6 +248,6 @@ def test_intervals_over_inputs_and_wordings_hold_the_truth(misread):
 
 def test_a_high_baseline_is_said_aloud():
     parts = of_all(model="task", bag_of_tokens="task")
-    said = notes(run_of(*parts)[0], parts, "input")
+    said = notes(run_of(*parts)[0], Evidence(parts, "input"))
     (high,) = [note for note in said if "baseline is high" in note]
     assert high.startswith("The bag of tokens baseline is high")
