@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lensclust.errors import InputError, check_counts
@@ -83,6 +84,54 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
     return checked
 
 
+def require_hooked(model: Any, *, caller: str) -> None:
+    """Refuse what is no hooked model: what was given, and what to do.
+
+    Raises:
+        InputError: in the name of ``caller``.
+    """
+    from transformer_lens.model_protocol import TransformerLensModel
+    from transformers import PreTrainedModel
+
+    # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
+    bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
+    if bare or not isinstance(model, TransformerLensModel):
+        raise InputError(f"{caller}: {_instead_of_a_model(model, caller)}")
+
+
+def _instead_of_a_model(given: Any, caller: str) -> str:
+    from transformers import PreTrainedTokenizerBase
+
+    kind = type(given).__name__
+    if "Prompts" in _classes(given):
+        return f"Prompts given as model: the model comes first, {caller}(model, prompts, ...)"
+    if isinstance(given, (str, Path)):
+        return (
+            f"{str(given)!r} given as model, expected what lensclust.load({str(given)!r}) returns"
+        )
+    if isinstance(given, PreTrainedTokenizerBase):
+        return f"a tokenizer ({kind}) given as model, expected what lensclust.load returns"
+    if "Module" in _classes(given):
+        return f"a bare {kind} given as model, expected what lensclust.load(model) returns"
+    return f"{kind} given as model, expected what lensclust.load returns"
+
+
+def require_prompts(caller: str, given: Any, *, name: str = "prompts") -> None:
+    """Refuse what is no `Prompts`: what was given, and what makes them.
+
+    >>> require_prompts("extract", "What is 2 + 2?")
+    Traceback (most recent call last):
+    lensclust.errors.InputError: extract: given a str as prompts, expected Prompts such as \
+Prompts.from_texts(texts, rows, model.tokenizer)
+    """
+    if "Prompts" in _classes(given):
+        return
+    advice = "Prompts such as Prompts.from_texts(texts, rows, model.tokenizer)"
+    if "Module" in _classes(given):
+        advice = f"Prompts: the model comes first, {caller}(model, prompts, ...)"
+    raise InputError(f"{caller}: given a {type(given).__name__} as {name}, expected {advice}")
+
+
 class _Wanted:
     """What one parameter takes."""
 
@@ -129,10 +178,6 @@ class _Wanted:
         return _is_one_of(self.kinds, value)
 
     def _require_run(self, value: Any) -> None:
-        # They use functions that are checked here.
-        from lensclust.fits import require_hooked
-        from lensclust.prompts import require_prompts
-
         if "Prompts" in self.kinds:
             require_prompts(self.caller, value, name=self.name)
         elif len({*self.kinds} - {"None"}) == 1:

@@ -24,11 +24,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from upath import UPath
 
 from lensclust import store as on_disk
-from lensclust.arguments import checked_arguments
+from lensclust.arguments import checked_arguments, require_prompts
 from lensclust.errors import InputError, check_counts
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
-from lensclust.prompts import Prompts, require_prompts
+from lensclust.prompts import Prompts
 from lensclust.ray_session import ray_session
 from lensclust.shard_reading import ShardReader
 from lensclust.sites import SiteSelector

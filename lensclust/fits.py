@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lensclust.agreement import forget_outdated
+from lensclust.arguments import require_hooked, require_prompts
 from lensclust.errors import InputError
 from lensclust.faithfulness import require_faithful
 from lensclust.frequencies import length_steps
-from lensclust.prompts import Prompts, require_prompts
+from lensclust.prompts import Prompts
 from lensclust.sites import model_name
 from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import keep_up, modules_of
@@ -54,29 +53,6 @@ def require_model(model: Any, *, caller: str) -> None:
 def _quantised(module: nn.Module) -> bool:
     """Whether a part is one of torch's quantised ones, which say they train and cannot."""
     return type(module).__module__.startswith("torch.ao.")
-
-
-def require_hooked(model: Any, *, caller: str) -> None:
-    """Refuse what is no hooked model: what was given, and what to do."""
-    # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
-    bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
-    if bare or not isinstance(model, TransformerLensModel):
-        raise InputError(f"{caller}: {_instead_of_a_model(model, caller)}")
-
-
-def _instead_of_a_model(given: Any, caller: str) -> str:
-    kind = type(given).__name__
-    if isinstance(given, Prompts):
-        return f"Prompts given as model: the model comes first, {caller}(model, prompts, ...)"
-    if isinstance(given, (str, Path)):
-        return (
-            f"{str(given)!r} given as model, expected what lensclust.load({str(given)!r}) returns"
-        )
-    if isinstance(given, PreTrainedTokenizerBase):
-        return f"a tokenizer ({kind}) given as model, expected what lensclust.load returns"
-    if isinstance(given, nn.Module):
-        return f"a bare {kind} given as model, expected what lensclust.load(model) returns"
-    return f"{kind} given as model, expected what lensclust.load returns"
 
 
 def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:

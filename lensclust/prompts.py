@@ -396,22 +396,6 @@ class Prompts:
         return self.take(np.flatnonzero(keep))
 
 
-def require_prompts(caller: str, given: Any, *, name: str = "prompts") -> None:
-    """Refuse what is no `Prompts`: what was given, and what makes them.
-
-    >>> require_prompts("extract", "What is 2 + 2?")
-    Traceback (most recent call last):
-    lensclust.errors.InputError: extract: given a str as prompts, expected Prompts such as \
-Prompts.from_texts(texts, rows, model.tokenizer)
-    """
-    if isinstance(given, Prompts):
-        return
-    advice = "Prompts such as Prompts.from_texts(texts, rows, model.tokenizer)"
-    if isinstance(given, torch.nn.Module):
-        advice = f"Prompts: the model comes first, {caller}(model, prompts, ...)"
-    raise InputError(f"{caller}: given a {type(given).__name__} as {name}, expected {advice}")
-
-
 def _frame(rows: Any) -> pd.DataFrame:
     if not isinstance(rows, pd.DataFrame):
         given = type(rows).__name__

@@ -162,13 +162,12 @@ def finish(
     provenance: Mapping[str, Any],
     views: Mapping[str, View] | None = None,
 ) -> None:
-    """Write everything a finished run consists of, the page included.
+    """Write everything that a finished run consists of, but for its page: that is made from these.
 
     Raises:
         InputError: if the disk is full or may not be written to.
     """
     from lensclust import figures as drawing
-    from lensclust.report import write_page
 
     ids = [claim.id for claim in claims]
     if len(set(ids)) != len(ids):
@@ -187,7 +186,6 @@ def finish(
         write_atomically(out / "provenance.json", _encode({**provenance, **machine()}))
         write_atomically(out / "claims.json", _encode([claim.to_json() for claim in claims]))
         seal(out)
-        write_page([out])
 
 
 def machine() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lensclust.disk import LOCK, locked, publish, read_json, remove_partial, sta
 from lensclust.errors import check_counts
 from lensclust.integrity import check_folder, digest_of, seal_folder
 from lensclust.progress import no_bars, progress_bar
+from lensclust.report import write_page
 from lensclust.results import corrected, shown_by
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class Study:
                 notes=findings.notes,
                 provenance=findings.provenance,
             )
+            write_page([out])
         return findings
 
     def check(self) -> None:
