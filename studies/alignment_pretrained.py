@@ -20,7 +20,6 @@ from lensclust.sites import Site
 from probes.centroids import mean_states
 from probes.replay import answers
 from probes.steering import steer
-from studies.alignment import Alignment
 from studies.alignment_methods import (
     HEADS,
     SHIFT,
@@ -33,6 +32,7 @@ from studies.alignment_methods import (
     learning_rates,
     log_probabilities,
 )
+from studies.alignment_options import Options
 from studies.alignment_scores import (
     Move,
     Rows,
@@ -55,7 +55,7 @@ BATCH = 8  # examples a step
 GENERATED, NEW_TOKENS = 5, 4
 
 
-def measure_pretrained(study: Alignment) -> dict[str, pd.DataFrame]:
+def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
     """Every ordered pair of the tasks: steered from few examples, and fine-tuned on them."""
     model = lc.load(study.pretrained, progress=False)
     pool, *parts = _parts(study, model)
@@ -76,7 +76,7 @@ def measure_pretrained(study: Alignment) -> dict[str, pd.DataFrame]:
     return {"scores": scores, "weights": weights}
 
 
-def _parts(study: Alignment, model: TransformerBridge) -> list[lc.Prompts]:
+def _parts(study: Options, model: TransformerBridge) -> list[lc.Prompts]:
     """Prompts to draw examples from, to choose by and to report, with different queries."""
     source = lc.tasks.natural(model.tokenizer, tasks=study.tasks, paraphrases=(*SEEN, *UNSEEN))
     prompts = lc.tasks.icl(
@@ -105,7 +105,7 @@ def _counts(asked: Asked, some: Examples) -> bool:
     return set(asked.group[counted]) == set(asked.group)
 
 
-def _states(study: Alignment, model: TransformerBridge, pool: lc.Prompts) -> tuple[Any, float]:
+def _states(study: Options, model: TransformerBridge, pool: lc.Prompts) -> tuple[Any, float]:
     """States of the pool where the model is steered, pulled and trained; seconds a prompt."""
     sites = [*_sites(study, model), Site("resid", _pull_layer(study, model))]
     heads = [
@@ -118,24 +118,24 @@ def _states(study: Alignment, model: TransformerBridge, pool: lc.Prompts) -> tup
     return acts, (time.perf_counter() - began) / len(pool)
 
 
-def _sites(study: Alignment, model: TransformerBridge) -> list[Site]:
+def _sites(study: Options, model: TransformerBridge) -> list[Site]:
     layers = {max(1, round(depth * model.cfg.n_layers)) for depth in study.depths}
     return [Site("resid", layer) for layer in sorted(layers)]
 
 
-def _blocks(study: Alignment, model: TransformerBridge) -> range:
+def _blocks(study: Options, model: TransformerBridge) -> range:
     """The blocks that are fine-tuned; the first never is."""
     return range(max(1, model.cfg.n_layers - study.trained_blocks), model.cfg.n_layers)
 
 
-def _pull_layer(study: Alignment, model: TransformerBridge) -> int:
+def _pull_layer(study: Options, model: TransformerBridge) -> int:
     """Half way up the blocks that are fine-tuned."""
     blocks = _blocks(study, model)
     return blocks[0] + (len(blocks) + 1) // 2
 
 
 def _steered(
-    study: Alignment,
+    study: Options,
     model: TransformerBridge,
     drawn: list[Examples],
     asked: list[Asked],
@@ -170,7 +170,7 @@ def _steered(
 
 
 def _trained(
-    study: Alignment,
+    study: Options,
     model: TransformerBridge,
     drawn: list[Examples],
     asked: list[Asked],

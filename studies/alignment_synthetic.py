@@ -17,7 +17,6 @@ from lensclust.sites import Site
 from lensclust.threads import one_thread
 from probes.centroids import mean_states
 from probes.replay import answers
-from studies.alignment import Alignment
 from studies.alignment_methods import (
     HEADS,
     SUCCESS,
@@ -30,6 +29,7 @@ from studies.alignment_methods import (
     learning_rates,
     log_probabilities,
 )
+from studies.alignment_options import Options
 from studies.alignment_scores import (
     Rows,
     candidates,
@@ -46,7 +46,7 @@ from studies.small_models import trained
 POOL, ASKED_AGAIN = 24, 4
 
 
-def measure_seed(study: Alignment, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model, then have some of its tasks answered as others, in every way."""
     prompts = lc.tasks.sif(**study.sizes(), held_out_regexes=0, seed=seed)
     with one_thread():
@@ -58,7 +58,7 @@ def measure_seed(study: Alignment, seed: int, folder: Path) -> dict[str, pd.Data
     return {"scores": scores, "weights": weights}
 
 
-def align(study: Alignment, model: TransformerBridge, prompts: lc.Prompts, seed: int) -> Rows:
+def align(study: Options, model: TransformerBridge, prompts: lc.Prompts, seed: int) -> Rows:
     """Scores of every method on some pairs of tasks, from every number of examples."""
     pool, validation, reported = _parts(prompts, study.rows_per_mapping)
     examples = [drawn.first(n) for drawn in _pairs(study, pool, seed) for n in study.examples]
@@ -131,7 +131,7 @@ def _parts(prompts: lc.Prompts, per_mapping: int) -> tuple[lc.Prompts, lc.Prompt
     return pool, validation, reported
 
 
-def _pairs(study: Alignment, pool: lc.Prompts, seed: int) -> list[Examples]:
+def _pairs(study: Options, pool: lc.Prompts, seed: int) -> list[Examples]:
     """Ordered pairs of tasks drawn at random among those that share inputs."""
     names = sorted(pool.rows["task"].astype(str).unique())
     pairs = [(a, b) for a in names for b in names if a != b]

@@ -15,7 +15,7 @@ from lensclust.tasks.labelled_texts import LabelledTexts
 from probes.calibration import select_prompt
 from probes.component_logits import ComponentLogits
 from probes.components import decompose
-from studies.component_reweighting import ComponentReweighting
+from studies.component_reweighting_options import Options
 from studies.component_reweighting_scores import (
     component_rows,
     extremes,
@@ -31,9 +31,7 @@ COMMON = "Text: {input}\nLabel: {label}\n"
 Prompted = dict[tuple[str, int], ComponentLogits]
 
 
-def measure_data(
-    study: ComponentReweighting, name: str, seeds: Sequence[int]
-) -> dict[str, pd.DataFrame]:
+def measure_data(study: Options, name: str, seeds: Sequence[int]) -> dict[str, pd.DataFrame]:
     """Everything about one set of labelled texts."""
     texts = lc.tasks.labelled_texts(name, progress=False)
     study.check_classes(name, len(texts.classes))
@@ -78,7 +76,7 @@ def measure_data(
     }
 
 
-def measure_heads(study: ComponentReweighting, seeds: Sequence[int]) -> dict[str, pd.DataFrame]:
+def measure_heads(study: Options, seeds: Sequence[int]) -> dict[str, pd.DataFrame]:
     """How well every head's output clusters by task, under one template for all of them."""
     model = lc.load(study.pretrained, progress=False)
     prompts = joined(
@@ -121,7 +119,7 @@ def templates_of(texts: LabelledTexts, n: int) -> list[str]:
 
 
 def _decomposed(
-    study: ComponentReweighting,
+    study: Options,
     model: Any,
     texts: LabelledTexts,
     template: str,
@@ -177,7 +175,7 @@ def _transfers(
 
 
 def _methods(
-    study: ComponentReweighting,
+    study: Options,
     few: Prompted,
     asked: Prompted,
     templates: Sequence[str],

@@ -13,15 +13,14 @@ import probes
 from lensclust.tasks.classification import balanced_order
 from lensclust.threads import one_thread
 from probes.components import decompose
-from studies.component_reweighting import ComponentReweighting
+from studies.component_reweighting_options import Options
 from studies.component_reweighting_scores import component_rows, extremes, kind_shares, relearned
-from studies.emergence import UNSEEN, clustered_prompts, input_only_accuracy
 from studies.scales import AGREED
-from studies.small_models import trained
+from studies.small_models import UNSEEN, clustered_prompts, input_only_accuracy, trained
 from studies.study import silenced
 
 
-def measure_seed(study: ComponentReweighting, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model, and at every checkpoint score and reweigh its components."""
     prompts = lc.tasks.sif(**study.sizes(), seed=seed)
     with one_thread():
@@ -37,9 +36,7 @@ def measure_seed(study: ComponentReweighting, seed: int, folder: Path) -> dict[s
     return {"scores": scores, "weights": weights}
 
 
-def _checkpoint(
-    study: ComponentReweighting, model: Any, prompts: lc.Prompts, seed: int
-) -> pd.DataFrame:
+def _checkpoint(study: Options, model: Any, prompts: lc.Prompts, seed: int) -> pd.DataFrame:
     """Components on unseen strings, reweighting from some of them, and clusters of heads."""
     outputs = prompts.rows["output"].astype(str)
     choices = {

@@ -13,9 +13,10 @@ from lensclust import figures
 from lensclust.results import decide
 from lensclust.stats import correlation
 from lensclust.views import ClusterView, HeadView, View
-from studies.emergence import CHOOSING, LABELS, UNSEEN
+from studies.emergence_options import CHOOSING
 from studies.frames import rank_correlations, where
 from studies.scales import AGREED, AGREEMENT, SHARE, SMALL, WEAK
+from studies.small_models import LABELS, UNSEEN
 
 PAPER: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",

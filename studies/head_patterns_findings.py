@@ -10,7 +10,7 @@ import pandas as pd
 import lensclust as lc
 from lensclust.results import decide, decide_over_all
 from studies.frames import where
-from studies.head_patterns import BASIC, COMPLEX
+from studies.head_patterns_options import BASIC, COMPLEX
 from studies.head_patterns_scores import FEW, RAW, SHARES
 from studies.head_patterns_tables import OURS, PAPER, Part
 from studies.head_patterns_uses import applications, clusters

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
 import probes
-from studies.head_patterns import BASIC, COMPLEX, HeadPatterns
+from studies.head_patterns_options import BASIC, COMPLEX, Options
 from studies.head_patterns_tuning import Task, changes, pattern_change, spread_counts
 from studies.joined_prompts import joined
 from studies.study import silenced
@@ -30,7 +30,7 @@ PUBLIC, CHOSEN = 64, 0.25
 
 
 def applications(
-    study: HeadPatterns,
+    study: Options,
     model: TransformerBridge,
     tasks: Sequence[Task],
     patterns: pd.DataFrame,
@@ -86,7 +86,7 @@ class Mixes:
 
 
 def _fitted(
-    study: HeadPatterns,
+    study: Options,
     model: TransformerBridge,
     scarce: lc.Prompts,
     basis: Mapping[str, np.ndarray],
@@ -116,7 +116,7 @@ def _fitted(
 
 
 def _choices(
-    study: HeadPatterns,
+    study: Options,
     model: TransformerBridge,
     scarce: lc.Prompts,
     simple: Sequence[Task],
@@ -149,7 +149,7 @@ def alike_to(
 
 
 def _tuned(
-    study: HeadPatterns,
+    study: Options,
     model: TransformerBridge,
     before: lc.Prompts | None,
     scarce: lc.Prompts,
@@ -183,12 +183,12 @@ def _tuned(
     return pd.concat([measured, pd.DataFrame([{"metric": "tokens", "value": float(tokens)}])])
 
 
-def _steps(study: HeadPatterns) -> int:
+def _steps(study: Options) -> int:
     return max(1, round(study.mixed / study.batch_size))
 
 
 def _heads(
-    study: HeadPatterns,
+    study: Options,
     model: TransformerBridge,
     before: lc.Prompts,
     basics: Sequence[Task],

@@ -12,7 +12,7 @@ import pandas as pd
 import lensclust as lc
 from lensclust.tasks.arithmetic import AFTER
 from lensclust.threads import one_thread
-from studies.head_patterns import BASIC, COMPLEX, CONTROL, HeadPatterns
+from studies.head_patterns_options import BASIC, COMPLEX, CONTROL, Options
 from studies.head_patterns_tuning import Task, dealt_out, tuned_patterns
 
 WORDS = ("plural", "upper_case")
@@ -26,13 +26,13 @@ LONGEST_TEXT = 80
 ATTENTION = r"attn|attention"
 
 
-def task_names(study: HeadPatterns) -> list[str]:
+def task_names(study: Options) -> list[str]:
     """The tasks, the parts of a composite task before it."""
     composites = [AFTER.join(parts[::-1]) for parts in (WORDS, NUMBERS)]
     return [*WORDS, *NUMBERS, *composites, OTHER, *([study.texts] if study.texts != "none" else [])]
 
 
-def measure_task(study: HeadPatterns, name: str) -> dict[str, pd.DataFrame]:
+def measure_task(study: Options, name: str) -> dict[str, pd.DataFrame]:
     """Tune the pretrained model on one task and measure its patterns meanwhile."""
     model = lc.load(study.pretrained, progress=False)
     tuned: dict[str, Any] = {"only": ATTENTION}
@@ -54,7 +54,7 @@ def measure_task(study: HeadPatterns, name: str) -> dict[str, pd.DataFrame]:
     return {"scores": scores.assign(part="pretrained", seed=0), "weights": weights}
 
 
-def task_of(study: HeadPatterns, name: str, tokenizer: Any) -> Task:
+def task_of(study: Options, name: str, tokenizer: Any) -> Task:
     """The prompts of a task, to tune on and to measure by."""
     last, _, first = name.partition(AFTER)
     parts = (first, last) if first else ()
@@ -77,7 +77,7 @@ def _words(prompts: lc.Prompts) -> lc.Prompts:
     return _split(prompts, lambda rows: rows["input"].isin(words).to_numpy())
 
 
-def _texts(study: HeadPatterns, tokenizer: Any) -> lc.Prompts:
+def _texts(study: Options, tokenizer: Any) -> lc.Prompts:
     prompts = lc.tasks.classification(
         study.texts,
         tokenizer,

@@ -12,7 +12,7 @@ import xarray as xr
 import probes
 from probes.activation_patterns import CONCENTRATION
 from studies.frames import where
-from studies.head_patterns import COMPLEX, CONTROL
+from studies.head_patterns_options import COMPLEX, CONTROL
 from studies.head_patterns_tuning import AND, stack
 
 Row = dict[str, Any]

@@ -9,8 +9,8 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.threads import one_thread
-from studies.head_patterns import BASIC, COMPLEX, CONTROL, HeadPatterns
 from studies.head_patterns_mixes import applications
+from studies.head_patterns_options import BASIC, COMPLEX, CONTROL, Options
 from studies.head_patterns_tuning import Task, dealt_out, tuned_patterns
 from studies.small_models import trained
 
@@ -20,7 +20,7 @@ MEASURED = 64
 STRINGS, LENGTH = 192, 7
 
 
-def measure_seed(study: HeadPatterns, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model on what it is to know, tune it on each task, then try the applications."""
     prompts = prompts_of(study, seed)
     tasks = tasks_of(study, prompts)
@@ -60,7 +60,7 @@ def measure_seed(study: HeadPatterns, seed: int, folder: Path) -> dict[str, pd.D
     return {"scores": scores, "weights": weights}
 
 
-def prompts_of(study: HeadPatterns, seed: int) -> lc.Prompts:
+def prompts_of(study: Options, seed: int) -> lc.Prompts:
     """Prompts of all tasks: known ones with every composite of them, and new ones."""
     moves, maps = study.known_moves, study.known_maps
     further = study.complex_tasks + study.controls
@@ -79,7 +79,7 @@ def prompts_of(study: HeadPatterns, seed: int) -> lc.Prompts:
     )
 
 
-def tasks_of(study: HeadPatterns, prompts: lc.Prompts) -> list[Task]:
+def tasks_of(study: Options, prompts: lc.Prompts) -> list[Task]:
     """The new tasks: parts of the complex ones, the complex ones, and controls."""
     moves = [f"move {study.known_moves + i}" for i in range(study.complex_tasks + study.controls)]
     maps = [f"map {study.known_maps + i}" for i in range(study.complex_tasks + study.controls)]

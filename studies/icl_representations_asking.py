@@ -21,19 +21,10 @@ from lensclust.tasks.reading_comprehension import data
 from lensclust.tokenization import continuation
 from probes.answer_scores import answer_scores, greedy_texts
 from probes.pairing import first_answers
-from studies.icl_representations import (
-    LINES,
-    NONE,
-    PERSONA,
-    READING,
-    SHOWN,
-    WRONG,
-    ICLRepresentations,
-)
+from studies.icl_representations_options import LINES, NONE, PERSONA, READING, SHOWN, WRONG, Options
 from studies.icl_representations_states import states_and_answers
 
 NEW_TOKENS = 6
-Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ KINDS = {
 }
 
 
-def check_sizes(study: ICLRepresentations) -> None:
+def check_sizes(study: Options) -> None:
     """Refuse sizes for which there are no prompts (InputError), before a model is loaded."""
     most = len(data()["templates"])
     if study.templates > most:
@@ -76,9 +67,7 @@ def check_sizes(study: ICLRepresentations) -> None:
         source(PreTrainedTokenizerFast(tokenizer_object=words), shots=study.shots, **options)
 
 
-def variants_of(
-    study: ICLRepresentations, tokenizer: Any, task: str, seed: int
-) -> dict[str, lc.Prompts]:
+def variants_of(study: Options, tokenizer: Any, task: str, seed: int) -> dict[str, lc.Prompts]:
     """The same queries behind nothing, behind demonstrations, and behind wrongly dealt ones."""
     source, options = _source(study, task)
     options["seed"] = seed
@@ -87,10 +76,10 @@ def variants_of(
     return {NONE: both.where(shots=0), SHOWN: both.where(shots=study.shots), WRONG: wrong}
 
 
-def _source(study: ICLRepresentations, task: str) -> tuple[Callable[..., lc.Prompts], Options]:
+def _source(study: Options, task: str) -> tuple[Callable[..., lc.Prompts], dict[str, Any]]:
     """What makes a task's prompts, and the study's sizes for it."""
     if task == LINES:
-        sizes: Options = {"slopes": study.slopes, "intercepts": study.intercepts}
+        sizes: dict[str, Any] = {"slopes": study.slopes, "intercepts": study.intercepts}
         known = list(TEMPLATES)
     else:
         prefix = "persona_" if task == PERSONA else ""

@@ -22,11 +22,11 @@ from lensclust.sites import Site
 from probes.attention_cuts import answers_cut_off
 from probes.pairing import first_answers
 from probes.replay import Readout, answers, replay
-from studies.icl_representations import NONE, SHOWN, ICLRepresentations
+from studies.icl_representations_options import NONE, SHOWN, Options
 
 
 def measure_causes(
-    study: ICLRepresentations,
+    study: Options,
     model: TransformerBridge,
     variants: Mapping[str, lc.Prompts],
     acts: Mapping[str, xr.Dataset],
@@ -50,7 +50,7 @@ def measure_causes(
 
 
 def _patched(
-    study: ICLRepresentations,
+    study: Options,
     model: TransformerBridge,
     variants: Mapping[str, lc.Prompts],
     acts: Mapping[str, xr.Dataset],

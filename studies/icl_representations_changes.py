@@ -14,9 +14,9 @@ import lensclust as lc
 import probes
 from probes.rdms import standardised
 from studies.frames import where
-from studies.icl_representations import NONE, SHOWN, ICLRepresentations
 from studies.icl_representations_asking import KINDS
 from studies.icl_representations_links import link
+from studies.icl_representations_options import NONE, SHOWN, Options
 from studies.study import silenced
 
 # A name (an intercept) each, up to so many.
@@ -25,7 +25,7 @@ PENALTY = 1e-2
 
 
 def alignment(
-    study: ICLRepresentations, acts: xr.Dataset, task: str, seed: int, *, both: bool = False
+    study: Options, acts: xr.Dataset, task: str, seed: int, *, both: bool = False
 ) -> pd.DataFrame:
     """Fit of each component's hypothesis by layer, lengths and wordings left in and taken out.
 
@@ -57,7 +57,7 @@ def alignment(
 
 
 def pooled_alignment(
-    study: ICLRepresentations,
+    study: Options,
     model: TransformerBridge,
     variants: Mapping[str, lc.Prompts],
     task: str,
@@ -74,7 +74,7 @@ def pooled_alignment(
     return found
 
 
-def decodability(study: ICLRepresentations, acts: xr.Dataset, task: str, seed: int) -> pd.DataFrame:
+def decodability(study: Options, acts: xr.Dataset, task: str, seed: int) -> pd.DataFrame:
     """Accuracy by layer of a probe for the answer, tested on names (intercepts) it has not seen."""
     kind = KINDS[task]
     groups = kind.others[0]
@@ -130,7 +130,7 @@ def log_ratios(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def all_links(
-    study: ICLRepresentations,
+    study: Options,
     variants: Mapping[str, lc.Prompts],
     answered: Mapping[str, pd.DataFrame],
     acts: Mapping[str, xr.Dataset],

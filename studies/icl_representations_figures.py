@@ -8,8 +8,8 @@ import pandas as pd
 
 from lensclust import figures
 from studies.frames import where
-from studies.icl_representations import QUESTIONS, WORDS
 from studies.icl_representations_asking import KINDS
+from studies.icl_representations_options import QUESTIONS, WORDS
 from studies.icl_representations_words import TESTED
 
 # Which claims a figure shows.

@@ -11,8 +11,8 @@ import pandas as pd
 import lensclust as lc
 from lensclust.results import decide
 from studies.frames import where
-from studies.icl_representations import LINES, NONE, PERSONA, READING, SHOWN, WRONG
 from studies.icl_representations_asking import KINDS
+from studies.icl_representations_options import LINES, NONE, PERSONA, READING, SHOWN, WRONG
 from studies.icl_representations_tables import (
     Questions,
     Words,

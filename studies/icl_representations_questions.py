@@ -6,7 +6,6 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 import probes
-from studies.icl_representations import LINES, NONE, READING, SHOWN, ICLRepresentations
 from studies.icl_representations_asking import answered, behaviour, variants_of
 from studies.icl_representations_causes import measure_causes
 from studies.icl_representations_changes import (
@@ -16,10 +15,11 @@ from studies.icl_representations_changes import (
     log_ratios,
     pooled_alignment,
 )
+from studies.icl_representations_options import LINES, NONE, READING, SHOWN, Options
 
 
 def measure_questions(
-    study: ICLRepresentations, model: TransformerBridge, task: str, seed: int
+    study: Options, model: TransformerBridge, task: str, seed: int
 ) -> pd.DataFrame:
     """All scores of one of the three tasks."""
     variants = variants_of(study, model.tokenizer, task, seed)

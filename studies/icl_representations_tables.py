@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from studies.frames import where
-from studies.icl_representations import NONE, QUESTIONS, SHOWN, WORDS
+from studies.icl_representations_options import NONE, QUESTIONS, SHOWN, WORDS
 from studies.icl_representations_words import FITTED, TESTED
 
 BySeed = Float[np.ndarray, " seed"]

@@ -22,8 +22,8 @@ from probes.interchanges import first_token
 from probes.interventions import Intervention
 from probes.pairing import first_answers
 from probes.replay import answers, replay
-from studies.icl_representations import ICLRepresentations
 from studies.icl_representations_causes import chosen_layers
+from studies.icl_representations_options import Options
 from studies.study import silenced
 
 TOLD, SHOWN, BOTH = "told", "shown", "told and shown"
@@ -34,7 +34,7 @@ NEIGHBOURS = 5
 FITTED, TESTED = "fitted", "tested"
 
 
-def measure_words(study: ICLRepresentations, model: TransformerBridge, seed: int) -> pd.DataFrame:
+def measure_words(study: Options, model: TransformerBridge, seed: int) -> pd.DataFrame:
     """All scores of the word tasks."""
     source = lc.tasks.natural(model.tokenizer, tasks=study.word_tasks, paraphrases=PARAPHRASES)
     tables = [*_neighbours(study, model, source, seed), *_kinds(study, model, source, seed)]
@@ -43,7 +43,7 @@ def measure_words(study: ICLRepresentations, model: TransformerBridge, seed: int
 
 
 def _shown(
-    study: ICLRepresentations,
+    study: Options,
     model: TransformerBridge,
     source: lc.Prompts,
     seed: int,
@@ -58,7 +58,7 @@ def _right(model: TransformerBridge, prompts: lc.Prompts) -> np.ndarray:
 
 
 def _neighbours(
-    study: ICLRepresentations, model: TransformerBridge, source: lc.Prompts, seed: int
+    study: Options, model: TransformerBridge, source: lc.Prompts, seed: int
 ) -> list[pd.DataFrame]:
     """Do a prompt's nearest neighbours do its task, and is it answered right, by shots."""
     found = []
@@ -81,7 +81,7 @@ def _neighbours(
 
 
 def _kinds(
-    study: ICLRepresentations, model: TransformerBridge, source: lc.Prompts, seed: int
+    study: Options, model: TransformerBridge, source: lc.Prompts, seed: int
 ) -> list[pd.DataFrame]:
     """Instructions, demonstrations and both, of the same tasks and queries, in one space."""
     shots = study.word_shots[-1]
@@ -151,7 +151,7 @@ def _against_names(near: pd.DataFrame, task: np.ndarray, n: int, seed: int) -> p
 
 
 def _vectors(
-    study: ICLRepresentations, model: TransformerBridge, source: lc.Prompts, task: str, seed: int
+    study: Options, model: TransformerBridge, source: lc.Prompts, task: str, seed: int
 ) -> pd.DataFrame:
     """Task vectors and function vectors in prompts that neither tell nor show the task.
 

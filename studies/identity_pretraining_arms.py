@@ -11,8 +11,7 @@ import numpy as np
 import lensclust as lc
 import probes
 from lensclust.training import Auxiliary
-from studies.emergence import UNSEEN, clustered_prompts, input_only_accuracy
-from studies.identity_pretraining import task_set
+from studies.identity_pretraining_options import task_set
 from studies.phases import (
     NAMING,
     TASK,
@@ -29,16 +28,17 @@ from studies.phases import (
     with_share,
 )
 from studies.scales import AGREED
+from studies.small_models import UNSEEN, clustered_prompts, input_only_accuracy
 from studies.study import silenced
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-    from studies.identity_pretraining import IdentityPretraining, Part
+    from studies.identity_pretraining_options import Options, Part
 
 
-def measure(study: IdentityPretraining, part: Part, folder: Path) -> dict[str, pd.DataFrame]:
+def measure(study: Options, part: Part, folder: Path) -> dict[str, pd.DataFrame]:
     """Train the arms of one part; score accuracies, and clusters where all arms are compared.
 
     Nothing is kept in ``folder`` but what is returned: a part is minutes.
@@ -87,9 +87,7 @@ def measure(study: IdentityPretraining, part: Part, folder: Path) -> dict[str, p
     }
 
 
-def plan(
-    study: IdentityPretraining, prompts: lc.Prompts, share: float, seed: int
-) -> dict[str, list[Phase]]:
+def plan(study: Options, prompts: lc.Prompts, share: float, seed: int) -> dict[str, list[Phase]]:
     """The phases of every arm; ``share`` of the training rows have an answer in phase 2."""
     rows, rng = prompts.rows, np.random.default_rng([seed, 1])
     true = rows["task"].to_numpy(dtype=np.int64)
@@ -129,7 +127,7 @@ def plan(
 
 
 def clusters_of(
-    study: IdentityPretraining, model: TransformerBridge, prompts: lc.Prompts, seed: int
+    study: Options, model: TransformerBridge, prompts: lc.Prompts, seed: int
 ) -> np.ndarray:
     """The names that the model's last layer gives."""
     n_tasks = prompts.rows["task"].nunique()
@@ -145,9 +143,7 @@ def accuracies(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:
     )
 
 
-def cluster_scores(
-    study: IdentityPretraining, prompts: lc.Prompts, stages: list[Stage]
-) -> pd.DataFrame:
+def cluster_scores(study: Options, prompts: lc.Prompts, stages: list[Stage]) -> pd.DataFrame:
     """Clusters by task at every layer and checkpoint, on unseen strings given the input."""
     import pandas as pd
 
@@ -164,9 +160,7 @@ def cluster_scores(
     return pd.concat(tables, ignore_index=True)
 
 
-def agreement(
-    study: IdentityPretraining, prompts: lc.Prompts, stages: list[Stage], seed: int
-) -> pd.DataFrame:
+def agreement(study: Options, prompts: lc.Prompts, stages: list[Stage], seed: int) -> pd.DataFrame:
     """How well the names that a half-trained model gave the training rows are the tasks (ARI)."""
     import pandas as pd
     from sklearn.metrics import adjusted_rand_score

@@ -12,13 +12,13 @@ from lensclust.figures.encodings import seed_tips, tip
 from lensclust.figures.frames import inline, over_seeds, require_columns
 from lensclust.figures.panels import panel_names, panels
 from lensclust.figures.style import Picture, finish, how_to_read
-from studies.emergence import UNSEEN
 from studies.frames import where
-from studies.identity_pretraining import ARMS, COMPARED
 from studies.identity_pretraining_findings import percent
+from studies.identity_pretraining_options import ARMS, COMPARED
 from studies.identity_pretraining_tables import BUDGETS, OF_TASK, TOTAL, conditions
 from studies.phases import TASK
 from studies.scales import AGREED
+from studies.small_models import UNSEEN
 
 _CELL = 52
 

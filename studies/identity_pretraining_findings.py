@@ -11,11 +11,11 @@ import pandas as pd
 import lensclust as lc
 from lensclust.results import decide
 from lensclust.stats import Scale
-from studies.emergence import LAYER_0
 from studies.frames import where
-from studies.identity_pretraining import ARMS, COMPARED
+from studies.identity_pretraining_options import ARMS, COMPARED
 from studies.identity_pretraining_tables import BUDGETS, OF_TASK, TOTAL, Runs, conditions
 from studies.scales import AGREEMENT, SHARE, SMALL
+from studies.small_models import LAYER_0
 
 PAPER: dict[str, Any] = {
     "source": "Wu & Varshney, arXiv 2402.12151",

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
-from studies.emergence import UNSEEN
 from studies.frames import where
 from studies.phases import NAMING, TASK
 from studies.scales import AGREED
+from studies.small_models import UNSEEN
 
 THRESHOLDS = (0.5, 0.9, 0.97)
 # What is equal in a comparison -> the column that counts it.

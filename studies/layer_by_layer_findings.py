@@ -13,7 +13,7 @@ from lensclust.results import decide
 from lensclust.stats import share
 from probes import change_points
 from studies.frames import where
-from studies.layer_by_layer import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
+from studies.layer_by_layer_options import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
 from studies.scales import SHARE, SMALL
 
 PAPER: dict[str, Any] = {

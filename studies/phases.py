@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 import lensclust as lc
 from lensclust.training import Auxiliary, TrainingRun, required_sizes
-from studies.emergence import UNSEEN
+from studies.small_models import UNSEEN
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,10 @@ import pandas as pd
 
 from lensclust import figures
 from lensclust.views import ClusterView
-from studies.emergence import LABELS, UNSEEN
 from studies.frames import where
 from studies.scales import AGREED
-from studies.unseen import ANSWER, INSTRUCTION
+from studies.small_models import LABELS, UNSEEN
+from studies.unseen_options import ANSWER, INSTRUCTION
 
 # Which claims a figure shows.
 SHOWS = {

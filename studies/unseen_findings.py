@@ -10,10 +10,10 @@ import pandas as pd
 import lensclust as lc
 from lensclust.results import decide
 from lensclust.stats import correlation
-from studies.emergence import UNSEEN
 from studies.frames import where
 from studies.scales import AGREEMENT, SHARE, SMALL, WEAK
-from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE
+from studies.small_models import UNSEEN
+from studies.unseen_options import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE
 from studies.unseen_tables import Pretrained, Synthetic
 
 PAPER: dict[str, Any] = {

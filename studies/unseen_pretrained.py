@@ -15,10 +15,10 @@ from probes.interventions import Intervention, dealt, shift
 from probes.pairing import first_answers
 from probes.replay import answers
 from studies.study import silenced
-from studies.unseen import MEANS, Unseen
+from studies.unseen_options import MEANS, Options
 
 
-def measure_pretrained(study: Unseen) -> dict[str, pd.DataFrame]:
+def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
     """Cluster the last token's states of few-shot prompts and move them between tasks.
 
     The queries are halved: means are fitted on the states of one half and move those of the

@@ -24,20 +24,20 @@ from probes.interventions import Intervention, dealt, shift, transport
 from probes.nearest_clusters import membership
 from probes.pairing import first_answers
 from probes.replay import answers, replay
-from studies.emergence import (
+from studies.scales import AGREED
+from studies.small_models import (
     SPLITS,
     UNSEEN,
     clustered_prompts,
     input_only_accuracy,
     states_over_training,
+    trained,
 )
-from studies.scales import AGREED
-from studies.small_models import trained
 from studies.study import silenced
-from studies.unseen import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE, Unseen
+from studies.unseen_options import ANSWER, INSTRUCTION, MEANS, REASSIGNED, SUBSPACE, Options
 
 
-def measure_seed(study: Unseen, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
+def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
     """Train a model and measure every checkpoint, then move and erase its clusters."""
     prompts = lc.tasks.sif(**study.sizes(), seed=seed)
     with one_thread():
@@ -179,7 +179,7 @@ def _moves(
     known: lc.Prompts,
     spread: lc.Prompts,
     unseen: lc.Prompts,
-    study: Unseen,
+    study: Options,
     at: str,
     seed: int,
 ) -> list[pd.DataFrame]:

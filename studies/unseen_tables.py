@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from studies.emergence import UNSEEN
 from studies.frames import rank_correlations, where
 from studies.scales import AGREED
-from studies.unseen import ANSWER, SUBSPACE
+from studies.small_models import UNSEEN
+from studies.unseen_options import ANSWER, SUBSPACE
 
 # Fewer prompts than this inside or outside their cluster say nothing about a checkpoint.
 FEWEST = 5

@@ -13,17 +13,12 @@ import torch
 import lensclust as lc
 from lensclust.tasks.sif import vocabulary
 from lensclust.views import HeadView
-from studies.emergence import (
-    SPLITS,
-    UNSEEN,
-    Emergence,
-    clustered_prompts,
-    input_only_accuracy,
-    measure,
-)
+from studies.emergence import Emergence
 from studies.emergence_findings import claims, pictures
+from studies.emergence_synthetic import measure
 from studies.frames import plane, rank_correlations, where
 from studies.scales import AGREED
+from studies.small_models import SPLITS, UNSEEN, clustered_prompts, input_only_accuracy
 
 STEPS, LAYERS, SEEDS = (0, 50, 400, 800), range(4), range(4)
 

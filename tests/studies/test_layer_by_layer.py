@@ -11,17 +11,10 @@ import pandas as pd
 import pytest
 
 import lensclust as lc
-from studies.layer_by_layer import (
-    CEILING,
-    MULTI,
-    OTHER,
-    PAIRS,
-    UNTRAINED,
-    LayerByLayer,
-    compare,
-    task_set,
-)
+from studies.layer_by_layer import LayerByLayer
 from studies.layer_by_layer_findings import GAIN, claims, pictures, transitions
+from studies.layer_by_layer_options import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
+from studies.layer_by_layer_synthetic import compare, task_set
 
 LAYERS, TASKS, SEEDS = range(13), range(3), range(4)
 LEVELS = {MULTI: 0.7, CEILING: 0.9, OTHER: 0.4, UNTRAINED: 0.2}

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import lensclust as lc
 from lensclust.cli import main
 from probes.interchanges import MEMBER
-from studies.emergence import SPLITS, UNSEEN
-from studies.unseen import ANSWER, INSTRUCTION, MEANS, Unseen
+from studies.small_models import SPLITS, UNSEEN
+from studies.unseen import Unseen
 from studies.unseen_figures import pictures
 from studies.unseen_findings import claims
+from studies.unseen_options import ANSWER, INSTRUCTION, MEANS
 from studies.unseen_pretrained import measure_pretrained
 from studies.unseen_synthetic import _spread
 from studies.unseen_tables import Pretrained, Synthetic
