@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,12 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.frequencies import length_steps
+from lensclust.placement import model_device
 
 BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
+# The graph of a backward holds every layer's states, so its batches are smaller.
+BACKWARD = 4
 # Few enough to mix what is trained on, enough to find rows of one length.
 _BUCKET_BATCHES = 16
 
@@ -82,6 +85,16 @@ def cut_by_length(
         start = stop
 
 
+def shard_ranges(start: int, stop: int, size: int) -> list[range]:
+    """Rows ``start..stop`` cut at multiples of ``size``.
+
+    >>> shard_ranges(3, 10, 4)
+    [range(3, 4), range(4, 8), range(8, 10)]
+    """
+    cuts = [start, *range((start // size + 1) * size, stop, size), stop]
+    return [range(a, b) for a, b in pairwise(cuts) if a < b]
+
+
 def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> Iterator[Tensor]:
     """The same row indices; while each is in use, `rows_being_run` gives it.
 
@@ -108,11 +121,6 @@ def rows_being_run() -> Rows | None:
     True
     """
     return _RUNNING.get()
-
-
-def model_device(model: TransformerLensModel) -> torch.device:
-    """Where a model takes its tokens."""
-    return torch.device(model.cfg.device or "cpu")
 
 
 def few_tokens(

@@ -29,10 +29,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.agreement import agrees, relative_error
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import without_cache
 from lensclust.costs import Cost
 from lensclust.packed_batches import Layout
 from lensclust.packed_forwards import PackedForwards
+from lensclust.placement import model_device
 from lensclust.tries import alphabetical
 
 # What a forward raises that a model has no code for.

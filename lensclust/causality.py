@@ -11,10 +11,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.agreement import agrees, remembered
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import without_cache
 from lensclust.errors import InputError
 from lensclust.faithfulness import called_not_causal
 from lensclust.frequencies import length_steps
+from lensclust.placement import model_device
 
 _log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from upath import UPath
 
 from lensclust import store as on_disk
 from lensclust.arguments import checked_arguments, require_prompts
+from lensclust.batching import shard_ranges
 from lensclust.errors import InputError, check_counts
 from lensclust.models import Source, load
 from lensclust.progress import progress_bar
@@ -113,7 +114,7 @@ def extract_with_ray(
         raise InputError(f"store {store}: lies in this process, where workers cannot write")
     count = threads or torch.get_num_threads()
     order = _Order(source, dict(loading or {}), count, prompts, sites, options)
-    shards = len(on_disk.shard_ranges(0, len(prompts), shard))
+    shards = len(shard_ranges(0, len(prompts), shard))
     with ray_session() as ray:
         crew = _Crew(ray, order, workers, shards)
         try:

@@ -14,6 +14,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import store as on_disk
 from lensclust.arguments import checked_arguments
+from lensclust.batching import shard_ranges
 from lensclust.errors import check_counts
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
@@ -124,7 +125,7 @@ def extract(
             append=append,
         )
     out = {name: np.empty(frame[name].shape, frame[name].dtype) for name in measured(frame)}
-    for rows, values in shards(on_disk.shard_ranges(0, len(prompts), shard)):
+    for rows, values in shards(shard_ranges(0, len(prompts), shard)):
         for name, value in values.items():
             out[name][rows.start : rows.stop] = value
     return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})

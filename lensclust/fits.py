@@ -16,7 +16,7 @@ from lensclust.faithfulness import require_faithful
 from lensclust.frequencies import length_steps
 from lensclust.prompts import Prompts
 from lensclust.sites import model_name
-from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
+from lensclust.tokenizers import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import keep_up, modules_of
 
 

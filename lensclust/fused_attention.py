@@ -19,9 +19,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.agreement import SizedCheck, agrees, power_of_two, remembered
-from lensclust.batching import model_device
 from lensclust.branching_check import FAILURES, States, named, ordinary_ids
 from lensclust.partial_forwards import forward_logits, running
+from lensclust.placement import model_device
 
 # Sequences of so many tokens are checked at least.
 SHORT = 64

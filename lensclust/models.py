@@ -30,7 +30,7 @@ from lensclust.mended_bridges import mended
 from lensclust.native import PRESETS, native_bridge, native_config, wrap_native
 from lensclust.placement import DeviceMap, note_placement, require_placeable
 from lensclust.sites import model_name
-from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
+from lensclust.tokenizers import same_tokenizer, tokenizer_fingerprint
 from lensclust.wrapping import (
     keep_up,
     known_bridge,

@@ -18,8 +18,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lensclust.batching import model_device
 from lensclust.packed_batches import PackedBatch
+from lensclust.placement import model_device
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 

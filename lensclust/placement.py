@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.utilities.multi_gpu import (
     count_unique_devices,
     find_embedding_device,
@@ -24,6 +25,11 @@ from transformer_lens.utilities.multi_gpu import (
 from lensclust.errors import InputError
 
 DeviceMap = str | Mapping[str, str | int]
+
+
+def model_device(model: TransformerLensModel) -> torch.device:
+    """Where a model takes its tokens."""
+    return torch.device(model.cfg.device or "cpu")
 
 
 def require_placeable(device_map: DeviceMap, *, device: Any, stateful: bool = False) -> None:

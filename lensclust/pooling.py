@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches
+from lensclust.batching import batches, shard_ranges
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.host_copies import HostCopy, upload
@@ -24,7 +24,6 @@ from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.shard_reading import DTYPES, BatchReader
 from lensclust.sites import SiteSelector, resolve
-from lensclust.store import shard_ranges
 from lensclust.templates import measured, rectangle, template
 
 SHARD = 512

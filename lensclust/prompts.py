@@ -27,8 +27,8 @@ from lensclust.tokenization import (
     encoded,
     render_chat,
     token_span,
-    tokenizer_fingerprint,
 )
+from lensclust.tokenizers import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

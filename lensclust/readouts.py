@@ -11,10 +11,11 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.batching import batches, default_budget, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.packed_forwards import Hooks
+from lensclust.placement import model_device
 from lensclust.prefix import Packing
 from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing

@@ -24,11 +24,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations import VARIABLES
-from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.batching import batches, default_budget, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
 from lensclust.host_copies import HostCopy, arrived, upload
+from lensclust.placement import model_device
 from lensclust.prefix import Packing
 from lensclust.prompts import Prompts
 from lensclust.sharing import Forward, PrefixSharing

@@ -34,15 +34,15 @@ from lensclust.agreement import (
     remembered,
 )
 from lensclust.arguments import checked_arguments
-from lensclust.batching import default_budget, model_device
+from lensclust.batching import default_budget, shard_ranges
 from lensclust.branching_check import FAILURES, TAIL, branching_failure, named
 from lensclust.costs import forward_cost, most_cached
 from lensclust.errors import InputError
 from lensclust.packed_forwards import Hooks, PackedForwards
+from lensclust.placement import model_device
 from lensclust.prefix import Packing, PrefixPlan, pack
 from lensclust.prompts import Prompts
 from lensclust.sites import model_name
-from lensclust.store import shard_ranges
 from lensclust.tries import alphabetical
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import model_device
 from lensclust.blocks import BLOCK_HOOKS, blocks_of, output_weights
 from lensclust.errors import InputError, check_counts
+from lensclust.placement import model_device
 
 __all__ = [
     "BLOCK_HOOKS",

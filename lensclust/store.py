@@ -11,7 +11,6 @@ that an earlier call left half full is replaced whole, in one rename. One proces
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int, UInt64
 
+from lensclust.batching import shard_ranges
 from lensclust.checked_arrays import (
     PACKED,
     ZARR_FORMAT,
@@ -56,7 +56,7 @@ from lensclust.store_reading import (
     require_affordable,
 )
 from lensclust.store_writing import Destination
-from lensclust.tokenization import same_tokenizer
+from lensclust.tokenizers import same_tokenizer
 
 # What must agree before rows may be added to a store.
 IDENTITY = ("weights", "settings", "tokenizer", "sites", "dtype")
@@ -64,16 +64,6 @@ IDENTITY = ("weights", "settings", "tokenizer", "sites", "dtype")
 _PARTIAL = re.compile(r"[\w.]+\.[0-9a-f]{32}\.partial")
 
 Shard = tuple[range, Mapping[str, np.ndarray]]
-
-
-def shard_ranges(start: int, stop: int, size: int) -> list[range]:
-    """Rows ``start..stop`` cut at multiples of ``size``.
-
-    >>> shard_ranges(3, 10, 4)
-    [range(3, 4), range(4, 8), range(8, 10)]
-    """
-    cuts = [start, *range((start // size + 1) * size, stop, size), stop]
-    return [range(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def write(

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.adapters import Adapters, Lora
 from lensclust.arguments import checked_arguments
-from lensclust.batching import default_budget, model_device, training_batches
+from lensclust.batching import default_budget, training_batches
 from lensclust.chosen_weights import chosen_parameters, left_as_it_was, named_parameters
 from lensclust.disk import writing
 from lensclust.errors import InputError, check_counts
@@ -34,6 +34,7 @@ from lensclust.fits import require_answers, require_fits
 from lensclust.gradients import with_gradients
 from lensclust.integrity import digest_of
 from lensclust.partial_forwards import scored_logits
+from lensclust.placement import model_device
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.schedules import check_rate, checkpoint_steps, rate

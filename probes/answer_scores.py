@@ -10,11 +10,12 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import announced, batches, default_budget, model_device
+from lensclust.batching import announced, batches, default_budget
 from lensclust.cached_generation import wrong_with_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_answers, require_fits
 from lensclust.partial_forwards import scored_logits
+from lensclust.placement import model_device
 from lensclust.prompts import Prompts
 
 

@@ -27,20 +27,20 @@ from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import BACKWARD, batches, default_budget
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
 from lensclust.gradients import with_gradients
+from lensclust.placement import model_device
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.sites import model_name
 from probes.answer_losses import AnswerLoss
 from probes.attention_patterns import PatternReader
-from probes.attention_ratios import OVER_HEADS, AttentionRatio
-from probes.attention_spans import ComparedSpans
+from probes.attention_ratios import AttentionRatio
+from probes.attention_spans import OVER_HEADS, ComparedSpans
 from probes.attention_weights import SpanWeights
-from probes.attribution import BACKWARD
 
 WEIGHTINGS = ("attention", "value", "gradient")
 AXES = ("weighting", "prompt", "block", "head", "relevant", "irrelevant")

@@ -20,9 +20,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.batching import batches, default_budget, model_device, without_cache
+from lensclust.batching import batches, default_budget, without_cache
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.placement import model_device
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout, one_a_row
 from lensclust.sites import model_name

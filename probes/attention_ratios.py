@@ -15,9 +15,7 @@ from lensclust import figures
 from lensclust.errors import InputError
 from lensclust.showing import Shown
 from lensclust.stats import mean_interval, permutation_p
-
-# Over the heads of a block, each span apart, before the ratio is taken.
-OVER_HEADS = ("mean", "max")
+from probes.attention_spans import OVER_HEADS
 
 
 @dataclass(frozen=True, repr=False)

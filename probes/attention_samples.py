@@ -17,9 +17,10 @@ from jaxtyping import Float
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import batches, default_budget
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
+from lensclust.placement import model_device
 from lensclust.prompts import Prompts
 from lensclust.sites import Site, SiteSelector, model_name, resolve
 from probes.attention_patterns import Lengths, Pattern, PatternReader

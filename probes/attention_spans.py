@@ -16,6 +16,9 @@ from torch import Tensor
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
 
+# Over the heads of a block, each span apart, before the ratio is taken.
+OVER_HEADS = ("mean", "max")
+
 DEMONSTRATIONS = "demonstrations"
 
 

@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.attention_patterns import Lengths, Pattern, ShowGradient
-from probes.attention_ratios import OVER_HEADS
-from probes.attention_spans import ComparedSpans
+from probes.attention_spans import OVER_HEADS, ComparedSpans
 from probes.frozen_norms import exact
 
 

@@ -32,19 +32,17 @@ from transformer_lens.tools.analysis.attribution_patching import cache_activatio
 
 from lensclust.activations import select
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import BACKWARD, batches, default_budget
 from lensclust.errors import InputError
 from lensclust.extraction import extract
 from lensclust.gradients import with_gradients
+from lensclust.placement import model_device
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.sites import Site, SiteSelector, hook_name, model_name
 from probes.metrics import DIFFERENCE, metric_of
 from probes.patching import Patching, patch, require_pairs
 from probes.replay import Readout, one_a_row
-
-# The graph of a backward holds every layer's states, so its batches are smaller.
-BACKWARD = 4
 
 
 @dataclass(frozen=True, repr=False)

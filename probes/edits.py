@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lensclust.batching import model_device
 from lensclust.host_copies import upload
+from lensclust.placement import model_device
 from lensclust.sites import Site, hook_name, model_name
 
 # A site, and what its state becomes for each prompt.

@@ -30,18 +30,18 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import BACKWARD, batches, default_budget
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
 from lensclust.fits import require_fits
 from lensclust.fused_attention import fused_attention
 from lensclust.gradients import with_gradients
+from lensclust.placement import model_device
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.readouts import Readout
 from lensclust.sites import head_blocks, model_name
 from probes.activation_patterns import AXES, HeadActivation
-from probes.attribution import BACKWARD
 from probes.head_gates import (
     RowLosses,
     gate_gradients,

@@ -32,17 +32,17 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.arguments import checked_arguments
-from lensclust.batching import batches, default_budget, model_device
+from lensclust.batching import BACKWARD, batches, default_budget
 from lensclust.errors import InputError
 from lensclust.fits import require_fits
 from lensclust.gradients import with_gradients
+from lensclust.placement import model_device
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
 from lensclust.showing import Shown
 from lensclust.stats import mean_interval
 from probes.answer_losses import AnswerLoss
 from probes.attention_patterns import Lengths, Pattern, PatternReader, ShowGradient
-from probes.attribution import BACKWARD
 from probes.choices import Choices, label_tokens
 from probes.frozen_norms import exact
 

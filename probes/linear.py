@@ -37,7 +37,7 @@ from lensclust.stats import mean_interval, permutation_p
 from lensclust.sweeping import in_parallel
 from probes.design import Units
 from probes.folds import Design, design
-from probes.site_fits import KINDS, SiteFit, SiteRows, class_counts, fit_site
+from probes.site_fits import PROBES, SiteFit, SiteRows, class_counts, fit_site
 from probes.sweeps import ProbeSweep
 
 log = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ def probe(
     >>> bool((sweep.predict(acts, "resid 0") == acts.input.values).all())  # the last token's own
     True
     """
-    if kind not in KINDS:
-        raise InputError(f"probe: kind {kind!r} is not known: expected one of {KINDS}")
+    if kind not in PROBES:
+        raise InputError(f"probe: kind {kind!r} is not known: expected one of {PROBES}")
     used = [float("nan")] if kind == "mass_mean" else [float(penalty) for penalty in penalties]
     if not used or any(penalty < LEAST_PENALTY for penalty in used):
         raise InputError(f"probe: penalties={penalties}, expected numbers from {LEAST_PENALTY} on")

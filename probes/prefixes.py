@@ -23,9 +23,10 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
-from lensclust.batching import model_device, without_cache
+from lensclust.batching import without_cache
 from lensclust.packed_batches import PackedBatch
 from lensclust.packed_forwards import PackedForwards, visible
+from lensclust.placement import model_device
 from lensclust.prompts import Prompts
 from probes.edits import Edit, EditHooks
 

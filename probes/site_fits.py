@@ -18,7 +18,7 @@ from probes.folds import Design
 from probes.logistic import logistic
 from probes.moments import SOLVERS, Moments, Readout
 
-KINDS = (*SOLVERS, "logistic")
+PROBES = (*SOLVERS, "logistic")
 BATCH_ROWS = 4096
 
 

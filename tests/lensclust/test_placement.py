@@ -8,10 +8,9 @@ import torch
 
 import lensclust as lc
 from lensclust.activations import head_residual
-from lensclust.batching import model_device
 from lensclust.errors import InputError
 from lensclust.fingerprints import fingerprint_again
-from lensclust.placement import require_placeable
+from lensclust.placement import model_device, require_placeable
 from lensclust.sharing import obstacle, refusal
 from lensclust.weights import fingerprint
 from tests.lensclust.test_extraction import some_prompts

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust.chat_templates import render
-from lensclust.tokenization import same_tokenizer, tokenizer_fingerprint
+from lensclust.tokenizers import same_tokenizer, tokenizer_fingerprint
 from tests.tiny import byte_tokenizer, tiny_tokenizer
 
 BYTES = byte_tokenizer()
