@@ -7,7 +7,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module, util
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from types import ModuleType
 
 _log = logging.getLogger("lensclust")
@@ -100,7 +100,7 @@ def _load_ours() -> None:
         for name in NAMES:
             _FOUND[name] = import_module(name)
             # Every one: what is imported inside a function is found by its full name later.
-            for module in iter_modules(_FOUND[name].__path__, f"{name}."):
+            for module in walk_packages(_FOUND[name].__path__, f"{name}."):
                 import_module(module.name)
     finally:
         sys.path.remove(str(_HOME))
