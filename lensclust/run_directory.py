@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lensclust.disk import (
     LOCK,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lensclust.results import Claim
-    from lensclust.views import View
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +44,18 @@ _log = logging.getLogger(__name__)
 FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
 PAGE = "report.html"
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-learn", "numpy")
+
+
+@runtime_checkable
+class View(Protocol):
+    """Anything that a page can let explore."""
+
+    @property
+    def title(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ``kind``, ``title`` and ``caption`` among them."""
+        ...
 
 
 @contextmanager

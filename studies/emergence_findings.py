@@ -11,8 +11,9 @@ import pandas as pd
 import lensclust as lc
 from lensclust import figures
 from lensclust.results import decide
+from lensclust.run_directory import View
 from lensclust.stats import correlation
-from lensclust.views import ClusterView, HeadView, View
+from lensclust.views import ClusterView, HeadView
 from studies.emergence_options import CHOOSING
 from studies.frames import rank_correlations, where
 from studies.scales import AGREED, AGREEMENT, SHARE, SMALL, WEAK

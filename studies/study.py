@@ -27,7 +27,7 @@ from lensclust.results import corrected, shown_by
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lensclust.views import View
+    from lensclust.run_directory import View
 
 # More repetitions than anybody can wait for.
 MAX_SEEDS = 1_000_000

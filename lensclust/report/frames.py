@@ -12,7 +12,7 @@ from lensclust.report.scripts import view_scripts, view_style
 from lensclust.report.wording import embedded_json
 
 if TYPE_CHECKING:
-    from lensclust.views import View
+    from lensclust.run_directory import View
 
 
 def view_frame(view: View, *, height: int = 900) -> str:

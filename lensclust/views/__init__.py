@@ -7,25 +7,13 @@ the script of its kind. Numbers are packed, so that a view stays far below a meg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lensclust.errors import InputError
 from lensclust.views.cluster_views import ClusterView
 from lensclust.views.head_views import HeadView
 
-__all__ = ["KINDS", "ClusterView", "HeadView", "View", "check_view"]
-
-
-@runtime_checkable
-class View(Protocol):
-    """Anything that a page can let explore."""
-
-    @property
-    def title(self) -> str: ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, ``kind``, ``title`` and ``caption`` among them."""
-        ...
+__all__ = ["KINDS", "ClusterView", "HeadView", "check_view"]
 
 
 KINDS: Mapping[str, Any] = {"clusters": ClusterView, "heads": HeadView}
