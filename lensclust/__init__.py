@@ -12,43 +12,43 @@ from typing import TYPE_CHECKING, Any
 from lensclust import own_packages
 
 if TYPE_CHECKING:
-    from lensclust import figures, report, tasks
-    from lensclust.activations import head_residual
-    from lensclust.adapters import Lora
-    from lensclust.distributed import extract_with_ray
+    pass
+    from lensclust.activations.dataset import head_residual
+    from lensclust.activations.extraction import extract
+    from lensclust.activations.pooling import pooled
+    from lensclust.activations.ray import extract_with_ray
+    from lensclust.activations.store.writing import open_activations
     from lensclust.errors import InputError
-    from lensclust.extraction import extract
-    from lensclust.models import load
-    from lensclust.pooling import pooled
-    from lensclust.prompts import Prompts
-    from lensclust.results import Claim
-    from lensclust.sharing import plan_prefixes
-    from lensclust.sites import Site
-    from lensclust.store import open_activations
-    from lensclust.supervised import finetune
-    from lensclust.training import train
-    from lensclust.weights import fingerprint
-    from lensclust.wrapping import release
+    from lensclust.inference.prefix_sharing.sharing import plan_prefixes
+    from lensclust.models.checkpoints import fingerprint
+    from lensclust.models.loading import load
+    from lensclust.models.sites import Site
+    from lensclust.models.wrapping import release
+    from lensclust.prompts.prompts import Prompts
+    from lensclust.results.claims import Claim
+    from lensclust.training.finetuning import finetune
+    from lensclust.training.lora import Lora
+    from lensclust.training.pretraining import train
 
 # A module may not share its name with a function listed here (hence `extraction`, `training`):
 # importing the submodule would put the module in the function's place.
 _HOMES = {
-    "Claim": "lensclust.results",
+    "Claim": "lensclust.results.claims",
     "InputError": "lensclust.errors",
-    "Lora": "lensclust.adapters",
-    "Prompts": "lensclust.prompts",
-    "Site": "lensclust.sites",
-    "extract": "lensclust.extraction",
-    "extract_with_ray": "lensclust.distributed",
-    "finetune": "lensclust.supervised",
-    "fingerprint": "lensclust.weights",
-    "head_residual": "lensclust.activations",
-    "load": "lensclust.models",
-    "open_activations": "lensclust.store",
-    "plan_prefixes": "lensclust.sharing",
-    "pooled": "lensclust.pooling",
-    "release": "lensclust.wrapping",
-    "train": "lensclust.training",
+    "Lora": "lensclust.training.lora",
+    "Prompts": "lensclust.prompts.prompts",
+    "Site": "lensclust.models.sites",
+    "extract": "lensclust.activations.extraction",
+    "extract_with_ray": "lensclust.activations.ray",
+    "finetune": "lensclust.training.finetuning",
+    "fingerprint": "lensclust.models.checkpoints",
+    "head_residual": "lensclust.activations.dataset",
+    "load": "lensclust.models.loading",
+    "open_activations": "lensclust.activations.store.writing",
+    "plan_prefixes": "lensclust.inference.prefix_sharing.sharing",
+    "pooled": "lensclust.activations.pooling",
+    "release": "lensclust.models.wrapping",
+    "train": "lensclust.training.pretraining",
 }
 _MODULES = ("figures", "report", "tasks")
 

@@ -8,44 +8,39 @@ from typing import TYPE_CHECKING, Any
 from lensclust import own_packages
 
 if TYPE_CHECKING:
-    from probes.activation_patterns import HeadActivation
-    from probes.attention import attention_ratio
-    from probes.attention_ratios import AttentionRatio
-    from probes.attention_samples import AttentionSamples, sample_attention
-    from probes.attribution import AttributionCheck, rank
-    from probes.baselines import bag_of_tokens
-    from probes.calibration import calibrate, select_prompt
-    from probes.centroids import mean_states
-    from probes.cluster_maps import ClusterMap, cluster_map
-    from probes.clustering import Clustering, cluster
-    from probes.component_logits import ComponentLogits
-    from probes.component_weights import Reweighting
-    from probes.components import decompose
-    from probes.directions import add_direction, project
-    from probes.erasure import erase, erase_random, erase_reassigned
-    from probes.function_vectors import FunctionVector, function_vector
-    from probes.head_activations import head_activation
-    from probes.head_views import head_view
-    from probes.interchanges import Interchange, interchange
-    from probes.interventions import Intervention, dealt, replace, shift, transport
-    from probes.kernel_alignment import CKA, cka
-    from probes.label_word_flows import LabelWordFlow, label_word_flow
-    from probes.linear import probe
-    from probes.linear_maps import linear_transport
-    from probes.nearest_clusters import membership
-    from probes.paired_decoding import PairedDecoding, decode
-    from probes.patching import Patching, patch
-    from probes.pattern_changes import PatternChange, change
-    from probes.pattern_composition import Composition, compose
-    from probes.piecewise_fits import PiecewiseFit, change_points
-    from probes.rdm_alignment import rsa
-    from probes.rdm_sweeps import RSA
-    from probes.rdms import combined, hypothesis, with_nuisances
-    from probes.reweighting import reweight, reweight_many
-    from probes.similarity import nearest_neighbour, silhouettes
-    from probes.steering import steer
-    from probes.sweeps import ProbeSweep
-    from probes.validation import Tuning, tune
+    from probes.attention.label_words import LabelWordFlow, label_word_flow
+    from probes.attention.ratio import AttentionRatio, attention_ratio
+    from probes.attention.samples import AttentionSamples, sample_attention
+    from probes.clustering.baselines import bag_of_tokens
+    from probes.clustering.clustering import Clustering, cluster
+    from probes.clustering.maps import ClusterMap, cluster_map
+    from probes.clustering.nearest_clusters import membership
+    from probes.components.calibration import calibrate, select_prompt
+    from probes.components.component_logits import ComponentLogits
+    from probes.components.decomposition import decompose
+    from probes.components.reweighting import Reweighting, reweight, reweight_many
+    from probes.design.centroids import mean_states
+    from probes.heads.activation import HeadActivation, head_activation
+    from probes.heads.composition import Composition, compose
+    from probes.heads.pattern_changes import PatternChange, change
+    from probes.heads.view import head_view
+    from probes.linear.linear_probe import ProbeSweep, probe
+    from probes.linear.paired_decoding import PairedDecoding, decode
+    from probes.patching.attribution import AttributionCheck, rank
+    from probes.patching.patching import Patching, patch
+    from probes.similarity.dissimilarity import combined, hypothesis, with_nuisances
+    from probes.similarity.kernel_alignment import CKA, cka
+    from probes.similarity.neighbours import nearest_neighbour, silhouettes
+    from probes.similarity.piecewise_fits import PiecewiseFit, change_points
+    from probes.similarity.representational import RSA, rsa
+    from probes.steering.directions import add_direction, project
+    from probes.steering.erasure import erase, erase_random, erase_reassigned
+    from probes.steering.function_vectors import FunctionVector, function_vector
+    from probes.steering.interchanges import Interchange, interchange
+    from probes.steering.interventions import Intervention, dealt, replace, shift, transport
+    from probes.steering.linear_maps import linear_transport
+    from probes.steering.steering import steer
+    from probes.steering.tuning import Tuning, tune
 
 # Name -> module. No module shares its name with what it exports.
 _HOMES = {

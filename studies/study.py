@@ -16,18 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lensclust as lc
-from lensclust import run_directory
-from lensclust.disk import LOCK, locked, publish, read_json, remove_partial, staging, writing
 from lensclust.errors import check_counts
-from lensclust.integrity import check_folder, digest_of, seal_folder
 from lensclust.progress import no_bars, progress_bar
 from lensclust.report import write_page
-from lensclust.results import corrected, shown_by
+from lensclust.results.claims import corrected, shown_by
+from lensclust.runs import directory as run_directory
+from lensclust.storage.atomic import (
+    LOCK,
+    locked,
+    publish,
+    read_json,
+    remove_partial,
+    staging,
+    writing,
+)
+from lensclust.storage.integrity import check_folder, digest_of, seal_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lensclust.run_directory import View
+    from lensclust.runs.directory import View
 
 # More repetitions than anybody can wait for.
 MAX_SEEDS = 1_000_000
@@ -43,7 +51,7 @@ class Findings:
         scores: one tidy frame of everything measured.
         claims: statements decided from it.
         figures: file name -> Altair chart.
-        shows: which claims a figure shows, as patterns: `lensclust.results.shown_by`.
+        shows: which claims a figure shows, as patterns: `lensclust.results.claims.shown_by`.
         views: file name -> what the page lets its reader explore.
         notes: sentences that the reader of the page must not miss.
         provenance: what was run on (fingerprints, digests, sizes).
@@ -88,7 +96,7 @@ class Context:
         import pandas as pd
         from joblib import delayed
 
-        from lensclust.sweeping import in_parallel
+        from lensclust.parallel import in_parallel
 
         config = self.out / "config.json"
         run = digest_of(read_json(config)) if config.exists() else None
@@ -210,7 +218,7 @@ def _once(
     function: Callable[..., Frames], item: Any, folder: Path, *, run: str | None = None
 ) -> Frames:
     """The frames of one item, from disk if it was done before, by this ``run`` and no other."""
-    from lensclust.frame_files import read_frame
+    from lensclust.storage.parquet import read_frame
 
     done, what = folder / "frames", f"part {folder}"
     of = {"part": folder.name, "run": run}

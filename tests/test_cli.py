@@ -22,9 +22,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lensclust.claim_table import print_claims
-from lensclust.cli import main
-from lensclust.results import decide
+from lensclust.cli.claim_table import print_claims
+from lensclust.cli.command import main
+from lensclust.results.claims import decide
 from tests.tiny import hf_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -231,7 +231,7 @@ def test_unusable_task_folders(capsys, tmp_path, monkeypatch, part):
 
 def test_extract_writes_a_store_that_python_opens(capsys, tmp_path):
     import lensclust as lc
-    from lensclust.store import open_activations
+    from lensclust.activations.store.writing import open_activations
 
     out = tmp_path / "acts.zarr"
     command = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--quiet"]

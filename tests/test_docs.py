@@ -11,7 +11,8 @@ import pytest
 import tyro
 
 import lensclust as lc
-from lensclust import cli, figures
+from lensclust import figures
+from lensclust.cli import command as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

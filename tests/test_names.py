@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lensclust import cli
+from lensclust.cli import command as cli
 
 ROOT = Path(__file__).parents[1]
 

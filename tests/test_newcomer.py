@@ -21,7 +21,7 @@ SESSION = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if ">
 
 PROBE = """
 import lensclust as lc
-from lensclust.activations import dataset_sites, site_values
+from lensclust.activations.dataset import dataset_sites, site_values
 
 def spread(acts):
     return {str(site): float(site_values(acts, site).var()) for site in dataset_sites(acts)}
@@ -53,7 +53,7 @@ from typing import ClassVar
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results import decide
+from lensclust.results.claims import decide
 from studies.study import Findings, Study
 
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 import probes
-from lensclust.doctor import examine
-from lensclust.readouts import answers
-from probes.attention_cuts import answers_cut_off
+from lensclust.cli.doctor import examine
+from lensclust.inference.readouts import answers
+from probes.attention.knockout import answers_cut_off
 
 IDS = [[1, 5, 9, 3], [7, 8], [4, 4, 4, 10, 11], [6, 30]]
 ROWS = pd.DataFrame({"task": list("abab"), "input": list("xxyy")})

@@ -8,11 +8,10 @@ than pixels is averaged (lines) or thinned (scatter, which then says so).
 """
 
 from lensclust.figures.bar_charts import bars
-from lensclust.figures.files import render_svg, save, specification
+from lensclust.figures.files import render_svg, save, specification, stack
 from lensclust.figures.heat_maps import head_map
 from lensclust.figures.line_charts import curves
 from lensclust.figures.scatter_plots import scatter
-from lensclust.figures.stacked_charts import stack
 from lensclust.figures.style import NULL_LABEL, PALETTE, SHAPES, Picture
 
 __all__ = [

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from lensclust.arguments import checked_arguments
-from lensclust.figures.encodings import null_fill, seed_tips, tip
-from lensclust.figures.frames import distinct, inline, over_seeds, require_columns
-from lensclust.figures.panels import panel_names, panels
+from lensclust.figures.data import distinct, inline, over_seeds, require_columns
+from lensclust.figures.encodings import null_fill, panel_names, panels, seed_tips, tip
 from lensclust.figures.style import NULL_LABEL, PALETTE, Picture, finish, how_to_read
 
 

@@ -6,8 +6,7 @@ import altair as alt
 import pandas as pd
 
 from lensclust.arguments import checked_arguments
-from lensclust.figures.encodings import null_band, seed_tips, series, tip, x_axis
-from lensclust.figures.frames import (
+from lensclust.figures.data import (
     distinct,
     inline,
     is_number,
@@ -15,7 +14,15 @@ from lensclust.figures.frames import (
     require_columns,
     thin_lines,
 )
-from lensclust.figures.panels import panel_names, panels
+from lensclust.figures.encodings import (
+    null_band,
+    panel_names,
+    panels,
+    seed_tips,
+    series,
+    tip,
+    x_axis,
+)
 from lensclust.figures.style import NULL_LABEL, PALETTE, Picture, finish, how_to_read
 
 

@@ -9,9 +9,8 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.encodings import cycled, series, tip
-from lensclust.figures.frames import inline, is_number, require_columns, thin_points
-from lensclust.figures.panels import panel_names, panel_order, panels
+from lensclust.figures.data import inline, is_number, require_columns, thin_points
+from lensclust.figures.encodings import cycled, panel_names, panel_order, panels, series, tip
 from lensclust.figures.style import PALETTE, SHAPES, Picture, finish
 
 

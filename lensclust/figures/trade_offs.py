@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from lensclust.errors import InputError
-from lensclust.figures.encodings import series, tip
-from lensclust.figures.frames import inline, is_number, require_columns
-from lensclust.figures.panels import panel_names, panels
+from lensclust.figures.data import inline, is_number, require_columns
+from lensclust.figures.encodings import panel_names, panels, series, tip
 from lensclust.figures.style import Picture, finish
 
 FRONT = "best trade-offs"

@@ -19,15 +19,14 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from lensclust.disk import require_name, write_atomically, writing
 from lensclust.errors import InputError
-from lensclust.integrity import DIGESTS
-from lensclust.report.policy import content_policy
-from lensclust.report.run_content import CONTENT, Run, read_run
-from lensclust.report.scripts import own_text, view_scripts, view_style
+from lensclust.report.content import CONTENT, Run, read_run
+from lensclust.report.embed import content_policy, own_text, view_scripts, view_style
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
-from lensclust.run_directory import PAGE, seal
+from lensclust.runs.directory import PAGE, seal
+from lensclust.storage.atomic import require_name, write_atomically, writing
+from lensclust.storage.integrity import DIGESTS
 
 _HERE = Path(__file__).parent
 _SYMBOLS = {"supported": "✓", "negligible": "≈", "contradicted": "✗", "inconclusive": "?"}

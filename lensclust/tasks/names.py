@@ -1,71 +1,24 @@
-"""Task sets by name, as the command line writes them."""
+"""Names of task sets, for the command line, which lists them without importing what makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from lensclust.arguments import checked_arguments
-from lensclust.errors import InputError
-from lensclust.prompts import Prompts
-from lensclust.task_names import TASK_NAMES, spelt_names
-from lensclust.tasks.classification import classification
-from lensclust.tasks.instruction_induction import instruction_induction
-from lensclust.tasks.linear_regression import linear_regression
-from lensclust.tasks.natural import natural
-from lensclust.tasks.prompt_injection import prompt_injection
-from lensclust.tasks.reading_comprehension import reading_comprehension
-from lensclust.tasks.sif import sif
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
-    "sif": lambda _, tokenizer: _synthetic(tokenizer),
-    "natural": lambda _, tokenizer: natural(_required(tokenizer, "natural")),
-    "instruction_induction": lambda folder, tokenizer: instruction_induction(
-        folder, _required(tokenizer, "instruction_induction")
-    ),
-    "classification": lambda data, tokenizer: classification(
-        data, _required(tokenizer, "classification")
-    ),
-    "reading_comprehension": lambda _, tokenizer: reading_comprehension(
-        _required(tokenizer, "reading_comprehension")
-    ),
-    "linear_regression": lambda _, tokenizer: linear_regression(
-        _required(tokenizer, "linear_regression")
-    ),
-    "prompt_injection": lambda _, tokenizer: prompt_injection(
-        _required(tokenizer, "prompt_injection")
-    ),
+# Name -> what follows it behind a colon, of those that need it. What makes each:
+# `lensclust.tasks.registry.SOURCES`.
+TASK_NAMES = {
+    "sif": "",
+    "natural": "",
+    "instruction_induction": "FOLDER",
+    "classification": "DATA",
+    "reading_comprehension": "",
+    "linear_regression": "",
+    "prompt_injection": "",
 }
 
 
-@checked_arguments
-def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
-    """The prompts called ``sif``, ``natural``, ``reading_comprehension``, ``linear_regression``,
-    ``prompt_injection``, ``instruction_induction:FOLDER`` or ``classification:DATA``
-    (``classification:sst2``).
+def spelt_names() -> list[str]:
+    """Each name as it is written.
 
-    Raises:
-        InputError: if there is no such source, its folder is missing, or it needs a tokenizer.
-
-    >>> len(from_name("sif")) > 1000
-    True
+    >>> spelt_names()[2:4]
+    ['instruction_induction:FOLDER', 'classification:DATA']
     """
-    source, _, argument = name.partition(":")
-    if source not in SOURCES or bool(argument) != bool(TASK_NAMES[source]):
-        raise InputError(f"tasks {name!r} are not known: expected {', '.join(spelt_names())}")
-    return SOURCES[source](argument, tokenizer)
-
-
-def _synthetic(tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
-    if tokenizer is not None:
-        raise InputError("tasks 'sif': its tokens mean nothing to a model that has a tokenizer")
-    return sif()
-
-
-def _required(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise InputError(f"tasks {source!r}: need a tokenizer, this model has none")
-    return tokenizer
+    return [f"{name}:{more}" if more else name for name, more in TASK_NAMES.items()]

@@ -23,7 +23,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lensclust.cli import COMMANDS, OPTIONS, UNUSABLE, main
+from lensclust.cli.command import COMMANDS, OPTIONS, UNUSABLE, main
 from tests.attack import give_many, tries_and_seed
 
 # Values that no option takes, and those that an option of its kind does not.
@@ -83,7 +83,7 @@ def option_kinds(command: str) -> dict[str, Any]:
 
 def drawn() -> st.SearchStrategy[list[str]]:
     """A command line in which something is wrong."""
-    from lensclust.cli import _load_studies
+    from lensclust.cli.command import _load_studies
 
     studies = _load_studies()
 

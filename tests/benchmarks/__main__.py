@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-from lensclust.run_directory import machine, write_atomically
+from lensclust.runs.directory import machine, write_atomically
 from tests.benchmarks import (
     attention,
     clustering,

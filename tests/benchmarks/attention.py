@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lensclust as lc
-from lensclust.batching import ACCELERATOR_TOKENS, BATCH_TOKENS, batches
-from probes.attention import WEIGHTINGS, attention_ratio
+from lensclust.models.batching import ACCELERATOR_TOKENS, BATCH_TOKENS, batches
+from probes.attention.ratio import WEIGHTINGS, attention_ratio
 
 TOKENS, PROMPTS, FULL_PROMPTS, ROUNDS, LIMIT = 256, 16, 1_000, 3, 1.3
 SPANS = {"relevant": (100, 108), "irrelevant": (140, 152), "query": (64, TOKENS)}

@@ -17,8 +17,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from probes.clustering import cluster
-from probes.partitions import METRICS
+from probes.clustering.agreement import METRICS
+from probes.clustering.clustering import cluster
 
 REPETITIONS = 3
 BLOCKS, HEADS, WIDTH = 12, 12, 64

@@ -22,10 +22,10 @@ import pandas as pd
 import torch
 
 import lensclust as lc
-from lensclust.batching import batches, default_budget
-from probes.component_logits import ComponentLogits
-from probes.components import decompose
-from probes.reweighting import reweight_many
+from lensclust.models.batching import batches, default_budget
+from probes.components.component_logits import ComponentLogits
+from probes.components.decomposition import decompose
+from probes.components.reweighting import reweight_many
 
 ROUNDS = 3
 CHOICES = {"good": " good", "bad": " bad", "great": " great", "poor": " poor"}

@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 import lensclust as lc
-from lensclust import store
-from lensclust.integrity import file_digest
-from lensclust.native import native_config
+from lensclust.activations.store import writing as store
+from lensclust.models.native import native_config
+from lensclust.storage.integrity import file_digest
 
 ROUNDS = 3
 # What was asked for.

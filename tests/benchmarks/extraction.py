@@ -26,9 +26,9 @@ except ImportError:
     nnsight = None
 
 import lensclust as lc
-from lensclust.batching import batches, default_budget
-from lensclust.downloads import PINS, fetch
-from lensclust.pretrained import save_converted
+from lensclust.models.batching import batches, default_budget
+from lensclust.models.downloads import PINS, fetch
+from lensclust.models.huggingface import save_converted
 
 # The small model takes a second a round, and its ratios scatter more.
 REPETITIONS = {"SmolLM2-135M": 3, "SmolLM2-135M, 512 tokens": 3, "GPT-2, 6 layers": 9}

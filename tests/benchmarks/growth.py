@@ -16,7 +16,7 @@ import pandas as pd
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
-from lensclust.native import native_config
+from lensclust.models.native import native_config
 
 ROUNDS = 3
 # What was asked of the exponents.

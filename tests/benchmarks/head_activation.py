@@ -26,9 +26,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lensclust as lc
-from lensclust.downloads import PINS, fetch
-from lensclust.pretrained import save_converted
-from probes.head_activations import head_activation
+from lensclust.models.downloads import PINS, fetch
+from lensclust.models.huggingface import save_converted
+from probes.heads.activation import head_activation
 from tests.benchmarks.components import resident
 
 NAME = "smollm2-135m-instruct"

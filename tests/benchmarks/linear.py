@@ -14,9 +14,9 @@ import xarray as xr
 from sklearn.linear_model import RidgeClassifier
 from threadpoolctl import threadpool_limits
 
-from probes.folds import Design, design
-from probes.linear import probe
-from probes.moments import Moments
+from probes.design.folds import Design, design
+from probes.linear.linear_probe import probe
+from probes.linear.moments import Moments
 
 BLOCKS, HEADS, D_HEAD, ROWS, CLASSES, FOLDS, PERMUTATIONS = 12, 12, 64, 2000, 10, 5, 100
 PENALTY, EVERY, ROUNDS = 0.01, 18, 3

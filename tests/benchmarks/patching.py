@@ -18,8 +18,8 @@ from transformer_lens.patching import generic_activation_patch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
-from lensclust.native import native_config
-from probes.patching import patch
+from lensclust.models.native import native_config
+from probes.patching.patching import patch
 
 TOKENS, PAIRS, ROUNDS, VOCABULARY = 64, 2, 2, 1000
 

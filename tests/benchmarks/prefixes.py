@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import lensclust as lc
-from lensclust.batching import batches, default_budget
-from lensclust.downloads import PINS, fetch
-from lensclust.pretrained import save_converted
+from lensclust.models.batching import batches, default_budget
+from lensclust.models.downloads import PINS, fetch
+from lensclust.models.huggingface import save_converted
 from tests.lensclust.tasks.test_instruction_induction import REAL
 
 MODEL = "smollm2-135m-instruct"

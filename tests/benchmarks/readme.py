@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lensclust.run_directory import write_atomically
+from lensclust.runs.directory import write_atomically
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -17,8 +17,8 @@ import numpy as np
 import xarray as xr
 
 import lensclust as lc
-from lensclust.checked_arrays import PACKED, ZARR_FORMAT
-from lensclust.store import write
+from lensclust.activations.store.chunks import PACKED, ZARR_FORMAT
+from lensclust.activations.store.writing import write
 
 PROMPTS, LAYERS, D_MODEL, SHARD, ROUNDS = 20_000, 13, 256, 1000, 5
 

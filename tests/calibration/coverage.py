@@ -16,9 +16,9 @@ from scipy.special import expit, logit
 from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score
 
-from lensclust.stats import Mean, agreement, correlation, mean_of, share
-from studies.realistic_findings import MODEL
-from studies.realistic_units import Source, redrawn
+from lensclust.results.statistics import Mean, agreement, correlation, mean_of, share
+from studies.realistic.claims import MODEL
+from studies.realistic.units import Source, redrawn
 
 LEVELS = {"near the floor": 0.03, "in the middle": 0.5, "near the ceiling": 0.97}
 SPREAD = 0.8

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 import lensclust as lc
 import probes
-from lensclust.finetuning import finetuned
-from probes.attention_cuts import answers_cut_off
+from lensclust.training.temporary import finetuned
+from probes.attention.knockout import answers_cut_off
 from tests.families.reading import added_by_attention, added_by_mlp, projection
 from tests.families.subjects import Nothing, Parts, Subject, Wrong, require_equal, submodule
 

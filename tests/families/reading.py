@@ -12,9 +12,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 import lensclust as lc
-from lensclust.activations import head_residual
-from lensclust.doctor import examine
-from probes.patching import patch
+from lensclust.activations.dataset import head_residual
+from lensclust.cli.doctor import examine
+from probes.patching.patching import patch
 from tests.families.subjects import (
     POSITIONS,
     Nothing,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import probes
-from lensclust.readouts import answers
-from probes.interventions import Intervention
+from lensclust.inference.readouts import answers
+from probes.steering.interventions import Intervention
 from tests.families.subjects import Edit, Nothing, Subject, edited, require_equal
 
 NEW = 3

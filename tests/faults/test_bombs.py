@@ -22,10 +22,10 @@ import zarr
 from pyarrow import parquet
 
 import lensclust as lc
-from lensclust import store_notes
-from lensclust.chunk_sizes import inflated_bytes
-from lensclust.frame_files import read_frame
+from lensclust.activations.store import attributes as store_notes
 from lensclust.report import write_page
+from lensclust.storage.locations import inflated_bytes
+from lensclust.storage.parquet import read_frame
 from tests.faults.work import extract
 from tests.lensclust.test_report import make_run
 from tests.tiny import hf_model
@@ -36,7 +36,7 @@ import re, resource, sys
 from pathlib import Path
 import pandas, pyarrow, torch, zarr, altair, transformers
 import lensclust as lc
-from lensclust.native import native_config
+from lensclust.models.native import native_config
 from lensclust.report import write_page
 from tests.faults.work import extract
 lc.load(native_config("sif-small", n_layers=1), device="cpu")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import lensclust as lc
-from lensclust.chat_templates import render
-from lensclust.tokenization import ChatPlaces
+from lensclust.prompts.chat_templates import render
+from lensclust.prompts.tokenization import ChatPlaces
 from tests.tiny import byte_tokenizer
 
 ROWS = {"task": ["a"]}
@@ -138,7 +138,7 @@ def test_an_interrupted_question_gets_no_other_ones_answer() -> None:
 
 def test_the_process_ends_with_its_parent() -> None:
     program = (
-        "import os, signal; from lensclust.chat_templates import render; "
+        "import os, signal; from lensclust.prompts.chat_templates import render; "
         "render('a', 'b', {}); print(render.process.pid, flush=True); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -19,24 +19,25 @@ import torch
 from safetensors.torch import save_file
 
 import lensclust as lc
-from lensclust import downloads, run_directory
-from lensclust.checked_arrays import ZARR_FORMAT, open_group
-from lensclust.downloads import Pin
-from lensclust.integrity import DIGESTS, seal_folder
-from lensclust.native import config_to_json, native_config
-from lensclust.report import write_page
-from lensclust.sealed import read_sealed
-from lensclust.serving import state
-from lensclust.store import verify
-from lensclust.store_notes import DONE, layout_digest, note
-from lensclust.training import required_sizes, train
-from lensclust.weights import (
+from lensclust.activations.store.attributes import DONE, layout_digest, note
+from lensclust.activations.store.chunks import ZARR_FORMAT, open_group
+from lensclust.activations.store.writing import verify
+from lensclust.models import downloads
+from lensclust.models.checkpoints import (
     checkpoint_fingerprint,
     checkpoint_series,
     load_checkpoint,
     read_metadata,
     save_checkpoint,
 )
+from lensclust.models.downloads import Pin
+from lensclust.models.native import config_to_json, native_config
+from lensclust.report import write_page
+from lensclust.runs import directory as run_directory
+from lensclust.runs.server import state
+from lensclust.storage.integrity import DIGESTS, seal_folder
+from lensclust.storage.safetensors import read_sealed
+from lensclust.training.pretraining import required_sizes, train
 from studies.study import _once
 from tests.faults.work import (
     BATCHES,

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.cli import main
-from lensclust.disk import LOCK, is_vacant, remove_partial, replacing, staging
-from lensclust.native import native_config
+from lensclust.cli.command import main
+from lensclust.models.native import native_config
 from lensclust.report import write_page
-from lensclust.training import required_sizes, train
+from lensclust.storage.atomic import LOCK, is_vacant, remove_partial, replacing, staging
+from lensclust.training.pretraining import required_sizes, train
 from studies.study import Context, Findings, Study
 from tests.faults.work import KNOBS, PROMPTS, SIZES, some_prompts
 from tests.lensclust.test_report import make_run

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lensclust.cli import main
+from lensclust.cli.command import main
 from tests.lensclust.test_report import make_run
 
 ROOT = Path(__file__).parents[2]

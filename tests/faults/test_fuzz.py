@@ -16,13 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust import run_directory, store, store_notes
-from lensclust.cli import main
-from lensclust.prompts import Prompts
+from lensclust.activations.store import attributes as store_notes
+from lensclust.activations.store import writing as store
+from lensclust.cli.command import main
+from lensclust.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
+from lensclust.models.weight_files import gguf_contents, safetensors_contents
+from lensclust.prompts.prompts import Prompts
 from lensclust.report import write_page
-from lensclust.sealed import read_sealed, save_sealed
-from lensclust.weight_files import gguf_contents, safetensors_contents
-from lensclust.weights import load_checkpoint, read_metadata, save_checkpoint
+from lensclust.runs import directory as run_directory
+from lensclust.storage.safetensors import read_sealed, save_sealed
 from tests.faults.work import extract, tiny_model
 from tests.lensclust.test_models import write_gguf
 from tests.lensclust.test_report import make_run

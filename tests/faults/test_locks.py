@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 import lensclust as lc
-from lensclust.disk import locked
+from lensclust.storage.atomic import locked
 from studies.study import _once
 from tests.faults.work import Small, extract, small_study, training
 
@@ -53,9 +53,7 @@ def another_process(body: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def held(file: Path) -> str:
-    return (
-        f"from lensclust.disk import locked\n        with locked(Path({str(file)!r}), 'x'): wait()"
-    )
+    return f"from lensclust.storage.atomic import locked\n        with locked(Path({str(file)!r}), 'x'): wait()"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def test_a_lock_that_comes_and_goes_is_held_by_one_at_a_time(tmp_path: Path) -> 
     program = """
         import os, sys, time
         from pathlib import Path
-        from lensclust.disk import locked
+        from lensclust.storage.atomic import locked
         folder = Path(sys.argv[1])
         until = float(sys.argv[2])
         while time.time() < until:

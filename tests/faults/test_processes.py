@@ -28,9 +28,9 @@ def command(body: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         from pathlib import Path
         from joblib import delayed
         from lensclust import cli
-        from lensclust.disk import LOCK, created, locked, replacing
-        from lensclust.downloads import following
-        from lensclust.sweeping import in_parallel
+        from lensclust.storage.atomic import LOCK, created, locked, replacing
+        from lensclust.models.downloads import following
+        from lensclust.parallel import in_parallel
         folder = Path(sys.argv[1])
         def work(given):
             {body}

@@ -19,12 +19,12 @@ import zarr
 from pyarrow import parquet
 
 import lensclust as lc
-from lensclust import store_notes
-from lensclust.downloads import Pin, _extract
-from lensclust.native import native_config
+from lensclust.activations.store import attributes as store_notes
+from lensclust.models.checkpoints import load_checkpoint, save_checkpoint
+from lensclust.models.downloads import Pin, _extract
+from lensclust.models.native import native_config
 from lensclust.report import write_page
-from lensclust.sealed import read_sealed, save_sealed
-from lensclust.weights import load_checkpoint, save_checkpoint
+from lensclust.storage.safetensors import read_sealed, save_sealed
 from tests.faults.work import extract, tiny_model
 from tests.lensclust.test_report import make_run
 from tests.tiny import hf_model, tiny_tokenizer

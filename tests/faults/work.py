@@ -19,17 +19,15 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.checked_arrays import open_group
-from lensclust.native import native_config
-from lensclust.prompts import Prompts
-from lensclust.results import decide
-from lensclust.sealed import read_sealed
-from lensclust.store_notes import measured_names, rows_done, rows_expected
-from lensclust.tasks.sif import sif
-from lensclust.threads import one_thread
-from lensclust.training import required_sizes, train
-from probes import clustering  # noqa: F401  what a forked process need not import again
-from studies import emergence_findings  # noqa: F401
+from lensclust.activations.store.attributes import measured_names, rows_done, rows_expected
+from lensclust.activations.store.chunks import open_group
+from lensclust.models.native import native_config
+from lensclust.parallel import one_thread
+from lensclust.prompts.prompts import Prompts
+from lensclust.results.claims import decide
+from lensclust.storage.safetensors import read_sealed
+from lensclust.tasks.synthetic.sif import sif
+from lensclust.training.pretraining import required_sizes, train
 from studies.emergence import Emergence
 from studies.study import Context, Findings, Study
 

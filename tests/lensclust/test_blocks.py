@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.activations import head_residual
-from lensclust.blocks import blocks_of
-from lensclust.doctor import examine
-from lensclust.sites import Site, resolve
-from probes.replay import answers, replay
+from lensclust.activations.dataset import head_residual
+from lensclust.cli.doctor import examine
+from lensclust.models.blocks import blocks_of
+from lensclust.models.sites import Site, resolve
+from probes.patching.replay import answers, replay
 from tests.families.registry import FAMILIES, build
 from tests.families.subjects import parts
 from tests.tiny import hf_model

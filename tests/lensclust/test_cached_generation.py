@@ -16,12 +16,12 @@ import torch
 from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 import lensclust as lc
-from lensclust.agreement import _MEMO
-from lensclust.cached_generation import FIRST_BAD, cached_generation, uncached
-from lensclust.doctor import examine
-from probes.answer_scores import greedy_texts
-from probes.interventions import Intervention
-from probes.steering import steer
+from lensclust.cli.doctor import examine
+from lensclust.inference.answer_scores import greedy_texts
+from lensclust.models.agreement import _MEMO
+from lensclust.models.cached_generation import FIRST_BAD, cached_generation, uncached
+from probes.steering.interventions import Intervention
+from probes.steering.steering import steer
 from tests.families.registry import FAMILIES, build
 from tests.longrope import changing, greedy
 from tests.tiny import ARCHITECTURES, hf_model, tiny_tokenizer
@@ -65,7 +65,7 @@ def test_a_lost_cache_is_found(name, dtype, lost_cache, monkeypatch, caplog):
     assert cached_generation(bridge).right is False
     assert [r.getMessage() for r in caplog.records if "use_past_kv_cache=False" in r.getMessage()]
     monkeypatch.setattr(
-        sys.modules["lensclust.cached_generation"].transformers, "__version__", "5.24.0"
+        sys.modules["lensclust.models.cached_generation"].transformers, "__version__", "5.24.0"
     )
     with pytest.raises(lc.InputError, match=r"pip install 'transformers<5\.24'") as caught:
         lc.load(hf_model(name).to(dtype))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lensclust as lc
-from lensclust.native import native_config
+from lensclust.models.native import native_config
 from tests.tiny import ARCHITECTURES, hf_model
 
 _SIZES: dict[str, Any] = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.causality import require_causal
-from lensclust.network_settings import settings_digest
+from lensclust.models.causality import require_causal
+from lensclust.models.network_settings import settings_digest
 from tests.longrope import NAMES, changing
 
 

@@ -16,8 +16,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lensclust as lc
-from lensclust.host_copies import HostCopy, arrived, upload
-from lensclust.sites import additivity_error
+from lensclust.inference.transfers import HostCopy, arrived, upload
+from lensclust.models.sites import additivity_error
 from tests.devices import DEVICES
 from tests.lensclust.test_extraction import some_prompts
 from tests.tiny import ARCHITECTURES, hf_model

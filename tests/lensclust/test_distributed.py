@@ -17,10 +17,11 @@ import pytest
 import xarray as xr
 
 import lensclust as lc
-from lensclust import store, store_notes
-from lensclust.checked_arrays import open_group
-from lensclust.cli import main
-from lensclust.integrity import file_digest
+from lensclust.activations.store import attributes as store_notes
+from lensclust.activations.store import writing as store
+from lensclust.activations.store.chunks import open_group
+from lensclust.cli.command import main
+from lensclust.storage.integrity import file_digest
 from tests.lensclust.test_store import some_prompts
 from tests.tiny import hf_model, tiny_tokenizer
 

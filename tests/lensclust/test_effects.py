@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.effects import require_effect
+from lensclust.models.effects import require_effect
 from tests.tiny import N_LAYERS, hf_model
 
 KINDS = ("attn.hook_pattern", "attn.hook_z", "attn.hook_v", "hook_mlp_out", "hook_attn_out")

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.activations import dataset_sites, select, site_values
-from lensclust.fingerprints import fingerprint_again
-from lensclust.sites import Site, additivity_error
+from lensclust.activations.dataset import dataset_sites, select, site_values
+from lensclust.models.fingerprints import fingerprint_again
+from lensclust.models.sites import Site, additivity_error
 from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, hf_model, tiny_tokenizer
 
 ADDITIVE = [name for name in ARCHITECTURES if name != "gemma2"]

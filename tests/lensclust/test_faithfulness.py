@@ -13,7 +13,7 @@ import transformers
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 import lensclust as lc
-from lensclust import pretrained
+from lensclust.models import huggingface as pretrained
 from tests.families.registry import FAMILIES, build
 from tests.tiny import ARCHITECTURES, hf_model
 

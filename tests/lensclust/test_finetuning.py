@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge.sources.native import NativeModel
 
 import lensclust as lc
-from lensclust.finetuning import StateLoss, contrast, finetuned, parameter_names, pull
-from lensclust.partial_forwards import FrozenBlocks, scored_logits
-from lensclust.sites import Site
-from lensclust.weights import named_weights
+from lensclust.inference.partial_forwards import FrozenBlocks, scored_logits
+from lensclust.models.checkpoints import named_weights
+from lensclust.models.sites import Site
+from lensclust.training.temporary import StateLoss, contrast, finetuned, parameter_names, pull
 from tests.tiny import ARCHITECTURES, hf_model
 
 LAST = r"\.2\."  # parameters of the third block, in every architecture here

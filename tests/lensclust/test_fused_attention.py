@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.fused_attention import fused_attention
-from lensclust.partial_forwards import scored_logits
+from lensclust.inference.fused_attention import fused_attention
+from lensclust.inference.partial_forwards import scored_logits
 from tests.tiny import hf_model
 
 FUSED = ("gpt2", "llama", "neox", "opt", "qwen2")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.indexing import row_numbers
-from lensclust.labels import label_text, label_texts
+from lensclust.prompts.indexing import row_numbers
+from lensclust.prompts.labels import label_text, label_texts
 
 N = 7
 COLUMNS = {

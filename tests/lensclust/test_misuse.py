@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore")
 import numpy as np, pandas as pd, torch
 from peft import LoraConfig, get_peft_model
 import lensclust as lc, probes
-from lensclust.readouts import answers
+from lensclust.inference.readouts import answers
 from tests.tiny import hf_model, tiny_tokenizer
 
 network, model = hf_model("llama"), lc.load(hf_model("llama"))

@@ -19,9 +19,9 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lensclust.errors import InputError
-from lensclust.models import load, native_config
-from lensclust.prompts import Prompts
-from lensclust.weights import fingerprint, save_checkpoint
+from lensclust.models.checkpoints import fingerprint, save_checkpoint
+from lensclust.models.loading import load, native_config
+from lensclust.prompts.prompts import Prompts
 from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, WORDS, hf_model, tiny_tokenizer
 
 TOKENS = torch.randint(4, D_VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from lensclust.report import write_page
-from lensclust.views import ClusterView
+from lensclust.report.views.kinds import ClusterView
 from tests.browser import Browser
 from tests.lensclust.test_report import HOSTILE, make_run
 

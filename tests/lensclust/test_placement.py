@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.activations import head_residual
+from lensclust.activations.dataset import head_residual
 from lensclust.errors import InputError
-from lensclust.fingerprints import fingerprint_again
-from lensclust.placement import model_device, require_placeable
-from lensclust.sharing import obstacle, refusal
-from lensclust.weights import fingerprint
+from lensclust.inference.prefix_sharing.sharing import obstacle, refusal
+from lensclust.models.checkpoints import fingerprint
+from lensclust.models.devices import model_device, require_placeable
+from lensclust.models.fingerprints import fingerprint_again
 from tests.lensclust.test_extraction import some_prompts
 from tests.tiny import hf_model
 

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust import costs, shard_reading, store
-from lensclust.agreement import rounding_tolerance
-from lensclust.doctor import examine
-from lensclust.packed_batches import PackedBatch
-from lensclust.packed_forwards import visible
-from lensclust.prefix import pack
-from lensclust.readouts import answers
-from lensclust.sharing import refusal
+from lensclust.activations import reader as shard_reading
+from lensclust.activations.store import writing as store
+from lensclust.cli.doctor import examine
+from lensclust.inference.prefix_sharing import cost as costs
+from lensclust.inference.prefix_sharing.forwards import visible
+from lensclust.inference.prefix_sharing.packing import PackedBatch
+from lensclust.inference.prefix_sharing.plan import pack
+from lensclust.inference.prefix_sharing.sharing import refusal
+from lensclust.inference.readouts import answers
+from lensclust.models.agreement import rounding_tolerance
 from tests.probes.test_replay import ODD, UNSHARED, build
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from lensclust import figures
 from lensclust.errors import InputError
 from lensclust.report import write_page
-from lensclust.report.score_tables import score_table
-from lensclust.results import decide
+from lensclust.report.tables import score_table
+from lensclust.results.claims import decide
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -198,7 +198,7 @@ def test_all_scores_travel_and_the_first_are_shown(tmp_path: Path) -> None:
 def test_scores_too_large_for_the_page_are_left_in_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lensclust.report.score_tables._MAX_CELLS", 30)
+    monkeypatch.setattr("lensclust.report.tables._MAX_CELLS", 30)
     page = Page(write_page([make_run(tmp_path / "run", n_rows=12)]).read_text(encoding="utf-8"))
     assert packed(page)["rows"] == 10
     assert "12 rows of scores.parquet; the first 10 are in this page" in page.text

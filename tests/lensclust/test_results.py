@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lensclust.results import corrected, decide, decide_over_all
-from lensclust.stats import agreement, holm, q_values
+from lensclust.results.claims import corrected, decide, decide_over_all
+from lensclust.results.statistics import agreement, holm, q_values
 
 WHO = {"source": "here", "origin": "extension", "control": {"none": 0.0}}
 measured = st.lists(st.floats(-5, 5), min_size=2, max_size=8)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from lensclust import serving
 from lensclust.errors import InputError
 from lensclust.report import write_page
-from lensclust.serving import served
+from lensclust.runs import server as serving
+from lensclust.runs.server import served
 from tests.browser import Browser
 from tests.lensclust.test_report import HOSTILE, make_run
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust import costs
-from lensclust.doctor import examine
-from lensclust.readouts import answers
-from lensclust.sharing import refusal
-from lensclust.sites import Site
-from probes.components import decompose
-from probes.replay import replay
+from lensclust.cli.doctor import examine
+from lensclust.inference.prefix_sharing import cost as costs
+from lensclust.inference.prefix_sharing.sharing import refusal
+from lensclust.inference.readouts import answers
+from lensclust.models.sites import Site
+from probes.components.decomposition import decompose
+from probes.patching.replay import replay
 from tests.lensclust.attentions import ATTENTIONS, CONTEXT, VOCABULARY, attention_model
 
 # Of one state, or of the logits, of one prompt.

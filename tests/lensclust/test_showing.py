@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 import probes
-from lensclust.showing import as_html
-from probes.component_logits import Transfer
+from lensclust.figures.display import as_html
+from probes.components.component_logits import Transfer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lensclust.stats import (
+from lensclust.results.statistics import (
     Scale,
     correlation,
     holm,

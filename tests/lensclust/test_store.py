@@ -22,7 +22,8 @@ import xarray as xr
 import zarr
 
 import lensclust as lc
-from lensclust import store, store_notes
+from lensclust.activations.store import attributes as store_notes
+from lensclust.activations.store import writing as store
 from tests.tiny import hf_model
 
 

@@ -12,10 +12,12 @@ import xarray as xr
 from upath import UPath
 
 import lensclust as lc
-from lensclust import store, store_notes, store_places
-from lensclust.checked_arrays import open_group
-from lensclust.cli import main
-from lensclust.store_places import as_place
+from lensclust.activations.store import attributes as store_notes
+from lensclust.activations.store import writing as store
+from lensclust.activations.store.chunks import open_group
+from lensclust.cli.command import main
+from lensclust.storage import locations as store_places
+from lensclust.storage.locations import as_place
 from tests.lensclust.test_store import some_prompts
 
 pytestmark = pytest.mark.skipif(store_places.ZARR_2, reason="URLs need zarr 3")

@@ -21,12 +21,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import lensclust as lc
-from lensclust import supervised
-from lensclust.adapters import Adapters, Lora
-from lensclust.batching import training_batches
-from lensclust.sites import Site
-from lensclust.threads import one_thread
-from lensclust.training_state import claimed
+from lensclust.models.batching import training_batches
+from lensclust.models.sites import Site
+from lensclust.parallel import one_thread
+from lensclust.training import finetuning as supervised
+from lensclust.training.lora import Adapters, Lora
+from lensclust.training.state import claimed
 from tests.lensclust.test_finetuning import (
     LAST,
     bare,

@@ -25,8 +25,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
-from lensclust.chat_templates import render
-from lensclust.tokenizers import same_tokenizer, tokenizer_fingerprint
+from lensclust.models.tokenizers import same_tokenizer, tokenizer_fingerprint
+from lensclust.prompts.chat_templates import render
 from tests.tiny import byte_tokenizer, tiny_tokenizer
 
 BYTES = byte_tokenizer()

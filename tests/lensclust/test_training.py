@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 from transformer_lens.model_bridge.sources.native import NativeModel
 
-from lensclust import training
 from lensclust.errors import InputError
-from lensclust.models import load
-from lensclust.native import native_bridge_with, native_config
-from lensclust.prompts import Prompts
-from lensclust.tasks.sif import sif
-from lensclust.threads import one_thread
-from lensclust.training import (
+from lensclust.models.checkpoints import fingerprint, read_metadata
+from lensclust.models.loading import load
+from lensclust.models.native import native_bridge_with, native_config
+from lensclust.parallel import one_thread
+from lensclust.prompts.prompts import Prompts
+from lensclust.tasks.synthetic.sif import sif
+from lensclust.training import pretraining as training
+from lensclust.training.data import auxiliary_loss, training_sequences
+from lensclust.training.pretraining import (
     Auxiliary,
     TrainingRun,
     checkpoint_steps,
@@ -32,8 +34,6 @@ from lensclust.training import (
     sequence_loss,
     train,
 )
-from lensclust.training_data import auxiliary_loss, training_sequences
-from lensclust.weights import fingerprint, read_metadata
 
 PROMPTS = sif(n_tasks=3, n_inputs=4, mappings_per_task=3, strings_per_regex=16, rows_per_mapping=4)
 SIZES = {"n_layers": 2, "n_heads": 2, "d_model": 16, **required_sizes(PROMPTS)}

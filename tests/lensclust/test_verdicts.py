@@ -18,10 +18,10 @@ import transformers
 from torch import nn
 
 import lensclust as lc
-from lensclust.agreement import forget_outdated, remembered
-from lensclust.wrapping import own_network
-from probes.interventions import Intervention
-from probes.steering import steer
+from lensclust.models.agreement import forget_outdated, remembered
+from lensclust.models.wrapping import own_network
+from probes.steering.interventions import Intervention
+from probes.steering.steering import steer
 from tests.lensclust.attentions import SIZES, attention_model
 from tests.tiny import hf_model
 

@@ -25,16 +25,16 @@ from safetensors import SafetensorError
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lensclust.downloads import PINS, Pin, cache_folder, fetch
 from lensclust.errors import InputError
-from lensclust.models import load, native_config
-from lensclust.weights import (
+from lensclust.models.checkpoints import (
     checkpoint_series,
     fingerprint,
     named_weights,
     read_metadata,
     save_checkpoint,
 )
+from lensclust.models.downloads import PINS, Pin, cache_folder, fetch
+from lensclust.models.loading import load, native_config
 from tests.tiny import ARCHITECTURES, hf_model
 
 SMALL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_vocab": 20, "n_ctx": 8}
@@ -319,7 +319,7 @@ def test_killed_download_leaves_no_model_and_is_tidied_up_by_the_next(
     program = f"""
 import time
 from pathlib import Path
-from lensclust.downloads import Pin, fetch
+from lensclust.models.downloads import Pin, fetch
 def convert(source, folder):
     folder.mkdir()
     (folder / "weights").write_bytes(b"half")

@@ -26,8 +26,8 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import lensclust as lc
-from lensclust.native import native_config
-from lensclust.sharing import obstacle
+from lensclust.inference.prefix_sharing.sharing import obstacle
+from lensclust.models.native import native_config
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model, tiny_tokenizer
 
 _SMALL: dict[str, Any] = {"vocab_size": D_VOCAB, "hidden_size": 32, "num_hidden_layers": 2}

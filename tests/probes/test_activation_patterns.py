@@ -11,9 +11,8 @@ from scipy import stats
 
 import lensclust as lc
 from lensclust.errors import InputError
-from probes.activation_patterns import HeadActivation
-from probes.head_activations import head_activation
-from probes.pattern_changes import change
+from probes.heads.activation import HeadActivation, head_activation
+from probes.heads.pattern_changes import change
 
 
 def patterns(n: int = 30, blocks: int = 4, heads: int = 3, seed: int = 0) -> HeadActivation:

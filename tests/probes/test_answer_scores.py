@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lensclust as lc
-from probes.answer_scores import answer_scores, greedy_texts
+from lensclust.inference.answer_scores import answer_scores, greedy_texts
 from tests.tiny import D_VOCAB, hf_model, tiny_tokenizer
 
 

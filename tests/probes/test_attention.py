@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import lensclust as lc
-from lensclust.native import native_config
-from probes.attention import WEIGHTINGS, attention_ratio
-from probes.attention_spans import random_places
+from lensclust.models.native import native_config
+from probes.attention.ratio import WEIGHTINGS, attention_ratio
+from probes.attention.spans import random_places
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
 
 NATIVE = "native:sif-small"

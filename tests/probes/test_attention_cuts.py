@@ -13,8 +13,8 @@ import transformers
 from torch.nn import functional as F
 
 import lensclust as lc
-from lensclust.readouts import answers
-from probes.attention_cuts import answers_cut_off
+from lensclust.inference.readouts import answers
+from probes.attention.knockout import answers_cut_off
 from tests.tiny import D_VOCAB, hf_model
 
 SIZES: dict[str, Any] = {

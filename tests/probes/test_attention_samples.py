@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.native import native_config
-from probes.attention_samples import sample_attention
+from lensclust.models.native import native_config
+from probes.attention.samples import sample_attention
 from tests.tiny import D_VOCAB, byte_tokenizer, hf_model, tiny_tokenizer
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.activations import select
-from lensclust.native import native_config
-from lensclust.sites import resolve
-from probes.attribution import rank
-from probes.patching import patch
-from probes.replay import answers, replay
+from lensclust.activations.dataset import select
+from lensclust.models.native import native_config
+from lensclust.models.sites import resolve
+from probes.patching.attribution import rank
+from probes.patching.patching import patch
+from probes.patching.replay import answers, replay
 from tests.probes.test_patching import MODELS, pairs
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 import probes
-from lensclust.activations import dataset_sites, select, site_values
-from probes.gating import only_members, only_near
+from lensclust.activations.dataset import dataset_sites, select, site_values
+from probes.steering.gating import only_members, only_near
 from tests.tiny import hf_model
 
 N = D = 24  # prompts, and numbers of a state

@@ -14,9 +14,9 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from lensclust.errors import InputError
-from probes.batched_kmeans import STACK_BYTES, partition, partitions
-from probes.clustering import cluster
-from probes.partitions import AGREEMENT
+from probes.clustering.agreement import AGREEMENT
+from probes.clustering.clustering import cluster
+from probes.clustering.kmeans_batched import STACK_BYTES, partition, partitions
 from tests.devices import DEVICES
 
 WORLDS = st.tuples(
@@ -108,7 +108,7 @@ def test_what_is_stacked_beside_a_matrix_does_not_matter(monkeypatch):
     drawn = [mixture(seed, 4, 6, 1.0)[0] for seed in range(5)]
     alone = [partition(x, 4, n_init=3, seed=7, device="cpu") for x in drawn]
     together = partitions(drawn, [4] * 5, n_init=3, seed=7, device="cpu")
-    monkeypatch.setattr("probes.batched_kmeans.STACK_BYTES", STACK_BYTES // 2**16)
+    monkeypatch.setattr("probes.clustering.kmeans_batched.STACK_BYTES", STACK_BYTES // 2**16)
     in_pieces = partitions(drawn, [4] * 5, n_init=3, seed=7, device="cpu")
     for each in (together, in_pieces):
         assert all((a == b).all() for a, b in zip(alone, each, strict=True))
@@ -131,7 +131,7 @@ def test_few_distinct_rows():
 
 
 def test_an_emptied_cluster_takes_the_farthest_row():
-    from probes.batched_kmeans import _filled, _means
+    from probes.clustering.kmeans_batched import _filled, _means
 
     x = torch.tensor([[[0.0], [1.0], [10.0], [11.0]]])
     labels = torch.tensor([[[0, 0, 0, 0]]])

@@ -17,13 +17,13 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from lensclust.errors import InputError
-from probes.calibration import METHODS, PENALTIES, calibrate, calibrate_many
-from probes.component_logits import ComponentLogits
-from probes.labelled_examples import Examples
-from probes.penalties import example_folds
-from probes.reweighting import PENALTIES as THEIRS
-from probes.reweighting import reweight
-from probes.sparse_fits import sparse_fits
+from probes.components.calibration import METHODS, PENALTIES, calibrate, calibrate_many
+from probes.components.component_logits import ComponentLogits
+from probes.components.labelled_examples import Examples
+from probes.components.penalties import example_folds
+from probes.components.reweighting import PENALTIES as THEIRS
+from probes.components.reweighting import reweight
+from probes.components.sparse_fits import sparse_fits
 from tests.probes.test_components import planted
 
 FITTED = METHODS[1:]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import ortho_group
 
 import lensclust as lc
-from lensclust.sites import Site
+from lensclust.models.sites import Site
 from probes import cluster
 from tests.tiny import hf_model
 

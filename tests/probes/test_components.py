@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust.errors import InputError
-from probes.component_logits import ComponentLogits
-from probes.components import decompose
-from probes.frozen_norms import FrozenNorm
+from probes.components.component_logits import ComponentLogits
+from probes.components.decomposition import decompose
+from probes.components.frozen_norms import FrozenNorm
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model, tiny_tokenizer
 
 CHOICES = {"a": 5, "b": 9, "c": 31}

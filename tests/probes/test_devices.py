@@ -7,9 +7,9 @@ import pytest
 import xarray as xr
 
 from lensclust.errors import InputError
-from probes.kernel_alignment import cka
-from probes.linear import probe
-from probes.similarity import nearest_neighbour
+from probes.linear.linear_probe import probe
+from probes.similarity.kernel_alignment import cka
+from probes.similarity.neighbours import nearest_neighbour
 from tests.devices import DEVICES
 
 
@@ -36,7 +36,7 @@ def activations(rows: int = 84, d: int = 10, *, seed: int = 0) -> xr.Dataset:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["ridge", "lda", "mass_mean"])
 def test_linear_probes_are_those_of_numpy(kind, device, monkeypatch):
-    monkeypatch.setattr("probes.site_fits.BATCH_ROWS", 30)
+    monkeypatch.setattr("probes.linear.site_fits.BATCH_ROWS", 30)
     acts = activations()
     options = {"kind": kind, "permutations": 6, "folds": 4, "jobs": 1}
     expected, found = probe(acts, **options), probe(acts, device=device, **options)
@@ -65,7 +65,7 @@ def test_cka_is_that_of_numpy(rows, debiased, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("k", [1, 5])
 def test_neighbours_are_those_of_numpy(k, device, monkeypatch):
-    monkeypatch.setattr("probes.similarity.BLOCK", 32)
+    monkeypatch.setattr("probes.similarity.neighbours.BLOCK", 32)
     acts = activations().drop_isel(layer=2)
     options = {"k": k, "permutations": 5}
     expected, found = (nearest_neighbour(acts, **options, **at) for at in ({}, {"device": device}))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lensclust.errors import InputError
-from probes.components import decompose
-from probes.direct_paths import direct_paths
+from probes.components.decomposition import decompose
+from probes.components.direct_paths import direct_paths
 from tests.probes.test_components import CHOICES, TOKENS, model_of, prompts_of
 from tests.tiny import ARCHITECTURES, D_VOCAB
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.activations import select
-from lensclust.sites import Site
-from probes.centroids import mean_states
-from probes.directions import add_direction, project
-from probes.interventions import shift
-from probes.linear import probe
-from probes.replay import replay
-from probes.steering import steer
+from lensclust.activations.dataset import select
+from lensclust.models.sites import Site
+from probes.design.centroids import mean_states
+from probes.linear.linear_probe import probe
+from probes.patching.replay import replay
+from probes.steering.directions import add_direction, project
+from probes.steering.interventions import shift
+from probes.steering.steering import steer
 from tests.tiny import D_MODEL, D_VOCAB, hf_model
 
 HERE = Site("resid", 0)

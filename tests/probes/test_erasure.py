@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import lensclust as lc
-from lensclust.sites import Site
-from probes.erasure import erase, erase_random, erase_reassigned
+from lensclust.models.sites import Site
+from probes.steering.erasure import erase, erase_random, erase_reassigned
 
 TASKS, INPUTS, COPIES, D = 4, 3, 15, 16
 SITE = Site("resid", 0)

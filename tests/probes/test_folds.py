@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from probes.folds import deal, design
+from probes.design.folds import deal, design
 
 
 def labelled(**labels) -> xr.Dataset:

@@ -15,11 +15,11 @@ from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestCentroid
 
 import lensclust as lc
-from lensclust.sites import Site
-from probes.centroids import mean_states
-from probes.gating import only_members, only_near
-from probes.interventions import Intervention, shift, transport
-from probes.steering import steer
+from lensclust.models.sites import Site
+from probes.design.centroids import mean_states
+from probes.steering.gating import only_members, only_near
+from probes.steering.interventions import Intervention, shift, transport
+from probes.steering.steering import steer
 from tests.tiny import hf_model
 
 SITE = Site("resid", 0)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import lensclust as lc
 from lensclust.errors import InputError
-from lensclust.native import native_config
-from probes.head_activations import head_activation
+from lensclust.models.native import native_config
+from probes.heads.activation import head_activation
 from tests.tiny import D_VOCAB, N_CTX, hf_model
 
 # Where the pattern that a hook is given is the one that the model goes on with.

@@ -14,10 +14,10 @@ from sklearn.decomposition import PCA
 
 import lensclust as lc
 import probes
-from lensclust.activations import site_values
-from lensclust.sites import Site
-from probes.attention_samples import sample_attention
-from probes.head_views import head_view
+from lensclust.activations.dataset import site_values
+from lensclust.models.sites import Site
+from probes.attention.samples import sample_attention
+from probes.heads.view import head_view
 
 PROMPTS = lc.tasks.sif().where(split="new_string")
 MODEL = lc.load("native:sif-small")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.sites import Site
-from probes.centroids import mean_states
-from probes.interchanges import MEMBER, OUTCOMES, interchange
-from probes.interventions import Intervention, shift, transport
+from lensclust.models.sites import Site
+from probes.design.centroids import mean_states
+from probes.steering.interchanges import MEMBER, OUTCOMES, interchange
+from probes.steering.interventions import Intervention, shift, transport
 from tests.tiny import hf_model
 
 SITES = ["resid 2", "resid 5"]

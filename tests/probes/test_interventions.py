@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.sites import Site
-from probes.centroids import mean_states
-from probes.interventions import dealt, replace, shift, transport
+from lensclust.models.sites import Site
+from probes.design.centroids import mean_states
+from probes.steering.interventions import dealt, replace, shift, transport
 from tests.tiny import hf_model
 
 TASKS, INPUTS, COPIES, D = 4, 3, 5, 12

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import binom, ortho_group
 
 import lensclust as lc
-from probes import bag_of_tokens, gram_matrices
-from probes.kernel_alignment import cka
+from probes import bag_of_tokens
+from probes.similarity import gram_matrices
+from probes.similarity.kernel_alignment import cka
 from tests.tiny import hf_model
 
 

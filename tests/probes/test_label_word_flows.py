@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lensclust as lc
-from probes.label_word_flows import FLOWS, label_word_flow
+from probes.attention.label_words import FLOWS, label_word_flow
 from tests.probes.test_attention import alone, attentions, model_of
 from tests.tiny import ARCHITECTURES, D_VOCAB
 

@@ -16,9 +16,9 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import NearestCentroid
 
 import lensclust as lc
-from lensclust.sites import Site
-from probes.linear import probe
-from probes.moments import SOLVERS
+from lensclust.models.sites import Site
+from probes.linear.linear_probe import probe
+from probes.linear.moments import SOLVERS
 from tests.tiny import hf_model
 
 TASKS, TEMPLATES, INPUTS, D = 4, 10, 3, 8
@@ -186,7 +186,7 @@ def test_names_units_and_batches_do_not_matter(monkeypatch):
     renamed = acts.assign_coords(task=("prompt", names[acts.task.values.astype(int)]))
     renamed = renamed.assign(resid=1000 * acts.resid.astype("f8") + 3)
     one = probe(acts, jobs=1)
-    monkeypatch.setattr("probes.site_fits.BATCH_ROWS", 17)
+    monkeypatch.setattr("probes.linear.site_fits.BATCH_ROWS", 17)
     two = probe(renamed, jobs=1)
     columns = ["value", "ci_low", "null_mean", "null_std", "p", "p_corrected"]
     pd.testing.assert_frame_equal(one.frame[columns], two.frame[columns])

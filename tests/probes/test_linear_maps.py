@@ -17,13 +17,18 @@ from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import Ridge
 
 import lensclust as lc
-from lensclust.activations import select
-from lensclust.sites import Site
-from probes.centroids import mean_states
-from probes.interventions import Intervention, shift, transport
-from probes.linear_maps import linear_transport
-from probes.map_fits import PENALTIES, LinearMap, gaussian_map, ridge_map
-from probes.steering import steer
+from lensclust.activations.dataset import select
+from lensclust.models.sites import Site
+from probes.design.centroids import mean_states
+from probes.steering.interventions import Intervention, shift, transport
+from probes.steering.linear_maps import (
+    PENALTIES,
+    LinearMap,
+    gaussian_map,
+    linear_transport,
+    ridge_map,
+)
+from probes.steering.steering import steer
 from tests.tiny import D_VOCAB, hf_model
 
 HERE = Site("resid", 0)

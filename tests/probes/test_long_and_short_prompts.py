@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 
 import lensclust as lc
 import probes
-from lensclust.batching import training_batches
-from lensclust.evaluation import score_answers
-from lensclust.finetuning import finetuned
-from lensclust.partial_forwards import scored_logits
-from probes.answer_scores import answer_scores
-from probes.attention_cuts import answers_cut_off
+from lensclust.inference.answer_scores import answer_scores, score_answers
+from lensclust.inference.partial_forwards import scored_logits
+from lensclust.models.batching import training_batches
+from lensclust.training.temporary import finetuned
+from probes.attention.knockout import answers_cut_off
 from tests.longrope import VOCABULARY, changing
 
 STEP = 24

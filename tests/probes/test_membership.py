@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestCentroid
 
 import lensclust as lc
-from probes.nearest_clusters import membership
+from probes.clustering.nearest_clusters import membership
 from tests.tiny import hf_model
 
 TASKS, INPUTS, COPIES, D = 4, 3, 12, 10

@@ -16,7 +16,7 @@ import xarray as xr
 
 import lensclust as lc
 import probes
-from probes.gating import only_members, only_near
+from probes.steering.gating import only_members, only_near
 
 N, D = 60, 6
 MISSING = {"None": None, "NaN": np.nan, "NA": pd.NA, "NaT": pd.NaT, "empty": ""}

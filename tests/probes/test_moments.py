@@ -13,8 +13,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
 
-from probes.logistic import logistic
-from probes.moments import SOLVERS, Moments, Readout
+from probes.linear.logistic import logistic
+from probes.linear.moments import SOLVERS, Moments, Readout
 
 WORLD = st.fixed_dictionaries(
     {

@@ -9,7 +9,7 @@ from sklearn.linear_model import RidgeClassifier
 
 import lensclust as lc
 from probes import decode
-from probes.folds import design
+from probes.design.folds import design
 from tests.probes.test_rdm_alignment import planted
 
 

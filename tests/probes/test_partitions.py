@@ -14,10 +14,7 @@ from scipy.spatial.distance import cdist
 from sklearn import metrics
 from sklearn.cluster import KMeans
 
-from probes.design import exchangeable
-from probes.groups import Group
-from probes.kmeans import partition
-from probes.partitions import (
+from probes.clustering.agreement import (
     AGREEMENT,
     Pairs,
     contingency,
@@ -26,6 +23,9 @@ from probes.partitions import (
     score_groups,
     silhouette,
 )
+from probes.clustering.kmeans import partition
+from probes.design import exchangeable
+from probes.design.groups import Group
 
 labellings = st.integers(2, 40).flatmap(
     lambda n: st.tuples(

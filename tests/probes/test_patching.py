@@ -11,7 +11,7 @@ import torch
 from transformer_lens import patching as peer
 
 import lensclust as lc
-from probes.patching import patch
+from probes.patching.patching import patch
 from tests.tiny import D_VOCAB, hf_model
 
 MODELS = {name: lc.load(hf_model(name)) for name in ("gpt2", "llama")}

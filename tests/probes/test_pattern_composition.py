@@ -15,7 +15,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from lensclust.errors import InputError
-from probes.pattern_composition import compose
+from probes.heads.composition import compose
 
 BLOCKS, HEADS = 8, 6
 

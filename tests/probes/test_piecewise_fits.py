@@ -12,7 +12,7 @@ from scipy.interpolate import make_lsq_spline
 
 import lensclust as lc
 from probes import change_points
-from probes.piecewise_fits import _placements
+from probes.similarity.piecewise_fits import _placements
 
 
 def noisy(curve, *, seed: int, spread: float = 0.03, curves: int = 3) -> np.ndarray:

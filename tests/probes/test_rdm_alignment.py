@@ -16,10 +16,11 @@ from scipy.stats import ortho_group
 from sklearn.linear_model import LinearRegression
 
 import lensclust as lc
-from probes import combined, hypothesis, matrix_tests, rsa, with_nuisances
+from probes import combined, hypothesis, rsa, with_nuisances
 from probes.design import exchangeable
-from probes.matrix_tests import MatrixTest, relabellings, tau_a
-from probes.rdms import crossnobis, standardised
+from probes.similarity import mantel as matrix_tests
+from probes.similarity.dissimilarity import crossnobis, standardised
+from probes.similarity.mantel import MatrixTest, relabellings, tau_a
 
 NAMES, ACTIVITIES, D = 6, 6, 24
 RSATOOLBOX = {"spearman": "spearman", "tau-a": "tau-a", "pearson": "corr"}

@@ -14,8 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.sites import Site, resolve
-from probes.replay import answers, replay
+from lensclust.models.sites import Site, resolve
+from probes.patching.replay import answers, replay
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
 
 HOOKS = {

@@ -17,14 +17,13 @@ from scipy.optimize import minimize
 from torch import nn
 
 from lensclust.errors import InputError
-from probes.calibration import calibrate, calibrate_many, select_prompt
-from probes.component_logits import ComponentLogits
-from probes.component_weights import Reweighting
-from probes.components import decompose
-from probes.labelled_examples import Examples
-from probes.reweighting import reweight, reweight_many
-from probes.scripted_fits import scripted_fits
-from probes.sparse_fits import sparse_fits
+from probes.components.calibration import calibrate, calibrate_many, select_prompt
+from probes.components.component_logits import ComponentLogits
+from probes.components.decomposition import decompose
+from probes.components.labelled_examples import Examples
+from probes.components.reweighting import Reweighting, reweight, reweight_many
+from probes.components.scripted_fits import scripted_fits
+from probes.components.sparse_fits import sparse_fits
 from tests.probes.test_components import CHOICES, TOKENS, model_of, planted, prompts_of
 
 Features = Float[np.ndarray, "example label weight"]

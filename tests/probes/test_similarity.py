@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import lensclust as lc
 from probes import cluster
-from probes.similarity import nearest_neighbour, neighbours, silhouettes, vote
+from probes.similarity.neighbours import nearest_neighbour, neighbours, silhouettes, vote
 from tests.probes.test_clustering import COPIES, INPUTS, TASKS, planted
 
 

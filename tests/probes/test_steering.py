@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.sites import Site
-from probes.interventions import Intervention
-from probes.steering import steer
+from lensclust.models.sites import Site
+from probes.steering.interventions import Intervention
+from probes.steering.steering import steer
 from tests.tiny import D_MODEL, D_VOCAB, N_HEADS, N_LAYERS, hf_model
 
 D_HEAD = D_MODEL // N_HEADS

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.agreement import relative_error
-from lensclust.readouts import answers
-from lensclust.sites import Site
-from probes.answer_scores import greedy_texts
-from probes.centroids import mean_states
-from probes.gating import only_members
-from probes.interventions import Intervention, shift
-from probes.steering import steer
+from lensclust.inference.answer_scores import greedy_texts
+from lensclust.inference.readouts import answers
+from lensclust.models.agreement import relative_error
+from lensclust.models.sites import Site
+from probes.design.centroids import mean_states
+from probes.steering.gating import only_members
+from probes.steering.interventions import Intervention, shift
+from probes.steering.steering import steer
 from tests.tiny import D_VOCAB, hf_model, tiny_tokenizer
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}

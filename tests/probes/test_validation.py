@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.activations import select
-from lensclust.sites import Site, resolve
-from probes.directions import add_direction
-from probes.interventions import Intervention
-from probes.steering import steer
-from probes.validation import tune
+from lensclust.activations.dataset import select
+from lensclust.models.sites import Site, resolve
+from probes.steering.directions import add_direction
+from probes.steering.interventions import Intervention
+from probes.steering.steering import steer
+from probes.steering.tuning import tune
 from tests.tiny import D_MODEL, D_VOCAB, N_LAYERS, hf_model
 
 

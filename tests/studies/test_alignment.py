@@ -17,15 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lensclust as lc
-from lensclust.cli import main
+from lensclust.cli.command import main
 from lensclust.figures.trade_offs import trade_off, unbeaten
-from lensclust.finetuning import finetuned
-from probes.pairing import first_answers
-from studies import alignment_scores
+from lensclust.training.temporary import finetuned
+from probes.design.pairs import first_answers
 from studies.alignment import Alignment
-from studies.alignment_figures import pictures
-from studies.alignment_findings import LOSS, WANTED, Part, claims, said, table
-from studies.alignment_methods import (
+from studies.alignment import scores as alignment_scores
+from studies.alignment.claims import LOSS, WANTED, Part, claims, said, table
+from studies.alignment.figures import pictures
+from studies.alignment.methods import (
     HEADS,
     MERIT,
     NOTHING,
@@ -39,9 +39,9 @@ from studies.alignment_methods import (
     Asked,
     draw_examples,
 )
-from studies.alignment_pretrained import SEEN, UNSEEN, measure_pretrained
-from studies.alignment_scores import read_now, try_training
-from studies.alignment_synthetic import align
+from studies.alignment.pretrained import SEEN, UNSEEN, measure_pretrained
+from studies.alignment.scores import read_now, try_training
+from studies.alignment.synthetic import align
 
 NUMBERS = (1, 4, 16, 64)
 TASKS = ("plural", "past", "upper_case")

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lensclust as lc
-from probes.component_logits import ComponentLogits
+from probes.components.component_logits import ComponentLogits
 from studies.component_reweighting import ComponentReweighting, measure
-from studies.component_reweighting_figures import pictures
-from studies.component_reweighting_findings import claims
-from studies.component_reweighting_scores import MATCHED, dealt_labels, extremes, relearned
+from studies.component_reweighting.claims import claims
+from studies.component_reweighting.figures import pictures
+from studies.component_reweighting.scores import MATCHED, dealt_labels, extremes, relearned
 from studies.scales import AGREED
 
 SEEDS, DATA, TEMPLATES, STEPS = range(5), ("a", "b", "c"), ("one", "two"), (0, 50, 200, 800)

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.tasks.sif import vocabulary
-from lensclust.views import HeadView
+from lensclust.report.views.kinds import HeadView
+from lensclust.tasks.synthetic.sif import vocabulary
 from studies.emergence import Emergence
-from studies.emergence_findings import claims, pictures
-from studies.emergence_synthetic import measure
-from studies.frames import plane, rank_correlations, where
+from studies.emergence.claims import claims, pictures
+from studies.emergence.synthetic import measure
 from studies.scales import AGREED
-from studies.small_models import SPLITS, UNSEEN, clustered_prompts, input_only_accuracy
+from studies.scores import plane, rank_correlations, where
+from studies.synthetic_task import SPLITS, UNSEEN, clustered_prompts, input_only_accuracy
 
 STEPS, LAYERS, SEEDS = (0, 50, 400, 800), range(4), range(4)
 

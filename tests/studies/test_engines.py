@@ -11,9 +11,8 @@ import pytest
 from joblib import delayed, parallel_config
 
 import lensclust as lc
-from lensclust.cli import main
-from lensclust.ray_session import sweeps_on_ray
-from lensclust.sweeping import in_parallel
+from lensclust.cli.command import main
+from lensclust.parallel import in_parallel, sweeps_on_ray
 from probes import cluster, probe
 from studies.study import Context
 

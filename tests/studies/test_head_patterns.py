@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lensclust as lc
-from lensclust.tasks.composed import composed
+from lensclust.tasks.synthetic.composed import composed
 from studies.head_patterns import HeadPatterns
-from studies.head_patterns_figures import pictures
-from studies.head_patterns_findings import claims
-from studies.head_patterns_mixes import Mixes, alike_to
-from studies.head_patterns_scores import composition, concentration, derived, separation, speed
-from studies.head_patterns_synthetic import prompts_of, tasks_of
-from studies.head_patterns_tuning import Task, dealt_out, spread_counts
+from studies.head_patterns.claims import claims
+from studies.head_patterns.figures import pictures
+from studies.head_patterns.mixes import Mixes, alike_to
+from studies.head_patterns.scores import composition, concentration, derived, separation, speed
+from studies.head_patterns.synthetic import prompts_of, tasks_of
+from studies.head_patterns.tuning import Task, dealt_out, spread_counts
 from tests.tiny import byte_tokenizer
 
 SEEDS, RUNS, SAMPLES = range(5), range(2), (0, 10, 100)

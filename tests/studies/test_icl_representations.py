@@ -17,12 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lensclust as lc
 import probes
 from studies.icl_representations import ICLRepresentations
-from studies.icl_representations_asking import KINDS
-from studies.icl_representations_changes import in_their_span, own_alignment
-from studies.icl_representations_figures import pictures
-from studies.icl_representations_findings import POOLED, claims, vanished
-from studies.icl_representations_links import link
-from studies.icl_representations_options import LINES, NONE, PERSONA, READING, SHOWN, WRONG
+from studies.icl_representations.changes import in_their_span, link, own_alignment
+from studies.icl_representations.claims import POOLED, claims, vanished
+from studies.icl_representations.figures import pictures
+from studies.icl_representations.options import LINES, NONE, PERSONA, READING, SHOWN, WRONG
+from studies.icl_representations.prompts import KINDS
 from tests.tiny import byte_tokenizer
 
 SEEDS, LAYERS, CONDITIONS = range(4), range(5), ("plain", "liar")

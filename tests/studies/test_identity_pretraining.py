@@ -15,16 +15,23 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 import lensclust as lc
-from lensclust.native import native_config
-from lensclust.threads import one_thread
-from lensclust.training import required_sizes
+from lensclust.models.native import native_config
+from lensclust.parallel import one_thread
+from lensclust.training.pretraining import required_sizes
 from studies.identity_pretraining import SEARCHED, IdentityPretraining, parts
-from studies.identity_pretraining_arms import plan
-from studies.identity_pretraining_figures import condition_map, pictures
-from studies.identity_pretraining_findings import claims, notes
-from studies.identity_pretraining_options import ARMS, COMPARED
-from studies.identity_pretraining_tables import OF_TASK, TOTAL, Runs, conditions, summary
-from studies.phases import (
+from studies.identity_pretraining.arms import plan
+from studies.identity_pretraining.claims import (
+    OF_TASK,
+    TOTAL,
+    Runs,
+    claims,
+    conditions,
+    notes,
+    summary,
+)
+from studies.identity_pretraining.figures import condition_map, pictures
+from studies.identity_pretraining.options import ARMS, COMPARED
+from studies.identity_pretraining.phases import (
     NAMING,
     TASK,
     naming_prompts,
@@ -36,7 +43,7 @@ from studies.phases import (
     with_share,
 )
 from studies.scales import AGREED
-from studies.small_models import SPLITS, UNSEEN
+from studies.synthetic_task import SPLITS, UNSEEN
 
 PROMPTS = lc.tasks.sif(
     n_tasks=4, n_inputs=5, mappings_per_task=4, strings_per_regex=8, held_out_regexes=1

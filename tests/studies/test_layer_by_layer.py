@@ -12,9 +12,9 @@ import pytest
 
 import lensclust as lc
 from studies.layer_by_layer import LayerByLayer
-from studies.layer_by_layer_findings import GAIN, claims, pictures, transitions
-from studies.layer_by_layer_options import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
-from studies.layer_by_layer_synthetic import compare, task_set
+from studies.layer_by_layer.claims import GAIN, claims, pictures, transitions
+from studies.layer_by_layer.options import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
+from studies.layer_by_layer.synthetic import compare, task_set
 
 LAYERS, TASKS, SEEDS = range(13), range(3), range(4)
 LEVELS = {MULTI: 0.7, CEILING: 0.9, OTHER: 0.4, UNTRAINED: 0.2}
@@ -115,7 +115,7 @@ def test_a_model_is_most_like_itself_and_scores_are_those_of_two_models():
 
 
 def test_specialists_know_one_task_of_the_vocabulary_of_all():
-    from lensclust.training import required_sizes
+    from lensclust.training.pretraining import required_sizes
 
     prompts = task_set(LayerByLayer(n_tasks=3), 0)
     whole = required_sizes(prompts)

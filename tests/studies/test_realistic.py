@@ -10,11 +10,10 @@ import pytest
 import xarray as xr
 
 import lensclust as lc
-from lensclust.views import HeadView
-from probes.partitions import counted_agreement
-from studies.frames import where
+from lensclust.report.views.kinds import HeadView
+from probes.clustering.agreement import counted_agreement
 from studies.realistic import Realistic
-from studies.realistic_findings import (
+from studies.realistic.claims import (
     HELD_OUT,
     HELD_OUT_WORDS,
     MODEL,
@@ -24,8 +23,9 @@ from studies.realistic_findings import (
     claims,
     notes,
 )
-from studies.realistic_units import Source, agreed_at, redrawn
+from studies.realistic.units import Source, agreed_at, redrawn
 from studies.scales import AGREED
+from studies.scores import where
 from tests.tiny import hf_model, tiny_tokenizer
 
 

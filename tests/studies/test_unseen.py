@@ -14,16 +14,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lensclust as lc
-from lensclust.cli import main
-from probes.interchanges import MEMBER
-from studies.small_models import SPLITS, UNSEEN
+from lensclust.cli.command import main
+from probes.steering.interchanges import MEMBER
+from studies.synthetic_task import SPLITS, UNSEEN
 from studies.unseen import Unseen
-from studies.unseen_figures import pictures
-from studies.unseen_findings import claims
-from studies.unseen_options import ANSWER, INSTRUCTION, MEANS
-from studies.unseen_pretrained import measure_pretrained
-from studies.unseen_synthetic import _spread
-from studies.unseen_tables import Pretrained, Synthetic
+from studies.unseen.claims import Pretrained, Synthetic, claims
+from studies.unseen.figures import pictures
+from studies.unseen.options import ANSWER, INSTRUCTION, MEANS
+from studies.unseen.pretrained import measure_pretrained
+from studies.unseen.synthetic import _spread
 
 STEPS, LAYERS, SEEDS, N = (0, 50, 400, 800), range(5), range(4), 40
 TASKS = ("plural", "past", "upper_case")

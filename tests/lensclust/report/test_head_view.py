@@ -16,8 +16,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from lensclust.report import write_page
-from lensclust.report.circuits import attention_frame
-from lensclust.views.head_views import AttentionSample, HeadView
+from lensclust.report.attention import attention_frame
+from lensclust.report.views.heads import AttentionSample, HeadView
 from tests.lensclust.test_report import HOSTILE, make_run
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensclust.errors import InputError
-from lensclust.tasks.arithmetic import arithmetic
+from lensclust.tasks.words.arithmetic import arithmetic
 from tests.tiny import byte_tokenizer
 
 EXPRESSIONS = {

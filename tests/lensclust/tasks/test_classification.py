@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust import InputError
-from lensclust.downloads import Pin, fetch_data
-from lensclust.plain_pickles import MAX_BYTES, read_plain_pickle
-from lensclust.tasks import staicc
-from lensclust.tasks.classification import balanced_order, classification
-from lensclust.tasks.label_words import choices
-from lensclust.tasks.labelled_texts import LabelledTexts, _data, data_names, labelled_texts
+from lensclust.models.downloads import Pin, fetch_data
+from lensclust.tasks.labelled import staicc
+from lensclust.tasks.labelled.classification import balanced_order, classification
+from lensclust.tasks.labelled.label_words import choices
+from lensclust.tasks.labelled.labelled_texts import LabelledTexts, _data, data_names, labelled_texts
+from lensclust.tasks.labelled.staicc import MAX_BYTES, read_plain_pickle
 from tests.tiny import byte_tokenizer
 
 # Every template of every set, filled with the text "T" and the first label, written out.

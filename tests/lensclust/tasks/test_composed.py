@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lensclust.errors import InputError
-from lensclust.tasks.composed import composed
+from lensclust.tasks.synthetic.composed import composed
 
 quick = settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None

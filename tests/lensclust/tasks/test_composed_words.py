@@ -3,8 +3,8 @@
 import pytest
 
 from lensclust.errors import InputError
-from lensclust.tasks.composed_words import composed_words
-from lensclust.tasks.natural import natural, task_names
+from lensclust.tasks.words.composed_words import composed_words
+from lensclust.tasks.words.natural import natural, task_names
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust import InputError
-from lensclust.tasks.natural import lay_out, template_names, words
+from lensclust.tasks.words.natural import lay_out, template_names, words
 
 SEEDS = range(10)
 

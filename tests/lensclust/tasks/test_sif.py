@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lensclust.errors import InputError
-from lensclust.prompts import Prompts
-from lensclust.tasks.sif import SPLITS, sif, vocabulary
+from lensclust.prompts.prompts import Prompts
+from lensclust.tasks.synthetic.sif import SPLITS, sif, vocabulary
 
 SMALL = {
     "n_tasks": 4,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lensclust.errors import InputError
-from lensclust.views.head_views import AttentionSample, HeadView
+from lensclust.report.views.heads import AttentionSample, HeadView
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

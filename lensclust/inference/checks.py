@@ -1,0 +1,139 @@
+"""Whether prompts fit a model: checked once, at the door of whatever runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.arguments import require_hooked, require_prompts
+from lensclust.errors import InputError
+from lensclust.models.agreement import forget_outdated
+from lensclust.models.faithfulness import require_faithful
+from lensclust.models.frequencies import length_steps
+from lensclust.models.sites import model_name
+from lensclust.models.tokenizers import same_tokenizer, tokenizer_fingerprint
+from lensclust.models.wrapping import keep_up, modules_of
+from lensclust.prompts.prompts import Prompts
+
+
+def require_model(model: Any, *, caller: str) -> None:
+    """Refuse what is no hooked model, one with a part in training mode, or one to load again.
+
+    What checks found out about the model with other weights than it has now is forgotten.
+
+    Args:
+        model: whatever was given in a model's place.
+
+    Raises:
+        InputError: in the name of ``caller``: what was given and what to do.
+    """
+    require_hooked(model, caller=caller)
+    keep_up(model)
+    name = model_name(model)
+    if getattr(model, "training", False):
+        raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
+    modules = modules_of(model)
+    # Dropout works in a part that is in training mode, whatever the mode of the whole.
+    training = [module for module in modules if module.training and not _quantised(module)]
+    if training:
+        kinds = sorted({type(module).__name__ for module in training})
+        raise InputError(
+            f"{caller}: {name} is in training mode in part ({', '.join(kinds[:3])}); call eval() "
+            "of the network that was loaded, and model.eval()"
+        )
+    forget_outdated(model)
+    if isinstance(model, TransformerBridge):
+        require_faithful(model, caller=caller)
+
+
+def _quantised(module: nn.Module) -> bool:
+    """Whether a part is one of torch's quantised ones, which say they train and cannot."""
+    return type(module).__module__.startswith("torch.ao.")
+
+
+def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
+    """Refuse a model that cannot be used as it is and prompts that it cannot read.
+
+    Raises:
+        InputError: in the name of ``caller``, if the model is none (`require_model`) or has a part
+            in training mode, the prompts are none, were made with another tokenizer, or are
+            longer than its context.
+    """
+    require_model(model, caller=caller)
+    require_prompts(caller, prompts)
+    name = model_name(model)
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    made_with = prompts.tokenizer
+    if tokenizer is None or made_with == "none":
+        same = True  # nothing to compare
+    else:
+        same = same_tokenizer(made_with, tokenizer_fingerprint(tokenizer))
+    if not same:
+        raise InputError(
+            f"{caller}: these prompts were made with another tokenizer than that of {name}"
+        )
+    context = model.cfg.n_ctx
+    longest = int(prompts.lengths.max())
+    if context and longest > context:
+        row = int(prompts.lengths.argmax())
+        raise InputError(
+            f"{caller}: prompt {row} has {longest} tokens, but {name} has a context of {context}"
+        )
+    vocabulary = model.cfg.d_vocab
+    largest = int(prompts.tokens.max())
+    if vocabulary and largest >= vocabulary:
+        raise InputError(
+            f"{caller}: token id {largest} given, but {name} has a vocabulary of {vocabulary}; "
+            "were the prompts made with another tokenizer?"
+        )
+
+
+def require_one_side(
+    model: TransformerLensModel, lengths: Int[Tensor, " row"], *, caller: str
+) -> None:
+    """Refuse rows that cannot be run as one padded batch: the longest would change the others.
+
+    Args:
+        lengths: tokens of each row that are run.
+
+    Raises:
+        InputError: in the name of ``caller``, if they lie on two sides of a `length_steps`.
+    """
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    for step in length_steps(model):
+        if shortest <= step < longest:
+            raise InputError(
+                f"{caller}: prompts of {shortest} and of {longest} tokens given, but "
+                f"{model_name(model)} has other frequencies beyond {step} tokens: expected prompts "
+                "of one kind, shorter or longer"
+            )
+
+
+def require_answers(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
+    """Refuse prompts without answers, and answers that a model cannot read.
+
+    Raises:
+        InputError: in the name of ``caller``, if a prompt has no answer, or an answer does not
+            fit the model's vocabulary or, behind its prompt, the model's context.
+    """
+    if prompts.answers is None or not all(prompts.answers):
+        raise InputError(f"{caller}: expected prompts with an answer each, given some without")
+    name = model_name(model)
+    largest = max(map(max, prompts.answers))
+    if model.cfg.d_vocab and largest >= model.cfg.d_vocab:
+        raise InputError(
+            f"{caller}: answer id {largest} given, but {name} has a vocabulary of "
+            f"{model.cfg.d_vocab}"
+        )
+    _, lengths, _ = prompts.with_answers()
+    # The last token of an answer is predicted, never read.
+    if model.cfg.n_ctx and int(lengths.max()) - 1 > model.cfg.n_ctx:
+        row = int(lengths.argmax())
+        raise InputError(
+            f"{caller}: prompt {row} and its answer have {int(lengths.max())} tokens, but {name} "
+            f"has a context of {model.cfg.n_ctx}"
+        )

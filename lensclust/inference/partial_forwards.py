@@ -1,0 +1,192 @@
+"""Forwards that run only what they must: blocks that have changed, logits that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
+from transformer_lens.model_bridge.generalized_components.mlp import MLPBridge
+
+from lensclust.models.agreement import agrees, remembered
+from lensclust.models.batching import default_budget, without_cache
+
+Output = Tensor | tuple[Any, ...]
+
+# Tokens on which it is checked that an MLP sees one token only.
+CHECKED = 48
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenBlocks:
+    """What the first blocks of a model made of some sequences, for as long as they stay frozen.
+
+    Attributes:
+        blocks: the first blocks of the model.
+        output: what the last of them gave, a row a sequence, as the block gives it.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    output: Output
+
+    @classmethod
+    def run(
+        cls, model: TransformerBridge, tokens: Int[Tensor, "prompt length"], n: int
+    ) -> FrozenBlocks:
+        """Run the first ``n`` blocks (1 at least) on right-padded sequences.
+
+        For `lensclust.training.temporary.finetuned` these are prompts followed by their answers but for
+        the last token: ``prompts.with_answers()[0][:, :-1]``.
+        """
+        stacked: Any = model
+        blocks = tuple(stacked.blocks[block] for block in range(n))
+        parts: list[Output] = []
+
+        def keep(_block: nn.Module, _given: Any, found: Output) -> None:
+            parts.append(found)
+            raise _Read
+
+        rows = max(1, default_budget(model) // tokens.shape[1])
+        handle = blocks[-1].register_forward_hook(keep)
+        try:
+            for some in tokens.split(rows):
+                try:
+                    with torch.no_grad():
+                        forward_logits(model, some)
+                except _Read:
+                    continue
+        finally:
+            handle.remove()
+        return cls(blocks, _joined(parts))
+
+    @contextmanager
+    def reused(self, rows: Int[Tensor, " row"] | None = None) -> Iterator[None]:
+        """Inside, the model runs these rows' sequences from the first block that is not frozen."""
+        output = self.output if rows is None else _rows(self.output, rows)
+        # Only the last one's output is read; the others have to give something.
+        with running({block: lambda *_given, **_named: output for block in self.blocks}):
+            yield
+
+
+@contextmanager
+def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these parts of a bridge compute by other functions."""
+    try:
+        for part, forward in forwards.items():
+            # Set past the bridge, which would hand the attribute on to what it wraps.
+            part.__dict__["forward"] = forward
+        yield
+    finally:
+        for part in forwards:
+            part.__dict__.pop("forward", None)
+
+
+def scored_logits(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "prompt length"],
+    scored: Bool[Tensor, "prompt length"],
+) -> Float[Tensor, "token vocab"]:
+    """Logits at the chosen places of right-padded sequences, row by row; no others are made.
+
+    Nor does the last block's MLP run at other places, where no hook looks at what comes of it.
+
+    >>> import lensclust as lc
+    >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3], [4, 5, 0]])
+    >>> scored = torch.tensor([[False, True, True], [False, True, False]])
+    >>> with torch.no_grad():
+    ...     found = scored_logits(model, tokens, scored)
+    >>> torch.allclose(found, model(tokens)[scored], atol=1e-6)
+    True
+    """
+    # One sequence of the chosen states: unembedding sees no order.
+    chosen = ("unembed.hook_in", lambda value, hook: value[scored.to(value.device)][None])
+    with _last_mlp_at(model, scored), model.hooks(fwd_hooks=[chosen]):
+        return forward_logits(model, tokens)[0]
+
+
+@contextmanager
+def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[None]:
+    """Inside, the last block's MLP runs at these places alone; what it adds elsewhere is zero."""
+    block = model.blocks[-1]
+    mlp: Any = getattr(block, "mlp", None)
+    attention = getattr(block, "attn", None)
+    norm = getattr(model, "ln_final", None)  # GPT-1 has none
+    later = {*block.modules(), *(norm.modules() if norm is not None else ())}
+    later -= set(attention.modules() if attention else ())
+    heard = any(part.fwd_hooks or part.bwd_hooks for part in later if isinstance(part, HookPoint))
+    if heard or type(mlp) not in (MLPBridge, GatedMLPBridge):
+        yield
+        return
+    whole = mlp.forward
+
+    def forward(states: Any, *given: Any, **named: Any) -> Any:
+        if given or named or not _placewise(model, whole, states):
+            return whole(states, *given, **named)
+        places = scored.to(states.device)
+        found = whole(states[places][None])[0]
+        return found.new_zeros(*states.shape[:-1], found.shape[-1]).index_put((places,), found)
+
+    with running({mlp: forward}):
+        yield
+
+
+def _placewise(model: nn.Module, whole: Callable[..., Any], states: Tensor) -> bool:
+    """Whether the last MLP makes the same of a token whatever stands beside it; checked once.
+
+    Every third of some tokens is run without the others, and all of them in another shape. Where
+    there are few tokens they come several times, moved a little, so that no two are alike.
+    """
+
+    @torch.no_grad()
+    def check() -> bool:
+        some = states.detach().flatten(0, -2)
+        some = some[
+            torch.arange(CHECKED, device=some.device) * max(1, len(some) // CHECKED) % len(some)
+        ]
+        noise = torch.randn(some.shape, generator=torch.Generator().manual_seed(0)).to(some)
+        some = some + 0.1 * some.std() * noise
+        together, apart = whole(some[None]), whole(some.unflatten(0, (4, -1)))
+        alone = whole(some[1::3][None])
+        if not all(isinstance(found, Tensor) for found in (together, apart, alone)):
+            return False
+        return agrees(alone[0], together[0, 1::3]) and agrees(apart.flatten(0, 1), together[0])
+
+    return remembered(model, ("placewise", states.dtype), check)
+
+
+class _Read(Exception):
+    """Raised to leave a forward when what is wanted has been read."""
+
+
+def forward_logits(
+    model: TransformerBridge, tokens: Int[Tensor, "prompt length"]
+) -> Float[Tensor, "row place vocab"]:
+    """Logits of right-padded sequences, where hooks leave them; no key/value cache is built."""
+    network: Any = model.original_model
+    out = network(tokens, **without_cache(model))
+    return getattr(out, "logits", out)
+
+
+def _joined(parts: Sequence[Output]) -> Output:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return tuple(
+        torch.cat([part[index] for part in parts]) if isinstance(item, Tensor) else item
+        for index, item in enumerate(first)
+    )
+
+
+def _rows(output: Output, rows: Tensor) -> Output:
+    if isinstance(output, Tensor):
+        return output[rows.to(output.device)]
+    return tuple(
+        item[rows.to(item.device)] if isinstance(item, Tensor) else item for item in output
+    )

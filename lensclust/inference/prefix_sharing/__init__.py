@@ -1,0 +1,1 @@
+"""lensclust.inference.prefix_sharing"""

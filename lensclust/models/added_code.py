@@ -1,0 +1,72 @@
+"""Code that a user has put on a network's modules: torch hooks, and replaced forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lensclust.models.parameters import WRAPPED
+
+# What these put on modules is part of how they run or train a network.
+LIBRARIES = {"transformer_lens", "transformers", "accelerate", "torch"}
+# Modules whose hooks belong to a model for good and work token by token.
+OWN_HOOKS = {
+    "lensclust.models.wrapping",
+    "lensclust.models.mended_bridges",
+    "lensclust.inference.middle_states",
+}
+
+
+@dataclass(frozen=True)
+class AddedCode:
+    """A hook on a module, or a function in the place of its ``forward``."""
+
+    module: str
+    kind: str
+    code: Callable[..., Any]
+
+    def __str__(self) -> str:
+        return f"{self.kind} on {self.module or 'the network'}"
+
+
+def added_code(network: nn.Module) -> list[AddedCode]:
+    """Torch hooks and replaced forwards on the modules of a network, but for those of libraries.
+
+    >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    >>> _ = network[0].register_forward_hook(lambda module, given, out: 2 * out)
+    >>> network[1].forward = lambda value: value
+    >>> [str(each) for each in added_code(network)]
+    ['forward hook on 0', 'replaced forward on 1']
+    """
+    return list(_found(network))
+
+
+def _found(network: nn.Module) -> Iterator[AddedCode]:
+    for name, module in network.named_modules():
+        path = name.replace(WRAPPED, "")
+        for kind, hooks in (
+            ("forward pre-hook", module._forward_pre_hooks),
+            ("forward hook", module._forward_hooks),
+        ):
+            for hook in hooks.values():
+                ours = str(getattr(hook, "__module__", "")) in OWN_HOOKS
+                if not ours and _home(hook).partition(".")[0] not in LIBRARIES:
+                    yield AddedCode(path, kind, hook)
+        forward = vars(module).get("forward")
+        # A forward of transformers may be that of another module.
+        if forward is None or hasattr(module, "_hf_hook"):
+            continue
+        if _home(forward).partition(".")[0] not in LIBRARIES - {"transformers"}:
+            yield AddedCode(path, "replaced forward", forward)
+
+
+def _home(code: Any) -> str:
+    """The Python module that a function was written in, whatever it is named after."""
+    while isinstance(code, partial):
+        code = code.func
+    scope = getattr(code, "__globals__", {})
+    return str(scope.get("__name__") or type(code).__module__)

@@ -1,0 +1,315 @@
+"""What the blocks of a model hold: heads and their sizes, and outputs that add up.
+
+A configuration may be wrong about a tensor (latent attention has values of another size, a hybrid
+has blocks without heads, some families norm or scale what they add), so this is read off one
+forward of a few tokens, once for each model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge.generalized_components.base import align_offloaded_subtree
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.models.agreement import remembered, rounding_tolerance
+from lensclust.models.batching import few_tokens, without_cache
+
+BLOCK_HOOKS = {
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "z": "blocks.{}.attn.hook_z",
+    "head": "blocks.{}.attn.hook_z",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+}
+# The terms of a sum are at hand, so that it is off by roundings of its own alone.
+_SUM_ROUNDINGS = 4
+# Rounding of `z @ W_O` in half precision or TF32; a norm or a factor in between exceeds it.
+_HEADS_SHARE = 1e-2
+_OFF: ContextVar[bool] = ContextVar("hooks of the caller are off", default=False)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block, as a forward shows it.
+
+    Attributes:
+        heads: number of attention heads; 0 in a block without attention.
+        d_head: size of a head's output before ``W_O``.
+        d_model: size of a state of the residual stream.
+        heads_error: ``|sum_h z_h W_O + b_O - attn_out|`` over the sum of the terms' norms.
+        refused: kind of site -> why what its hook gives is not that.
+    """
+
+    heads: int
+    d_head: int
+    d_model: int
+    heads_error: float = 0.0
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def blocks_of(model: TransformerLensModel) -> tuple[Block, ...]:
+    """The blocks of a model, from a forward of eight tokens that is run once for each model.
+
+    >>> import lensclust as lc
+    >>> [(block.heads, block.d_head) for block in blocks_of(lc.load("native:sif-small"))][:2]
+    [(4, 16), (4, 16)]
+    """
+    return remembered(model, "blocks", partial(_examined, model))
+
+
+@contextmanager
+def unhooked(model: TransformerLensModel) -> Iterator[None]:
+    """Inside, hooks that are on the model do not fire: a check runs other tokens than theirs.
+
+    >>> import lensclust as lc
+    >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3]])
+    >>> before = model(tokens)
+    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+    ...     with unhooked(model):
+    ...         same = torch.equal(model(tokens), before)
+    ...     same, torch.equal(model(tokens), before)
+    (True, False)
+    """
+    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    there = {point: point._forward_hooks for point in points.values()}
+    before = _OFF.set(True)
+    try:
+        for point in there:
+            # Taken off and put back, hooks would lose their order and their contexts.
+            placed = _placed(point)
+            kept = {key: hook for key, hook in there[point].items() if key not in placed}
+            point._forward_hooks = OrderedDict(kept)
+        yield
+    finally:
+        for point, hooks in there.items():
+            point._forward_hooks = hooks
+        _OFF.reset(before)
+
+
+def hooks_are_off() -> bool:
+    """Whether `unhooked` is in force: what runs is not the caller's."""
+    return _OFF.get()
+
+
+def hooked_points(model: TransformerLensModel) -> list[str]:
+    """Where the caller has hooks, as inside `probes.steer`: the first name of each hook point.
+
+    >>> import lensclust as lc
+    >>> model = lc.load("native:sif-small")
+    >>> with model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: 0 * value)]):
+    ...     hooked_points(model)
+    ['blocks.0.hook_mlp_out']
+    """
+    points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
+    found: dict[int, str] = {}
+    for name, point in sorted(points.items()):
+        if _placed(point):
+            found.setdefault(id(point), name)
+    return list(found.values())
+
+
+def _placed(point: Any) -> set[Any]:
+    """Keys of the hooks that a user placed: what is not placed by name, or for good, is not."""
+    return {each.hook.id for each in point.fwd_hooks if not each.is_permanent}
+
+
+def contribution_scale(model: TransformerLensModel, block: int) -> float:
+    """What a block multiplies its outputs by before it adds them (Granite), 1 elsewhere."""
+    stacked: Any = model
+    return float(getattr(stacked.blocks[block], "residual_contribution_scale", 1.0))
+
+
+def output_weights(
+    model: TransformerLensModel, block: int
+) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
+    """What makes a head's contribution to the residual stream of its ``z``, and the bias.
+
+    ``W_O`` and ``b_O`` times the block's `contribution_scale`, in float32, also of weights that
+    lie off the devices.
+    """
+    return _output_weights(model, block, blocks_of(model)[block].heads)
+
+
+def _output_weights(
+    model: TransformerLensModel, block: int, heads: int
+) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
+    stacked: Any = model
+    attention, scale = stacked.blocks[block].attn, contribution_scale(model, block)
+    with align_offloaded_subtree(attention):
+        bias = getattr(attention, "b_O", None)
+        try:
+            weight = attention.W_O
+        except ValueError:  # heads of another size than the configuration says
+            weight = attention.o.original_component.weight
+            if isinstance(attention.o.original_component, torch.nn.Linear):
+                weight = weight.T
+            weight = weight.unflatten(0, (heads, -1))
+        # Copies: what was brought in is taken away again.
+        weight = scale * weight.detach().to(torch.float32, copy=True)
+        return weight, None if bias is None else scale * bias.detach().to(torch.float32, copy=True)
+
+
+def _examined(model: Any) -> tuple[Block, ...]:
+    with unhooked(model), torch.no_grad():
+        return _examined_unhooked(model)
+
+
+def _examined_unhooked(model: Any) -> tuple[Block, ...]:
+    hooks = model.hook_dict
+    numbers = range(len(getattr(model, "blocks", ())) or model.cfg.n_layers)
+    parts = (
+        r"hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|attn\.hook_(z|pattern)|(ln\w*|mlp)\.hook_in"
+    )
+    looked_at = [name for name in hooks if re.fullmatch(rf"blocks\.\d+\.({parts})", name)]
+    found: dict[str, Tensor] = {}
+    dtypes = {torch.float32}
+
+    def keep(name: str) -> Callable[[Tensor, Any], None]:
+        def hook(value: Tensor, hook: Any) -> None:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                dtypes.add(value.dtype)
+                found[name] = value.detach().to("cpu", torch.float32, copy=True)
+
+        return hook
+
+    # Dropout would come between an output and the sum.
+    training = [part for part in model.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        model.run_with_hooks(
+            few_tokens(model),
+            fwd_hooks=[(name, keep(name)) for name in looked_at],
+            return_type=None,
+            **without_cache(model),
+        )
+    finally:
+        for part in training:
+            part.training = True
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return tuple(_Block(model, number, found, coarsest).examined() for number in numbers)
+
+
+class _Block:
+    """What a forward left of one block, while it is examined."""
+
+    def __init__(
+        self, model: Any, number: int, found: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self.model, self.number, self.dtype = model, number, dtype
+        here = f"blocks.{number}."
+        self.seen = {
+            name.removeprefix(here): value for name, value in found.items() if name.startswith(here)
+        }
+        self.refused: dict[str, str] = {}
+
+    def examined(self) -> Block:
+        states = self.seen.get("hook_resid_pre")
+        if states is None:
+            states = self.seen.get("hook_resid_post")
+        if states is None or states.ndim != 3:
+            for kind in ("resid", *BLOCK_HOOKS):
+                self.refused[kind] = "its residual stream is not one vector a token"
+            return Block(0, 0, self.model.cfg.d_model, refused=self.refused)
+        direct = self._sums()
+        heads, d_head, error = self._heads(direct)
+        return Block(heads, d_head, states.shape[-1], error, self.refused)
+
+    def _sums(self) -> bool:
+        """Refuse outputs that are not what is added; whether attention's is added to the stream."""
+        before, middle, after, attn, mlp = (
+            self.seen.get(f"hook_{name}")
+            for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+        )
+        if middle is None:
+            added = [each for each in (attn, mlp) if each is not None]
+            if not added or self._adds_up([before, *added], [after]):
+                return True
+            self.refused |= dict.fromkeys(
+                ("attn_out", "mlp_out"),
+                "its blocks add something else than the outputs of attention and MLP",
+            )
+            return False
+        normed = [value for name, value in self.seen.items() if name.startswith("ln")]
+        first = attn is None or self._adds_up([before, attn], [middle])
+        second = mlp is None or self._adds_up([middle, mlp], [after])
+        if not first and not self._adds_up([before, attn], normed):
+            self.refused["attn_out"] = (
+                "what stands between attention and MLP is not the state before plus attn_out"
+            )
+        inner = self.seen.get("mlp.hook_in")
+        if not second and not any(self._adds_up([s, mlp], normed) for s in (middle, inner)):
+            self.refused["mlp_out"] = "what a block gives is not the state before plus mlp_out"
+        checked = [ok for ok, out in ((first, attn), (second, mlp)) if out is not None]
+        if checked and not any(checked):
+            self.refused["resid_mid"] = (
+                "it is not the state before plus attn_out: a norm stands behind the sum"
+            )
+        return first
+
+    def _heads(self, direct: bool) -> tuple[int, int, float]:
+        z, pattern, out = (
+            self.seen.get(name) for name in ("attn.hook_z", "attn.hook_pattern", "hook_attn_out")
+        )
+        if z is None:
+            return 0, 0, 0.0
+        width = z.flatten(2).shape[-1]
+        heads = z.shape[-2] if z.ndim == 4 else self.model.cfg.n_heads
+        if pattern is not None and pattern.ndim == 4:
+            heads = pattern.shape[1]
+        if z.ndim != 4 or z.shape[-2] != heads:
+            self.refused |= dict.fromkeys(
+                ("z", "head"), f"its hook does not hold {heads} heads but {tuple(z.shape[2:])}"
+            )
+            return heads, width // heads, torch.inf
+        weight, bias = (
+            None if each is None else each.cpu()
+            for each in _output_weights(self.model, self.number, heads)
+        )
+        if weight is None or weight.shape[:2] != z.shape[-2:]:
+            shape = None if weight is None else tuple(weight.shape[:2])
+            self.refused |= dict.fromkeys(
+                ("z", "head"), f"its hook holds {tuple(z.shape[2:])}, but W_O is for {shape}"
+            )
+            return heads, width // heads, torch.inf
+        if out is None:
+            self.refused["head"] = "there is no attn_out that its heads add up to"
+            return heads, width // heads, torch.inf
+        each = torch.einsum("bphd,hdm->bphm", z, weight)
+        bias = torch.zeros(()) if bias is None else bias
+        size = each.norm(dim=-1).sum(-1) + bias.norm()
+        error = float(((each.sum(2) + bias - out).norm(dim=-1) / size.clamp_min(1e-30)).max())
+        if not error <= min(rounding_tolerance(self.dtype), _HEADS_SHARE):  # a NaN is refused, too
+            self.refused["head"] = (
+                "its heads pass through a norm or a factor before the residual stream and do not "
+                f"add up to attn_out (relative error {error:.2g})"
+            )
+        elif "attn_out" in self.refused:
+            self.refused["head"] = self.refused["attn_out"]
+        elif not direct:
+            self.refused["head"] = "a norm stands behind the sum of the state and its heads"
+        return heads, width // heads, error
+
+    def _adds_up(self, terms: Iterable[Tensor | None], sums: Iterable[Tensor | None]) -> bool:
+        """Whether one of the sums is that of the terms, up to rounding."""
+        there = [term for term in terms if term is not None]
+        total = sum(there[1:], there[0])
+        room = _SUM_ROUNDINGS * torch.finfo(self.dtype).eps
+        room = room * sum(term.norm(dim=-1) for term in there)
+        return any(
+            each is not None
+            and each.shape == total.shape
+            and bool(((each - total).norm(dim=-1) <= room).all())
+            for each in sums
+        )

@@ -1,0 +1,1 @@
+"""lensclust.prompts.prompts"""

@@ -1,0 +1,1 @@
+"""lensclust.storage"""

@@ -1,0 +1,1 @@
+"""lensclust.tasks.in_context"""

@@ -1,0 +1,202 @@
+"""What every component of a model would answer alone: label logits as an exact sum.
+
+The state before the final norm is the sum of what the embedding, every head, every MLP and the
+attention biases wrote. With the norm's scale held at what it was for the prompt, the logit of a
+label is the sum of their logits (direct effects: what a component does through later ones is
+counted there):
+
+    head    z · (W_O M) / σ          M = γ U[labels], centred over d_model for LayerNorm
+    MLP     (its output) · M / σ     its own bias included
+    embed   (what enters the first block) · M / σ
+    bias    (sum of attention biases) · M / σ + β U[labels] + b_U[labels]
+
+Where a model multiplies what heads add (Granite) or its logits (Cohere, Granite), so does the sum.
+
+The bracket is computed once a block and label set, so no head's contribution is ever spelt out
+in ``d_model`` numbers, and unembedding is done at the last token alone.
+
+Source: Chang, Thomason & Jia 2024 (arXiv 2406.13131), section 2. They leave out the embedding
+and the biases, so that their sum is not the model's logit; here it is, and that is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from transformer_lens.model_protocol import TransformerLensModel
+
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
+from lensclust.inference.checks import require_fits
+from lensclust.inference.readouts import States, answers_with_states
+from lensclust.models.agreement import rounding_tolerance
+from lensclust.models.blocks import hooked_points
+from lensclust.models.fingerprints import fingerprint_again
+from lensclust.models.network_settings import autocast_precision
+from lensclust.models.sites import model_name
+from lensclust.progress import progress_bar
+from lensclust.prompts.labels import label_texts
+from lensclust.prompts.prompts import Prompts
+from probes.components.component_logits import ComponentLogits
+from probes.components.label_logits import (
+    LabelLogits,
+    component_table,
+    require_decomposable,
+    soft_cap,
+)
+from probes.components.label_tokens import Choices, label_tokens
+
+# Parts that miss the model's own logits by more are refused.
+TOLERANCE = 1e-3
+AXES = ("prompt", "component", "kind", "block", "head", "token", "target")
+
+
+@checked_arguments
+def decompose(
+    model: TransformerLensModel,
+    prompts: Prompts,
+    choices: Choices,
+    *,
+    label: str | None = "label",
+    batch_tokens: int | None = None,
+    share_prefixes: bool = True,
+    progress: bool = True,
+) -> ComponentLogits:
+    """Label logits at the last token, split over embedding, heads, MLPs and biases.
+
+    Args:
+        model: a hooked model, in eval mode. Norms after a block's attention or MLP (Gemma,
+            OLMo-2) act with their own scale of the prompt, like the final one.
+        prompts: what to run; each ends at the token that predicts its label.
+        choices: label -> its single token, as an id or as the text that the tokenizer makes one
+            token of (mind the leading space); or a list of such texts, each its own label.
+        label: the column of ``prompts.rows`` that holds each prompt's right label, one of those
+            in ``choices``; None if there is none, then nothing can be scored. It becomes the
+            coordinate ``target``.
+        batch_tokens, share_prefixes: as in `lensclust.extract`.
+        progress: show a bar.
+
+    Returns:
+        Logits ``(prompt, component, label)``, before the model's soft-cap if it has one, beside
+        the model's own.
+
+    Raises:
+        InputError: if a label is not one token or two have the same one, a prompt's label is
+            none of them, a block has no heads, the parts do not add up to the model's own label
+            logits (an error above 1e-3 of these, or of the size of the prompt's logits where
+            that is larger; in half precision what rounding explains), or as `extract`.
+
+    >>> import lensclust as lc
+    >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
+    >>> parts = decompose(model, prompts, {"a": 3, "b": 5}, label=None)
+    >>> parts.logits.dims, parts.logits.component.values[[0, 1, 25, -1]].tolist()
+    (('prompt', 'component', 'label'), ['embed', 'head 0.0', 'mlp 0', 'bias'])
+    >>> bool(np.allclose(parts.logits.sum("component"), parts.model_logits, atol=1e-4))
+    True
+    """
+    tokens = label_tokens(model, choices, caller="decompose")
+    targets = None if label is None else _targets(prompts, label, list(tokens))
+    require_fits(model, prompts, caller="decompose")
+    require_decomposable(model, caller="decompose")
+    parts = LabelLogits(model, torch.tensor(list(tokens.values())))
+    seen = torch.zeros(len(prompts), dtype=torch.bool)
+    with progress_bar("decompose", len(prompts), enabled=progress) as advance:
+
+        def read(logits: Tensor, rows: Tensor, states: States) -> Tensor:
+            # A plan for shared prefixes that fails starts again.
+            advance(int((~seen[rows]).sum()))
+            seen[rows] = True
+            own = logits[:, parts.labels.to(logits.device)]
+            # How large the logits of all tokens are: one that is near 0 is no better known.
+            size = logits.square().mean(1).sqrt()[:, None].expand_as(own)
+            beside = torch.stack([own, size], dim=1).to(parts.matrix)
+            return torch.cat([parts.of(states), beside], dim=1)
+
+        found = answers_with_states(
+            model,
+            prompts,
+            read,
+            parts.hooks,
+            batch_tokens=batch_tokens,
+            share_prefixes=share_prefixes,
+        )
+    logits, own, size = found[:, :-2].numpy(), found[:, -2].numpy(), found[:, -1].numpy()
+    cap = soft_cap(model)
+    capped = logits.sum(1) if cap is None else cap * np.tanh(logits.sum(1) / cap)
+    scale = np.maximum(np.linalg.norm(own, axis=1), np.linalg.norm(size, axis=1))
+    error = float(np.max(np.linalg.norm(capped - own, axis=1) / scale))
+    allowed = max(TOLERANCE, rounding_tolerance(parts.weight.dtype))
+    if not error <= allowed:
+        changed = hooked_points(model)
+        why = ""
+        if changed:
+            why = f"; hooks such as steering change {changed[:1]}, and their part is no component"
+        elif (precision := autocast_precision(model)) is not None:
+            why = (
+                f": torch.autocast rounds to {precision} what float32 weights give; leave it, or "
+                f"load the model with dtype={precision}"
+            )
+        raise InputError(
+            f"decompose: the components of {model_name(model)} do not add up to its label logits "
+            f"(relative error {error:.2g}, expected at most {allowed:.2g}){why}"
+        )
+    return ComponentLogits(
+        data=_dataset(model, prompts, tokens, targets, label, logits, own),
+        error=error,
+    )
+
+
+def _targets(prompts: Prompts, column: str, labels: list[str]) -> np.ndarray:
+    if column not in prompts.rows:
+        raise InputError(
+            f"decompose: no column {column!r} with the right labels: rows have "
+            f"{list(prompts.rows)}; label=None if there are none"
+        )
+    values = label_texts(prompts.rows[column].array)
+    unknown = sorted({*values} - {*labels})
+    if unknown:
+        raise InputError(
+            f"decompose: label {str(unknown[0])!r} in column {column!r} is none of the choices "
+            f"{labels}"
+        )
+    return values.astype(object)
+
+
+def _dataset(
+    model: Any,
+    prompts: Prompts,
+    tokens: dict[str, int],
+    targets: np.ndarray | None,
+    column: str | None,
+    logits: np.ndarray,
+    own: np.ndarray,
+) -> xr.Dataset:
+    coords: dict[str, Any] = {"label": list(tokens), "token": ("label", list(tokens.values()))}
+    table = component_table(model)
+    coords |= {str(name): ("component", column.to_numpy()) for name, column in table.items()}
+    # The labels have an axis of that name; what was in the column is `target`.
+    left_out = (column, "label") if column is None else (column,)
+    rows = {k: v for k, v in prompts.label_arrays().items() if k not in left_out}
+    if taken := [name for name in rows if name in (*AXES, "label")]:
+        raise InputError(f"decompose: label {taken[0]!r} of the rows is the name of an axis")
+    coords |= {name: ("prompt", values) for name, values in rows.items()}
+    if targets is not None:
+        coords["target"] = ("prompt", targets)
+    return xr.Dataset(
+        {
+            "logits": (("prompt", "component", "label"), logits),
+            "model_logits": (("prompt", "label"), own),
+        },
+        coords,
+        {
+            "model": model_name(model),
+            "weights": fingerprint_again(model),
+            "tokenizer": prompts.tokenizer,
+            "prompts": prompts.digest(),
+            "soft_cap": soft_cap(model) or 0.0,
+        },
+    )

@@ -1,0 +1,437 @@
+"""How much each attention head is engaged by a task: attention times its gradient.
+
+    c_ilh = sum_qk A_ilh[q, k] dL_i/dA_ilh[q, k]        L_i the loss of prompt i
+    activation of head h of block l = mean over prompts of |c_ilh|
+
+computed as the gradient of a gate on the head (`probes.heads.gates`), without attention matrices
+(by the model's own fused kernel, where it has one: `lensclust.inference.fused_attention`).
+
+L_i is the mean cross-entropy of the answer's tokens, and prompts are summed: numbers do not
+depend on how prompts are batched. (The authors' script takes the mean over all answer tokens of
+a batch; its numbers are these times the prompt's share of the batch's answer tokens.)
+
+Source: Zhao et al. (arXiv 2409.15820, ACL 2025 long 831); that the absolute value is taken of
+each prompt's sum is read off the authors' published script. As an importance of heads: Michel,
+Levy & Neubig (arXiv 1905.10650), there normalised by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+from transformer_lens.model_bridge import TransformerBridge
+
+from lensclust import figures
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
+from lensclust.figures.display import Shown
+from lensclust.inference.checks import require_fits
+from lensclust.inference.fused_attention import fused_attention
+from lensclust.inference.gradients import with_gradients
+from lensclust.inference.readouts import Readout
+from lensclust.models.batching import BACKWARD, batches, default_budget
+from lensclust.models.devices import model_device
+from lensclust.models.fingerprints import fingerprint_again
+from lensclust.models.sites import head_blocks, model_name
+from lensclust.progress import progress_bar
+from lensclust.prompts.prompts import Prompts
+from lensclust.results.statistics import mean_interval
+from probes.heads.gates import (
+    RowLosses,
+    gate_gradients,
+    require_attention_times_gradient,
+    require_reach,
+)
+
+# One forward's tokens over those of one with a backward, where attention is fused.
+FUSED = 2
+AXES = ("prompt", "block", "head")
+
+
+@checked_arguments
+@with_gradients
+def head_activation(
+    model: TransformerBridge,
+    prompts: Prompts,
+    *,
+    loss: str | Readout = "answer",
+    batch_tokens: int | None = None,
+    progress: bool = True,
+) -> HeadActivation:
+    """The activation of every head by prompts: attention times gradient of the loss, absolute.
+
+    Args:
+        model: a hooked model, in eval mode. Its parameters are frozen meanwhile, and then as
+            they were.
+        prompts: with an answer each, for ``loss="answer"``.
+        loss: ``"answer"``, the mean cross-entropy of a prompt's answer tokens in nats; or a
+            function of the logits at the last token of prompts ``(row, vocab)`` and the numbers
+            of the prompts to one differentiable loss a row, each of its own row alone.
+        batch_tokens: upper bound of the tokens of one forward and backward; default a quarter of
+            that of `lensclust.extract`, since a backward holds every layer's states, and half of
+            it where no attention matrices are among them.
+        progress: show a bar.
+
+    Returns:
+        A number for each prompt and head (blocks without attention have none), in nats, with its
+        sign and without.
+
+    Raises:
+        InputError: if the model is in training mode, prompts do not fit it or have no answer, a
+            loss or its gradient is not finite (of which prompt), or the numbers would not be
+            attention times gradient: attention that fires hooks beside the computation, a norm
+            before ``hook_z``, or weights whose code has no backward. That is tried once for each
+            model, on the shortest prompt.
+
+    >>> import lensclust as lc
+    >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
+    >>> found = head_activation(model, prompts)
+    >>> found.pattern.dims, found.pattern.shape, bool((found.pattern > 0).all())
+    (('block', 'head'), (6, 4), True)
+    """
+    if batch_tokens is not None and batch_tokens < 1:
+        raise InputError(f"head_activation: batch_tokens={batch_tokens}, expected at least 1")
+    scoring = _scoring(model, prompts, loss)
+    shortest = scoring.batch(scoring.lengths.argmin().repeat(2))
+    require_attention_times_gradient(model, *shortest)
+    losses = torch.empty(len(prompts), dtype=torch.float64)
+    signed: list[Tensor] = []
+    order: list[Tensor] = []
+    with (
+        fused_attention(model, int(scoring.lengths.max())) as fused,
+        progress_bar("head_activation", len(prompts), enabled=progress) as advance,
+    ):
+        budget = batch_tokens or max(1, default_budget(model) // (FUSED if fused else BACKWARD))
+        require_reach(model, *shortest, path=fused)
+        for rows in batches(model, scoring.lengths, budget):
+            found, gradients = gate_gradients(model, *scoring.batch(rows))
+            _require_finite(rows, found, "loss")
+            _require_finite(rows, gradients.flatten(1).sum(1), "gradient of the loss")
+            losses[rows] = found.double().cpu()
+            signed.append(gradients.cpu())
+            order.append(rows)
+            advance(len(rows))
+    back = torch.cat(order).argsort()
+    return HeadActivation(
+        _dataset(model, prompts, torch.cat(signed)[back].numpy(), losses.numpy(), scoring.name)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Scoring:
+    """What is run, where logits are made, and how they make the loss of each row."""
+
+    name: str
+    device: torch.device
+    tokens: Int[Tensor, "prompt length"]
+    lengths: Int[Tensor, " prompt"]
+    scored: Bool[Tensor, "prompt length"]
+    losses: Callable[[Int[Tensor, " row"]], RowLosses]
+
+    def batch(
+        self, rows: Int[Tensor, " row"]
+    ) -> tuple[Int[Tensor, "row length"], Bool[Tensor, "row length"], RowLosses]:
+        """These prompts' tokens without needless padding, and what goes with them."""
+        longest = int(self.lengths[rows].max())
+        tokens, scored = (each[rows, :longest] for each in (self.tokens, self.scored))
+        return tokens.to(self.device), scored.to(self.device), self.losses(rows)
+
+
+def _scoring(model: TransformerBridge, prompts: Prompts, loss: str | Readout) -> _Scoring:
+    if not isinstance(loss, str):
+        return _last_token(model, prompts, loss)
+    if loss != "answer":
+        raise InputError(
+            f"head_activation: loss {loss!r} is not known: expected 'answer' or a function of "
+            "logits and prompt numbers"
+        )
+    if prompts.answers is None or not all(prompts.answers):
+        given = prompts.answers or [()]
+        without = next(index for index, answer in enumerate(given) if not answer)
+        raise InputError(
+            f"head_activation: prompt {without} has no answer, expected one for each prompt; give "
+            "loss= a function of logits if there are none"
+        )
+    tokens, lengths, answered = prompts.with_answers()
+    # The last token of an answer is predicted, never read; its id has to exist all the same.
+    lengths = lengths - 1
+    require_fits(model, replace(prompts, tokens=tokens, lengths=lengths), caller="head_activation")
+    targets, scored = tokens[:, 1:], answered[:, 1:]
+
+    def losses(rows: Int[Tensor, " row"]) -> RowLosses:
+        wanted, counts = targets[rows][scored[rows]], scored[rows].sum(1)
+
+        def of(logits: Tensor, owner: Tensor) -> Float[Tensor, " row"]:
+            each = F.cross_entropy(logits, wanted.to(logits.device), reduction="none")
+            share = each / counts.to(each)[owner]
+            return torch.zeros(len(rows)).to(each).index_add(0, owner, share)
+
+        return of
+
+    device = model_device(model)
+    return _Scoring("answer", device, tokens[:, :-1], lengths, scored, losses)
+
+
+def _last_token(model: TransformerBridge, prompts: Prompts, loss: Readout) -> _Scoring:
+    require_fits(model, prompts, caller="head_activation")
+    scored = torch.arange(prompts.tokens.shape[1]) == prompts.lengths[:, None] - 1
+
+    def losses(rows: Int[Tensor, " row"]) -> RowLosses:
+        def of(logits: Tensor, owner: Tensor) -> Float[Tensor, " row"]:
+            found: Any = loss(logits, rows)
+            if not isinstance(found, Tensor) or found.shape != rows.shape:
+                is_tensor = isinstance(found, Tensor)
+                given = f"of shape {tuple(found.shape)}" if is_tensor else type(found).__name__
+                raise InputError(
+                    f"head_activation: the loss of {len(rows)} prompts is {given}, expected one "
+                    "number each, in a tensor"
+                )
+            return found
+
+        return of
+
+    name = getattr(loss, "__name__", "loss").strip("<>")
+    return _Scoring(name, model_device(model), prompts.tokens, prompts.lengths, scored, losses)
+
+
+def _require_finite(rows: Int[Tensor, " row"], values: Float[Tensor, " row"], what: str) -> None:
+    bad = (~torch.isfinite(values)).nonzero()[:, 0].cpu()
+    if len(bad):
+        row = int(rows[bad].min())
+        raise InputError(
+            f"head_activation: the {what} of prompt {row} is not finite"
+            f"{f' (nor of {len(bad) - 1} others of its batch)' if len(bad) > 1 else ''}"
+        )
+
+
+def _dataset(
+    model: Any, prompts: Prompts, signed: np.ndarray, losses: np.ndarray, name: str
+) -> xr.Dataset:
+    labels = prompts.label_arrays()
+    if taken := [label for label in labels if label in (*AXES, "signed", "loss")]:
+        raise InputError(
+            f"head_activation: label {taken[0]!r} of the rows is the name of an axis or variable"
+        )
+    return xr.Dataset(
+        {"signed": (AXES, signed), "loss": (("prompt",), losses)},
+        {
+            "block": head_blocks(model),
+            "head": np.arange(signed.shape[2]),
+            **{label: ("prompt", values) for label, values in labels.items()},
+        },
+        {
+            "model": model_name(model),
+            "weights": fingerprint_again(model),
+            "tokenizer": prompts.tokenizer,
+            "prompts": prompts.digest(),
+            "loss": name,
+        },
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class HeadActivation(Shown):
+    """How much each head is engaged by each of some prompts.
+
+    Attributes:
+        data: ``signed (prompt, block, head)``, the gradient of each prompt's loss with respect
+            to a gate on the head, and ``loss (prompt)``, both in nats. Prompts have what
+            ``rows`` said of them; attributes hold the provenance.
+    """
+
+    data: xr.Dataset
+
+    @property
+    def signed(self) -> xr.DataArray:
+        """With its sign ``(prompt, block, head)``: above 0 where more of the head would hurt."""
+        return self.data["signed"]
+
+    @property
+    def values(self) -> xr.DataArray:
+        """Without its sign ``(prompt, block, head)``."""
+        return abs(self.signed).rename("activation")
+
+    @property
+    def losses(self) -> xr.DataArray:
+        """Each prompt's loss ``(prompt)``."""
+        return self.data["loss"]
+
+    @cached_property
+    def pattern(self) -> xr.DataArray:
+        """The activation pattern ``(block, head)``: the mean over prompts, in float64."""
+        return self.values.astype(np.float64).mean("prompt")
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row a head: ``site, block, head, value, ci_low, ci_high, n``.
+
+        Intervals are Student-t's over prompts, NaN for a single prompt.
+        """
+        values = self.values.values.astype(np.float64)
+        rows = []
+        blocks, heads = (self.values[axis].values.tolist() for axis in ("block", "head"))
+        for at, head in np.ndindex(values.shape[1:]):
+            value, low, high = mean_interval(values[:, at, head])
+            block, head = blocks[at], heads[head]
+            place = {"site": f"head {block}.{head}", "block": block, "head": head}
+            rows.append({**place, "value": value, "ci_low": low, "ci_high": high})
+        return pd.DataFrame(rows).assign(n=len(values))
+
+    def concentration(
+        self, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    ) -> pd.DataFrame:
+        """How concentrated the pattern is on few heads.
+
+        Args:
+            resamples: of the prompts, for the percentile interval. Noise of few prompts makes a
+                pattern look more concentrated than it is, and resampling adds as much again.
+            confidence: of the interval.
+            seed: of the resampling.
+
+        Returns:
+            One row a metric: ``metric, value, ci_low, ci_high, convention, n``; the metrics are
+            ``gini``, ``cv`` and ``kurtosis``. The interval of one prompt is NaN.
+
+        Raises:
+            InputError: if the number of resamples or the confidence makes no sense, or the
+                pattern is 0 everywhere.
+        """
+        if resamples < 1 or not 0 < confidence < 1:
+            raise InputError(
+                "concentration: expected resamples of at least 1 and a confidence between 0 and "
+                f"1, given {resamples}, {confidence}"
+            )
+        values = self.values.values.astype(np.float64)
+        n = len(values)
+        if not values.any():
+            raise InputError("concentration: no head is active at all: the pattern is 0")
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples) / n
+        patterns = drawn @ values.reshape(n, -1)
+        tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+        rows = []
+        for metric, (measure, convention) in CONCENTRATION.items():
+            low, high = np.quantile(measure(patterns), tails) if n > 1 else (np.nan, np.nan)
+            value = float(measure(self.pattern.values.ravel()))
+            row = {"metric": metric, "value": value, "ci_low": float(low), "ci_high": float(high)}
+            rows.append({**row, "convention": convention, "n": n})
+        return pd.DataFrame(rows)
+
+    def similarity(self, other: HeadActivation) -> pd.Series:
+        """How alike two patterns of models of one shape are: ``pearson``, ``spearman``, ``mse``.
+
+        Correlations do not see a common factor, such as that of a loss in other units; the mean
+        squared difference does.
+
+        Raises:
+            InputError: if the patterns have not the same heads.
+        """
+        return pattern_similarity(self.pattern.values, other.pattern.values)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> HeadActivation:
+        """The prompts at ``indices``, in that order.
+
+        Raises:
+            InputError: if none is given.
+        """
+        if len(indices) == 0:
+            raise InputError("head activation: no prompt taken, expected at least one")
+        return replace(self, data=self.data.isel(prompt=np.asarray(indices)))
+
+    def where(self, **labels: Any) -> HeadActivation:
+        """The prompts with the given labels (a value or a list of values each).
+
+        Raises:
+            InputError: if a label does not exist or no prompt is left.
+        """
+        keep = np.ones(self.data.sizes["prompt"], dtype=bool)
+        known = [str(c) for c in self.data.coords if self.data[c].dims == ("prompt",)]
+        for name, wanted in labels.items():
+            if name not in known:
+                raise InputError(f"head activation: no label {name!r}: prompts have {known}")
+            among = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
+            keep &= np.isin(self.data[name].values, among)
+        return self.take(np.flatnonzero(keep))
+
+    def plot(self) -> Any:
+        """A heat map of the pattern."""
+        return figures.head_map(
+            self.frame,
+            title="Activation of each head",
+            caption=f"Attention times gradient, magnitude; mean over {len(self)} prompts.",
+            value_title="activation",
+        )
+
+    def __len__(self) -> int:
+        return self.data.sizes["prompt"]
+
+    def __repr__(self) -> str:
+        most = self.frame.iloc[int(self.frame["value"].argmax())]
+        sizes = self.pattern.sizes
+        return (
+            f"HeadActivation({len(self)} prompts, {sizes['block']} blocks x {sizes['head']} heads; "
+            f"most {most['value']:.3g} at {most['site']}, mean {float(self.pattern.mean()):.3g})"
+        )
+
+
+def pattern_similarity(
+    ours: Float[np.ndarray, "block head"], theirs: Float[np.ndarray, "_block _head"]
+) -> pd.Series:
+    """Pearson, Spearman and mean squared difference of two patterns over heads.
+
+    Correlations with a pattern that is the same everywhere are NaN.
+
+    Raises:
+        InputError: if the shapes differ.
+
+    >>> found = pattern_similarity(np.array([[1.0, 2.0, 4.0]]), np.array([[2.0, 4.0, 8.0]]))
+    >>> found.round(6).to_dict()
+    {'pearson': 1.0, 'spearman': 1.0, 'mse': 7.0}
+    """
+    if ours.shape != theirs.shape:
+        raise InputError(
+            f"similarity: patterns of {ours.shape} and {theirs.shape} blocks and heads, expected "
+            "the same"
+        )
+    a, b = (each.astype(np.float64).ravel() for each in (ours, theirs))
+    flat = np.ptp(a) == 0 or np.ptp(b) == 0
+    pearson: Any = None if flat else stats.pearsonr(a, b)
+    spearman: Any = None if flat else stats.spearmanr(a, b)
+    return pd.Series(
+        {
+            "pearson": np.nan if flat else float(pearson.statistic),
+            "spearman": np.nan if flat else float(spearman.statistic),
+            "mse": float(np.mean((a - b) ** 2)),
+        }
+    )
+
+
+def gini(x: Float[np.ndarray, "... n"]) -> Float[np.ndarray, ...]:
+    """Gini coefficient along the last axis, of numbers of at least 0.
+
+    >>> float(gini(np.array([1.0, 1.0, 1.0]))), float(gini(np.array([0.0, 0.0, 3.0])))
+    (0.0, 0.6666666666666666)
+    """
+    n = x.shape[-1]
+    place = 2 * np.arange(1, n + 1) - n - 1
+    return np.sort(x, axis=-1) @ place / (n * x.sum(-1))
+
+
+CONCENTRATION: dict[str, tuple[Any, str]] = {
+    "gini": (gini, "0 for equal heads"),
+    "cv": (lambda x: stats.variation(x, axis=-1), "of the population"),
+    "kurtosis": (
+        lambda x: stats.kurtosis(x, axis=-1, fisher=False),
+        "m4 / m2², 3 for a normal distribution",
+    ),
+}

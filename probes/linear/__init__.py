@@ -1,0 +1,1 @@
+"""probes.linear.linear_probe"""

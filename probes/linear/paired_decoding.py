@@ -1,0 +1,204 @@
+"""Does a component of the prompt become easier to read off the states, with demonstrations?
+
+Standard of evidence: both conditions are read by the same probe from the same folds, in which the
+nuisance item (the name, when the activity is decoded) is held out whole; what is reported is the
+difference prompt by prompt, with an interval over resampled items and a p from exchanging the two
+conditions within items. For each condition against permuted labels, see `probes.probe`. That a
+component can be decoded does not say that the model uses it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+from threadpoolctl import threadpool_limits
+
+from lensclust.activations.dataset import dataset_sites, labelled, prompt_labels, require_axes
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
+from lensclust.figures.display import Shown
+from lensclust.prompts.labels import require_same_prompts
+from probes.design import Units, exchangeable, flipped_p, nested, smallest_flip_p
+from probes.design.folds import design
+from probes.linear.moments import SOLVERS
+from probes.linear.site_fits import SiteRows, held_out_labels
+
+log = logging.getLogger(__name__)
+
+CONDITIONS = ("without", "with")
+
+
+@dataclass(frozen=True, repr=False)
+class PairedDecoding(Shown):
+    """Held-out accuracy of one target at each site, in two conditions of the same prompts.
+
+    Attributes:
+        frame: one row a site: ``site, kind, layer, head, by, probe, penalty, accuracy_without,
+            accuracy_with, value`` (the difference), ``ci_low, ci_high`` (95 %, over items), ``p,
+            p_corrected`` (two-sided), ``smallest_p, n, n_items``.
+        right: whether each prompt was read right, ``(condition, site, prompt)``.
+    """
+
+    frame: pd.DataFrame
+    right: xr.DataArray
+
+    def __repr__(self) -> str:
+        best = self.frame.iloc[int(np.abs(self.frame["value"]).argmax())]
+        return (
+            f"PairedDecoding(by={best['by']!r}, {len(self.frame)} sites; largest change "
+            f"{best['value']:+.2f} [{best['ci_low']:+.2f}, {best['ci_high']:+.2f}] at "
+            f"{best['site']})"
+        )
+
+
+@checked_arguments
+def decode(
+    without: xr.Dataset,
+    with_demonstrations: xr.Dataset,
+    *,
+    target: str,
+    groups: str,
+    kind: str = "ridge",
+    penalty: float = 1e-2,
+    kinds: str | Sequence[str] | None = None,
+    position: str | None = None,
+    folds: int = 5,
+    units: Units = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> PairedDecoding:
+    """Read one component of the prompts at every site, with and without demonstrations.
+
+    Args:
+        without, with_demonstrations: activations of the same queries in the same order.
+        target: the component; a label. Numbers are classes too.
+        groups: the nuisance item, held out whole; a label.
+        kind: ``ridge``, ``lda`` or ``mass_mean``, as in `probes.probe`.
+        penalty: in units of the mean eigenvalue of the training scatter.
+        kinds: only these kinds of site.
+        position: which read position, if the activations hold several.
+        folds: number of splits.
+        units: rows whose change is one (an item of the interval and of p): a column, several or
+            one value a row. Default: those of one group, or of one wording where groups are finer.
+        resamples: of the items for the interval, and exchanges for p (all there are if fewer).
+        seed: of folds, resamples and exchanges.
+
+    Raises:
+        InputError: if the two sets differ in prompts, target, groups or sites, or an option or
+            label does not exist, or the folds cannot be made (`probes.probe`).
+
+    >>> import lensclust as lc
+    >>> prompts = lc.tasks.sif().where(split="both")
+    >>> model = lc.load("native:sif-small")
+    >>> first, last = (
+    ...     lc.extract(model, prompts, "resid 0", at=at).assign_coords(position=["here"])
+    ...     for at in ("instruction_start", "answer")
+    ... )
+    >>> found = decode(first, last, target="input", groups="template")
+    >>> bool(found.frame.ci_low[0] > 0.5)  # the input's own token against one before it
+    True
+    """
+    if kind not in SOLVERS:
+        raise InputError(f"decode: kind {kind!r} is not known: expected one of {list(SOLVERS)}")
+    if resamples < 2:
+        raise InputError(f"decode: resamples={resamples}, expected at least 2")
+    _require_pairs((without, with_demonstrations), (target, groups))
+    kept, unlabelled = labelled("decode", without, target=target, groups=groups)
+    for note in unlabelled:
+        log.warning("decode: %s", note)
+    if unlabelled:
+        without, with_demonstrations = (
+            side.isel(prompt=kept) for side in (without, with_demonstrations)
+        )
+    sides = (without, with_demonstrations)
+    sites = dataset_sites(without, kinds)
+    if sites != dataset_sites(with_demonstrations, kinds):
+        raise InputError("decode: the two sets hold other sites, expected the same")
+    plan = design(
+        without,
+        target=target,
+        groups=groups,
+        control=None,
+        folds=folds,
+        permutations=0,
+        seed=seed,
+    )
+    true = plan.codes[:, 0]
+    with threadpool_limits(1):
+        read = np.array(
+            [
+                [held_out_labels(SiteRows.of(a, s, position), plan, kind, penalty) for s in sites]
+                for a in sides
+            ]
+        )
+    right = read == true
+    item = _items(without, target, groups, units)
+    value, low, high, p, corrected = _paired(right, item, resamples, seed)
+    frame = pd.DataFrame(
+        {
+            "site": [str(site) for site in sites],
+            "kind": [site.kind for site in sites],
+            "layer": [site.layer for site in sites],
+            "head": pd.array([site.head for site in sites], dtype="Int64"),
+            "by": target,
+            "probe": kind,
+            "penalty": penalty,
+            "accuracy_without": right[0].mean(1),
+            "accuracy_with": right[1].mean(1),
+            "value": value,
+            "ci_low": low,
+            "ci_high": high,
+            "p": p,
+            "p_corrected": corrected,
+            "smallest_p": smallest_flip_p(int(item.max()) + 1, resamples),
+            "n": right.shape[2],
+            "n_items": item.max() + 1,
+        }
+    )
+    coords = {"condition": list(CONDITIONS), "site": frame["site"].to_numpy(dtype=object)}
+    labels = {name: ("prompt", prompt_labels(without, name)) for name in (target, groups)}
+    return PairedDecoding(
+        frame, xr.DataArray(right, coords | labels, ("condition", "site", "prompt"))
+    )
+
+
+def _paired(
+    right: np.ndarray, item: Int[np.ndarray, " prompt"], resamples: int, seed: int
+) -> tuple[Float[np.ndarray, " site"], ...]:
+    """Difference of accuracies, its interval over items, and p from exchanging conditions."""
+    change = right[1].astype(np.float64) - right[0]
+    sizes = np.bincount(item)
+    of_item = np.stack([np.bincount(item, row) for row in change])
+    value = of_item.sum(1) / sizes.sum()
+    drawn = np.random.default_rng(seed).multinomial(
+        len(sizes), np.full(len(sizes), 1 / len(sizes)), resamples
+    )
+    means = (of_item @ drawn.T) / (drawn @ sizes)
+    low, high = np.quantile(means, [0.025, 0.975], axis=1)
+    return value, low, high, *flipped_p(change, item, resamples, seed=seed)
+
+
+def _items(acts: xr.Dataset, target: str, groups: str, units: Units) -> Int[np.ndarray, " prompt"]:
+    """The rows whose change is one: those of a group, or of the wording in which groups lie."""
+    labels = prompt_labels(acts, target)
+    if units is not None:
+        return exchangeable(labels, acts, by=target, units=units, call="decode").unit
+    group = np.unique(prompt_labels(acts, groups), return_inverse=True)[1]
+    wording = exchangeable(labels, acts, by=target).wording
+    return wording if wording is not None and nested(group, wording) else group
+
+
+def _require_pairs(sides: tuple[xr.Dataset, xr.Dataset], names: tuple[str, str]) -> None:
+    for each in sides:
+        require_axes(each)
+    n, m = (each.sizes["prompt"] for each in sides)
+    if n != m:
+        raise InputError(f"decode: {n} prompts without and {m} with, expected pairs")
+    one, other = ({name: prompt_labels(each, name) for name in names} for each in sides)
+    require_same_prompts("decode", one, other)

@@ -1,0 +1,167 @@
+"""One site's probes: fitted without each fold, tested on it, for every labelling and penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+
+from lensclust.activations.dataset import head_frame, select
+from lensclust.errors import InputError
+from lensclust.models.sites import Site
+from probes.arrays import Array, host, like, placed, wide
+from probes.design.folds import Design
+from probes.linear.logistic import logistic
+from probes.linear.moments import SOLVERS, Moments, Readout
+
+PROBES = (*SOLVERS, "logistic")
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """The rows of one site, read batch by batch as often as they are iterated over.
+
+    Attributes:
+        name: the site, for messages.
+        stored: activations ``(prompt, d)``, in memory or still on disk.
+        frame: what heads are multiplied by to have the geometry of their contributions.
+        device: where the rows are to be; None for numpy.
+    """
+
+    name: str
+    stored: xr.Variable
+    frame: Float[np.ndarray, "d rank"] | None
+    device: Any = None
+
+    @classmethod
+    def of(cls, acts: xr.Dataset, site: Site, position: str | None, device: Any = None) -> SiteRows:
+        """One site of a dataset, not read yet."""
+        stored = select(acts, site, position=position).variable
+        if site.kind != "head":
+            return cls(str(site), stored, None, device)
+        frame = head_frame(acts, site).transpose("d_head", "rank").values
+        return cls(str(site), stored, frame.astype(np.float64), device)
+
+    def __iter__(self) -> Iterator[tuple[slice, Float[Array, "row d"]]]:
+        """Where the batch stands, and its rows in float64.
+
+        Raises:
+            InputError: after the last batch, if a value was not finite.
+        """
+        bad = 0
+        frame = None if self.frame is None else placed(self.frame, self.device)
+        for start in range(0, len(self.stored), BATCH_ROWS):
+            part = slice(start, min(start + BATCH_ROWS, len(self.stored)))
+            stored = self.stored[part].values
+            bad += int((~np.isfinite(stored).all(1)).sum())
+            if not bad:
+                x = wide(placed(stored, self.device))
+                yield part, x if frame is None else x @ frame
+        if bad:
+            raise InputError(
+                f"probe: {self.name} has NaN or infinite values in {bad} of {len(self.stored)} rows"
+            )
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """What the probes of one site got right, and the probe fitted to all rows.
+
+    Attributes:
+        hits: held-out rows of each class that were predicted right.
+        weights, intercepts: of the first penalty, for activations as stored.
+        unconverged: fits that stopped early.
+    """
+
+    hits: Int[np.ndarray, "penalty fold class labelling"]
+    weights: Float[np.ndarray, "class d"]
+    intercepts: Float[np.ndarray, " class"]
+    unconverged: int = 0
+
+
+def fit_site(rows: SiteRows, plan: Design, kind: str, penalties: Sequence[float]) -> SiteFit:
+    """Fit and test one kind of probe at one site; reads the rows twice."""
+    if kind == "logistic":
+        return _fit_logistic(rows, plan, penalties)
+    return _fit_moments(rows, plan, penalties, kind)
+
+
+def held_out_labels(
+    rows: SiteRows, plan: Design, kind: str, penalty: float
+) -> Int[np.ndarray, " row"]:
+    """The label (its index) that a probe fitted without a row's fold reads off the row."""
+    solve = SOLVERS[kind]
+    moments = Moments(n_folds=plan.n_folds, n_classes=len(plan.names))
+    for part, x in rows:
+        moments.update(x, plan.codes[part, :1], plan.fold[part])
+    readouts = [solve(moments.training(held_out=fold), penalty) for fold in range(plan.n_folds)]
+    found = np.empty(len(plan.fold), dtype=np.int64)
+    for part, x in rows:
+        for fold in np.unique(plan.fold[part]):
+            inside = np.flatnonzero(plan.fold[part] == fold)
+            found[part.start + inside] = host(readouts[fold](x[like(inside, x)]))[:, 0]
+    return found
+
+
+def class_counts(
+    codes: Int[np.ndarray, "row labelling"], n_classes: int, keep: np.ndarray | None = None
+) -> Int[np.ndarray, "class labelling"]:
+    """Rows of each class under each labelling, optionally only where ``keep``."""
+    labellings = codes.shape[1]
+    cell = codes + n_classes * np.arange(labellings, dtype=np.int32)
+    counts = np.bincount(
+        cell.ravel() if keep is None else cell[keep], minlength=n_classes * labellings
+    )
+    return counts.reshape(labellings, n_classes).T
+
+
+def _fit_moments(rows: SiteRows, plan: Design, penalties: Sequence[float], kind: str) -> SiteFit:
+    solve, n_classes = SOLVERS[kind], len(plan.names)
+    moments = Moments(n_folds=plan.n_folds, n_classes=n_classes)
+    for part, x in rows:
+        moments.update(x, plan.codes[part], plan.fold[part])
+    trainings = [moments.training(held_out=fold) for fold in range(plan.n_folds)]
+    readouts = [[solve(training, penalty) for penalty in penalties] for training in trainings]
+    hits = np.zeros((len(penalties), plan.n_folds, n_classes, plan.codes.shape[1]), dtype=np.int64)
+    for part, x in rows:
+        for fold in np.unique(plan.fold[part]):
+            inside = plan.fold[part] == fold
+            tested, codes = x[like(inside, x)], plan.codes[part][inside]
+            for index, readout in enumerate(readouts[fold]):
+                right = host(readout(tested)) == codes
+                hits[index, fold] += class_counts(codes, n_classes, right)
+    whole = solve(moments.training(labellings=slice(0, 1)), penalties[0])
+    return SiteFit(hits, *_as_stored(whole, rows.frame))
+
+
+def _fit_logistic(rows: SiteRows, plan: Design, penalties: Sequence[float]) -> SiteFit:
+    n_classes = len(plan.names)
+    x = np.concatenate([values for _, values in rows])
+    hits = np.zeros((len(penalties), plan.n_folds, n_classes, plan.codes.shape[1]), dtype=np.int64)
+    stopped = 0
+    for fold in range(plan.n_folds):
+        tested = plan.fold == fold
+        for labelling, codes in enumerate(plan.codes.T):
+            for index, penalty in enumerate(penalties):
+                readout, converged = logistic(
+                    x[~tested], codes[~tested], penalty, n_classes=n_classes
+                )
+                stopped += not converged
+                own = codes[tested, None]
+                right = class_counts(own, n_classes, readout(x[tested]) == own)
+                hits[index, fold, :, labelling] = right[:, 0]
+    whole, converged = logistic(x, plan.codes[:, 0], penalties[0], n_classes=n_classes)
+    return SiteFit(hits, *_as_stored(whole, rows.frame), stopped + (not converged))
+
+
+def _as_stored(
+    readout: Readout, frame: Float[np.ndarray, "d rank"] | None
+) -> tuple[Float[np.ndarray, "class d"], Float[np.ndarray, " class"]]:
+    """Weights for what is stored: ``(z F) w = z (F w)``."""
+    weights, intercepts = readout.affine()
+    return weights if frame is None else weights @ frame.T, intercepts

@@ -1,0 +1,216 @@
+"""Prompt x prompt dissimilarities: those that a hypothesis says, and those of a site's states.
+
+A hypothesis says which prompts should lie apart: 0 where two share a component (a name, an
+activity), 1 where they do not, or graded by how far two numbers differ. A state RDM holds the
+distances that the states of a site have. Only the pairs above the diagonal count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+from scipy.spatial.distance import pdist
+
+from lensclust.activations.dataset import label_columns
+from lensclust.arguments import checked_arguments
+from lensclust.errors import InputError
+from lensclust.prompts.labels import MISSING, label_texts, require_same_prompts
+from lensclust.prompts.prompts import Prompts
+from probes.design.groups import require_two_values
+
+# What is left of the distance between equal rows is rounding; it must not be ranked.
+DECIMALS = 10
+PAIR_DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "cosine": lambda x: np.round(pdist(x, "cosine"), DECIMALS),
+    "correlation": lambda x: np.round(pdist(x, "correlation"), DECIMALS),
+    "euclidean": lambda x: pdist(x, "euclidean"),
+}
+DISTANCES = (*PAIR_DISTANCES, "crossnobis")
+
+
+@checked_arguments
+def hypothesis(
+    rows: xr.Dataset | pd.DataFrame, name: str, *, graded: bool = False
+) -> Float[np.ndarray, "prompt prompt"]:
+    """Dissimilarity of prompts by one label: 0 where two share its value, 1 elsewhere.
+
+    With ``graded`` the label is a number, and the dissimilarity ``|a_i - a_j|``, divided by the
+    largest.
+
+    Args:
+        rows: activations (labels are coordinates of ``prompt``) or a frame of rows.
+        name: the label.
+        graded: by distance instead of equality.
+
+    Raises:
+        InputError: if there is no such label, all prompts have one value, or ``graded`` is asked
+            of what is not a finite number.
+
+    >>> rows = pd.DataFrame({"name": ["Ann", "Ann", "Bo"], "slope": [1, 2, 5]})
+    >>> hypothesis(rows, "name")[0].tolist(), hypothesis(rows, "slope", graded=True)[0].tolist()
+    ([0.0, 0.0, 1.0], [0.0, 0.25, 1.0])
+    """
+    values = _label(rows, name)
+    texts = label_texts(values)
+    require_two_values("hypothesis", name, texts)
+    if missing := int((texts == MISSING).sum()):
+        raise InputError(
+            f"hypothesis: {missing} of {len(texts)} prompts have no label {name!r}; leave them out"
+        )
+    if not graded:
+        codes = np.unique(texts, return_inverse=True)[1]
+        return (codes[:, None] != codes).astype(np.float64)
+    try:
+        numbers = values.astype(np.float64)
+    except ValueError:
+        numbers = np.array([np.nan])
+    if not np.isfinite(numbers).all():
+        raise InputError(
+            f"hypothesis: graded=True, but label {name!r} holds values such as "
+            f"{str(values[0])!r}, expected finite numbers"
+        )
+    apart = np.abs(numbers[:, None] - numbers)
+    return apart / apart.max()
+
+
+@checked_arguments
+def combined(
+    hypotheses: Sequence[Float[np.ndarray, "prompt prompt"]],
+) -> Float[np.ndarray, "prompt prompt"]:
+    """The mean of several hypotheses: prompts lie apart as far as they differ in all of them.
+
+    Raises:
+        InputError: if none is given or their sizes differ.
+
+    >>> rows = pd.DataFrame({"name": ["Ann", "Ann", "Bo"], "activity": ["runs", "reads", "runs"]})
+    >>> combined([hypothesis(rows, "name"), hypothesis(rows, "activity")])[0].tolist()
+    [0.0, 0.5, 0.5]
+    """
+    shapes = {np.shape(matrix) for matrix in hypotheses}
+    if len(shapes) != 1:
+        raise InputError(f"combined: expected matrices of one size, given {sorted(shapes)}")
+    return np.mean(list(hypotheses), axis=0)
+
+
+@checked_arguments
+def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
+    """Activations labelled with what their prompts look like: ``length`` and ``first_token``.
+
+    ``length`` is in tokens; ``first_token`` is the id of the first, or of the second where all
+    prompts begin with the same one (a beginning-of-sequence token). Labels that are there stay.
+
+    Raises:
+        InputError: if there are more or fewer activations than prompts, or their labels differ.
+
+    >>> import lensclust as lc
+    >>> prompts = lc.tasks.sif().where(split="both")
+    >>> acts = lc.extract(lc.load("native:sif-small"), prompts, "resid 0")
+    >>> sorted(set(with_nuisances(acts, prompts).coords) - set(acts.coords))
+    ['first_token', 'length']
+    """
+    if acts.sizes["prompt"] != len(prompts):
+        raise InputError(
+            f"with_nuisances: {acts.sizes['prompt']} activations, but {len(prompts)} prompts"
+        )
+    require_same_prompts("with_nuisances", label_columns(acts), prompts.label_arrays())
+    tokens = prompts.tokens.numpy()
+    column = int(tokens.shape[1] > 1 and (tokens[:, 0] == tokens[0, 0]).all())
+    seen = {"length": prompts.lengths.numpy(), "first_token": tokens[:, column].astype(str)}
+    fresh = {name: ("prompt", value) for name, value in seen.items() if name not in acts.coords}
+    return acts.assign_coords(fresh)
+
+
+def nuisance(acts: xr.Dataset, name: str) -> Float[np.ndarray, "prompt prompt"]:
+    """Dissimilarity by a label that is no hypothesis: numbers graded, the rest same or not.
+
+    0 throughout where all prompts have one value: there is nothing to control then.
+
+    Raises:
+        InputError: if the activations have no such label.
+    """
+    values = _label(acts, name)
+    if len(set(values.tolist())) < 2:
+        return np.zeros((len(values), len(values)))
+    return hypothesis(acts, name, graded=values.dtype.kind in "iuf")
+
+
+def pair_index(n: int) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
+    """Rows and columns above the diagonal, in the order of scipy's ``pdist``."""
+    first, second = np.triu_indices(n, 1)
+    return first, second
+
+
+def standardised(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, "row d"]:
+    """Each feature centred and divided by its spread over the rows; 0 where it has none."""
+    spread = x.std(0)
+    constant = x.max(0) == x.min(0)
+    return np.where(constant, 0.0, (x - x.mean(0)) / np.where(constant, 1.0, spread))
+
+
+def state_distances(
+    x: Float[np.ndarray, "row d"], distance: str, *, site: str
+) -> Float[np.ndarray, " pair"]:
+    """Distances of the rows of a site, above the diagonal.
+
+    Raises:
+        InputError: if a row has no direction, so that no angle is defined.
+    """
+    if (x == x[0]).all():
+        return np.zeros(len(x) * (len(x) - 1) // 2)
+    found = PAIR_DISTANCES[distance](x)
+    if not np.isfinite(found).all():
+        raise InputError(
+            f"rsa: {site}: a row has no {distance} distance (all its features are equal or 0), "
+            "expected states with a direction; use distance='euclidean'"
+        )
+    return found
+
+
+def crossnobis(
+    x: Float[np.ndarray, "repeat item d"],
+) -> Float[np.ndarray, " pair"]:
+    """Cross-validated Mahalanobis distances between items, over their repeats; can be below 0.
+
+    The noise is what differs between the repeats of an item, its covariance shrunk towards its
+    diagonal; the distances are rsatoolbox's, divided by the number of features. With the noise
+    known they would be 0 on average between items that are alike. It is estimated from the same
+    repeats, which adds a little, the less the more items there are, and to all pairs alike: no
+    correlation with a hypothesis sees it. Features that are the same in all repeats have no noise
+    to measure by and are left out; without any other, all distances are 0.
+    """
+    noisy = (np.ptp(x, axis=0) > 0).any(0)
+    if not noisy.any():
+        return np.zeros(x.shape[1] * (x.shape[1] - 1) // 2)
+    x = x[..., noisy]
+    # Seconds to import, and for those alone who have repeats.
+    from rsatoolbox.data.dataset import Dataset
+    from rsatoolbox.data.noise import prec_from_measurements
+    from rsatoolbox.rdm.calc import calc_rdm_crossnobis
+
+    repeats, items, d = x.shape
+    dataset = Dataset(
+        x.reshape(-1, d).astype(np.float64),
+        obs_descriptors={
+            "item": np.tile(np.arange(items), repeats),
+            "repeat": np.repeat(np.arange(repeats), items),
+        },
+    )
+    noise = np.asarray(prec_from_measurements(dataset, obs_desc="item", method="shrinkage_diag"))
+    return calc_rdm_crossnobis(dataset, "item", noise, "repeat").dissimilarities[0]
+
+
+def _label(rows: xr.Dataset | pd.DataFrame, name: str) -> np.ndarray:
+    if isinstance(rows, pd.DataFrame):
+        known = [str(column) for column in rows]
+        found = rows[name].to_numpy() if name in rows else None
+    else:
+        known = [str(c) for c in rows.coords if rows[c].dims == ("prompt",)]
+        found = rows[name].values if name in known else None
+    if found is None:
+        hint = " (`with_nuisances` adds them)" if name in ("length", "first_token") else ""
+        raise InputError(f"label {name!r} is not among those of the prompts{hint}: {known}")
+    return found

@@ -1,0 +1,231 @@
+"""Training in phases: one that names the task, one that does it, in any order.
+
+Phase 1 shows prompts without their answers and asks for a token that names the task, a further
+id of the vocabulary. Which names those are makes the arms of `identity_pretraining`: the true
+ones, shuffled ones, or those that k-means gives to a model's own states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+import lensclust as lc
+from lensclust.training.pretraining import Auxiliary, TrainingRun, required_sizes
+from studies.synthetic_task import UNSEEN
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+NAMING, TASK = "naming", "task"
+_REPORTED = 2
+After = Literal["input", "instruction"]
+# What a phase trains on may depend on the model that enters it.
+Content = Callable[["TransformerBridge | None"], lc.Prompts]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """So many steps on the prompts that ``content`` gives for the model so far.
+
+    Attributes:
+        name: tells it from the other phases of one seed that follow the same phases.
+        kind: ``"naming"`` or ``"task"``.
+        content: the prompts with their answers, splits and all.
+        auxiliary: a second answer beside the loss.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    content: Content
+    auxiliary: Auxiliary | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checkpoint within the phases: steps of all phases and steps of the task alone so far."""
+
+    kind: str
+    step: int
+    task_step: int
+    model: Callable[[], TransformerBridge]
+
+
+def train_in_phases(
+    config: TransformerBridgeConfig,
+    phases: Sequence[Phase],
+    *,
+    warmup: int,
+    report: Callable[[lc.Prompts], lc.Prompts],
+    done: dict[tuple[str, ...], TrainingRun],
+    **options: Any,
+) -> tuple[pd.DataFrame, list[Stage]]:
+    """Train phase after phase, each from the weights of the last, at a constant rate.
+
+    Every phase warms up over ``warmup`` steps with a fresh optimizer. At a constant rate the run
+    read at any step is the run that ended there, so one run serves for every comparison.
+
+    Args:
+        warmup: steps.
+        report: the prompts to report accuracy on, of those a phase is given.
+        done: trainings by the names of the phases so far; filled, and read where arms begin alike.
+        options: of `lensclust.train`, the same in every phase.
+
+    Returns:
+        Accuracies ``kind, step, task_step, split, accuracy, loss``, counted over all phases, and
+        the checkpoints.
+    """
+    import pandas as pd
+
+    tables, stages = [], []
+    step, task_step, last = 0, 0, None
+    for number, phase in enumerate(phases, 1):
+        key = tuple(earlier.name for earlier in phases[:number])
+        if key not in done:
+            model = None if last is None else last.model()
+            prompts = phase.content(model)
+            done[key] = lc.train(
+                config,
+                prompts,
+                steps=phase.steps,
+                warmup=min(1.0, warmup / phase.steps),
+                schedule="constant",
+                loss_on="answer",
+                auxiliary=phase.auxiliary,
+                start_from=model,
+                evaluate=report(prompts),
+                progress=False,
+                **options,
+            )
+        run, of_task = done[key], int(phase.kind == TASK)
+        counted = {
+            "kind": phase.kind,
+            "task_step": task_step + of_task * run.frame["step"],
+            "step": step + run.frame["step"],
+        }
+        tables.append(run.frame.assign(**counted))
+        # A later phase begins where the one before it ended.
+        for checkpoint in run.checkpoints[0 if number == 1 else 1 :]:
+            at = checkpoint.step
+            stages.append(Stage(phase.kind, step + at, task_step + of_task * at, checkpoint.model))
+        last = run
+        step, task_step = step + phase.steps, task_step + of_task * phase.steps
+    return pd.concat(tables, ignore_index=True), stages
+
+
+# -- the prompts of phase 1 ---------------------------------------------------------------
+
+
+def naming_prompts(
+    prompts: lc.Prompts, names: Int[np.ndarray, " prompt"], *, after: After = "input"
+) -> lc.Prompts:
+    """The prompts answered by the names, numbers 0, 1, ... as ids behind the vocabulary.
+
+    With ``after="instruction"`` a prompt ends before its input. Only the answers change with the
+    names, so that arms that differ in their names see the same batches.
+
+    >>> from lensclust.training.pretraining import required_sizes
+    >>> prompts = lc.tasks.sif(n_tasks=3, n_inputs=4, mappings_per_task=3)
+    >>> named = naming_prompts(prompts, prompts.rows["task"].to_numpy())
+    >>> required_sizes(named)["d_vocab"] - required_sizes(prompts)["d_vocab"]
+    3
+    """
+    ids = first_name(prompts) + names
+    answers = tuple((int(name),) for name in ids)
+    if after == "input":
+        return replace(prompts, answers=answers)
+    lengths = prompts.position("input_start")
+    tokens = prompts.tokens[:, : int(lengths.max())].clone()
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = prompts.pad_id
+    spans = {"instruction": (prompts.spans or {})["instruction"]}
+    return replace(
+        prompts, tokens=tokens, lengths=lengths, answers=answers, spans=spans, texts=None
+    )
+
+
+def first_name(prompts: lc.Prompts) -> int:
+    """The first token id behind the vocabulary of prompts and answers."""
+    return required_sizes(prompts)["d_vocab"]
+
+
+# -- the prompts of phase 2 ---------------------------------------------------------------
+
+
+def with_share(prompts: lc.Prompts, share: float, rng: np.random.Generator) -> lc.Prompts:
+    """The prompts with so much of the training rows of each task and input, one at least.
+
+    Smaller shares are parts of larger ones drawn with the same ``rng``.
+    """
+    rows = prompts.rows[["split", "task", "input"]].assign(order=rng.permutation(len(prompts)))
+    places = rows.groupby(["split", "task", "input"])["order"]
+    kept = places.rank() <= np.maximum(1, (share * places.transform("size")).round())
+    return prompts.take(np.flatnonzero((kept | (rows["split"] != "train")).to_numpy()))
+
+
+def reported(prompts: lc.Prompts) -> lc.Prompts:
+    """The prompts that accuracy is reported on: all unseen strings, some of each other split."""
+    rows = prompts.rows
+    nth = rows.groupby(["split", "task", "input"]).cumcount()
+    kept = (rows["split"] == UNSEEN) | (nth < _REPORTED)
+    return prompts.take(np.flatnonzero(kept.to_numpy()))
+
+
+# -- names --------------------------------------------------------------------------------
+
+
+def shuffled_names(rows: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndarray, " prompt"]:
+    """Each split's task numbers in random order: as many of each, and of no use."""
+    names = rows["task"].to_numpy(dtype=np.int64).copy()
+    for _, index in rows.groupby("split", sort=False).indices.items():
+        names[index] = rng.permutation(names[index])
+    return names
+
+
+def regrouped_names(rows: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndarray, " prompt"]:
+    """Whole expressions dealt out to other tasks: a language has one name, but a wrong one.
+
+    Trained expressions are dealt among themselves, so each name keeps as many of them.
+    """
+    owners = rows.drop_duplicates("template")[["template", "task", "split"]]
+    trained = (owners["split"] == "train").to_numpy()
+    dealt = owners["task"].to_numpy(dtype=np.int64).copy()
+    for group in (trained, ~trained):
+        dealt[group] = rng.permutation(dealt[group])
+    names = dict(zip(owners["template"], dealt, strict=True))
+    return rows["template"].map(names).to_numpy(dtype=np.int64)
+
+
+def own_names(
+    model: TransformerBridge, prompts: lc.Prompts, *, k: int, layer: int, seed: int
+) -> Int[np.ndarray, " prompt"]:
+    """The cluster of each instruction among the model's own states, as numbers below ``k``.
+
+    The state at the answering token is a code of task and input: so each input's mean is taken
+    out, and what is left is averaged over the prompts of one instruction. k-means is fitted on
+    the training instructions; no task, answer or expression is read.
+    """
+    import pandas as pd
+    from sklearn.cluster import KMeans
+
+    acts = lc.extract(model, prompts, f"resid {layer}", progress=False)
+    states = pd.DataFrame(acts["resid"].values.reshape(len(prompts), -1).astype(np.float64))
+    instructions, inputs = (prompts.rows[name].to_numpy() for name in ("instruction", "input"))
+    is_train = (prompts.rows["split"] == "train").to_numpy()
+    means = states[is_train].groupby(inputs[is_train]).mean()
+    centred = states - means.loc[inputs].to_numpy()
+    # Training instructions are described by their training prompts alone.
+    known = centred[is_train].groupby(instructions[is_train]).mean()
+    others = centred[~is_train].groupby(instructions[~is_train]).mean()
+    restarts: Any = 4  # scikit-learn's annotation knows its default alone
+    found = KMeans(k, n_init=restarts, random_state=seed).fit(known.to_numpy())
+    names = dict(zip(others.index, found.predict(others.to_numpy()), strict=True))
+    names |= dict(zip(known.index, found.predict(known.to_numpy()), strict=True))
+    return np.array([names[instruction] for instruction in instructions], dtype=np.int64)
