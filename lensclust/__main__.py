@@ -2,7 +2,7 @@
 
 import sys
 
-from lensclust.cli.command import main
+from lensclust.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ def placed(x: np.ndarray, device: Any = None) -> Array:
         return x
     import torch
 
-    from lensclust.inference.transfers import upload
+    from lensclust.inference import upload
 
     x = x.astype(np.float32) if torch.device(device).type == "mps" and x.dtype.kind == "f" else x
     return upload(torch.from_numpy(np.ascontiguousarray(x)), torch.device(device))

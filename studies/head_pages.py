@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-    from lensclust.report.views.kinds import HeadView
+    from lensclust.report.views import HeadView
 
 SAMPLES = 4
 
@@ -33,7 +33,7 @@ def one_group(rows: pd.DataFrame, given: str) -> np.ndarray:
 
 def sample_prompts(prompts: lc.Prompts, given: str) -> lc.Prompts | None:
     """A few prompts of one group, each of another task; None if all are too long for a picture."""
-    from lensclust.report.views.heads import MOST_TOKENS
+    from lensclust.report.views import MOST_TOKENS
 
     group = prompts.take(one_group(prompts.rows, given))
     firsts = group.rows[(group.lengths <= MOST_TOKENS).numpy()].drop_duplicates("task").index

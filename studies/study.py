@@ -19,23 +19,25 @@ import lensclust as lc
 from lensclust.errors import check_counts
 from lensclust.progress import no_bars, progress_bar
 from lensclust.report import write_page
-from lensclust.results.claims import corrected, shown_by
+from lensclust.results import corrected, shown_by
 from lensclust.runs import directory as run_directory
-from lensclust.storage.atomic import (
+from lensclust.storage import (
     LOCK,
+    check_folder,
+    digest_of,
     locked,
     publish,
     read_json,
     remove_partial,
+    seal_folder,
     staging,
     writing,
 )
-from lensclust.storage.integrity import check_folder, digest_of, seal_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lensclust.runs.directory import View
+    from lensclust.runs import View
 
 # More repetitions than anybody can wait for.
 MAX_SEEDS = 1_000_000
@@ -51,7 +53,7 @@ class Findings:
         scores: one tidy frame of everything measured.
         claims: statements decided from it.
         figures: file name -> Altair chart.
-        shows: which claims a figure shows, as patterns: `lensclust.results.claims.shown_by`.
+        shows: which claims a figure shows, as patterns: `lensclust.results.shown_by`.
         views: file name -> what the page lets its reader explore.
         notes: sentences that the reader of the page must not miss.
         provenance: what was run on (fingerprints, digests, sizes).
@@ -218,7 +220,7 @@ def _once(
     function: Callable[..., Frames], item: Any, folder: Path, *, run: str | None = None
 ) -> Frames:
     """The frames of one item, from disk if it was done before, by this ``run`` and no other."""
-    from lensclust.storage.parquet import read_frame
+    from lensclust.storage import read_frame
 
     done, what = folder / "frames", f"part {folder}"
     of = {"part": folder.name, "run": run}

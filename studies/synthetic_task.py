@@ -12,7 +12,7 @@ import probes
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lensclust.training.pretraining import TrainingRun
+    from lensclust.training import TrainingRun
 
 
 @runtime_checkable
@@ -47,8 +47,8 @@ def trained(
         sizes: fields of the preset that are changed, beside those that the prompts need.
         options: further ones of `lensclust.train`.
     """
-    from lensclust.models.native import native_config
-    from lensclust.training.pretraining import required_sizes
+    from lensclust.models import native_config
+    from lensclust.training import required_sizes
 
     return lc.train(
         native_config(study.model, **required_sizes(prompts), **(sizes or {})),

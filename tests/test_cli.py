@@ -231,7 +231,7 @@ def test_unusable_task_folders(capsys, tmp_path, monkeypatch, part):
 
 def test_extract_writes_a_store_that_python_opens(capsys, tmp_path):
     import lensclust as lc
-    from lensclust.activations.store.writing import open_activations
+    from lensclust.activations.store.reading import open_activations
 
     out = tmp_path / "acts.zarr"
     command = ["extract", "--model", "native:sif-small", "--tasks", "sif", "--quiet"]

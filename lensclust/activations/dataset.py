@@ -13,10 +13,8 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.blocks import output_weights
-from lensclust.models.fingerprints import fingerprint_again
-from lensclust.models.sites import Site
-from lensclust.prompts.labels import MISSING, label_texts
+from lensclust.models import Site, fingerprint_again, output_weights
+from lensclust.prompts import MISSING, label_texts
 
 log = logging.getLogger(__name__)
 

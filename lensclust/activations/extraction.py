@@ -17,11 +17,10 @@ from lensclust.activations.skeleton import measured
 from lensclust.activations.store import writing as on_disk
 from lensclust.arguments import checked_arguments
 from lensclust.errors import check_counts
-from lensclust.models.batching import shard_ranges
-from lensclust.models.sites import SiteSelector
+from lensclust.models import SiteSelector, shard_ranges
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.storage.locations import Place, as_place
+from lensclust.prompts import Prompts
+from lensclust.storage import Place, as_place
 
 
 @checked_arguments
@@ -79,7 +78,7 @@ def extract(
         l = after block l-1), ``z (prompt, position, block, head, d_head)``, and ``attn_out``,
         ``mlp_out``, ``resid_mid (prompt, position, block, d_model)``, as asked for. With
         ``head``, ``head_frame (block, head, d_head, rank)`` lets distances between heads'
-        contributions be taken in ``z`` (`lensclust.models.sites.head_frames`). Attributes hold the
+        contributions be taken in ``z`` (`lensclust.models.head_frames`). Attributes hold the
         provenance. With ``store`` the dataset is read lazily from disk. Parts that
         were read of one model are joined by ``xr.concat(parts, "prompt",
         data_vars="minimal")``. xarray keeps the attributes of the first part alone: keep the

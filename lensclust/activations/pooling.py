@@ -19,12 +19,10 @@ from lensclust.activations.reader import DTYPES, BatchReader
 from lensclust.activations.skeleton import measured, rectangle, template
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_fits
-from lensclust.inference.transfers import HostCopy, upload
-from lensclust.models.batching import batches, shard_ranges
-from lensclust.models.sites import SiteSelector, resolve
+from lensclust.inference import HostCopy, require_fits, upload
+from lensclust.models import SiteSelector, batches, resolve, shard_ranges
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 
 SHARD = 512
 WHOLE = "prompt"

@@ -25,17 +25,15 @@ from upath import UPath
 
 from lensclust.activations.reader import ShardReader
 from lensclust.activations.skeleton import measured
+from lensclust.activations.store import Destination
 from lensclust.activations.store import writing as on_disk
-from lensclust.activations.store.writing import Destination
 from lensclust.arguments import checked_arguments, require_prompts
 from lensclust.errors import InputError, check_counts
-from lensclust.models.batching import shard_ranges
-from lensclust.models.loading import Source, load
-from lensclust.models.sites import SiteSelector
+from lensclust.models import SiteSelector, Source, load, shard_ranges
 from lensclust.parallel import ray_session
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.storage.locations import Place, as_place
+from lensclust.prompts import Prompts
+from lensclust.storage import Place, as_place
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 The forward ends as soon as the last wanted site has fired; only the wanted positions are
 copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
 the model's own activations and the rows that are kept. Of prompts that begin alike each distinct
-token is run once (`lensclust.inference.prefix_sharing.sharing`), and for long ones no attention matrix is made
-(`lensclust.inference.fused_attention`), where the model allows it and where it pays.
+token is run once (`lensclust.inference.prefix_sharing.sharing`), and for long ones no attention
+matrix is made (`lensclust.inference.fused_attention`), where the model allows it and where it pays.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.activations.dataset import VARIABLES
 from lensclust.activations.skeleton import measured, rectangle, template
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_fits
+from lensclust.inference import HostCopy, arrived, require_fits, upload
 from lensclust.inference.fused_attention import fused_attention
-from lensclust.inference.prefix_sharing.plan import Packing
-from lensclust.inference.prefix_sharing.sharing import Forward, PrefixSharing
-from lensclust.inference.transfers import HostCopy, arrived, upload
-from lensclust.models.batching import batches, default_budget, without_cache
-from lensclust.models.devices import model_device
-from lensclust.models.sites import Site, SiteSelector, hook_name, model_name, resolve
-from lensclust.prompts.prompts import Prompts
+from lensclust.inference.prefix_sharing import Forward, Packing, PrefixSharing
+from lensclust.models import (
+    Site,
+    SiteSelector,
+    batches,
+    default_budget,
+    hook_name,
+    model_device,
+    model_name,
+    resolve,
+    without_cache,
+)
+from lensclust.prompts import Prompts
 
 DTYPES = ("float16", "float32", "float64")
 # Tokens of a prompt from which on attention matrices take a fifth of a forward's time.

@@ -12,14 +12,21 @@ import xarray as xr
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.activations.dataset import VARIABLES
-from lensclust.activations.store.attributes import DONE, ROW_KEYS
+from lensclust.activations.store import DONE, ROW_KEYS
 from lensclust.errors import InputError
-from lensclust.models.added_code import AddedCode, added_code
-from lensclust.models.blocks import blocks_of, hooked_points
-from lensclust.models.fingerprints import fingerprint_again
-from lensclust.models.network_settings import settings_digest
-from lensclust.models.sites import Site, head_frames, model_name, resolve
-from lensclust.prompts.prompts import Prompts
+from lensclust.models import (
+    AddedCode,
+    Site,
+    blocks_of,
+    fingerprint_again,
+    head_frames,
+    hooked_points,
+    model_name,
+    resolve,
+    settings_digest,
+)
+from lensclust.models.added_code import added_code
+from lensclust.prompts import Prompts
 
 # What a label cannot be called, whichever of these an extraction has and a store adds.
 RESERVED = {

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from lensclust.results.claims import Claim
+    from lensclust.results import Claim
 
 # Colour never stands alone.
 _LOOKS = {

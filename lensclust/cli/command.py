@@ -138,7 +138,7 @@ def _report(given: list[str]) -> int:
 
 
 def _serve(given: list[str]) -> int:
-    from lensclust.runs.server import HOST, served
+    from lensclust.runs import HOST, served
 
     options = _parse(ServeOptions, given, "serve")
     with served(options.run, options.port) as server:
@@ -155,9 +155,9 @@ def _extract(given: list[str]) -> int:
     import torch
 
     import lensclust as lc
-    from lensclust.models.devices import found_device
-    from lensclust.runs.directory import require_place
-    from lensclust.storage.locations import as_place
+    from lensclust.models import found_device
+    from lensclust.runs import require_place
+    from lensclust.storage import as_place
 
     place = as_place(options.out)
     if isinstance(place, Path):

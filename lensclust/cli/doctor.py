@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lensclust.activations.skeleton import rectangle
+from lensclust.activations import rectangle
 from lensclust.errors import InputError
-from lensclust.inference.prefix_sharing.sharing import summary
-from lensclust.models.blocks import blocks_of
-from lensclust.models.cached_generation import described
-from lensclust.models.downloads import PINS, cache_folder
-from lensclust.models.sites import KINDS, resolve
-from lensclust.runs.directory import machine
+from lensclust.inference.prefix_sharing import summary
+from lensclust.models import KINDS, PINS, blocks_of, cache_folder, described, resolve
+from lensclust.runs import machine
 
 EXTRAS = {"peft": "peft", "ray": "ray", "umap": "umap"}
 # The prompts that an estimate is made from.
@@ -50,7 +47,7 @@ def examine(source: Any = None) -> dict[str, str]:
     report |= _downloads()
     if source is None:
         return report
-    from lensclust.models.loading import load
+    from lensclust.models import load
 
     model = load(source)
     report["model"] = _shape(model)

@@ -7,24 +7,6 @@ Pictures stay small: repeated seeds become one line with its range, and what has
 than pixels is averaged (lines) or thinned (scatter, which then says so).
 """
 
-from lensclust.figures.bar_charts import bars
-from lensclust.figures.files import render_svg, save, specification, stack
-from lensclust.figures.heat_maps import head_map
-from lensclust.figures.line_charts import curves
-from lensclust.figures.scatter_plots import scatter
-from lensclust.figures.style import NULL_LABEL, PALETTE, SHAPES, Picture
+import lazy_loader
 
-__all__ = [
-    "NULL_LABEL",
-    "PALETTE",
-    "SHAPES",
-    "Picture",
-    "bars",
-    "curves",
-    "head_map",
-    "render_svg",
-    "save",
-    "scatter",
-    "specification",
-    "stack",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,7 +20,7 @@ def as_html(said: str, *tables: pd.DataFrame, picture: Any = None) -> str:
     >>> "&lt;b&gt;" in html, "<td>&lt;i&gt;</td>" in html
     (True, True)
     """
-    from lensclust.figures import render_svg, specification
+    from lensclust.figures.files import render_svg, specification
 
     parts = [f"<p>{escape(said)}</p>"]
     for table in tables:

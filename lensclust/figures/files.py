@@ -14,7 +14,7 @@ import vl_convert
 
 from lensclust.errors import InputError
 from lensclust.figures.style import Picture
-from lensclust.storage.atomic import write_atomically
+from lensclust.storage import write_atomically
 
 # What only the whole picture may have; the look is the same in every chart.
 _LOOK = ("$schema", "background", "config", "padding")

@@ -1,1 +1,5 @@
-"""lensclust.inference"""
+"""Running prompts through a model: checks, partial forwards, readouts, answers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

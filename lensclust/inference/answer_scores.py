@@ -16,10 +16,8 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.errors import InputError
 from lensclust.inference.checks import require_answers, require_fits
 from lensclust.inference.partial_forwards import scored_logits
-from lensclust.models.batching import announced, batches, default_budget
-from lensclust.models.cached_generation import wrong_with_cache
-from lensclust.models.devices import model_device
-from lensclust.prompts.prompts import Prompts
+from lensclust.models import announced, batches, default_budget, model_device, wrong_with_cache
+from lensclust.prompts import Prompts
 
 LogitsAt = Callable[
     [Int[Tensor, "prompt length"], Bool[Tensor, "prompt length"]], Float[Tensor, "token vocab"]

@@ -11,13 +11,17 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import require_hooked, require_prompts
 from lensclust.errors import InputError
-from lensclust.models.agreement import forget_outdated
-from lensclust.models.faithfulness import require_faithful
-from lensclust.models.frequencies import length_steps
-from lensclust.models.sites import model_name
-from lensclust.models.tokenizers import same_tokenizer, tokenizer_fingerprint
-from lensclust.models.wrapping import keep_up, modules_of
-from lensclust.prompts.prompts import Prompts
+from lensclust.models import (
+    forget_outdated,
+    keep_up,
+    length_steps,
+    model_name,
+    modules_of,
+    require_faithful,
+    same_tokenizer,
+    tokenizer_fingerprint,
+)
+from lensclust.prompts import Prompts
 
 
 def require_model(model: Any, *, caller: str) -> None:

@@ -19,9 +19,8 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.inference.partial_forwards import forward_logits, running
-from lensclust.inference.prefix_sharing.self_check import FAILURES, States, named, ordinary_ids
-from lensclust.models.agreement import SizedCheck, agrees, power_of_two, remembered
-from lensclust.models.devices import model_device
+from lensclust.inference.prefix_sharing import FAILURES, States, named, ordinary_ids
+from lensclust.models import SizedCheck, agrees, model_device, power_of_two, remembered
 
 # Sequences of so many tokens are checked at least.
 SHORT = 64

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lensclust.errors import InputError
-from lensclust.models.sites import model_name
+from lensclust.models import model_name
 
 _Given = ParamSpec("_Given")
 _Found = TypeVar("_Found")

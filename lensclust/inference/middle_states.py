@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.models.agreement import agrees, remembered
-from lensclust.models.batching import few_tokens, without_cache
-from lensclust.models.blocks import BLOCK_HOOKS, blocks_of
-from lensclust.models.sites import Site, model_name
+from lensclust.models import (
+    BLOCK_HOOKS,
+    Site,
+    agrees,
+    blocks_of,
+    few_tokens,
+    model_name,
+    remembered,
+    without_cache,
+)
 
 
 def require_editable(model: TransformerLensModel, sites: Iterable[Site], *, caller: str) -> None:

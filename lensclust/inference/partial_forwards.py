@@ -15,8 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
 from transformer_lens.model_bridge.generalized_components.mlp import MLPBridge
 
-from lensclust.models.agreement import agrees, remembered
-from lensclust.models.batching import default_budget, without_cache
+from lensclust.models import agrees, default_budget, remembered, without_cache
 
 Output = Tensor | tuple[Any, ...]
 
@@ -42,7 +41,7 @@ class FrozenBlocks:
     ) -> FrozenBlocks:
         """Run the first ``n`` blocks (1 at least) on right-padded sequences.
 
-        For `lensclust.training.temporary.finetuned` these are prompts followed by their answers but for
+        For `lensclust.training.finetuned` these are prompts followed by their answers but for
         the last token: ``prompts.with_answers()[0][:, :-1]``.
         """
         stacked: Any = model

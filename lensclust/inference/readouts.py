@@ -13,13 +13,9 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.inference.checks import require_fits
-from lensclust.inference.prefix_sharing.forwards import Hooks
-from lensclust.inference.prefix_sharing.plan import Packing
-from lensclust.inference.prefix_sharing.sharing import Forward, PrefixSharing
-from lensclust.models.batching import batches, default_budget, without_cache
-from lensclust.models.devices import model_device
-from lensclust.models.sites import model_name
-from lensclust.prompts.prompts import Prompts
+from lensclust.inference.prefix_sharing import Forward, Hooks, Packing, PrefixSharing
+from lensclust.models import batches, default_budget, model_device, model_name, without_cache
+from lensclust.prompts import Prompts
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Tensor]
 # Hook name -> what stands there at the last token, a row each.

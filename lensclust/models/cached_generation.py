@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lensclust.errors import InputError
 from lensclust.models.agreement import agrees, forget_outdated, relative_error, remembered
 from lensclust.models.batching import few_tokens, without_cache
-from lensclust.models.effects import unhooked
+from lensclust.models.blocks import unhooked
 from lensclust.models.frequencies import cached_up_to
 from lensclust.models.sites import model_name
 

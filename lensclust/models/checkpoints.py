@@ -21,7 +21,7 @@ from lensclust.models.devices import brought_in
 from lensclust.models.native import config_from_json, config_to_json, native_bridge_with
 from lensclust.models.parameters import WRAPPED
 from lensclust.models.wrapping import keep_up
-from lensclust.storage.safetensors import read_content, read_sealed, save_sealed, tensors_digest
+from lensclust.storage import read_content, read_sealed, save_sealed, tensors_digest
 
 _log = logging.getLogger(__name__)
 

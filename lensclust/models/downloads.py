@@ -18,8 +18,16 @@ from platformdirs import user_cache_path
 from lensclust.errors import InputError
 from lensclust.processes import following
 from lensclust.progress import progress_bar
-from lensclust.storage.atomic import publish, remove_partial, staging, writing
-from lensclust.storage.integrity import DIGESTS, check_folder, file_digest, seal_folder
+from lensclust.storage import (
+    DIGESTS,
+    check_folder,
+    file_digest,
+    publish,
+    remove_partial,
+    seal_folder,
+    staging,
+    writing,
+)
 
 
 @dataclass(frozen=True)

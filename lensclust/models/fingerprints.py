@@ -15,7 +15,7 @@ _TAKEN: WeakKeyDictionary[nn.Module, tuple[list[bytes], str]] = WeakKeyDictionar
 
 
 def fingerprint_again(model: nn.Module) -> str:
-    """`lensclust.models.checkpoints.fingerprint`, which is only worked out if the weights have changed.
+    """`lensclust.models.fingerprint`, which is only worked out if the weights have changed.
 
     To see that nothing has changed takes a fraction of the time.
 

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from lensclust.models.devices import brought_in
 from lensclust.models.native import config_to_json
 from lensclust.models.parameters import WRAPPED
-from lensclust.storage.safetensors import tensors_digest
+from lensclust.storage import tensors_digest
 
 _PLAIN = (bool, int, float, str)
 

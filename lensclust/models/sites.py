@@ -158,7 +158,7 @@ def head_frames(
 ) -> Float[Tensor, "block head d_head rank"]:
     """For each head a matrix F such that ``z @ F`` has the geometry of what the head adds.
 
-    What it adds is ``z @ W_O``, times the block's factor (`lensclust.models.blocks.output_weights`).
+    What it adds is ``z @ W_O``, times the block's factor (`lensclust.models.output_weights`).
     With ``W_Oᵀ = Q R`` (Q orthonormal columns) that is ``z Rᵀ Qᵀ``, so ``F = Rᵀ`` keeps every
     distance and angle of the contributions in ``d_head`` numbers instead of ``d_model``.
     """

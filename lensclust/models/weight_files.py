@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from safetensors import safe_open
 
 from lensclust.errors import InputError
-from lensclust.storage.atomic import read_json
+from lensclust.storage import read_json
 
 _INDEX = "model.safetensors.index.json"
 _SCALARS = {

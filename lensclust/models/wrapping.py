@@ -31,7 +31,7 @@ from lensclust.errors import InputError
 from lensclust.models.added_code import AddedCode, added_code
 from lensclust.models.marks import mark, sampled
 from lensclust.models.network_settings import plain_settings
-from lensclust.storage.integrity import difference
+from lensclust.storage import difference
 
 _log = logging.getLogger(__name__)
 
@@ -446,7 +446,7 @@ class Link:
         self.keep_up()
 
     def keep_up(self, *, by_value: bool = False) -> None:
-        """Give the copy what has changed in the network; as `lensclust.models.wrapping.keep_up`."""
+        """Give the copy what has changed in the network; as `lensclust.models.keep_up`."""
         try:
             self._keep_up(by_value)
         except RuntimeError as error:  # split projections of other shapes, found while copying

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import as_html
-from lensclust.models.tokenizers import tokenizer_fingerprint
+from lensclust.figures import as_html
+from lensclust.models import tokenizer_fingerprint
 from lensclust.prompts.indexing import row_numbers
 from lensclust.prompts.labels import label_texts, wanted_texts
 from lensclust.prompts.tokenization import (
@@ -368,8 +368,8 @@ class Prompts:
         """The prompts whose row has the given labels: a value each, or several in a list.
 
         A list may be an array, Series, set, range or whatever else can be iterated. Labels are
-        compared as texts (`lensclust.prompts.labels`): ``task=0`` finds ``"0"``, ``task="0"`` finds 0,
-        and None finds the prompts without that label.
+        compared as texts (`lensclust.prompts.labels`): ``task=0`` finds ``"0"``, ``task="0"`` finds
+        0, and None finds the prompts without that label.
 
         Raises:
             InputError: if a column does not exist, no prompt is left, or anything is given without

@@ -1,6 +1,5 @@
 """Run directories -> one self-contained page."""
 
-from lensclust.report.embed import view_frame
-from lensclust.report.page import write_page
+import lazy_loader
 
-__all__ = ["view_frame", "write_page"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

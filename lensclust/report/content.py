@@ -13,13 +13,11 @@ from markupsafe import Markup
 from lensclust.bounded import Bounded
 from lensclust.errors import InputError
 from lensclust.report.tables import ScoreTable, score_table
-from lensclust.report.views.kinds import check_view
+from lensclust.report.views import check_view
 from lensclust.report.wording import data_uri, embedded_json, facts, flatten, grouped
-from lensclust.results.claims import Claim, Verdict
-from lensclust.runs.directory import FILES, PAGE, check
-from lensclust.storage.atomic import LOCK, read_json
-from lensclust.storage.integrity import DIGESTS
-from lensclust.storage.parquet import read_frame
+from lensclust.results import Claim, Verdict
+from lensclust.runs import FILES, PAGE, check
+from lensclust.storage import DIGESTS, LOCK, read_frame, read_json
 
 # Whatever a run consists of, beside its page: files, and folders of them.
 CONTENT = (*FILES, "notes.json", "figures", "views", "parts", DIGESTS, LOCK)

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from lensclust.report.wording import embedded_json
 
 if TYPE_CHECKING:
-    from lensclust.runs.directory import View
+    from lensclust.runs import View
 
 import base64
 import hashlib

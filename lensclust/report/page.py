@@ -24,9 +24,8 @@ from lensclust.report.content import CONTENT, Run, read_run
 from lensclust.report.embed import content_policy, own_text, view_scripts, view_style
 from lensclust.report.whiskers import whiskers
 from lensclust.report.wording import number
-from lensclust.runs.directory import PAGE, seal
-from lensclust.storage.atomic import require_name, write_atomically, writing
-from lensclust.storage.integrity import DIGESTS
+from lensclust.runs import PAGE, seal
+from lensclust.storage import DIGESTS, require_name, write_atomically, writing
 
 _HERE = Path(__file__).parent
 _SYMBOLS = {"supported": "✓", "negligible": "≈", "contradicted": "✗", "inconclusive": "?"}

@@ -1,1 +1,5 @@
-"""lensclust.results.claims"""
+"""Claims and the statistics behind them: what a study says, and the rule that decides it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

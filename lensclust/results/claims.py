@@ -92,13 +92,13 @@ def decide(
     the same in both directions.
 
     Args:
-        values: ``(value)`` measurements, or a `lensclust.results.statistics.Mean` (its own scale counts then).
+        values: ``(value)`` measurements, or a `lensclust.results.Mean` (its own scale counts then).
         control: what the same measure gives where no effect is expected.
         at_least: lower bound the mean must reach; give this or ``at_most``.
         at_most: upper bound the mean must not exceed.
         margin: distance from the bound that is called negligible.
-        scale: range and step of the measure (`lensclust.results.statistics.Scale`).
-        units: kind -> unit of each value, where values share some (`lensclust.results.statistics.mean_of`).
+        scale: range and step of the measure (`lensclust.results.Scale`).
+        units: kind -> unit of each value, where values share some (`lensclust.results.mean_of`).
         unit: what the values vary over, named in the rule; the kinds of ``units`` if given.
         n_seeds: independent runs, where the unit is not the seed.
 

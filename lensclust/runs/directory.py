@@ -19,24 +19,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lensclust.errors import InputError
-from lensclust.storage.atomic import (
+from lensclust.storage import (
+    DIGESTS,
     LOCK,
+    check_folder,
     created,
+    difference,
+    digest_of,
     is_vacant,
     locked,
     read_json,
     remove_partial,
     replacing,
     require_name,
+    seal_folder,
     write_atomically,
     writing,
 )
-from lensclust.storage.integrity import DIGESTS, check_folder, difference, digest_of, seal_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lensclust.results.claims import Claim
+    from lensclust.results import Claim
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from lensclust.errors import InputError
 from lensclust.runs.directory import PAGE, check
-from lensclust.storage.atomic import read_json
+from lensclust.storage import read_json
 
 HOST = "127.0.0.1"
 # Clients that are answered at a time, and seconds that a request may take, its answer included.

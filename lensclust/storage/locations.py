@@ -180,7 +180,8 @@ def require_plausible(key: str, content: Any) -> None:
     """Refuse a chunk that inflates to far more than data do.
 
     Raises:
-        ValueError: says how large it would be (`lensclust.activations.store.chunks.damage_named` says where).
+        ValueError: says how large it would be (`lensclust.activations.store.chunks.damage_named`
+            says where).
     """
     if content is None or key.rpartition("/")[2].startswith("."):
         return

@@ -1,6 +1,7 @@
 """Tensors in a safetensors file that carries its own digests: checkpoints and training states.
 
-Such a file travels alone, so what `lensclust.storage.integrity` notes beside other files stands in its
+Such a file travels alone, so what `lensclust.storage.integrity` notes beside other files stands in
+its
 header: sealed JSON ``{"content": ..., "tensors": digest}`` under a key of ours. What the file says
 can be trusted after its header was read, and the tensors after they were. Nothing is pickled, and
 the file appears whole or not at all.

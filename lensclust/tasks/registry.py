@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.in_context.linear_regression import linear_regression
 from lensclust.tasks.in_context.prompt_injection import prompt_injection
 from lensclust.tasks.in_context.reading_comprehension import reading_comprehension

@@ -17,8 +17,8 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native import NativeModel
 
 from lensclust.errors import InputError
-from lensclust.inference.answer_scores import split_names
-from lensclust.prompts.prompts import Prompts
+from lensclust.inference import split_names
+from lensclust.prompts import Prompts
 
 _TRAIN_ROWS_EVALUATED = 512
 

@@ -25,20 +25,26 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError, check_counts
-from lensclust.inference.answer_scores import score_answers
-from lensclust.inference.checks import require_answers, require_fits
-from lensclust.inference.gradients import with_gradients
-from lensclust.inference.partial_forwards import scored_logits
-from lensclust.models.batching import default_budget, training_batches
-from lensclust.models.checkpoints import fingerprint
-from lensclust.models.devices import model_device
-from lensclust.models.parameters import chosen_parameters, left_as_it_was, named_parameters
-from lensclust.models.sites import Site
+from lensclust.inference import (
+    require_answers,
+    require_fits,
+    score_answers,
+    scored_logits,
+    with_gradients,
+)
+from lensclust.models import (
+    Site,
+    chosen_parameters,
+    default_budget,
+    fingerprint,
+    left_as_it_was,
+    model_device,
+    named_parameters,
+    training_batches,
+)
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.storage.atomic import writing
-from lensclust.storage.integrity import digest_of
-from lensclust.storage.safetensors import save_sealed
+from lensclust.prompts import Prompts
+from lensclust.storage import digest_of, save_sealed, writing
 from lensclust.training.data import content_digest
 from lensclust.training.lora import Adapters, Lora
 from lensclust.training.runs import HEADER, ChosenWeights, FinetuningRun, Tuned, TunedCheckpoint
@@ -86,7 +92,7 @@ def finetune(
         schedule: ``"cosine"`` or ``"constant"``, after the warmup.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: of what is trained, towards zero; of heads their own slices alone.
-        only: which parameters to train, as for `lensclust.training.temporary.finetuned`: a regular
+        only: which parameters to train, as for `lensclust.training.finetuned`: a regular
             expression, names, or heads (``"head 3.1"``); all unless given.
         lora: train adapters instead; they need the extra ``peft``.
         checkpoints: how many, at step 0 and log-spaced up to the last; or the steps themselves,

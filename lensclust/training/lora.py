@@ -21,7 +21,7 @@ from transformer_lens.utilities.statistics import derive_generator
 from transformers.pytorch_utils import Conv1D
 
 from lensclust.errors import InputError
-from lensclust.models.sites import model_name
+from lensclust.models import model_name
 
 _NAME = "default"
 

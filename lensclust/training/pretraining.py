@@ -24,20 +24,20 @@ from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError, check_counts
-from lensclust.inference.answer_scores import LogitsAt, score_answers
-from lensclust.inference.gradients import with_gradients
-from lensclust.models.checkpoints import (
+from lensclust.inference import LogitsAt, score_answers, with_gradients
+from lensclust.models import (
     HEADER,
+    config_to_json,
     fingerprint,
     named_weights,
+    native_bridge,
+    native_config,
     report_repeats,
     save_checkpoint,
 )
-from lensclust.models.native import config_to_json, native_bridge, native_config
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.storage.atomic import writing
-from lensclust.storage.integrity import digest_of
+from lensclust.prompts import Prompts
+from lensclust.storage import digest_of, writing
 from lensclust.training.data import (
     SCORED,
     Auxiliary,

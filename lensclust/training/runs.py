@@ -16,11 +16,14 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.errors import InputError
-from lensclust.figures.display import as_html
-from lensclust.models.checkpoints import checkpoint_fingerprint, load_checkpoint
-from lensclust.models.native import native_bridge_with
-from lensclust.models.parameters import left_as_it_was
-from lensclust.storage.safetensors import read_sealed, tensors_digest
+from lensclust.figures import as_html
+from lensclust.models import (
+    checkpoint_fingerprint,
+    left_as_it_was,
+    load_checkpoint,
+    native_bridge_with,
+)
+from lensclust.storage import read_sealed, tensors_digest
 from lensclust.training.lora import Adapters
 
 HEADER = "lensclust-finetuning"

@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 
 from lensclust.errors import InputError
-from lensclust.storage.atomic import LOCK, created, locked, remove_partial, require_name, writing
-from lensclust.storage.integrity import digest_of
-from lensclust.storage.safetensors import read_content, read_sealed, save_sealed
+from lensclust.storage import (
+    LOCK,
+    created,
+    digest_of,
+    locked,
+    read_content,
+    read_sealed,
+    remove_partial,
+    require_name,
+    save_sealed,
+    writing,
+)
 
 # A safetensors file, named otherwise so that no one takes it for a checkpoint.
 _STATE = "training.state"

@@ -19,17 +19,24 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust.errors import InputError, check_counts
-from lensclust.inference.checks import require_answers, require_fits, require_one_side
-from lensclust.inference.gradients import with_gradients
-from lensclust.inference.partial_forwards import FrozenBlocks, scored_logits
-from lensclust.models.parameters import (
+from lensclust.inference import (
+    FrozenBlocks,
+    require_answers,
+    require_fits,
+    require_one_side,
+    scored_logits,
+    with_gradients,
+)
+from lensclust.models import (
+    Site,
     chosen_parameters,
+    hook_name,
     left_as_it_was,
     named_parameters,
     parameter_names,
+    resolve,
 )
-from lensclust.models.sites import Site, hook_name, resolve
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.training.losses import StateLoss, contrast, pull
 
 __all__ = ["Finetuned", "StateLoss", "contrast", "finetuned", "parameter_names", "pull"]

@@ -1,1 +1,5 @@
-"""probes.attention.ratio"""
+"""Attention: ratios, samples, flows through label words, knockout."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

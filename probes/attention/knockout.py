@@ -24,14 +24,24 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_fits
-from lensclust.inference.readouts import Readout, one_a_row
-from lensclust.models.agreement import agrees, relative_error, remembered
-from lensclust.models.batching import batches, default_budget, few_tokens, without_cache
-from lensclust.models.devices import model_device
-from lensclust.models.effects import attention_kernel, unhooked
-from lensclust.models.sites import BLOCK_HOOKS, Site, hook_name, model_name
-from lensclust.prompts.prompts import Prompts
+from lensclust.inference import Readout, one_a_row, require_fits
+from lensclust.models import (
+    BLOCK_HOOKS,
+    Site,
+    agrees,
+    attention_kernel,
+    batches,
+    default_budget,
+    few_tokens,
+    hook_name,
+    model_device,
+    model_name,
+    relative_error,
+    remembered,
+    unhooked,
+    without_cache,
+)
+from lensclust.prompts import Prompts
 
 # Which key is hidden from which query.
 Gone = Bool[Tensor, "row 1 query key"]
@@ -58,7 +68,7 @@ def answers_cut_off(
     Args:
         model: a hooked model, in eval mode.
         prompts: what to run.
-        readout: as in `lensclust.inference.readouts.answers`.
+        readout: as in `lensclust.inference.answers`.
         hidden: tokens that are not to be looked at.
         since: read position of the first token that does not see them.
         blocks: where; all that have attention unless given.

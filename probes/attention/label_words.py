@@ -33,17 +33,15 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust import figures
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.inference.checks import require_fits
-from lensclust.inference.gradients import with_gradients
-from lensclust.models.batching import BACKWARD, batches, default_budget
-from lensclust.models.devices import model_device
+from lensclust.figures import Shown
+from lensclust.inference import require_fits, with_gradients
+from lensclust.models import BACKWARD, batches, default_budget, model_device
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.results.statistics import mean_interval
+from lensclust.prompts import Prompts
+from lensclust.results import mean_interval
 from probes.attention.patterns import AnswerLoss, Lengths, Pattern, PatternReader, ShowGradient
-from probes.components.frozen_norms import exact
-from probes.components.label_tokens import Choices, label_tokens
+from probes.components import Choices, exact
+from probes.components.label_tokens import label_tokens
 
 FLOWS = ("wp", "pq", "ww", "wp_random", "pq_random")
 

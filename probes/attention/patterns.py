@@ -16,12 +16,21 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.models.agreement import agrees, remembered
-from lensclust.models.batching import few_tokens, without_cache
-from lensclust.models.blocks import blocks_of
-from lensclust.models.effects import attention_kernel, unhooked
-from lensclust.models.sites import Site, head_blocks, head_frames, hook_name, model_name
-from lensclust.prompts.prompts import Prompts
+from lensclust.models import (
+    Site,
+    agrees,
+    attention_kernel,
+    blocks_of,
+    few_tokens,
+    head_blocks,
+    head_frames,
+    hook_name,
+    model_name,
+    remembered,
+    unhooked,
+    without_cache,
+)
+from lensclust.prompts import Prompts
 
 # Standard deviation of the values that are put in to see what is done to them: more than any clip.
 LARGE = 1000.0

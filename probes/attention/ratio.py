@@ -32,16 +32,19 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust import figures
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.inference.checks import require_fits
-from lensclust.inference.gradients import with_gradients
-from lensclust.models.batching import BACKWARD, batches, default_budget
-from lensclust.models.devices import model_device
-from lensclust.models.fingerprints import fingerprint_again
-from lensclust.models.sites import model_name
+from lensclust.figures import Shown
+from lensclust.inference import require_fits, with_gradients
+from lensclust.models import (
+    BACKWARD,
+    batches,
+    default_budget,
+    fingerprint_again,
+    model_device,
+    model_name,
+)
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.results.statistics import mean_interval, permutation_p
+from lensclust.prompts import Prompts
+from lensclust.results import mean_interval, permutation_p
 from probes.attention.patterns import AnswerLoss, PatternReader
 from probes.attention.spans import OVER_HEADS, ComparedSpans, SpanWeights
 

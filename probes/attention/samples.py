@@ -18,11 +18,17 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_fits
-from lensclust.models.batching import batches, default_budget
-from lensclust.models.devices import model_device
-from lensclust.models.sites import Site, SiteSelector, model_name, resolve
-from lensclust.prompts.prompts import Prompts
+from lensclust.inference import require_fits
+from lensclust.models import (
+    Site,
+    SiteSelector,
+    batches,
+    default_budget,
+    model_device,
+    model_name,
+    resolve,
+)
+from lensclust.prompts import Prompts
 from probes.attention.patterns import Lengths, Pattern, PatternReader
 
 # Heads side by side in a notebook.
@@ -101,7 +107,7 @@ class AttentionSamples:
 
     def _repr_html_(self) -> str:
         """The first prompt, by CircuitsVis."""
-        from lensclust.report.attention import attention_frame
+        from lensclust.report import attention_frame
 
         heads = self.heads[:MOST_SHOWN]
         names = [f"{site.layer}.{site.head}" for site in heads]

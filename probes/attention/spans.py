@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from probes.attention.patterns import Lengths, Pattern, ShowGradient
-from probes.components.frozen_norms import exact
+from probes.components import exact
 
 # Over the heads of a block, each span apart, before the ratio is taken.
 OVER_HEADS = ("mean", "max")

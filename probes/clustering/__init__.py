@@ -1,1 +1,5 @@
-"""probes.clustering.clustering"""
+"""Clusters of states: k-means by site, agreement with tasks, nearest clusters, maps."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

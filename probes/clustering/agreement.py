@@ -32,7 +32,7 @@ from scipy.special import gammaln, xlogy
 from threadpoolctl import ThreadpoolController
 
 from probes.clustering.kmeans import partition
-from probes.design.groups import Group
+from probes.design import Group
 
 Table = Int[np.ndarray, "labelling cluster label"]
 Scores = Float[np.ndarray, " labelling"]

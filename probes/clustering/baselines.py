@@ -8,7 +8,7 @@ from scipy import sparse
 from sklearn.feature_extraction.text import TfidfTransformer
 
 from lensclust.arguments import checked_arguments
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 
 
 @checked_arguments

@@ -4,10 +4,10 @@ Standard of evidence: a partition's agreement with the labels means nothing alon
 stands beside the same score under permuted labels (F1's floor is not 0); rows that share a
 wording keep a common label in every relabelling (`probes.design`), the same at every input, so
 that recognition of the wording is no evidence of the task. The agreement of rows with different
-wordings stands apart (``cross_wording_ari``, `probes.clustering.agreement`): it is 0 on average where states
-know wordings only. The default ``given="input"`` clusters the prompts of one input at a time, so
-that what is found cannot be the input. Compare further with the untrained model and with a
-clustering of the words.
+wordings stands apart (``cross_wording_ari``, `probes.clustering.agreement`): it is 0 on average
+where states know wordings only. The default ``given="input"`` clusters the prompts of one input at
+a time, so that what is found cannot be the input. Compare further with the untrained model and with
+a clustering of the words.
 
 Source: Wu & Varshney (arXiv 2402.12151) score clusters with F1, ARI and AMI; clustering given
 the input, both readings of F1 and the nulls are our reconstruction.
@@ -27,26 +27,17 @@ import xarray as xr
 from joblib import delayed
 
 from lensclust import figures
-from lensclust.activations.dataset import (
-    dataset_sites,
-    labelled,
-    prompt_labels,
-    site_values,
-    stored_values,
-)
+from lensclust.activations import dataset_sites, labelled, prompt_labels, site_values, stored_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError, check_counts
-from lensclust.figures.display import Shown
-from lensclust.models.devices import found_device
-from lensclust.models.sites import Site
+from lensclust.figures import Shown
+from lensclust.models import Site, found_device
 from lensclust.parallel import in_parallel
 from lensclust.progress import progress_bar
 from probes.clustering.agreement import CROSS_WORDING, METRICS, SCALES, score_groups
 from probes.clustering.kmeans_batched import group_partitions
-from probes.design import Exchange, Units
-from probes.design.centroids import Centroids
-from probes.design.groups import Group, against_null, label_groups
-from probes.steering.interventions import Intervention, Label, shift, transport
+from probes.design import Centroids, Exchange, Group, Units, against_null, label_groups
+from probes.steering import Intervention, Label, shift, transport
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +183,9 @@ def cluster(
             1 / (permutations + 1) and 1 / the number of distinct relabellings.
         n_init: k-means restarts.
         seed: of k-means and of the permutations.
-        device: run k-means there, restarts, groups and sites stacked (`probes.clustering.kmeans_batched`);
-            meant for a GPU. Default: scikit-learn on the CPU, which is faster there.
+        device: run k-means there, restarts, groups and sites stacked
+            (`probes.clustering.kmeans_batched`); meant for a GPU. Default: scikit-learn on the CPU,
+            which is faster there.
         jobs: worker processes (joblib's ``n_jobs``).
 
     Returns:

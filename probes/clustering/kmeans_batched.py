@@ -23,7 +23,7 @@ from torch import Tensor
 
 from probes.clustering.agreement import SCALES
 from probes.clustering.kmeans import distinct
-from probes.design.groups import Group
+from probes.design import Group
 
 # What one stack may take on the device, and what is read from the host for it.
 STACK_BYTES = 2**30

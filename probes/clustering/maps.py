@@ -23,11 +23,11 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 
 from lensclust import figures
-from lensclust.activations.dataset import dataset_sites, site_values
+from lensclust.activations import dataset_sites, site_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.report.views.kinds import ClusterView
+from lensclust.figures import Shown
+from lensclust.report.views import ClusterView
 
 METHODS = ("pca", "umap")
 

@@ -10,17 +10,11 @@ import pandas as pd
 import xarray as xr
 from scipy.spatial.distance import cdist
 
-from lensclust.activations.dataset import (
-    dataset_sites,
-    head_frame,
-    labelled,
-    prompt_labels,
-    site_values,
-)
+from lensclust.activations import dataset_sites, head_frame, labelled, prompt_labels, site_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from probes.design.centroids import mean_states
-from probes.steering.interventions import states_at
+from probes.design import mean_states
+from probes.steering import states_at
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ Three ways to learn them from labelled prompts:
                        mean cross-entropy + λ/2 |w - 1|²
     "vector scaling"   the minimum of mean cross-entropy + λ/2 (|a - 1|² + |b|²)
 
-The latter two are found to convergence (`probes.components.ridge_fits`), with λ chosen on the folds that
-`reweight` uses and by the same rule: what a comparison of reweighting with calibration should
+The latter two are found to convergence (`probes.components.ridge_fits`), with λ chosen on the folds
+that `reweight` uses and by the same rule: what a comparison of reweighting with calibration should
 not owe to one of them being stopped early.
 
 Source: Chang, Thomason & Jia 2024 (arXiv 2406.13131), section 5, and the behaviour of their

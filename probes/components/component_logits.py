@@ -15,7 +15,7 @@ from scipy import stats
 
 from lensclust import figures
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
+from lensclust.figures import Shown
 
 # What the source counts as components.
 WRITERS = ("head", "mlp")

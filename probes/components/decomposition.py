@@ -31,16 +31,16 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_fits
-from lensclust.inference.readouts import States, answers_with_states
-from lensclust.models.agreement import rounding_tolerance
-from lensclust.models.blocks import hooked_points
-from lensclust.models.fingerprints import fingerprint_again
-from lensclust.models.network_settings import autocast_precision
-from lensclust.models.sites import model_name
+from lensclust.inference import States, answers_with_states, require_fits
+from lensclust.models import (
+    autocast_precision,
+    fingerprint_again,
+    hooked_points,
+    model_name,
+    rounding_tolerance,
+)
 from lensclust.progress import progress_bar
-from lensclust.prompts.labels import label_texts
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts, label_texts
 from probes.components.component_logits import ComponentLogits
 from probes.components.label_logits import (
     LabelLogits,

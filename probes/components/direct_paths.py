@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.models.sites import BLOCK_HOOKS, Site, hook_name, model_name, output_weights
+from lensclust.models import BLOCK_HOOKS, Site, hook_name, model_name, output_weights
 from probes.components.frozen_norms import FrozenNorm, exact
 from probes.components.label_logits import Multipliers, component_table, require_decomposable
 
@@ -26,7 +26,7 @@ def direct_paths(
 
     A component ``a`` of weight ``w`` adds ``(w - 1) a`` to the state that is unembedded, under
     the final norm's scale as it is. All else is computed as before, so logits change as in
-    `probes.components.decomposition.decompose`: those of a label become ``sum_j w_j g_j``, for every token of
+    `probes.components.decompose`: those of a label become ``sum_j w_j g_j``, for every token of
     the vocabulary and at every position, in generation too.
 
     Args:

@@ -11,17 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lensclust.errors import InputError
-from lensclust.inference.readouts import States
-from lensclust.models.batching import few_tokens, without_cache
-from lensclust.models.blocks import blocks_of
-from lensclust.models.effects import unhooked
-from lensclust.models.sites import (
+from lensclust.inference import States
+from lensclust.models import (
     BLOCK_HOOKS,
     Site,
+    blocks_of,
+    few_tokens,
     head_blocks,
     hook_name,
     model_name,
     output_weights,
+    unhooked,
+    without_cache,
 )
 from probes.components.frozen_norms import FrozenNorm, exact
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lensclust.errors import InputError, check_counts
-from lensclust.models.sites import model_name
+from lensclust.models import model_name
 
 Choices = Mapping[str, int | str] | Sequence[str]
 

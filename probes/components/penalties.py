@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from lensclust.errors import InputError
-from probes.design.folds import deal
+from probes.design import deal
 
 
 def require_folds(call: str, folds: int, prompts: int) -> None:

@@ -6,8 +6,8 @@ With ``g_j`` the label logits of component j, the weights w minimise
 
 over heads and MLPs; the embedding and the biases keep weight 1, so that weights of 1 are the
 model itself. They stay within 0 and 1 (a bad component can be muted), or are free (it can be
-inverted). The minimum is found and certified (`probes.components.sparse_fits`); the loss is convex, so where
-a fit begins does not matter. A soft-cap of the model's logits is left out of the loss.
+inverted). The minimum is found and certified (`probes.components.sparse_fits`); the loss is convex,
+so where a fit begins does not matter. A soft-cap of the model's logits is left out of the loss.
 
 Standard of evidence: weights are fitted and the penalty chosen on the prompts given here, so
 what they are worth shows on other prompts, beside the model itself and beside `calibrate`, which
@@ -16,7 +16,8 @@ uses as many labels.
 Source: Chang, Thomason & Jia 2024 (arXiv 2406.13131), section 4. ``official=True`` runs their
 script's schedule as it is, with its flaw: it stops as soon as every labelled prompt is right, or
 after three steps in all that did not lower the loss, so that with few labels the weights may
-never leave 1, and how many reach 0 depends on the length of the run (`probes.components.scripted_fits`).
+never leave 1, and how many reach 0 depends on the length of the run
+(`probes.components.scripted_fits`).
 """
 
 from __future__ import annotations
@@ -37,16 +38,15 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust import figures
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.models.sites import Site
+from lensclust.figures import Shown
+from lensclust.models import Site
 from probes.components.component_logits import WRITERS, ComponentLogits
 from probes.components.direct_paths import direct_paths
 from probes.components.labelled_examples import Examples
 from probes.components.penalties import chosen_penalty, example_folds, penalty_frame, require_folds
 from probes.components.scripted_fits import scripted_fits
 from probes.components.sparse_fits import sparse_fits
-from probes.steering.interventions import Edit, Intervention
-from probes.steering.steering import Indices, Positions, steer
+from probes.steering import Edit, Indices, Intervention, Positions, steer
 
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _MAX_PENALTY = 1e12  # far beyond, where all weights are 0, the solver overflows
@@ -263,7 +263,7 @@ class Reweighting(Shown):
         embedding and the biases are left alone: the whole computation hangs on them.
 
         Args:
-            positions, since: as in `probes.steering.steering.steer`.
+            positions, since: as in `probes.steering.steer`.
 
         Raises:
             InputError: if the model has no such heads or MLPs, or its heads pass through a norm

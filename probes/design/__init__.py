@@ -1,30 +1,5 @@
 """What a score is compared with: which rows may trade labels, and how often."""
 
-from probes.design.flips import flipped_p, smallest_flip_p
-from probes.design.units import (
-    COARSE,
-    INPUT,
-    ROWS,
-    TASK,
-    UNEQUAL_ROWS,
-    Exchange,
-    Units,
-    exchangeable,
-    nested,
-    row_columns,
-)
+import lazy_loader
 
-__all__ = [
-    "COARSE",
-    "INPUT",
-    "ROWS",
-    "TASK",
-    "UNEQUAL_ROWS",
-    "Exchange",
-    "Units",
-    "exchangeable",
-    "flipped_p",
-    "nested",
-    "row_columns",
-    "smallest_flip_p",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

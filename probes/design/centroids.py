@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
-from lensclust.activations.dataset import (
+from lensclust.activations import (
     VARIABLES,
     dataset_sites,
     prompt_labels,
@@ -16,7 +16,7 @@ from lensclust.activations.dataset import (
     with_labels,
 )
 from lensclust.arguments import checked_arguments
-from lensclust.models.sites import Site
+from lensclust.models import Site
 
 
 class Centroids:

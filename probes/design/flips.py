@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 from jaxtyping import Float, Int
 
-from lensclust.results.statistics import permutation_p
+from lensclust.results import permutation_p
 
 
 def sign_flips(

@@ -25,9 +25,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int
 
-from lensclust.activations.dataset import prompt_labels
+from lensclust.activations import prompt_labels
 from lensclust.errors import InputError
-from probes.design import ROWS, UNEQUAL_ROWS, Exchange, Units, exchangeable, nested
+from probes.design.units import ROWS, UNEQUAL_ROWS, Exchange, Units, exchangeable, nested
 
 # One random control task is a noisy estimate; the Gram matrix makes a few cost little more.
 CONTROL_TASKS = 5

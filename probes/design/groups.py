@@ -12,8 +12,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from lensclust.errors import InputError
-from lensclust.results.statistics import permutation_p
-from probes.design import Exchange, Units, exchangeable
+from lensclust.results import permutation_p
+from probes.design.units import Exchange, Units, exchangeable
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lensclust.errors import InputError
-from lensclust.prompts.labels import MISSING, label_texts
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import MISSING, Prompts, label_texts
 
 
 def first_answers(prompts: Prompts) -> Int[np.ndarray, " prompt"]:

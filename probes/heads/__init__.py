@@ -1,1 +1,5 @@
-"""probes.heads"""
+"""Activation patterns of attention heads, how they change and compose."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -35,18 +35,21 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust import figures
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.inference.checks import require_fits
+from lensclust.figures import Shown
+from lensclust.inference import Readout, require_fits, with_gradients
 from lensclust.inference.fused_attention import fused_attention
-from lensclust.inference.gradients import with_gradients
-from lensclust.inference.readouts import Readout
-from lensclust.models.batching import BACKWARD, batches, default_budget
-from lensclust.models.devices import model_device
-from lensclust.models.fingerprints import fingerprint_again
-from lensclust.models.sites import head_blocks, model_name
+from lensclust.models import (
+    BACKWARD,
+    batches,
+    default_budget,
+    fingerprint_again,
+    head_blocks,
+    model_device,
+    model_name,
+)
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
-from lensclust.results.statistics import mean_interval
+from lensclust.prompts import Prompts
+from lensclust.results import mean_interval
 from probes.heads.gates import (
     RowLosses,
     gate_gradients,

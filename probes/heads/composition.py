@@ -35,8 +35,8 @@ from scipy.optimize import nnls
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.results.statistics import permutation_p
+from lensclust.figures import Shown
+from lensclust.results import permutation_p
 
 Given = xr.DataArray | np.ndarray
 Bases = Mapping[str, Given] | Sequence[Given]

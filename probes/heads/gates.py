@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.errors import InputError
-from lensclust.inference.partial_forwards import scored_logits
-from lensclust.models.agreement import remembered
-from lensclust.models.blocks import blocks_of
-from lensclust.models.sites import Site, head_blocks, hook_name, model_name
+from lensclust.inference import scored_logits
+from lensclust.models import Site, blocks_of, head_blocks, hook_name, model_name, remembered
 
 # From logits at the scored places, row by row, and the row of each to one loss a row.
 RowLosses = Callable[[Float[Tensor, "place vocab"], Int[Tensor, " place"]], Float[Tensor, " row"]]

@@ -17,9 +17,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust import figures
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.inference.readouts import Readout
-from lensclust.prompts.prompts import Prompts
+from lensclust.figures import Shown
+from lensclust.inference import Readout
+from lensclust.prompts import Prompts
 from probes.heads.activation import HeadActivation, head_activation, pattern_similarity
 
 METRICS = ("mse", "1 - pearson")

@@ -9,13 +9,13 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from lensclust.activations.dataset import dataset_sites, prompt_labels, site_values
+from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
-from lensclust.report.views.heads import MOST_TOKENS, AttentionSample, HeadView
-from probes.attention.samples import AttentionSamples
-from probes.clustering.maps import plane_of
+from lensclust.models import Site
+from lensclust.report.views import MOST_TOKENS, AttentionSample, HeadView
+from probes.attention import AttentionSamples
+from probes.clustering import plane_of
 
 # Bytes of what opens, as they stand in a page.
 _MOST_BYTES = 600_000

@@ -29,24 +29,16 @@ from joblib import delayed
 from threadpoolctl import threadpool_limits
 
 from lensclust import figures
-from lensclust.activations.dataset import (
-    VARIABLES,
-    dataset_sites,
-    head_frame,
-    labelled,
-    stored_values,
-)
+from lensclust.activations import VARIABLES, dataset_sites, head_frame, labelled, stored_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.models.devices import found_device
-from lensclust.models.sites import KINDS, Site
+from lensclust.figures import Shown
+from lensclust.models import KINDS, Site, found_device
 from lensclust.parallel import in_parallel
 from lensclust.progress import progress_bar
-from lensclust.prompts.labels import in_type_of, label_text
-from lensclust.results.statistics import mean_interval, permutation_p
-from probes.design import Units
-from probes.design.folds import Design, design
+from lensclust.prompts import in_type_of, label_text
+from lensclust.results import mean_interval, permutation_p
+from probes.design import Design, Units, design
 from probes.linear.site_fits import PROBES, SiteFit, SiteRows, class_counts, fit_site
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ def logistic(
     """Multinomial logistic regression, and whether it converged.
 
     Equals scikit-learn's ``LogisticRegression(C=1 / (penalty * e))`` with ``e`` the mean
-    eigenvalue of the centred scatter of ``x``, the same relative penalty as in `probes.linear.moments`.
+    eigenvalue of the centred scatter of ``x``, the same relative penalty as in
+    `probes.linear.moments`.
 
     >>> x = np.random.default_rng(0).normal(size=(30, 3))
     >>> readout, converged = logistic(x, np.arange(30) % 2, 0.1, n_classes=2)

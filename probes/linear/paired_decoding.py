@@ -19,13 +19,12 @@ import xarray as xr
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
-from lensclust.activations.dataset import dataset_sites, labelled, prompt_labels, require_axes
+from lensclust.activations import dataset_sites, labelled, prompt_labels, require_axes
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.prompts.labels import require_same_prompts
-from probes.design import Units, exchangeable, flipped_p, nested, smallest_flip_p
-from probes.design.folds import design
+from lensclust.figures import Shown
+from lensclust.prompts import require_same_prompts
+from probes.design import Units, design, exchangeable, flipped_p, nested, smallest_flip_p
 from probes.linear.moments import SOLVERS
 from probes.linear.site_fits import SiteRows, held_out_labels
 

@@ -10,11 +10,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations.dataset import head_frame, select
+from lensclust.activations import head_frame, select
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
+from lensclust.models import Site
 from probes.arrays import Array, host, like, placed, wide
-from probes.design.folds import Design
+from probes.design import Design
 from probes.linear.logistic import logistic
 from probes.linear.moments import SOLVERS, Moments, Readout
 

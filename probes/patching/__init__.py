@@ -1,1 +1,5 @@
-"""probes.patching.patching"""
+"""Activation patching, and attribution patching checked against it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -30,19 +30,24 @@ from transformer_lens.model_protocol import TransformerLensModel
 # it that reads activations and gradients takes any hook, batch and metric, on native models too.
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
-from lensclust.activations.dataset import select
-from lensclust.activations.extraction import extract
+from lensclust.activations import extract, select
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.inference.gradients import with_gradients
-from lensclust.models.batching import BACKWARD, batches, default_budget
-from lensclust.models.devices import model_device
-from lensclust.models.sites import Site, SiteSelector, hook_name, model_name
-from lensclust.prompts.prompts import Prompts
+from lensclust.figures import Shown
+from lensclust.inference import Readout, one_a_row, with_gradients
+from lensclust.models import (
+    BACKWARD,
+    Site,
+    SiteSelector,
+    batches,
+    default_budget,
+    hook_name,
+    model_device,
+    model_name,
+)
+from lensclust.prompts import Prompts
 from probes.patching.metrics import DIFFERENCE, metric_of
 from probes.patching.patching import Patching, patch, require_pairs
-from probes.patching.replay import Readout, one_a_row
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lensclust.inference.transfers import upload
-from lensclust.models.devices import model_device
-from lensclust.models.sites import Site, hook_name, model_name
+from lensclust.inference import upload
+from lensclust.models import Site, hook_name, model_device, model_name
 
 # A site, and what its state becomes for each prompt.
 Edit = tuple[Site, Float[Tensor, "_prompt _d"]]

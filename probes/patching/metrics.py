@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
-from probes.patching.replay import Readout
+from lensclust.inference import Readout
+from lensclust.prompts import Prompts
 
 DIFFERENCE = "logit_difference"
 First = Int[Tensor, " prompt"]

@@ -3,9 +3,9 @@
 The effect of a site at a position is what the metric gains when the base prompt's state there is
 replaced by that of its source: 0 if the state does not matter, the whole gap between the two
 prompts if everything the metric depends on passes through it. Every value is exact, not
-first-order (`probes.patching.attribution` ranks sites first where there are too many). Pairs differ, so
-an effect comes with a bootstrap interval over pairs and the p of sign-flipped effects, flipped
-together where base prompts share a wording; p is not corrected for the number of sites.
+first-order (`probes.patching.attribution` ranks sites first where there are too many). Pairs
+differ, so an effect comes with a bootstrap interval over pairs and the p of sign-flipped effects,
+flipped together where base prompts share a wording; p is not corrected for the number of sites.
 
 Source: Meng et al. (arXiv 2202.05262) and Wang et al. (arXiv 2211.00593) for the normalised logit
 difference; interval, and p where no wording is shared, are TransformerLens' `PatchingResult`.
@@ -28,17 +28,16 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.patching import PatchingResult
 
 from lensclust import figures
-from lensclust.activations.dataset import stored_values
-from lensclust.activations.extraction import extract
+from lensclust.activations import extract, stored_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.inference.checks import require_fits
-from lensclust.models.sites import Site, SiteSelector, resolve
-from lensclust.prompts.prompts import Prompts
+from lensclust.figures import Shown
+from lensclust.inference import Readout, answers, require_fits
+from lensclust.models import Site, SiteSelector, resolve
+from lensclust.prompts import Prompts
 from probes.design import COARSE, TASK, Units, exchangeable, flipped_p, smallest_flip_p
 from probes.patching.metrics import DIFFERENCE, metric_of
-from probes.patching.replay import Readout, answers, replay
+from probes.patching.replay import replay
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ A causal model's states before a position do not depend on what is put there. So
 before the cut are the same for every edit of a prompt:
 
 - `packed`: one sequence holds a copy of the suffix for each edit, side by side, and they all
-  continue one prefix (`lensclust.inference.prefix_sharing.forwards`). Hugging Face models take the prefix from a
-  key/value cache that is filled once. TransformerLens' native models have none: every sequence
-  runs the prefix again, so an edit costs its suffix and ``1 / copies`` of the prefix.
+  continue one prefix (`lensclust.inference.prefix_sharing.forwards`). Hugging Face models take the
+  prefix from a key/value cache that is filled once. TransformerLens' native models have none: every
+  sequence runs the prefix again, so an edit costs its suffix and ``1 / copies`` of the prefix.
 - `stacked`: any other model. Every edit runs its whole prompt; nothing is shared.
 """
 
@@ -23,11 +23,9 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 from transformer_lens.model_protocol import TransformerLensModel
 from transformers import PreTrainedModel
 
-from lensclust.inference.prefix_sharing.forwards import PackedForwards, visible
-from lensclust.inference.prefix_sharing.packing import PackedBatch
-from lensclust.models.batching import without_cache
-from lensclust.models.devices import model_device
-from lensclust.prompts.prompts import Prompts
+from lensclust.inference.prefix_sharing import PackedBatch, PackedForwards, visible
+from lensclust.models import model_device, without_cache
+from lensclust.prompts import Prompts
 from probes.patching.edits import Edit, EditHooks
 
 # Logits held at once, in numbers.

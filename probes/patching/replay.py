@@ -2,10 +2,11 @@
 
 Each edit replaces one site's state at one position of every prompt; the logits of the last
 token say what that did. Edits of any sites and layers share forwards, and what comes before the
-edited position is run once (`probes.patching.prefixes` says how, for which model, and at what cost).
+edited position is run once (`probes.patching.prefixes` says how, for which model, and at what
+cost).
 Whether a model shares prefixes exactly is not taken on trust: it has to pass the check of
-`lensclust.inference.prefix_sharing.sharing`, then the shortest and the longest prompt are run both ways, and a model that
-disagrees is run in full instead.
+`lensclust.inference.prefix_sharing.sharing`, then the shortest and the longest prompt are run both
+ways, and a model that disagrees is run in full instead.
 """
 
 from __future__ import annotations
@@ -21,25 +22,29 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_fits
-from lensclust.inference.middle_states import require_editable
-from lensclust.inference.prefix_sharing.self_check import FAILURES, named
-from lensclust.inference.prefix_sharing.sharing import (
+from lensclust.inference import Readout, answers, one_a_row, require_editable, require_fits
+from lensclust.inference.prefix_sharing import (
+    FAILURES,
     callers_hooks,
     log_refusal,
+    named,
     obstacle,
     refusal,
     refuse,
 )
-from lensclust.inference.readouts import Readout, answers, one_a_row
-from lensclust.models.agreement import agrees, relative_error
-from lensclust.models.batching import announced, default_budget
-from lensclust.models.blocks import blocks_of
-from lensclust.models.effects import require_effect
-from lensclust.models.frequencies import length_steps
-from lensclust.models.sites import hook_name, resolve
+from lensclust.models import (
+    agrees,
+    announced,
+    blocks_of,
+    default_budget,
+    hook_name,
+    length_steps,
+    relative_error,
+    require_effect,
+    resolve,
+)
 from lensclust.progress import progress_bar
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from probes.patching.edits import Edit
 from probes.patching.prefixes import PACKED_TOKENS, Batch, Way, batch_width, packed, stacked, ways
 
@@ -191,7 +196,7 @@ def _batches(
     """Prompts with suffixes of like length together, the longest first, within the budget.
 
     Args:
-        apart: as in `lensclust.models.batching.batches`.
+        apart: as in `lensclust.models.batches`.
     """
     suffixes = lengths - positions
     steps = sum((lengths > step for step in apart), torch.zeros_like(lengths))

@@ -1,1 +1,5 @@
-"""probes.similarity.neighbours"""
+"""Geometry of states: neighbours, silhouettes, RSA, CKA, where curves change."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,12 +15,11 @@ import xarray as xr
 from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
-from lensclust.activations.dataset import label_columns
+from lensclust.activations import label_columns
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.labels import MISSING, label_texts, require_same_prompts
-from lensclust.prompts.prompts import Prompts
-from probes.design.groups import require_two_values
+from lensclust.prompts import MISSING, Prompts, label_texts, require_same_prompts
+from probes.design import require_two_values
 
 # What is left of the distance between equal rows is rounding; it must not be ranked.
 DECIMALS = 10

@@ -14,8 +14,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations.dataset import dataset_sites, site_values
-from lensclust.models.sites import Site
+from lensclust.activations import dataset_sites, site_values
+from lensclust.models import Site
 from probes.arrays import Array, host, namespace, placed, wide
 
 KEPT_BYTES = 256_000_000

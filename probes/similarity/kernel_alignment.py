@@ -33,17 +33,13 @@ import xarray as xr
 from scipy import stats
 from scipy.special import gammaln
 
-from lensclust.activations.dataset import label_columns, require_axes
+from lensclust.activations import label_columns, require_axes
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.data import inline
-from lensclust.figures.display import Shown
-from lensclust.figures.encodings import tip
-from lensclust.figures.style import Picture, finish
-from lensclust.models.devices import found_device
-from lensclust.models.sites import Site
-from lensclust.prompts.labels import require_same_prompts
-from lensclust.results.statistics import permutation_p
+from lensclust.figures import Picture, Shown, finish, inline, tip
+from lensclust.models import Site, found_device
+from lensclust.prompts import require_same_prompts
+from lensclust.results import permutation_p
 from probes.design import INPUT, ROWS, TASK, Exchange, Units, exchangeable
 from probes.similarity.gram_matrices import Side, products, relabelled, shuffled
 

@@ -16,15 +16,14 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations.dataset import dataset_sites, prompt_labels, site_values, with_labels
+from lensclust.activations import dataset_sites, prompt_labels, site_values, with_labels
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.devices import found_device
+from lensclust.models import found_device
 from lensclust.progress import followed
 from probes.arrays import host, namespace, placed
-from probes.clustering.agreement import SCALES, label_silhouettes
-from probes.design import Units, exchangeable
-from probes.design.groups import against_null, label_groups, require_two_values
+from probes.clustering import SCALES, label_silhouettes
+from probes.design import Units, against_null, exchangeable, label_groups, require_two_values
 
 log = logging.getLogger(__name__)
 

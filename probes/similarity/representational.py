@@ -6,8 +6,8 @@ is that between their means where some have more prompts than others), the
 value with nuisances (length, template, first token) taken out,
 and, since a sweep looks at many sites, ``p_corrected``: how often the best site of a permuted
 sweep does as well (Westfall & Young 1993). How the permutations treat nuisances stands in
-`probes.similarity.mantel`. A hypothesis that survives says that the states are arranged so, not that
-the model uses it.
+`probes.similarity.mantel`. A hypothesis that survives says that the states are arranged so, not
+that the model uses it.
 
 Sources: Kriegeskorte et al. 2008 (RSA); Nili et al. 2014 (tau-a for tied hypotheses, noise
 ceiling); Diedrichsen et al. 2016 (crossnobis).
@@ -28,13 +28,13 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from lensclust import figures
-from lensclust.activations.dataset import dataset_sites, prompt_labels, site_values
+from lensclust.activations import dataset_sites, prompt_labels, site_values
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.models.sites import Site
+from lensclust.figures import Shown
+from lensclust.models import Site
 from lensclust.progress import progress_bar
-from lensclust.results.statistics import permutation_p
+from lensclust.results import permutation_p
 from probes.design import Exchange, Units
 from probes.similarity.dissimilarity import crossnobis, pair_index, standardised, state_distances
 from probes.similarity.mantel import TRANSFORMS, MatrixTest, Scores, relabellings

@@ -11,13 +11,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from lensclust.activations.dataset import (
-    label_columns,
-    label_names,
-    labelled,
-    prompt_labels,
-    require_axes,
-)
+from lensclust.activations import label_columns, label_names, labelled, prompt_labels, require_axes
 from lensclust.errors import InputError
 from probes.design import Exchange, Units, exchangeable
 from probes.similarity.dissimilarity import DISTANCES, hypothesis, nuisance, pair_index

@@ -1,1 +1,5 @@
-"""probes.steering.steering"""
+"""Interventions: shifts, transports, interchanges, erasure, function vectors."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

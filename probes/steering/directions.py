@@ -1,6 +1,6 @@
 """Moves along one direction: of two means, of a probe, or any vector of one's own.
 
-`project` differs from `probes.steering.interventions.shift` in how far it goes: a shift moves every state
+`project` differs from `probes.steering.shift` in how far it goes: a shift moves every state
 by the same amount, a projection moves each to the same coordinate, so that a state which is
 already there stays, and doing it twice is doing it once.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
+from lensclust.models import Site
 from probes.steering.interventions import (
     Edit,
     Intervention,
@@ -43,7 +43,7 @@ def project(
     the same nothing moves.
 
     Args:
-        centroids: mean states by label (`probes.design.centroids.mean_states`). With a condition
+        centroids: mean states by label (`probes.design.mean_states`). With a condition
             beside the label, means are averaged over the conditions that both labels have.
 
     Raises:
@@ -101,7 +101,7 @@ def add_direction(
         vectors: one vector, added at whichever site has its length, or one for each site (a
             `Site` or its name). Added as it is, so its length is the strength: scale a unit
             direction (`Intervention.scaled`) to the size of the states. At heads it is in
-            ``hook_z``, as `probes.linear.linear_probe.ProbeSweep.direction` gives it.
+            ``hook_z``, as `probes.linear.ProbeSweep.direction` gives it.
 
     Raises:
         InputError: at the call if a vector is not one finite row of numbers; when it is used if

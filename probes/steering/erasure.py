@@ -37,12 +37,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
-from lensclust.activations.dataset import labelled, prompt_labels, stored_values, with_labels
+from lensclust.activations import labelled, prompt_labels, stored_values, with_labels
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
-from probes.design import Units, exchangeable
-from probes.design.groups import only_renamed
+from lensclust.models import Site
+from probes.design import Units, exchangeable, only_renamed
 from probes.steering.interventions import Edit, Intervention, States
 
 log = logging.getLogger(__name__)

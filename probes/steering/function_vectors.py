@@ -28,18 +28,17 @@ from transformer_lens.model_protocol import TransformerLensModel
 from transformer_lens.utilities.statistics import derive_generator
 
 from lensclust import figures
-from lensclust.activations.dataset import head_residual, select
-from lensclust.activations.extraction import extract
+from lensclust.activations import extract, head_residual, select
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.models.sites import Site, resolve
-from lensclust.prompts.labels import label_text
-from lensclust.prompts.prompts import Prompts
-from lensclust.results.statistics import mean_interval
-from probes.design.pairs import first_answers
-from probes.patching.metrics import METRICS
-from probes.patching.replay import answers, replay
+from lensclust.figures import Shown
+from lensclust.inference import answers
+from lensclust.models import Site, resolve
+from lensclust.prompts import Prompts, label_text
+from lensclust.results import mean_interval
+from probes.design import first_answers
+from probes.patching import METRICS
+from probes.patching.replay import replay
 from probes.steering.directions import add_direction
 from probes.steering.interventions import Intervention
 

@@ -17,11 +17,11 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from lensclust.activations.dataset import prompt_labels, stored_values, with_labels
+from lensclust.activations import prompt_labels, stored_values, with_labels
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
-from lensclust.prompts.labels import label_text
-from probes.design.centroids import mean_states
+from lensclust.models import Site
+from lensclust.prompts import label_text
+from probes.design import mean_states
 from probes.steering.interventions import (
     Edit,
     Intervention,
@@ -45,7 +45,7 @@ def only_members(
 
     Args:
         intervention: what to do with the source's states.
-        centroids: mean states of all labels that may come (`probes.design.centroids.mean_states`), by
+        centroids: mean states of all labels that may come (`probes.design.mean_states`), by
             ``given`` too if that is named: then the nearest of all means decides, and it is the
             source's under any condition.
         source: the label whose states are moved.

@@ -23,21 +23,14 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
-from lensclust.activations.dataset import select
-from lensclust.activations.extraction import extract
+from lensclust.activations import extract, select
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.models.sites import Site, SiteSelector, resolve
-from lensclust.prompts.prompts import Prompts
-from probes.design.pairs import (
-    answer_table,
-    draw_members,
-    draw_targets,
-    first_answers,
-    prompt_strings,
-)
-from probes.patching.replay import answers as read_answers
+from lensclust.figures import Shown
+from lensclust.inference import answers as read_answers
+from lensclust.models import Site, SiteSelector, resolve
+from lensclust.prompts import Prompts
+from probes.design import answer_table, draw_members, draw_targets, first_answers, prompt_strings
 from probes.patching.replay import replay
 from probes.steering.interventions import Intervention, interventions
 

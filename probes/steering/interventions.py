@@ -1,7 +1,7 @@
 """Ways to move a state from one task's cluster to another's, and their controls.
 
 An `Intervention` is a function from states to states at any site. It knows nothing of a model:
-`probes.steering.steering.steer` hangs it on one, `probes.steering.interchanges.interchange` counts what it does.
+`probes.steering.steer` hangs it on one, `probes.steering.interchange` counts what it does.
 
 Standard of evidence: a move that changes the answer shows little unless a move as long in a
 random direction does not (`Intervention.random_twin`), nor one between two means that no task
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.utilities.statistics import derive_generator
 
-from lensclust.activations.dataset import VARIABLES, prompt_labels
+from lensclust.activations import VARIABLES, prompt_labels
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
-from lensclust.prompts.labels import MISSING, label_text, label_texts
+from lensclust.models import Site
+from lensclust.prompts import MISSING, label_text, label_texts
 
 States = Float[Tensor, "row d"]
 Edit = Callable[[States], States]
@@ -158,7 +158,7 @@ def shift(
     """Add the difference of two labels' mean states.
 
     Args:
-        centroids: mean states by label (`probes.design.centroids.mean_states`). With a condition
+        centroids: mean states by label (`probes.design.mean_states`). With a condition
             beside the label, the difference is averaged over the conditions that both have.
 
     Raises:

@@ -1,6 +1,6 @@
 """Linear maps from one label's cluster to another's: moves that depend on where a state lies.
 
-`probes.steering.interventions.shift` moves every state alike and `transport` looks up the nearest mean it
+`probes.steering.shift` moves every state alike and `transport` looks up the nearest mean it
 knows. A linear map lies between the two: it moves unlike states differently, and also those of
 conditions that it was not fitted on.
 
@@ -26,11 +26,11 @@ from jaxtyping import Float, Int
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
-from lensclust.activations.dataset import prompt_labels, stored_values, with_labels
+from lensclust.activations import prompt_labels, stored_values, with_labels
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models.sites import Site
-from lensclust.prompts.labels import label_text
+from lensclust.models import Site
+from lensclust.prompts import label_text
 from probes.steering.interventions import Edit, Intervention, Label, States
 
 KINDS = ("ridge", "gaussian")
@@ -66,11 +66,11 @@ def linear_transport(
             alike, however many states they have.
         fit: ``ridge`` or ``gaussian``.
         penalty: of the ridge, in units of the mean eigenvalue of the source's covariance;
-            infinity is allowed. None: at each site the one of `probes.steering.linear_maps.PENALTIES` that
-            predicts best the moves of conditions left out in turn (ties go to the largest).
-            It falls back on the mean shift where moves of new conditions cannot be predicted,
-            as with fewer than three shared conditions; the least squared error need not move
-            the most answers (`probes.steering.tuning.tune` counts those).
+            infinity is allowed. None: at each site the one of
+            `probes.steering.linear_maps.PENALTIES` that predicts best the moves of conditions left
+            out in turn (ties go to the largest). It falls back on the mean shift where moves of new
+            conditions cannot be predicted, as with fewer than three shared conditions; the least
+            squared error need not move the most answers (`probes.steering.tune` counts those).
             ``edit_at(site).penalty`` tells which it was.
         position: which read position, if the activations hold several.
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.errors import InputError
-from lensclust.models.blocks import hooks_are_off
-from lensclust.models.cached_generation import uncached
+from lensclust.models import hooks_are_off, uncached
 
 # Names under which networks are handed what earlier forwards computed.
 CACHES = ("past_key_values", "cache", "layer_past", "cache_params")

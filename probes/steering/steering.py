@@ -21,12 +21,18 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.inference.checks import require_model
-from lensclust.inference.middle_states import require_editable
-from lensclust.models.batching import rows_being_run
-from lensclust.models.cached_generation import uncached, wrong_with_cache
-from lensclust.models.effects import require_effect
-from lensclust.models.sites import Site, SiteSelector, hook_name, model_name, resolve
+from lensclust.inference import require_editable, require_model
+from lensclust.models import (
+    Site,
+    SiteSelector,
+    hook_name,
+    model_name,
+    require_effect,
+    resolve,
+    rows_being_run,
+    uncached,
+    wrong_with_cache,
+)
 from probes.steering.interventions import Edit, Intervention
 from probes.steering.positions import Stretch, following
 

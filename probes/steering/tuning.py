@@ -19,15 +19,15 @@ from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
-from lensclust.activations.dataset import select
-from lensclust.activations.extraction import extract
+from lensclust.activations import extract, select
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.figures.display import Shown
-from lensclust.models.sites import Site, SiteSelector, resolve
-from lensclust.prompts.prompts import Prompts
-from probes.patching.metrics import METRICS
-from probes.patching.replay import answers, replay
+from lensclust.figures import Shown
+from lensclust.inference import answers
+from lensclust.models import Site, SiteSelector, resolve
+from lensclust.prompts import Prompts
+from probes.patching import METRICS
+from probes.patching.replay import replay
 from probes.steering.interventions import Intervention, interventions
 
 Make = Callable[[Site, float], Intervention]

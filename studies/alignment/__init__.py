@@ -35,7 +35,7 @@ NO_MODEL = "No pretrained model was run (--pretrained names one)."
 class Alignment(Options):
     def check(self) -> None:
         """Refuse what would leave a claim without a measurement."""
-        from lensclust.tasks.words.natural import task_names
+        from lensclust.tasks.words import task_names
 
         least = {"n_tasks": 3, "rows_per_mapping": 2, "pairs": 1, "finetuning_steps": 1}
         least |= {"steps": 1, "batch_examples": 1, "shots": 1, "trained_blocks": 2}
@@ -63,7 +63,7 @@ class Alignment(Options):
             raise lc.InputError(f"tasks: no {unknown[0]!r}: there are {', '.join(task_names())}")
         if len(set(self.tasks)) < max(3, len(self.tasks)):
             raise lc.InputError(f"tasks={self.tasks}: expected three or more, all different")
-        from lensclust.models.native import native_config
+        from lensclust.models import native_config
 
         native_config(self.model)
         lc.tasks.sif(**self.sizes(), seed=0)

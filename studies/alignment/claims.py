@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results.claims import decide
-from lensclust.results.statistics import REAL, mean_of
+from lensclust.results import REAL, decide, mean_of
 from studies.alignment.methods import (
     HEADS,
     MERIT,

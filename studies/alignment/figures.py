@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lensclust import figures
-from lensclust.figures.trade_offs import trade_off
+from lensclust.figures import trade_off
 from studies.alignment.claims import LOSS, WANTED
 from studies.alignment.methods import MERIT, SUCCESS
 from studies.scores import where

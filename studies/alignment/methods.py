@@ -14,15 +14,19 @@ from torch import Tensor
 
 import lensclust as lc
 import probes
-from lensclust.activations.dataset import dataset_sites, select
-from lensclust.models.sites import Site
-from lensclust.training.temporary import StateLoss, contrast, pull
-from probes.design.centroids import mean_states
-from probes.design.pairs import answer_table, first_answers, prompt_strings
-from probes.steering import interventions
-from probes.steering.gating import only_members, only_near
-from probes.steering.interventions import Intervention, shift, transport
-from probes.steering.linear_maps import linear_transport
+from lensclust.activations import dataset_sites, select
+from lensclust.models import Site
+from lensclust.training import StateLoss, contrast, pull
+from probes.design import answer_table, first_answers, mean_states, prompt_strings
+from probes.steering import (
+    Intervention,
+    interventions,
+    linear_transport,
+    only_members,
+    only_near,
+    shift,
+    transport,
+)
 from studies.study import silenced
 
 NOTHING = "nothing"

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
-from lensclust.inference.partial_forwards import FrozenBlocks
-from lensclust.models.sites import Site
-from lensclust.training.temporary import finetuned, parameter_names
-from probes.design.centroids import mean_states
-from probes.patching.replay import answers
-from probes.steering.steering import steer
+from lensclust.inference import FrozenBlocks, answers
+from lensclust.models import Site, parameter_names
+from lensclust.training import finetuned
+from probes.design import mean_states
+from probes.steering import steer
 from studies.alignment.methods import (
     HEADS,
     SHIFT,

@@ -16,13 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lensclust.activations.dataset import select
-from lensclust.inference.checks import require_one_side
-from lensclust.inference.partial_forwards import FrozenBlocks, scored_logits
-from lensclust.models.sites import Site
-from lensclust.training.temporary import Finetuned
+from lensclust.activations import select
+from lensclust.inference import FrozenBlocks, require_one_side, scored_logits
+from lensclust.models import Site
+from lensclust.training import Finetuned
 from probes.patching.replay import replay
-from probes.steering.interventions import Intervention
+from probes.steering import Intervention
 from studies.alignment.methods import (
     MERIT,
     NOTHING,

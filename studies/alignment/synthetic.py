@@ -12,11 +12,11 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
-from lensclust.models.sites import Site
+from lensclust.inference import answers
+from lensclust.models import Site
 from lensclust.parallel import one_thread
-from lensclust.training.temporary import finetuned
-from probes.design.centroids import mean_states
-from probes.patching.replay import answers
+from lensclust.training import finetuned
+from probes.design import mean_states
 from studies.alignment.methods import (
     HEADS,
     SUCCESS,

@@ -44,7 +44,7 @@ class ComponentReweighting(Options):
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
         if not self.labels or list(self.labels) != sorted(set(self.labels)):
             raise lc.InputError(f"labels={self.labels}: expected rising numbers")
-        from lensclust.tasks.labelled.labelled_texts import class_names
+        from lensclust.tasks.labelled import class_names
 
         known = lc.tasks.data_names()
         for name in self.data:

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results.claims import decide, decide_over_all
-from lensclust.results.statistics import share
+from lensclust.results import decide, decide_over_all, share
 from studies.component_reweighting.scores import MATCHED
 from studies.scales import AGREED, AGREEMENT, SHARE, SMALL, WEAK
 from studies.scores import rank_correlations, where

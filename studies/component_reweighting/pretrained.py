@@ -12,10 +12,8 @@ import pandas as pd
 import lensclust as lc
 import probes
 from lensclust.prompts.joined import joined
-from lensclust.tasks.labelled.labelled_texts import LabelledTexts
-from probes.components.calibration import select_prompt
-from probes.components.component_logits import ComponentLogits
-from probes.components.decomposition import decompose
+from lensclust.tasks.labelled import LabelledTexts
+from probes.components import ComponentLogits, decompose, select_prompt
 from studies.component_reweighting.options import Options
 from studies.component_reweighting.scores import component_rows, extremes, kind_shares, relearned
 from studies.study import silenced

@@ -10,9 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from probes.components.calibration import calibrate_many
-from probes.components.component_logits import WRITERS, ComponentLogits
-from probes.components.reweighting import reweight_many
+from probes.components import WRITERS, ComponentLogits, calibrate_many, reweight_many
 
 Row = dict[str, Any]
 # Calibration to convergence, its penalty chosen as reweighting's is.

@@ -11,8 +11,8 @@ import pandas as pd
 import lensclust as lc
 import probes
 from lensclust.parallel import one_thread
-from lensclust.tasks.labelled.classification import balanced_order
-from probes.components.decomposition import decompose
+from lensclust.tasks.labelled import balanced_order
+from probes.components import decompose
 from studies.component_reweighting.options import Options
 from studies.component_reweighting.scores import component_rows, extremes, kind_shares, relearned
 from studies.scales import AGREED

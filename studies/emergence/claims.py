@@ -10,10 +10,9 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust import figures
-from lensclust.report.views.kinds import ClusterView, HeadView
-from lensclust.results.claims import decide
-from lensclust.results.statistics import correlation
-from lensclust.runs.directory import View
+from lensclust.report.views import ClusterView, HeadView
+from lensclust.results import correlation, decide
+from lensclust.runs import View
 from studies.emergence.options import CHOOSING
 from studies.scales import AGREED, AGREEMENT, SHARE, SMALL, WEAK
 from studies.scores import rank_correlations, where

@@ -16,7 +16,7 @@ from studies.study import silenced
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lensclust.report.views.kinds import HeadView
+    from lensclust.report.views import HeadView
 
 from studies.emergence.options import CHOOSING, Options
 from studies.synthetic_task import (
@@ -73,7 +73,7 @@ def heads_of_last(
     """The heads of the last checkpoint, beside their scores at those before."""
     import numpy as np
 
-    from lensclust.tasks.synthetic.sif import vocabulary
+    from lensclust.tasks.synthetic import vocabulary
 
     rows = np.flatnonzero((prompts.rows["split"] == UNSEEN).to_numpy())
     unseen = prompts.take(rows)

@@ -50,7 +50,7 @@ class HeadPatterns(Options):
             known = lc.tasks.data_names()
             if self.texts not in known:
                 raise lc.InputError(f"texts={self.texts!r}: expected one of {', '.join(known)}")
-        from lensclust.models.native import native_config
+        from lensclust.models import native_config
         from studies.head_patterns.synthetic import prompts_of
 
         native_config(self.model, n_layers=self.n_layers, n_heads=self.n_heads)

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results.claims import decide, decide_over_all
-from lensclust.results.statistics import permutation_p
+from lensclust.results import decide, decide_over_all, permutation_p
 from studies.head_patterns.mixes import DRAWN, EVEN, FITTED, LEAST, OWN, PARTS, RANDOM, SIMILAR
 from studies.head_patterns.options import BASIC, COMPLEX
 from studies.head_patterns.scores import FEW, RAW, SHARES

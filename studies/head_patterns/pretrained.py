@@ -11,7 +11,7 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust.parallel import one_thread
-from lensclust.tasks.words.arithmetic import AFTER
+from lensclust.tasks.words import AFTER
 from studies.head_patterns.options import BASIC, COMPLEX, CONTROL, Options
 from studies.head_patterns.tuning import Task, dealt_out, tuned_patterns
 

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 
 import probes
-from probes.heads.activation import CONCENTRATION
+from probes.heads import CONCENTRATION
 from studies.head_patterns.options import COMPLEX, CONTROL
 from studies.head_patterns.tuning import AND, stack
 from studies.scores import where

@@ -40,7 +40,7 @@ class ICLRepresentations(Options):
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise lc.InputError(f"{name}={getattr(self, name)}: expected at least {number}")
-        from lensclust.tasks.words.natural import task_names, words
+        from lensclust.tasks.words import task_names, words
 
         known = task_names()
         if unknown := [name for name in self.word_tasks if name not in known]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
-from lensclust.models.sites import Site
-from probes.attention.knockout import answers_cut_off
-from probes.design.pairs import first_answers
-from probes.patching.replay import Readout, answers, replay
+from lensclust.inference import Readout, answers
+from lensclust.models import Site
+from probes.attention import answers_cut_off
+from probes.design import first_answers
+from probes.patching.replay import replay
 from studies.icl_representations.options import NONE, SHOWN, Options
 
 

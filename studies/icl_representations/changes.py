@@ -13,8 +13,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
 import probes
-from lensclust.results.statistics import permutation_p
-from probes.similarity.dissimilarity import standardised
+from lensclust.results import permutation_p
+from probes.similarity import standardised
 from studies.icl_representations.options import NONE, SHOWN, Options
 from studies.icl_representations.prompts import KINDS
 from studies.scores import where

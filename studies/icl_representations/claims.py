@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results.claims import decide
+from lensclust.results import decide
 from studies.icl_representations.claims_words import OURS, word_claims
 from studies.icl_representations.measures import Questions, Words, at_layers, elsewhere_best, mean
 from studies.icl_representations.options import LINES, NONE, PERSONA, READING, SHOWN, WRONG

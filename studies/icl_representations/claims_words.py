@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 import lensclust as lc
-from lensclust.results.claims import decide
-from lensclust.results.statistics import share
+from lensclust.results import decide, share
 from studies.icl_representations.measures import Words, mean
 from studies.icl_representations.words import BOTH, SHOWN, TOLD
 from studies.scales import AGREEMENT, SHARE, SMALL, WEAK

@@ -16,14 +16,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
 import probes
-from lensclust.activations.skeleton import template
-from lensclust.inference.answer_scores import answer_scores, greedy_texts
-from lensclust.inference.readouts import Readout, answers_with_states
-from lensclust.models.sites import hook_name, resolve
-from lensclust.prompts.tokenization import continuation
-from lensclust.tasks.in_context.linear_regression import TEMPLATES, decoded
-from lensclust.tasks.in_context.reading_comprehension import data
-from probes.design.pairs import first_answers
+from lensclust.activations import template
+from lensclust.inference import Readout, answers_with_states, greedy_texts
+from lensclust.inference.answer_scores import answer_scores
+from lensclust.models import hook_name, resolve
+from lensclust.prompts import continuation
+from lensclust.tasks.in_context import TEMPLATES, data, decoded
+from probes.design import first_answers
 from studies.icl_representations.options import LINES, NONE, PERSONA, READING, SHOWN, WRONG, Options
 
 NEW_TOKENS = 6
@@ -152,7 +151,7 @@ def states_and_answers(
     """The residual stream at the last token, as `extract` gives it, and what ``readout`` reads.
 
     Args:
-        readout: as in `lensclust.inference.readouts.answers`, a row of numbers a prompt.
+        readout: as in `lensclust.inference.answers`, a row of numbers a prompt.
     """
     sites = resolve(model, "resid")
     names = [hook_name(model, site) for site in sites]

@@ -16,12 +16,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lensclust as lc
 import probes
-from lensclust.models.sites import Site
-from lensclust.results.statistics import permutation_p
-from probes.design.pairs import first_answers
-from probes.patching.replay import answers, replay
-from probes.steering.interchanges import first_token
-from probes.steering.interventions import Intervention
+from lensclust.inference import answers
+from lensclust.models import Site
+from lensclust.results import permutation_p
+from probes.design import first_answers
+from probes.patching.replay import replay
+from probes.steering import Intervention, first_token
 from studies.icl_representations.causes import chosen_layers
 from studies.icl_representations.options import Options
 from studies.study import silenced

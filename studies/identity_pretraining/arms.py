@@ -10,7 +10,7 @@ import numpy as np
 
 import lensclust as lc
 import probes
-from lensclust.training.pretraining import Auxiliary
+from lensclust.training import Auxiliary
 from studies.identity_pretraining.options import task_set
 from studies.identity_pretraining.phases import (
     NAMING,
@@ -45,9 +45,9 @@ def measure(study: Options, part: Part, folder: Path) -> dict[str, pd.DataFrame]
     """
     import pandas as pd
 
-    from lensclust.models.native import native_config
+    from lensclust.models import native_config
     from lensclust.parallel import one_thread
-    from lensclust.training.pretraining import required_sizes
+    from lensclust.training import required_sizes
 
     prompts = task_set(replace(study, n_tasks=part.n_tasks), part.seed)
     n_ctx = required_sizes(prompts)["n_ctx"]

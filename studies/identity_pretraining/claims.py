@@ -10,8 +10,7 @@ import pandas as pd
 from scipy.integrate import trapezoid
 
 import lensclust as lc
-from lensclust.results.claims import decide
-from lensclust.results.statistics import Scale
+from lensclust.results import Scale, decide
 from studies.identity_pretraining.options import ARMS, COMPARED
 from studies.identity_pretraining.phases import NAMING, TASK
 from studies.scales import AGREED, AGREEMENT, SHARE, SMALL

@@ -8,9 +8,18 @@ import altair as alt
 import pandas as pd
 
 from lensclust import figures
-from lensclust.figures.data import inline, over_seeds, require_columns
-from lensclust.figures.encodings import panel_names, panels, seed_tips, tip
-from lensclust.figures.style import Picture, finish, how_to_read
+from lensclust.figures import (
+    Picture,
+    finish,
+    how_to_read,
+    inline,
+    over_seeds,
+    panel_names,
+    panels,
+    require_columns,
+    seed_tips,
+    tip,
+)
 from studies.identity_pretraining.claims import BUDGETS, OF_TASK, TOTAL, conditions, percent
 from studies.identity_pretraining.options import ARMS, COMPARED
 from studies.identity_pretraining.phases import TASK

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 
 import lensclust as lc
-from lensclust.training.pretraining import Auxiliary, TrainingRun, required_sizes
+from lensclust.training import Auxiliary, TrainingRun, required_sizes
 from studies.synthetic_task import UNSEEN
 
 if TYPE_CHECKING:

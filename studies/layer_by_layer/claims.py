@@ -9,8 +9,7 @@ import pandas as pd
 
 import lensclust as lc
 from lensclust import figures
-from lensclust.results.claims import decide
-from lensclust.results.statistics import share
+from lensclust.results import decide, share
 from probes import change_points
 from studies.layer_by_layer.options import CEILING, MULTI, OTHER, PAIRS, UNTRAINED
 from studies.scales import SHARE, SMALL

@@ -78,9 +78,9 @@ def compare(specialist: Any, others: Mapping[str, Any], prompts: lc.Prompts) -> 
     """CKA of each model with the specialist, layer with the same layer, and all accuracies."""
     import pandas as pd
 
-    from probes.design.pairs import first_answers
-    from probes.patching.replay import answers
-    from probes.steering.interchanges import first_token
+    from lensclust.inference import answers
+    from probes.design import first_answers
+    from probes.steering import first_token
 
     own = lc.extract(specialist, prompts, "resid", progress=False)
     tables = []

@@ -21,7 +21,7 @@ class Realistic(Options):
             if value is not None and value < 2:
                 raise lc.InputError(f"{name}={value}: an interval needs at least 2")
         if self.data is not None:
-            from lensclust.tasks.words.instruction_induction import read_folder
+            from lensclust.tasks.words import read_folder
 
             read_folder(self.data)
 

@@ -12,8 +12,8 @@ import xarray as xr
 import lensclust as lc
 import probes
 from lensclust import figures
-from lensclust.report.views.kinds import ClusterView
-from lensclust.results.claims import decide
+from lensclust.report.views import ClusterView
+from lensclust.results import decide
 from studies.realistic.units import Redrawn, Source, agreed_at, chosen_sites, redrawn, with_depth
 from studies.scales import AGREED, SHARE, SMALL, WEAK
 from studies.scores import plane, where

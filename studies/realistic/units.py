@@ -18,8 +18,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
-from lensclust.results.statistics import Mean, Scale, agreement, correlation, estimate_of
-from probes.clustering.agreement import counted_agreement
+from lensclust.results import Mean, Scale, agreement, correlation, estimate_of
+from probes.clustering import counted_agreement
 from studies.scales import AGREED
 from studies.scores import where
 

@@ -30,7 +30,7 @@ NO_MODEL = "No pretrained model was run (--pretrained names one)."
 class Unseen(Options):
     def check(self) -> None:
         """Refuse what would leave a claim without a measurement."""
-        from lensclust.tasks.words.natural import task_names
+        from lensclust.tasks.words import task_names
 
         least = {"n_tasks": 3, "held_out_regexes": 1, "rows_per_mapping": 2, "permutations": 1}
         least |= {"n_checkpoints": 4, "rounds": 1, "shots": 1, "draws": 2, "layer_stride": 1}

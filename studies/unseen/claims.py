@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 import lensclust as lc
-from lensclust.results.claims import decide
-from lensclust.results.statistics import correlation
+from lensclust.results import correlation, decide
 from studies.scales import AGREED, AGREEMENT, SHARE, SMALL, WEAK
 from studies.scores import rank_correlations, where
 from studies.synthetic_task import UNSEEN

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lensclust import figures
-from lensclust.report.views.kinds import ClusterView
+from lensclust.report.views import ClusterView
 from studies.scales import AGREED
 from studies.scores import where
 from studies.synthetic_task import LABELS, UNSEEN

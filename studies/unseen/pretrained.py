@@ -8,12 +8,10 @@ import xarray as xr
 
 import lensclust as lc
 import probes
-from lensclust.models.sites import Site
-from probes.design.centroids import mean_states
-from probes.design.pairs import first_answers
-from probes.patching.replay import answers
-from probes.steering.interchanges import Moves, first_token, interchange
-from probes.steering.interventions import Intervention, dealt, shift
+from lensclust.inference import answers
+from lensclust.models import Site
+from probes.design import first_answers, mean_states
+from probes.steering import Intervention, Moves, dealt, first_token, interchange, shift
 from studies.study import silenced
 from studies.unseen.options import MEANS, Options
 

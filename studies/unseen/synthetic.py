@@ -14,16 +14,24 @@ from sklearn.metrics import roc_auc_score
 
 import lensclust as lc
 import probes
-from lensclust.activations.dataset import select
-from lensclust.models.sites import Site, resolve
+from lensclust.activations import select
+from lensclust.inference import answers
+from lensclust.models import Site, resolve
 from lensclust.parallel import one_thread
-from probes.clustering.nearest_clusters import membership
-from probes.design.centroids import mean_states
-from probes.design.pairs import first_answers
-from probes.patching.replay import answers, replay
-from probes.steering.erasure import erase, erase_random, erase_reassigned
-from probes.steering.interchanges import first_token, interchange
-from probes.steering.interventions import Intervention, dealt, shift, transport
+from probes.clustering import membership
+from probes.design import first_answers, mean_states
+from probes.patching.replay import replay
+from probes.steering import (
+    Intervention,
+    dealt,
+    erase,
+    erase_random,
+    erase_reassigned,
+    first_token,
+    interchange,
+    shift,
+    transport,
+)
 from studies.scales import AGREED
 from studies.study import silenced
 from studies.synthetic_task import (

@@ -14,7 +14,8 @@ from statistics import median
 
 import torch
 
-from lensclust.runs.directory import machine, write_atomically
+from lensclust.runs.directory import machine
+from lensclust.storage.atomic import write_atomically
 from tests.benchmarks import (
     attention,
     clustering,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from tests.browser import started, why_not
 
 ROUNDS = 5

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lensclust.runs.directory import write_atomically
+from lensclust.storage.atomic import write_atomically
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lensclust.runs.directory import write_atomically
+from lensclust.storage.atomic import write_atomically
 from tests.calibration.coverage import LEAST, covered, intervals_page
 from tests.calibration.tables import DRAWS, page, rates
 

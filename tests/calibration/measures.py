@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 import probes
-from probes.design import exchangeable, flipped_p
+from probes.design.flips import flipped_p
+from probes.design.units import exchangeable
 from tests.calibration.layouts import INPUT, NOISE, WORDING, Layout, states
 
 PERMUTATIONS = 99

@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 import lensclust as lc
 from lensclust.activations.store import attributes as store_notes
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.storage.locations import inflated_bytes
 from lensclust.storage.parquet import read_frame
 from tests.faults.work import extract

@@ -32,12 +32,13 @@ from lensclust.models.checkpoints import (
 )
 from lensclust.models.downloads import Pin
 from lensclust.models.native import config_to_json, native_config
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.runs import directory as run_directory
 from lensclust.runs.server import state
 from lensclust.storage.integrity import DIGESTS, seal_folder
 from lensclust.storage.safetensors import read_sealed
-from lensclust.training.pretraining import required_sizes, train
+from lensclust.training.data import required_sizes
+from lensclust.training.pretraining import train
 from studies.study import _once
 from tests.faults.work import (
     BATCHES,

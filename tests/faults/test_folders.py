@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 import lensclust as lc
 from lensclust.cli.command import main
 from lensclust.models.native import native_config
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.storage.atomic import LOCK, is_vacant, remove_partial, replacing, staging
-from lensclust.training.pretraining import required_sizes, train
+from lensclust.training.data import required_sizes
+from lensclust.training.pretraining import train
 from studies.study import Context, Findings, Study
 from tests.faults.work import KNOBS, PROMPTS, SIZES, some_prompts
 from tests.lensclust.test_report import make_run

@@ -22,7 +22,7 @@ from lensclust.cli.command import main
 from lensclust.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from lensclust.models.weight_files import gguf_contents, safetensors_contents
 from lensclust.prompts.prompts import Prompts
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.runs import directory as run_directory
 from lensclust.storage.safetensors import read_sealed, save_sealed
 from tests.faults.work import extract, tiny_model

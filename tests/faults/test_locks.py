@@ -53,7 +53,10 @@ def another_process(body: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def held(file: Path) -> str:
-    return f"from lensclust.storage.atomic import locked\n        with locked(Path({str(file)!r}), 'x'): wait()"
+    return (
+        "from lensclust.storage.atomic import locked\n"
+        f"        with locked(Path({str(file)!r}), 'x'): wait()"
+    )
 
 
 @pytest.mark.parametrize(

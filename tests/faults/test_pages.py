@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from tests.lensclust.test_report import HOSTILE, Page, make_run
 
 

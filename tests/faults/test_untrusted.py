@@ -23,7 +23,7 @@ from lensclust.activations.store import attributes as store_notes
 from lensclust.models.checkpoints import load_checkpoint, save_checkpoint
 from lensclust.models.downloads import Pin, _extract
 from lensclust.models.native import native_config
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.storage.safetensors import read_sealed, save_sealed
 from tests.faults.work import extract, tiny_model
 from tests.lensclust.test_report import make_run

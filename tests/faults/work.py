@@ -27,7 +27,8 @@ from lensclust.prompts.prompts import Prompts
 from lensclust.results.claims import decide
 from lensclust.storage.safetensors import read_sealed
 from lensclust.tasks.synthetic.sif import sif
-from lensclust.training.pretraining import required_sizes, train
+from lensclust.training.data import required_sizes
+from lensclust.training.pretraining import train
 from studies.emergence import Emergence
 from studies.study import Context, Findings, Study
 

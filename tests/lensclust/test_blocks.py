@@ -18,9 +18,10 @@ import torch
 import lensclust as lc
 from lensclust.activations.dataset import head_residual
 from lensclust.cli.doctor import examine
+from lensclust.inference.readouts import answers
 from lensclust.models.blocks import blocks_of
 from lensclust.models.sites import Site, resolve
-from probes.patching.replay import answers, replay
+from probes.patching.replay import replay
 from tests.families.registry import FAMILIES, build
 from tests.families.subjects import parts
 from tests.tiny import hf_model

@@ -17,8 +17,10 @@ from transformer_lens.model_bridge.sources.native import NativeModel
 import lensclust as lc
 from lensclust.inference.partial_forwards import FrozenBlocks, scored_logits
 from lensclust.models.checkpoints import named_weights
+from lensclust.models.parameters import parameter_names
 from lensclust.models.sites import Site
-from lensclust.training.temporary import StateLoss, contrast, finetuned, parameter_names, pull
+from lensclust.training.losses import StateLoss, contrast, pull
+from lensclust.training.temporary import finetuned
 from tests.tiny import ARCHITECTURES, hf_model
 
 LAST = r"\.2\."  # parameters of the third block, in every architecture here

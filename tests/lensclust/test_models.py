@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lensclust.errors import InputError
 from lensclust.models.checkpoints import fingerprint, save_checkpoint
-from lensclust.models.loading import load, native_config
+from lensclust.models.loading import load
+from lensclust.models.native import native_config
 from lensclust.prompts.prompts import Prompts
 from tests.tiny import ARCHITECTURES, D_VOCAB, N_LAYERS, WORDS, hf_model, tiny_tokenizer
 

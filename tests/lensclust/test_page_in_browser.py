@@ -12,8 +12,8 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from lensclust.report import write_page
-from lensclust.report.views.kinds import ClusterView
+from lensclust.report.page import write_page
+from lensclust.report.views.clusters import ClusterView
 from tests.browser import Browser
 from tests.lensclust.test_report import HOSTILE, make_run
 

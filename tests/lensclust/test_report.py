@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from lensclust import figures
 from lensclust.errors import InputError
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.report.tables import score_table
 from lensclust.results.claims import decide
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from lensclust.errors import InputError
-from lensclust.report import write_page
+from lensclust.report.page import write_page
 from lensclust.runs import server as serving
 from lensclust.runs.server import served
 from tests.browser import Browser

@@ -25,15 +25,16 @@ from lensclust.parallel import one_thread
 from lensclust.prompts.prompts import Prompts
 from lensclust.tasks.synthetic.sif import sif
 from lensclust.training import pretraining as training
-from lensclust.training.data import auxiliary_loss, training_sequences
-from lensclust.training.pretraining import (
+from lensclust.training.data import (
     Auxiliary,
-    TrainingRun,
-    checkpoint_steps,
+    auxiliary_loss,
     required_sizes,
     sequence_loss,
-    train,
+    training_sequences,
 )
+from lensclust.training.pretraining import train
+from lensclust.training.runs import TrainingRun
+from lensclust.training.schedules import checkpoint_steps
 
 PROMPTS = sif(n_tasks=3, n_inputs=4, mappings_per_task=3, strings_per_regex=16, rows_per_mapping=4)
 SIZES = {"n_layers": 2, "n_heads": 2, "d_model": 16, **required_sizes(PROMPTS)}

@@ -34,7 +34,8 @@ from lensclust.models.checkpoints import (
     save_checkpoint,
 )
 from lensclust.models.downloads import PINS, Pin, cache_folder, fetch
-from lensclust.models.loading import load, native_config
+from lensclust.models.loading import load
+from lensclust.models.native import native_config
 from tests.tiny import ARCHITECTURES, hf_model
 
 SMALL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_vocab": 20, "n_ctx": 8}

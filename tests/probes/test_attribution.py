@@ -10,11 +10,12 @@ import torch
 
 import lensclust as lc
 from lensclust.activations.dataset import select
+from lensclust.inference.readouts import answers
 from lensclust.models.native import native_config
 from lensclust.models.sites import resolve
 from probes.patching.attribution import rank
 from probes.patching.patching import patch
-from probes.patching.replay import answers, replay
+from probes.patching.replay import replay
 from tests.probes.test_patching import MODELS, pairs
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from probes import nearest_neighbour, rsa
-from probes.design import Exchange, exchangeable, flipped_p, row_columns
+from probes.design.flips import flipped_p
+from probes.design.units import Exchange, exchangeable, row_columns
 
 
 def nested(wordings: list[int], copies: int = 2) -> pd.DataFrame:

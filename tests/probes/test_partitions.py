@@ -24,8 +24,8 @@ from probes.clustering.agreement import (
     silhouette,
 )
 from probes.clustering.kmeans import partition
-from probes.design import exchangeable
 from probes.design.groups import Group
+from probes.design.units import exchangeable
 
 labellings = st.integers(2, 40).flatmap(
     lambda n: st.tuples(

@@ -17,7 +17,7 @@ from sklearn.linear_model import LinearRegression
 
 import lensclust as lc
 from probes import combined, hypothesis, rsa, with_nuisances
-from probes.design import exchangeable
+from probes.design.units import exchangeable
 from probes.similarity import mantel as matrix_tests
 from probes.similarity.dissimilarity import crossnobis, standardised
 from probes.similarity.mantel import MatrixTest, relabellings, tau_a

@@ -14,8 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import lensclust as lc
+from lensclust.inference.readouts import answers
 from lensclust.models.sites import Site, resolve
-from probes.patching.replay import answers, replay
+from probes.patching.replay import replay
 from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
 
 HOOKS = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lensclust as lc
-from lensclust.report.views.kinds import HeadView
+from lensclust.report.views.heads import HeadView
 from lensclust.tasks.synthetic.sif import vocabulary
 from studies.emergence import Emergence
 from studies.emergence.claims import claims, pictures

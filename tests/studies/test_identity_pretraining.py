@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 import lensclust as lc
 from lensclust.models.native import native_config
 from lensclust.parallel import one_thread
-from lensclust.training.pretraining import required_sizes
+from lensclust.training.data import required_sizes
 from studies.identity_pretraining import SEARCHED, IdentityPretraining, parts
 from studies.identity_pretraining.arms import plan
 from studies.identity_pretraining.claims import (

@@ -115,7 +115,7 @@ def test_a_model_is_most_like_itself_and_scores_are_those_of_two_models():
 
 
 def test_specialists_know_one_task_of_the_vocabulary_of_all():
-    from lensclust.training.pretraining import required_sizes
+    from lensclust.training.data import required_sizes
 
     prompts = task_set(LayerByLayer(n_tasks=3), 0)
     whole = required_sizes(prompts)

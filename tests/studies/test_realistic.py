@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import lensclust as lc
-from lensclust.report.views.kinds import HeadView
+from lensclust.report.views.heads import HeadView
 from probes.clustering.agreement import counted_agreement
 from studies.realistic import Realistic
 from studies.realistic.claims import (

@@ -1,1 +1,5 @@
-"""lensclust.activations.dataset.store"""
+"""Activations on disk: a zarr group that is resumable, appendable and verifiable."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool
 
-from lensclust.storage.integrity import digest_of
+from lensclust.storage import digest_of
 
 # A number for each row, that of its prompt: which prompts are there, to tell when one comes twice.
 ROW_KEYS = "prompt_key"

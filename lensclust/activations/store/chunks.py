@@ -26,9 +26,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lensclust.errors import InputError
-from lensclust.storage.atomic import read_json
-from lensclust.storage.integrity import digest_of
-from lensclust.storage.locations import ZARR_2, Place, zarr_store
+from lensclust.storage import ZARR_2, Place, digest_of, read_json, zarr_store
 
 # Format 2 is read by zarr 2 and 3 alike, and has variable-length strings in its specification.
 ZARR_FORMAT = 2

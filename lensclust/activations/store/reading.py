@@ -34,7 +34,7 @@ from lensclust.activations.store.chunks import (
     packing,
 )
 from lensclust.errors import InputError
-from lensclust.storage.locations import Place, as_place, zarr_store
+from lensclust.storage import Place, as_place, zarr_store
 
 _log = logging.getLogger(__name__)
 

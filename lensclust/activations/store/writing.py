@@ -2,8 +2,8 @@
 
 A shard is noted as written after its chunks are there: what is missing after a kill is what was
 not noted. Chunks carry checksums, and what no longer matches its own is an error when it is read,
-never data (`lensclust.activations.store.chunks`). Labels and provenance are held against digests in the
-store's attributes when it is opened.
+never data (`lensclust.activations.store.chunks`). Labels and provenance are held against digests in
+the store's attributes when it is opened.
 
 Shards follow the chunks of the arrays, so no two shards of one call touch the same file; a chunk
 that an earlier call left half full is replaced whole, in one rename. One process writes at a time.
@@ -56,16 +56,16 @@ from lensclust.activations.store.reading import (
     require_affordable,
 )
 from lensclust.errors import InputError
-from lensclust.models.batching import shard_ranges
-from lensclust.models.tokenizers import same_tokenizer
-from lensclust.storage.atomic import flush, writing
-from lensclust.storage.locations import (
+from lensclust.models import same_tokenizer, shard_ranges
+from lensclust.storage import (
     ZARR_2,
     Place,
     as_place,
+    flush,
     held,
     made_whole,
     vacant,
+    writing,
     zarr_store,
 )
 

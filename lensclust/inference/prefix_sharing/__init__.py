@@ -1,1 +1,5 @@
-"""lensclust.inference.prefix_sharing"""
+"""Prompts that begin alike run their common tokens once, where a self-check allows it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

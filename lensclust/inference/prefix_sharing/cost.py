@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.models.devices import model_device
+from lensclust.models import model_device
 
 # A block's own cost, in operations that would take as long: fitted on CPUs (widths 64 to 768).
 # Elsewhere about what a GPU could do while a block's kernels are launched.

@@ -3,7 +3,8 @@
 A mask says who sees whom, position ids say where each token stands in its prompt, and keys and
 values of tokens that came in earlier forwards are handed in as a cache, so that no model has to
 be changed. This works for Hugging Face models whose attention sees nothing but the mask and the
-positions. Whether a model is one of them is found out by trying (`lensclust.inference.prefix_sharing.sharing`).
+positions. Whether a model is one of them is found out by trying
+(`lensclust.inference.prefix_sharing.sharing`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lensclust.inference.prefix_sharing.packing import PackedBatch
-from lensclust.models.devices import model_device
+from lensclust.models import model_device
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 

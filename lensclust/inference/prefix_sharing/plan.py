@@ -1,9 +1,10 @@
 """Which tokens of many prompts have to be computed, in which forwards, and whether that pays.
 
-Prompts that begin alike share the trie of their tokens (`lensclust.inference.prefix_sharing.trie`). Each distinct token
-is computed once, in groups that continue a path whose keys and values an earlier forward left
-behind (`lensclust.inference.prefix_sharing.packing`), if an estimate of the cost says that this is cheaper than
-running every prompt in full. `lensclust.inference.prefix_sharing.forwards` runs what is planned here.
+Prompts that begin alike share the trie of their tokens (`lensclust.inference.prefix_sharing.trie`).
+Each distinct token is computed once, in groups that continue a path whose keys and values an
+earlier forward left behind (`lensclust.inference.prefix_sharing.packing`), if an estimate of the
+cost says that this is cheaper than running every prompt in full.
+`lensclust.inference.prefix_sharing.forwards` runs what is planned here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from lensclust.inference.prefix_sharing.cost import Cost
 from lensclust.inference.prefix_sharing.packing import GROUP_TOKENS, Layout, PackedBatch
 from lensclust.inference.prefix_sharing.trie import alphabetical
-from lensclust.models.batching import cut_by_length
+from lensclust.models import cut_by_length
 
 # The estimated cost has to fall by this share: estimates err.
 GAIN = 0.1

@@ -32,9 +32,7 @@ from lensclust.inference.prefix_sharing.cost import Cost
 from lensclust.inference.prefix_sharing.forwards import PackedForwards
 from lensclust.inference.prefix_sharing.packing import Layout
 from lensclust.inference.prefix_sharing.trie import alphabetical
-from lensclust.models.agreement import agrees, relative_error
-from lensclust.models.batching import without_cache
-from lensclust.models.devices import model_device
+from lensclust.models import agrees, model_device, relative_error, without_cache
 
 # What a forward raises that a model has no code for.
 FAILURES = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)

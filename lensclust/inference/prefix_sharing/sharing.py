@@ -1,8 +1,9 @@
 """Whether a model can share prefixes, and running prompts that way where it pays.
 
 Nothing is taken on trust: before a model runs prompts with shared prefixes, reference prompts that
-branch are run so and alone, at the length that the prompts have (`lensclust.inference.prefix_sharing.self_check`); and
-of the first real ones the one that stands farthest from its place is run alone too. What was found
+branch are run so and alone, at the length that the prompts have
+(`lensclust.inference.prefix_sharing.self_check`); and of the first real ones the one that stands
+farthest from its place is run alone too. What was found
 belongs to the model and its kind of attention, whoever asks: a model that fails runs every prompt
 in full, and one line in the log says so.
 """
@@ -30,20 +31,21 @@ from lensclust.inference.prefix_sharing.forwards import Hooks, PackedForwards
 from lensclust.inference.prefix_sharing.plan import Packing, PrefixPlan, pack
 from lensclust.inference.prefix_sharing.self_check import FAILURES, TAIL, branching_failure, named
 from lensclust.inference.prefix_sharing.trie import alphabetical
-from lensclust.models.added_code import OWN_HOOKS
-from lensclust.models.agreement import (
+from lensclust.models import (
+    OWN_HOOKS,
     Size,
     SizedCheck,
     agrees,
+    default_budget,
     forget_outdated,
+    model_device,
+    model_name,
     power_of_two,
     relative_error,
     remembered,
+    shard_ranges,
 )
-from lensclust.models.batching import default_budget, shard_ranges
-from lensclust.models.devices import model_device
-from lensclust.models.sites import model_name
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 
 log = logging.getLogger(__name__)
 

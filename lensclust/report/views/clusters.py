@@ -155,6 +155,6 @@ class ClusterView:
         )
 
     def _repr_html_(self) -> str:
-        from lensclust.report import view_frame
+        from lensclust.report.embed import view_frame
 
         return view_frame(self)

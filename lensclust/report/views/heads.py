@@ -119,7 +119,7 @@ class HeadView:
         )
 
     def _repr_html_(self) -> str:
-        from lensclust.report import view_frame
+        from lensclust.report.embed import view_frame
 
         return view_frame(self)
 

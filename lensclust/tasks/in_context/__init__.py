@@ -1,1 +1,5 @@
-"""lensclust.tasks.in_context"""
+"""Tasks shown by demonstrations, and questions asked with and without them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,9 +9,9 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.in_context.demonstrations import dealt_wrongly, drawn, in_random_order
-from lensclust.tasks.words.natural import lay_out
+from lensclust.tasks.words import lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

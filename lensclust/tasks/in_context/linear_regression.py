@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.in_context.demonstrations import in_random_order
 from lensclust.tasks.in_context.questions import (
     UNNAMED,

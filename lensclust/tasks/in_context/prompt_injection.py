@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lensclust.arguments import checked_arguments
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.in_context.questions import Piece, Question, chosen_names, few_shot
 from lensclust.tasks.in_context.reading_comprehension import (
     Scene,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.in_context.demonstrations import dealt_wrongly, drawn
 
 if TYPE_CHECKING:

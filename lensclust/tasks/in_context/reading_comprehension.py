@@ -20,7 +20,7 @@ import numpy as np
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.in_context.demonstrations import in_random_order
 from lensclust.tasks.in_context.questions import (
     UNNAMED,
@@ -185,7 +185,11 @@ def question(scene: Scene, template: str, persona: Sequence[Piece] = ()) -> Ques
 @cache
 def data() -> dict[str, Any]:
     """Names, activities and wordings, as shipped."""
-    text = files("lensclust.tasks.in_context").joinpath("reading_comprehension.json").read_text("utf-8")
+    text = (
+        files("lensclust.tasks.in_context")
+        .joinpath("reading_comprehension.json")
+        .read_text("utf-8")
+    )
     return json.loads(text)
 
 

@@ -1,1 +1,5 @@
-"""lensclust.tasks.labelled"""
+"""Few-shot classification of labelled texts."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,10 +18,10 @@ from jaxtyping import Int
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.labelled.label_words import single_tokens
 from lensclust.tasks.labelled.labelled_texts import LabelledTexts, data_names, labelled_texts
-from lensclust.tasks.words.natural import lay_out
+from lensclust.tasks.words import lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

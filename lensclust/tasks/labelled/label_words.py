@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
-from lensclust.prompts.tokenization import continuation, encoded
+from lensclust.prompts import Prompts, continuation, encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

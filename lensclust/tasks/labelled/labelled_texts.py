@@ -212,4 +212,6 @@ def _numbered(table: pd.DataFrame, names: list[str] | None) -> tuple[pd.DataFram
 
 @cache
 def _data() -> dict[str, Any]:
-    return json.loads(files("lensclust.tasks.labelled").joinpath("classification.json").read_text("utf-8"))
+    return json.loads(
+        files("lensclust.tasks.labelled").joinpath("classification.json").read_text("utf-8")
+    )

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from lensclust.errors import InputError
-from lensclust.models.downloads import Pin, fetch_data
-from lensclust.storage.parquet import read_frame
+from lensclust.models import Pin, fetch_data
+from lensclust.storage import read_frame
 
 _DIGESTS = {
     "sst2": "f0a59696d7e246904c705f5ddacd41f1bc69fcc5a568c8bb5a51f877f6b02fd7",

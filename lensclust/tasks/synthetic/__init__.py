@@ -1,1 +1,5 @@
-"""lensclust.tasks.synthetic"""
+"""Tasks of a small language of our own: simplified instruction following, compositions."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

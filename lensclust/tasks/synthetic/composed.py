@@ -18,7 +18,7 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.synthetic.regular_languages import LETTERS, Language, draw_languages
 from lensclust.tasks.synthetic.sif import BOS, PAD, SEP, check_sizes
 

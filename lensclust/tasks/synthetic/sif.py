@@ -16,7 +16,7 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.synthetic.regular_languages import LETTERS, Language, draw_languages
 
 BOS, SEP, PAD = "<bos>", "<sep>", "<pad>"

@@ -1,1 +1,5 @@
-"""lensclust.tasks.words"""
+"""Word tasks under natural-language instructions."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.words.natural import LAYOUT, lay_out
 
 if TYPE_CHECKING:

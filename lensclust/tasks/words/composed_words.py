@@ -13,7 +13,7 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
+from lensclust.prompts import Prompts
 from lensclust.tasks.words.arithmetic import AFTER
 from lensclust.tasks.words.natural import LAYOUT, lay_out, natural, task_names
 

@@ -17,8 +17,8 @@ import pandas as pd
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.prompts.prompts import Prompts
-from lensclust.storage.atomic import read_json
+from lensclust.prompts import Prompts
+from lensclust.storage import read_json
 from lensclust.tasks.words.natural import lay_out
 
 if TYPE_CHECKING:

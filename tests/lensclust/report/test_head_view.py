@@ -15,8 +15,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from lensclust.report import write_page
 from lensclust.report.attention import attention_frame
+from lensclust.report.page import write_page
 from lensclust.report.views.heads import AttentionSample, HeadView
 from tests.lensclust.test_report import HOSTILE, make_run
 

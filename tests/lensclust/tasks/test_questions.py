@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import lensclust as lc
 from lensclust import InputError
-from lensclust.tasks import Question
 from lensclust.tasks.in_context.linear_regression import decoded
+from lensclust.tasks.in_context.questions import Question
 from tests.tiny import byte_tokenizer
 
 PERSONAS = {"truthful", "truthful, then deceitful", "deceitful"}

@@ -1,0 +1,2 @@
+# Simplified instruction following: regular expressions as instructions, tables as tasks
+from .sif import vocabulary as vocabulary
