@@ -50,7 +50,7 @@ def score_answers(
         wanted = batch[:, 1:][asked]
         with torch.inference_mode():
             logits = logits_at(batch[:, :-1], asked).float()
-            each = torch.zeros(asked.shape, device=device)
+            each = torch.zeros(asked.shape, device=device, dtype=torch.float32)
             each[asked] = F.cross_entropy(logits, wanted, reduction="none")
             wrong = torch.zeros_like(asked)
             wrong[asked] = logits.argmax(-1) != wanted
@@ -129,7 +129,9 @@ def answer_scores(
         right = tokens[rows][row, place + 1]
         each = told.gather(1, right[:, None])[:, 0]
         total = torch.zeros(len(rows), dtype=torch.float64).index_add(0, row, each)
-        wrong = torch.zeros(len(rows)).index_add(0, row, (told.argmax(-1) != right).float())
+        wrong = torch.zeros(len(rows), dtype=torch.float32).index_add(
+            0, row, (told.argmax(-1) != right).float()
+        )
         table[rows, 0], table[rows, 1] = total, (wrong == 0).double()
         if others is not None:
             first = place == prompts.lengths[rows][row] - 1

@@ -1,4 +1,4 @@
-"""Code that a user has put on a network's modules: torch hooks, and replaced forwards."""
+"""Code that a user has put on a network's modules: torch hooks, and replaced methods."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as _GLOBAL
 
 from lensclust.models.parameters import WRAPPED
 
@@ -23,7 +24,7 @@ OWN_HOOKS = {
 
 @dataclass(frozen=True)
 class AddedCode:
-    """A hook on a module, or a function in the place of its ``forward``."""
+    """A hook on a module, or a function in the place of one of its methods."""
 
     module: str
     kind: str
@@ -34,7 +35,7 @@ class AddedCode:
 
 
 def added_code(network: nn.Module) -> list[AddedCode]:
-    """Torch hooks and replaced forwards on the modules of a network, but for those of libraries.
+    """Torch hooks and replaced methods on the modules of a network, but for those of libraries.
 
     >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
     >>> _ = network[0].register_forward_hook(lambda module, given, out: 2 * out)
@@ -46,6 +47,13 @@ def added_code(network: nn.Module) -> list[AddedCode]:
 
 
 def _found(network: nn.Module) -> Iterator[AddedCode]:
+    for kind, hooks in (
+        ("forward pre-hook", _GLOBAL._global_forward_pre_hooks),
+        ("forward hook", _GLOBAL._global_forward_hooks),
+    ):
+        for hook in hooks.values():
+            if home_of(hook) not in LIBRARIES:
+                yield AddedCode("all modules", f"global {kind}", hook)
     for name, module in network.named_modules():
         path = name.replace(WRAPPED, "")
         for kind, hooks in (
@@ -54,19 +62,22 @@ def _found(network: nn.Module) -> Iterator[AddedCode]:
         ):
             for hook in hooks.values():
                 ours = str(getattr(hook, "__module__", "")) in OWN_HOOKS
-                if not ours and _home(hook).partition(".")[0] not in LIBRARIES:
+                if not ours and home_of(hook) not in LIBRARIES:
                     yield AddedCode(path, kind, hook)
-        forward = vars(module).get("forward")
-        # A forward of transformers may be that of another module.
-        if forward is None or hasattr(module, "_hf_hook"):
-            continue
-        if _home(forward).partition(".")[0] not in LIBRARIES - {"transformers"}:
-            yield AddedCode(path, "replaced forward", forward)
+        for key, code in vars(module).items():
+            # A forward of transformers may be that of another module.
+            libraries = LIBRARIES - {"transformers"} if key == "forward" else LIBRARIES
+            if isinstance(code, nn.Module) or not callable(code):
+                continue
+            if key == "forward" and hasattr(module, "_hf_hook"):
+                continue
+            if callable(getattr(type(module), key, None)) and home_of(code) not in libraries:
+                yield AddedCode(path, f"replaced {key}", code)
 
 
-def _home(code: Any) -> str:
-    """The Python module that a function was written in, whatever it is named after."""
+def home_of(code: Any) -> str:
+    """The package that a function was written in, whatever it is named after."""
     while isinstance(code, partial):
         code = code.func
     scope = getattr(code, "__globals__", {})
-    return str(scope.get("__name__") or type(code).__module__)
+    return str(scope.get("__name__") or type(code).__module__).partition(".")[0]

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.base import align_offloaded_subtree
 from transformer_lens.model_protocol import TransformerLensModel
 
-from lensclust.models.agreement import remembered, rounding_tolerance
+from lensclust.models.agreement import relative_error, remembered, rounding_tolerance
 from lensclust.models.batching import few_tokens, without_cache
 
 BLOCK_HOOKS = {
@@ -168,9 +168,8 @@ def _examined(model: Any) -> tuple[Block, ...]:
 def _examined_unhooked(model: Any) -> tuple[Block, ...]:
     hooks = model.hook_dict
     numbers = range(len(getattr(model, "blocks", ())) or model.cfg.n_layers)
-    parts = (
-        r"hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|attn\.hook_(z|pattern)|(ln\w*|mlp)\.hook_in"
-    )
+    parts = r"hook_(resid_(pre|mid|post)|(attn|mlp)_out)|attn\.hook_(z|pattern|out)"
+    parts += r"|(ln\w*|mlp)\.hook_in"
     looked_at = [name for name in hooks if re.fullmatch(rf"blocks\.\d+\.({parts})", name)]
     found: dict[str, Tensor] = {}
     dtypes = {torch.float32}
@@ -273,21 +272,28 @@ class _Block:
                 ("z", "head"), f"its hook does not hold {heads} heads but {tuple(z.shape[2:])}"
             )
             return heads, width // heads, torch.inf
-        weight, bias = (
-            None if each is None else each.cpu()
-            for each in _output_weights(self.model, self.number, heads)
-        )
+        try:
+            weight, bias = (
+                None if each is None else each.cpu()
+                for each in _output_weights(self.model, self.number, heads)
+            )
+        except AttributeError:  # a module of the user's own, whose weight nobody knows
+            self.refused |= dict.fromkeys(
+                ("head", "value"), "its output projection is no linear map whose weight can be read"
+            )
+            return heads, width // heads, torch.inf
         if weight is None or weight.shape[:2] != z.shape[-2:]:
             shape = None if weight is None else tuple(weight.shape[:2])
             self.refused |= dict.fromkeys(
                 ("z", "head"), f"its hook holds {tuple(z.shape[2:])}, but W_O is for {shape}"
             )
             return heads, width // heads, torch.inf
+        bias = torch.zeros(()) if bias is None else bias
+        self._projection(z, weight, bias)
         if out is None:
             self.refused["head"] = "there is no attn_out that its heads add up to"
             return heads, width // heads, torch.inf
         each = torch.einsum("bphd,hdm->bphm", z, weight)
-        bias = torch.zeros(()) if bias is None else bias
         size = each.norm(dim=-1).sum(-1) + bias.norm()
         error = float(((each.sum(2) + bias - out).norm(dim=-1) / size.clamp_min(1e-30)).max())
         if not error <= min(rounding_tolerance(self.dtype), _HEADS_SHARE):  # a NaN is refused, too
@@ -300,6 +306,20 @@ class _Block:
         elif not direct:
             self.refused["head"] = "a norm stands behind the sum of the state and its heads"
         return heads, width // heads, error
+
+    def _projection(self, z: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Refuse values weighted by ``W_O`` where attention gives something else than ``z W_O``."""
+        given = self.seen.get("attn.hook_out")
+        made = torch.einsum("bphd,hdm->bpm", z, weight) + bias
+        scale = contribution_scale(self.model, self.number)
+        if given is None or given.shape != made.shape:
+            return
+        errors = [relative_error(made, given * factor) for factor in {1.0, scale}]
+        if not min(errors) <= min(rounding_tolerance(self.dtype), _HEADS_SHARE):
+            self.refused["value"] = (
+                "its output projection gives something else than its weight makes of the heads "
+                f"(relative error {min(errors):.2g})"
+            )
 
     def _adds_up(self, terms: Iterable[Tensor | None], sums: Iterable[Tensor | None]) -> bool:
         """Whether one of the sums is that of the terms, up to rounding."""

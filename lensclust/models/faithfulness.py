@@ -166,11 +166,16 @@ def _require(bridge: TransformerBridge, caller: str) -> None:
                 f"{caller}: {name} is not causal: {reason}; expected a decoder, such as "
                 "...ForCausalLM with is_causal=True"
             )
+        advice = (
+            "build the network with attn_implementation='eager', or try another version of "
+            "transformer-lens"
+        )
+        if added := added_code(network):
+            advice = f"TransformerLens may not run the {added[0]}; take it off before load"
         raise InputError(
             f"{caller}: {name} gives other logits once TransformerLens has wrapped it (relative "
             f"difference {error:.2g}, by rounding at most {expected.rounding:.2g}), so states "
-            "would be another network's: build the network with attn_implementation='eager', or "
-            "try another version of transformer-lens"
+            f"would be another network's: {advice}"
         )
 
 

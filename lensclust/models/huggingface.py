@@ -202,10 +202,19 @@ def wrap_pretrained(model: PreTrainedModel, *, name: str) -> TransformerBridge:
     force_eager_attention(model)
     before = bare(model.eval())
     architecture = type(model).__name__
-    with _reported(name):
+    try:
         bridge = build_bridge_from_module(
             model, architecture, hf_config=model.config, model_name=name
         )
+    except Exception as error:
+        reason = _first_sentence(error)
+        if "nsupported architecture" in reason:
+            raise InputError(f"load: {name}: {reason}") from error
+        raise InputError(
+            f"load: TransformerLens cannot wrap this {architecture} ({reason}): expected the "
+            "modules and sizes that it knows of this architecture; where modules were replaced, "
+            "load the network before that"
+        ) from error
     note_bare(bridge, before)
     return bridge.eval()
 

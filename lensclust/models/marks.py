@@ -37,7 +37,7 @@ def sampled(weights: Iterable[Tensor]) -> Float[Tensor, "weight value"]:
             [ 0.,  6., 13.]])
     """
     held = [weight.detach() for weight in weights]
-    found = torch.zeros(len(held), _SAMPLED)
+    found = torch.zeros(len(held), _SAMPLED, dtype=torch.float32)
     places: dict[torch.device, list[int]] = {}
     for number, weight in enumerate(held):
         if weight.numel() and not weight.is_meta:

@@ -8,29 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import cache, partial
+from types import CodeType
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import PretrainedConfig
 
+from lensclust.models.added_code import LIBRARIES, home_of
 from lensclust.models.devices import brought_in
 from lensclust.models.native import config_to_json
 from lensclust.models.parameters import WRAPPED
 from lensclust.storage import tensors_digest
 
-_PLAIN = (bool, int, float, str)
+_PLAIN = (bool, int, float, str, type(None))
+# Attributes that forwards write, as a counter or a cache: they decide nothing of the next.
+_WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 def settings_digest(model: nn.Module) -> str:
     """sha256 over everything but the weights that a forward depends on, as 64 hex digits.
 
     That is: what the class of a network adds to its configuration (not its name or dtype), the
-    classes of its modules, plain numbers and texts among their attributes, buffers that no state
-    dict holds and no forward writes, and the precision of `torch.autocast` where that is on.
+    classes of its modules, numbers, texts, tensors and functions among their attributes (and in
+    lists and dictionaries there), buffers that no state dict holds and no forward writes, and the
+    precision of `torch.autocast` where that is on.
 
     >>> import lensclust as lc
     >>> one, other = lc.load("native:sif-small"), lc.load("native:sif-small")
@@ -41,7 +49,7 @@ def settings_digest(model: nn.Module) -> str:
     False
     """
     network = getattr(model, "original_model", model)
-    kept = {*network.state_dict(keep_vars=True), *_rewritten(network)}
+    kept = {*network.state_dict(keep_vars=True), *rewritten(network)}
     tables = {
         name.replace(WRAPPED, ""): held
         for name, held in network.named_buffers(remove_duplicate=False)
@@ -53,7 +61,7 @@ def settings_digest(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _rewritten(network: nn.Module) -> Iterator[str]:
+def rewritten(network: nn.Module) -> Iterator[str]:
     """Names of what rotary embeddings make again for the length of each forward.
 
     What they make it from is in the configuration, and in a table beside it.
@@ -74,8 +82,15 @@ def autocast_precision(network: Any) -> torch.dtype | None:
 
 
 def plain_settings(network: nn.Module) -> dict[str, Any]:
-    """The part of :func:`settings_digest` that is texts and numbers, each under its name."""
-    return dict(sorted((*_configuration(network), *_constants(network))))
+    """The part of :func:`settings_digest` that is no buffer, each under its name."""
+    written = _WRITTEN.get(network, frozenset())
+    found = sorted((*_configuration(network), *_constants(network)), key=lambda each: each[0])
+    return {name: value for name, value in found if name not in written}
+
+
+def note_written(network: nn.Module, names: Iterable[str]) -> None:
+    """Leave out of a network's settings what its forwards write."""
+    _WRITTEN[network] = frozenset(names)
 
 
 def _configuration(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -96,17 +111,72 @@ def _general() -> frozenset[str]:
 
 
 def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    rewritten = set(_rewritten(network))
+    remade = set(rewritten(network))
     for name, module in network.named_modules():
         # The wrappers' own attributes change with what is read from them.
         if type(module).__module__.startswith("transformer_lens.model_bridge.generalized"):
             continue
         yield name.replace(WRAPPED, ""), type(module).__qualname__
         for key, value in vars(module).items():
-            if f"{name}.{key}" in rewritten:
+            if f"{name}.{key}" in remade:
                 continue
-            if _decides(key) and isinstance(value, _PLAIN):
-                yield f"{name}.{key}".replace(WRAPPED, ""), value
+            if _decides(key) and (said := _described(value)) is not _UNKNOWN:
+                yield f"{name}.{key}".replace(WRAPPED, ""), said
+
+
+_UNKNOWN: Any = object()
+
+
+def _described(value: Any) -> Any:
+    """An attribute as JSON that another value would change, `_UNKNOWN` of what nobody knows here.
+
+    >>> _described({"scales": [1.0, torch.float16], "net": nn.ReLU()})
+    {'scales': [1.0, 'torch.float16'], 'net': 'ReLU'}
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value).view(np.uint8))
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, Mapping):
+        return {str(key): _inside(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_inside(each) for each in value]
+    if isinstance(value, Set):
+        return sorted(str(_inside(each)) for each in value)
+    if isinstance(value, partial):
+        return [_described(value.func), _inside(value.args), _inside(value.keywords)]
+    if (named := getattr(value, "__qualname__", None)) is not None and callable(value):
+        return [f"{getattr(value, '__module__', '')}.{named}", *_own_code(value)]
+    return _UNKNOWN
+
+
+def _inside(value: Any) -> Any:
+    said = _described(value)
+    return type(value).__qualname__ if said is _UNKNOWN else said
+
+
+def _tensor(value: Tensor) -> Any:
+    if isinstance(value, nn.Parameter) or value.requires_grad or value.is_meta:
+        return _UNKNOWN
+    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return [str(value.dtype), *value.shape, xxhash.xxh3_128_hexdigest(content.data)]
+
+
+def _own_code(function: Any) -> Iterator[str]:
+    """A digest of a function that no library names: another lambda has the same name."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if isinstance(code, CodeType) and home_of(function) not in LIBRARIES:
+        yield _code_digest(code)
+
+
+def _code_digest(code: CodeType) -> str:
+    parts = [_code_digest(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    content = repr((code.co_code, code.co_names, parts))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _decides(name: str) -> bool:

@@ -29,8 +29,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.models.added_code import AddedCode, added_code
+from lensclust.models.in_place import writes_its_weights
 from lensclust.models.marks import mark, sampled
-from lensclust.models.network_settings import plain_settings
+from lensclust.models.network_settings import note_written, plain_settings, rewritten
 from lensclust.storage import difference
 
 _log = logging.getLogger(__name__)
@@ -54,20 +55,27 @@ def wrapped_copy(
     Args:
         wrap: makes a bridge of a network, in place.
         device, dtype: where these are not the network's, the copy has weights of its own, and
-            refuses to run once those of the network have changed.
+            refuses to run once those of the network have changed; so does one of a network whose
+            forwards write into its weights.
     """
     weight = next(own.parameters(), torch.empty(0))
     place = weight.device if device is None else torch.device(device)
     apart = not _same_device(place, weight.device) or dtype not in (None, weight.dtype)
-    memo: dict[int, Any] = {}
-    if not apart:
-        memo = {id(tensor): tensor for tensor in chain(own.parameters(), own.buffers())}
     # A hook that is a method would otherwise work for a copy of its object.
-    for module in own.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            memo[id(hook)] = hook
+    memo: dict[int, Any] = {
+        id(hook): hook
+        for module in own.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    }
+    shared = {id(tensor): tensor for tensor in chain(own.parameters(), own.buffers())}
     modes = [(module, module.training) for module in own.modules()]
     try:
+        # What is tried shares weights and nothing else, and is thrown away.
+        tried = copy.deepcopy(own, memo | shared)
+        before = plain_settings(tried)
+        writes = writes_its_weights(tried)
+        if not apart and not writes:
+            memo |= shared
         copied = copy.deepcopy(own, memo)
     except Exception as error:  # a module may hold anything
         _log.warning(
@@ -76,6 +84,15 @@ def wrapped_copy(
             error,
         )
         return remember(wrap(own), own)
+    after = plain_settings(tried)
+    for network in (own, copied):
+        note_written(network, (name for name in after if after[name] != before.get(name)))
+    if writes and not apart:
+        _log.warning(
+            "load: %s writes into its weights in its own forwards: the bridge has a copy of them, "
+            "and refuses to run once those of the network have changed",
+            type(own).__name__,
+        )
     if apart:
         copied.to(device=place, dtype=dtype)
     # Splitting a projection draws initial weights, which are thrown away.
@@ -473,7 +490,7 @@ class Link:
         ]
         # Of parameters given other contents in place.
         for slot, shape in zip(self._slots, self._shapes, strict=True):
-            if slot[3] is not None and slot[3].shape != shape:
+            if slot[3] is not None and shape is not None and slot[3].shape != shape:
                 raise InputError(
                     f"{name}: {slot[2]!r} of shape {tuple(slot[3].shape)} was {tuple(shape)} when "
                     "the network was loaded: load it again"
@@ -514,6 +531,10 @@ class Link:
 
     def _replace(self, stale: list[Any], name: str) -> None:
         """Tensors that were put in the place of others."""
+        tables: dict[int, set[str]] = {}
+        for path in rewritten(self.own):
+            owner, _, key = path.rpartition(".")
+            tables.setdefault(id(self.own.get_submodule(owner)._buffers), set()).add(key)
         for held, held_by_copy, key, before, in_copy in stale:
             tensor, copied = held.get(key), held_by_copy.get(key)
             if tensor is before:
@@ -526,12 +547,18 @@ class Link:
                 elif copied is not None and tensor is not None and copied.device != tensor.device:
                     held[key] = tensor.to(copied.device)
                 continue
-            shapes = [None if each is None else tuple(each.shape) for each in (before, tensor)]
-            if isinstance(before, nn.Parameter) and shapes[0] != shapes[1]:
+            shapes = ["none" if each is None else tuple(each.shape) for each in (before, tensor)]
+            is_weight = isinstance(before, nn.Parameter) or isinstance(tensor, nn.Parameter)
+            if is_weight and shapes[0] != shapes[1]:
                 raise InputError(
                     f"{name}: {key!r} of shape {shapes[1]} was {shapes[0]} when the network was "
                     "loaded: load it again"
                 )
+            if tensor is not None and id(held) in tables and key in tables[id(held)]:
+                # The copy makes its own of these, for the lengths that it is given.
+                if copied is not None:
+                    held_by_copy[key] = copied.to(tensor.device, tensor.dtype)
+                continue
             held_by_copy[key] = tensor
         self._slots = [
             (held, held_by_copy, key, held.get(key), held_by_copy.get(key))

@@ -7,6 +7,7 @@ costs nothing: models that are hooked compute it anyway.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from lensclust.models import (
     head_blocks,
     head_frames,
     hook_name,
+    hooked_points,
     model_name,
     remembered,
     unhooked,
@@ -127,6 +129,10 @@ CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "heads first": lambda value, model: value.transpose(1, 2),
 }
 VALUES = ("hook_v", "v_norm.hook_out")
+# Between the product of pattern and values and what a block adds.
+_BEHIND_VALUES = re.compile(
+    r"blocks\.(\d+)\.(attn\.(hook_z|hook_result|hook_out|o\..*)|hook_attn_out)$"
+)
 
 
 def value_readings(
@@ -139,7 +145,8 @@ def value_readings(
     before ``z`` are refused. Tried once for each model.
 
     Raises:
-        InputError: if a block's ``z`` is not its pattern times what can be read.
+        InputError: if a block's ``z`` is not its pattern times what can be read, what it adds is
+            not what ``W_O`` makes of that, or a hook of the caller changes either.
 
     >>> import lensclust as lc
     >>> value_readings(lc.load("native:sif-small"), [5], caller="f")
@@ -151,13 +158,26 @@ def value_readings(
             ("values", attention_kernel(model)),
             lambda: _find_values(model, head_blocks(model)),
         )
-    for block in blocks:
-        if found[block] is None or "attn_out" in blocks_of(model)[block].refused:
+    for point in hooked_points(model):
+        if (match := _BEHIND_VALUES.match(point)) and int(match[1]) in blocks:
             raise InputError(
-                f"{caller}: values of block {block} of {model_name(model)} cannot be weighted: its "
-                "heads' output is not attention times values (it is gated or normed, or values "
-                "are changed after they can be read), or not what the block adds; use another "
-                "weighting"
+                f"{caller}: a hook stands at {point!r}, behind the values that are weighted: "
+                "expected none there; remove it, or use another weighting"
+            )
+    for block in blocks:
+        refused = blocks_of(model)[block].refused
+        if found[block] is None or refused.keys() & {"attn_out", "value"}:
+            reason = (
+                refused.get("value")
+                or refused.get("attn_out")
+                or (
+                    "its heads' output is not attention times values (it is gated or normed, or values "
+                    "are changed after they can be read)"
+                )
+            )
+            raise InputError(
+                f"{caller}: values of block {block} of {model_name(model)} cannot be weighted: "
+                f"{reason}; use another weighting"
             )
     return {block: reading for block in blocks if (reading := found[block]) is not None}
 

@@ -103,7 +103,7 @@ class ComparedSpans:
         the text, as long as the two spans and apart from each other as they are. Places depend
         on the seed and the prompt, not on what it is batched with.
         """
-        found = torch.zeros(len(rows), width, 2 * (1 + draws))
+        found = torch.zeros(len(rows), width, 2 * (1 + draws), dtype=torch.float32)
         token = np.arange(width)[:, None]
         for place, row in enumerate(rows.tolist()):
             own = np.stack([self.relevant[row], self.irrelevant[row]])
@@ -234,10 +234,12 @@ class SpanWeights:
         self.queries = torch.minimum(places, queries[:, 1:] - 1).to(device)
         self.shares = (inside / inside.sum(1, keepdim=True)).to(device)
         shape = (len(weightings), len(rows), blocks, heads, 2)
-        self.weights = torch.empty(shape, device=device)
+        self.weights = torch.empty(shape, device=device, dtype=torch.float32)
         # Sums over prompts of the log ratios that are numbers, and how many there were.
         heads += len(OVER_HEADS)
-        self.null = torch.zeros((2, len(weightings), blocks, heads, draws), device=device)
+        self.null = torch.zeros(
+            (2, len(weightings), blocks, heads, draws), device=device, dtype=torch.float32
+        )
 
     def show(self, block: int, pattern: Pattern, lengths: Lengths | None) -> ShowGradient | None:
         looks = self._of_queries(pattern)

@@ -43,12 +43,12 @@ class FrozenNorm:
         (True, True)
         """
         # Zero mean, no zero, and exact: +1 and -1 in turn, with 1, 1, -2 to end an odd number.
-        probe = torch.ones(d_model)
+        probe = torch.ones(d_model, dtype=torch.float32)
         probe[1::2] = -1
         if d_model % 2:
             probe[-3:] = torch.tensor([1.0, 1.0, -2.0])
         probe *= AMPLITUDE
-        states = torch.stack([torch.zeros(d_model), probe, probe + AMPLITUDE])
+        states = torch.stack([torch.zeros_like(probe), probe, probe + AMPLITUDE])
         zero, plain, moved = norm(states.to(weight)[None])[0].to(exact(weight.dtype))
         unit = (probe / probe.square().mean().sqrt()).to(plain)
         gain = (plain - zero) / unit

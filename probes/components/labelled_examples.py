@@ -48,10 +48,10 @@ class Examples:
         sizes = np.array([each.shape for each in features])
         n, examples, labels = len(features), int(sizes[:, 0].max()), int(sizes[:, 1].max())
         made = cls(
-            torch.zeros(n, examples, labels, int(sizes[0, 2])),
-            torch.full((n, examples, labels), -torch.inf),
+            torch.zeros(n, examples, labels, int(sizes[0, 2]), dtype=torch.float32),
+            torch.full((n, examples, labels), -torch.inf, dtype=torch.float32),
             torch.zeros(n, examples, dtype=torch.long),
-            torch.zeros(n, examples),
+            torch.zeros(n, examples, dtype=torch.float32),
         )
         for problem, (rows, columns, _) in enumerate(sizes.tolist()):
             made.features[problem, :rows, :columns] = torch.from_numpy(features[problem]).float()

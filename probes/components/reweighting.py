@@ -179,7 +179,11 @@ def _held_out(
     kept = examples.shares[..., None] * ~out
     # Every fold under every penalty is a column.
     shares = (kept / kept.sum(1, keepdim=True)).repeat(1, 1, len(PENALTIES))
-    penalties = torch.tensor(PENALTIES).repeat_interleave(folds).expand(len(shares), -1)
+    penalties = (
+        torch.tensor(PENALTIES, dtype=torch.float32)
+        .repeat_interleave(folds)
+        .expand(len(shares), -1)
+    )
     found = sparse_fits(examples, shares, penalties, box=box, tolerance=CHOOSING)
     logits = examples.logits(found.weights)
     scored = out.repeat(1, 1, len(PENALTIES)) * examples.shares[..., None]

@@ -48,9 +48,12 @@ def scripted_fits(
     >>> scripted_fits(idle, steps=1, **options)
     tensor([[0.9995]])
     """
-    weights = torch.ones(len(examples.targets), examples.features.shape[-1])
+    weights = torch.ones(len(examples.targets), examples.features.shape[-1], dtype=torch.float32)
     active = torch.arange(len(weights))
-    best, patience = torch.full((len(weights),), FIRST_BEST), torch.full((len(weights),), PATIENCE)
+    best, patience = (
+        torch.full((len(weights),), FIRST_BEST, dtype=torch.float32),
+        torch.full((len(weights),), PATIENCE),
+    )
     some = examples
     for step in range(steps):
         now = weights[active]

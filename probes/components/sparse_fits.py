@@ -61,7 +61,9 @@ def sparse_fits(
     >>> found.weights.flatten(), bool(found.gap < 1e-4)
     (tensor([1., 1., 1.]), True)
     """
-    weights = torch.empty(len(shares), examples.features.shape[-1], shares.shape[-1])
+    weights = torch.empty(
+        len(shares), examples.features.shape[-1], shares.shape[-1], dtype=torch.float32
+    )
     gap = torch.empty_like(penalties)
     for number in range(len(shares)):
         columns = _Columns.of(examples, number, shares[number], penalties[number], box)
