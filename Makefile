@@ -71,9 +71,9 @@ newest:
 	$(NEWEST)/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		transformer-lens transformers torch xarray zarr peft
 	$(NEWEST)/pip list --disable-pip-version-check | grep -E "^(transform|torch|xarray|zarr|peft)"
-	$(NEWEST)/python -m pytest -m "not slow" tests/lensclust/test_cached_generation.py \
-		tests/probes/test_steering_generation.py tests/lensclust/test_models.py \
-		tests/lensclust/test_extraction.py tests/lensclust/test_prefix.py \
+	$(NEWEST)/python -m pytest -m "not slow" tests/lensclust/models/test_cached_generation.py \
+		tests/probes/steering/test_steering_generation.py tests/lensclust/models/test_models.py \
+		tests/lensclust/activations/test_extraction.py tests/lensclust/inference/test_prefix.py \
 		$(wildcard tests/families)
 
 clean:

@@ -27,7 +27,7 @@ from lensclust.report.page import write_page
 from lensclust.storage.locations import inflated_bytes
 from lensclust.storage.parquet import read_frame
 from tests.faults.work import extract
-from tests.lensclust.test_report import make_run
+from tests.lensclust.report.test_report import make_run
 from tests.tiny import hf_model
 
 ROOT = Path(__file__).parents[2]

@@ -52,8 +52,8 @@ from tests.faults.work import (
     tiny_model,
     training,
 )
-from tests.lensclust.test_report import make_run
-from tests.lensclust.views.test_head_view_files import HELD
+from tests.lensclust.report.test_head_view_files import HELD
+from tests.lensclust.report.test_report import make_run
 from tests.tiny import hf_model, tiny_tokenizer
 
 TINY = Pin("tiny", "1", 1, "0" * 64, "a/b", "0" * 64)

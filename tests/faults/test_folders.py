@@ -24,7 +24,7 @@ from lensclust.training.data import required_sizes
 from lensclust.training.pretraining import train
 from studies.study import Context, Findings, Study
 from tests.faults.work import KNOBS, PROMPTS, SIZES, some_prompts
-from tests.lensclust.test_report import make_run
+from tests.lensclust.report.test_report import make_run
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="links, modes and devices")
 CONFIG = native_config("sif-small", **{**SIZES, **required_sizes(PROMPTS)})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lensclust.cli.command import main
-from tests.lensclust.test_report import make_run
+from tests.lensclust.report.test_report import make_run
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

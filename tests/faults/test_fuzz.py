@@ -26,8 +26,8 @@ from lensclust.report.page import write_page
 from lensclust.runs import directory as run_directory
 from lensclust.storage.safetensors import read_sealed, save_sealed
 from tests.faults.work import extract, tiny_model
-from tests.lensclust.test_models import write_gguf
-from tests.lensclust.test_report import make_run
+from tests.lensclust.models.test_models import write_gguf
+from tests.lensclust.report.test_report import make_run
 from tests.tiny import byte_tokenizer, hf_model
 
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=12)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lensclust as lc
 from lensclust.report.page import write_page
-from tests.lensclust.test_report import HOSTILE, Page, make_run
+from tests.lensclust.report.test_report import HOSTILE, Page, make_run
 
 
 def check_page(html: str) -> Page:

@@ -26,7 +26,7 @@ from lensclust.models.native import native_config
 from lensclust.report.page import write_page
 from lensclust.storage.safetensors import read_sealed, save_sealed
 from tests.faults.work import extract, tiny_model
-from tests.lensclust.test_report import make_run
+from tests.lensclust.report.test_report import make_run
 from tests.tiny import hf_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

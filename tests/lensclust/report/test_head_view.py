@@ -18,7 +18,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from lensclust.report.attention import attention_frame
 from lensclust.report.page import write_page
 from lensclust.report.views.heads import AttentionSample, HeadView
-from tests.lensclust.test_report import HOSTILE, make_run
+from tests.lensclust.report.test_report import HOSTILE, make_run
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 SHAPE, PROMPTS, OPENED = (3, 4), 9, 10
