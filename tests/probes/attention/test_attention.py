@@ -469,3 +469,22 @@ def test_a_hybrid_has_patterns_where_it_has_attention_and_gated_values_are_refus
             )
     with pytest.raises(lc.InputError, match=r"values of block 2 of .* cannot be weighted"):
         ratio(model, prompts, weighting="value", draws=2)
+
+
+@pytest.mark.parametrize("where", ["input", "output", "z"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_values_are_not_weighted_where_heads_pass_through_something_else(name: str, where: str):
+    network: Any = hf_model(name)
+    stack = network.model.layers if name == "llama" else network.transformer.h
+    attention = stack[1].self_attn if name == "llama" else stack[1].attn
+    projection = attention.o_proj if name == "llama" else attention.c_proj
+    if where == "input":
+        projection.register_forward_pre_hook(lambda module, given: (given[0] * 0.5,))
+    elif where == "output":
+        projection.register_forward_hook(lambda module, given, out: 10 * out)
+    model, prompts = lc.load(network), prompts_of(3)
+    hooks: Any = [("blocks.1.attn.hook_z", lambda z, hook: 0 * z)] if where == "z" else []
+    with model.hooks(fwd_hooks=hooks):
+        ratio(model, prompts, weighting="attention")
+        with pytest.raises(lc.InputError, match="another weighting"):
+            ratio(model, prompts, weighting="value")
