@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import lensclust as lc
 from lensclust.errors import check_counts
 from lensclust.progress import no_bars, progress_bar
-from lensclust.report import write_page
 from lensclust.results import corrected, shown_by
 from lensclust.runs import directory as run_directory
 from lensclust.storage import (
@@ -151,6 +150,8 @@ class Study:
             InputError: if ``out`` holds something else, or another process works on it;
                 nothing is written then.
         """
+        from lensclust.report import write_page
+
         check_counts("run", jobs=None if jobs == 0 else abs(jobs))
         if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
             raise lc.InputError(f"seeds: expected at least 1, at most {MAX_SEEDS}, given {seeds}")

@@ -63,7 +63,7 @@ def test_help_imports_neither_torch_nor_transformer_lens():
 
 def test_options_of_a_study_explain_every_field():
     shown = subprocess.run(
-        [sys.executable, "-m", "lensclust.cli", "run", "emergence", "--help"],
+        [sys.executable, "-m", "lensclust", "run", "emergence", "--help"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -86,7 +86,7 @@ def test_every_field_of_every_study_is_explained(point):
 def completed(line: str) -> list[str]:
     """What bash offers at the end of a line."""
     program = f"""
-        eval "$({sys.executable} -m lensclust.cli completion bash)"
+        eval "$({sys.executable} -m lensclust completion bash)"
         complete -p lensclust > /dev/null || exit 1
         COMP_WORDS=({line} ''); [[ {shlex.quote(line)} == *' ' ]] || unset 'COMP_WORDS[-1]'
         COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _lensclust
@@ -308,7 +308,7 @@ def test_run_ends_with_the_claims_and_the_page_and_is_not_overwritten(capsys, tm
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_claims(tmp_path):
     def command(out: Path) -> list[str]:
-        program = [sys.executable, "-m", "lensclust.cli", "run", "emergence"]
+        program = [sys.executable, "-m", "lensclust", "run", "emergence"]
         return [*program, *QUICK, "2", "--out", str(out), "--resume"]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -38,7 +38,7 @@ def run(folder: Path, *command: str, path: str = "") -> subprocess.CompletedProc
 def test_commands_find_our_studies_and_name_the_files_in_the_way(folder: Path) -> None:
     command = str(Path(sys.executable).with_name("lensclust"))
     for done in (
-        run(folder, sys.executable, "-m", "lensclust.cli", "studies"),
+        run(folder, sys.executable, "-m", "lensclust", "studies"),
         run(folder, command, "studies", path=str(folder)),
     ):
         assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ def view_frame(view: View, *, height: int = 900) -> str:
     """A view as a frame for a notebook, as it stands in the page of a run.
 
     >>> import numpy as np
-    >>> from lensclust.report.views.kinds import ClusterView
+    >>> from lensclust.report.views import ClusterView
     >>> view = ClusterView("A <title>", "c", (0,), (0,), np.eye(2)[None, None], np.ones((1, 1)),
     ...                    np.ones((1, 1)), "ARI", {"task": ("a", "b")}, ("x", "y"))
     >>> view_frame(view).startswith("<iframe sandbox=")

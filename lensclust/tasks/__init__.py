@@ -1,8 +1,4 @@
-"""Sources of prompts whose task is known, one function a source, each returning ``Prompts``.
-
-Each function has the name of its module and takes its place here: ``tasks.natural`` is the
-function, ``from lensclust.tasks.natural import ...`` still reaches the module.
-"""
+"""Sources of prompts whose task is known, one function a source, each returning ``Prompts``."""
 
 import lazy_loader
 

@@ -133,7 +133,7 @@ def train(
             or it cannot be written to.
         RuntimeError: if the loss is no longer finite.
 
-    >>> from lensclust.tasks.sif import sif
+    >>> from lensclust.tasks import sif
     >>> prompts = sif(n_tasks=2, n_inputs=3, mappings_per_task=2)
     >>> config = native_config("sif-small", n_layers=1, **required_sizes(prompts))
     >>> run = train(config, prompts, steps=4, n_checkpoints=3, progress=False)

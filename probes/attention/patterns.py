@@ -167,17 +167,14 @@ def value_readings(
     for block in blocks:
         refused = blocks_of(model)[block].refused
         if found[block] is None or refused.keys() & {"attn_out", "value"}:
-            reason = (
-                refused.get("value")
-                or refused.get("attn_out")
-                or (
-                    "its heads' output is not attention times values (it is gated or normed, or values "
-                    "are changed after they can be read)"
-                )
+            reason = refused.get("value") or refused.get("attn_out")
+            gated = (
+                "its heads' output is not attention times values (it is gated or normed, or values "
+                "are changed after they can be read)"
             )
             raise InputError(
                 f"{caller}: values of block {block} of {model_name(model)} cannot be weighted: "
-                f"{reason}; use another weighting"
+                f"{reason or gated}; use another weighting"
             )
     return {block: reading for block in blocks if (reading := found[block]) is not None}
 

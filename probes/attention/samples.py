@@ -154,7 +154,7 @@ def sample_attention(
             pattern, or the prompts do not fit the model.
 
     >>> import lensclust as lc
-    >>> from lensclust.tasks.sif import vocabulary
+    >>> from lensclust.tasks.synthetic import vocabulary
     >>> prompts = lc.tasks.sif().where(split="new_string").take([0, 40])
     >>> model = lc.load("native:sif-small")
     >>> found = sample_attention(model, prompts, heads=["head 0.1", "head 5.3"], names=vocabulary())

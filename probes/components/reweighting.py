@@ -68,7 +68,7 @@ def reweight(
     """Weights of one task's components: `reweight_many` of one.
 
     >>> import lensclust as lc
-    >>> from probes.components.decomposition import decompose
+    >>> from probes import decompose
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
     >>> rows = prompts.rows.assign(label=[*"ab"] * (len(prompts) // 2))
     >>> prompts = lc.Prompts.from_token_lists(prompts.tokens.tolist(), rows)

@@ -54,7 +54,7 @@ def project(
     the instruction.
 
     >>> import lensclust as lc
-    >>> from probes.design.centroids import mean_states
+    >>> from probes import mean_states
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
     >>> move, site = project(mean_states(acts), "0", "1"), Site("resid", 3)
     >>> once = move.edit_at(site)(torch.randn(4, 64))

@@ -55,7 +55,7 @@ def only_members(
             not, when it is used.
 
     >>> import lensclust as lc
-    >>> from probes.steering.interventions import shift
+    >>> from probes import shift
     >>> acts = lc.extract(lc.load("native:sif-small"), lc.tasks.sif().where(split="both"), "resid")
     >>> means, site = mean_states(acts), Site("resid", 3)
     >>> gated = only_members(shift(means, "0", "1"), means, "0")

@@ -90,8 +90,8 @@ def steer(
             generated never reached an index.
 
     >>> import lensclust as lc
-    >>> from probes.design.centroids import mean_states
-    >>> from probes.steering.interventions import shift
+    >>> from probes import mean_states
+    >>> from probes import shift
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="both")
     >>> means = mean_states(lc.extract(model, prompts, "resid"))
     >>> tokens, last = prompts.tokens[:2], prompts.position("answer")[:2]

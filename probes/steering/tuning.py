@@ -118,8 +118,8 @@ def tune(
             or not finite, a site or position does not exist, or the model is in training mode.
 
     >>> import lensclust as lc
-    >>> from probes.design.centroids import mean_states
-    >>> from probes.steering.interventions import replace
+    >>> from probes import mean_states
+    >>> from probes import replace
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(task=[0, 1])
     >>> means = mean_states(lc.extract(model, prompts.where(split="train"), "resid"))
     >>> validation = prompts.where(split="new_string", task=0)

@@ -132,7 +132,7 @@ def naming_prompts(
     With ``after="instruction"`` a prompt ends before its input. Only the answers change with the
     names, so that arms that differ in their names see the same batches.
 
-    >>> from lensclust.training.pretraining import required_sizes
+    >>> from lensclust.training import required_sizes
     >>> prompts = lc.tasks.sif(n_tasks=3, n_inputs=4, mappings_per_task=3)
     >>> named = naming_prompts(prompts, prompts.rows["task"].to_numpy())
     >>> required_sizes(named)["d_vocab"] - required_sizes(prompts)["d_vocab"]

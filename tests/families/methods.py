@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import lensclust as lc
 import probes
+from lensclust.inference import answers
 from lensclust.training.temporary import finetuned
 from probes.attention.knockout import answers_cut_off
 from tests.families.reading import added_by_attention, added_by_mlp, projection
@@ -146,7 +147,7 @@ def training(subject: Subject) -> None:
         with finetuned(
             subject.model, prompts, steps=1, lr=1e-3, only=only, batch_size=len(prompts)
         ) as done:
-            found = lc.readouts.answers(subject.model, prompts, lambda logits, _: logits)
+            found = answers(subject.model, prompts, lambda logits, _: logits)
         require_equal([done.losses[0][0]], [loss.item()], what="loss")
         with torch.no_grad():
             expected = [

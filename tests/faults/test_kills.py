@@ -48,7 +48,7 @@ def test_the_command_itself_survives_kills(tmp_path: Path) -> None:
     """Real processes, killed while they start, read the model or write."""
 
     def command(out: Path) -> list[str]:
-        said = [sys.executable, "-m", "lensclust.cli", "extract", "--model", "native:sif-small"]
+        said = [sys.executable, "-m", "lensclust", "extract", "--model", "native:sif-small"]
         return [*said, "--tasks", "sif", "--sites", "resid", "--out", str(out), "--resume"]
 
     def run(out: Path, **options: float) -> int | None:

@@ -27,7 +27,7 @@ def command(body: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from pathlib import Path
         from joblib import delayed
-        from lensclust import cli
+        from lensclust.cli import command as cli
         from lensclust.storage.atomic import LOCK, created, locked, replacing
         from lensclust.models.downloads import following
         from lensclust.parallel import in_parallel

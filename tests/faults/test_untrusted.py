@@ -38,7 +38,7 @@ FORBIDDEN = {
 
 
 # Reads pickles that name no code; tests/lensclust/tasks/test_classification.py tries it.
-PLAIN = ROOT / "lensclust" / "plain_pickles.py"
+PLAIN = ROOT / "lensclust" / "tasks" / "labelled" / "plain_pickles.py"
 
 
 def test_nothing_in_the_sources_reads_pickles() -> None:

@@ -332,7 +332,7 @@ def word_model(folder: Any, *, taught: bool) -> str:
     """A tiny Llama and a tokenizer of whole words; taught, it has learnt these few-shot prompts."""
     from importlib.resources import files
 
-    data = json.loads(files("lensclust.tasks").joinpath("natural.json").read_text("utf-8"))
+    data = json.loads(files("lensclust.tasks.words").joinpath("natural.json").read_text("utf-8"))
     words = set(data["answers"]) | {"->"}
     words |= {data["answers"][word][task] for word in data["answers"] for task in TASKS}
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", *sorted(words)])}

@@ -45,7 +45,7 @@ def forward_cost(model: TransformerLensModel) -> Cost:
     """The estimate for a model.
 
     >>> import lensclust as lc
-    >>> from lensclust.models.native import native_config
+    >>> from lensclust.models import native_config
     >>> small = forward_cost(lc.load("native:sif-small", device="cpu"))
     >>> large = native_config("sif-small", d_model=768, n_heads=12, n_layers=1)
     >>> small.forward > 10 * forward_cost(lc.load(large, device="cpu")).forward

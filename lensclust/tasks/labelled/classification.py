@@ -89,7 +89,7 @@ def classification(
     Label: good
     Text: a
     Label:
-    >>> from lensclust.tasks.labelled.label_words import choices
+    >>> from lensclust.tasks.labelled import choices
     >>> choices(prompts)
     {'bad': 1, 'good': 2}
     """

@@ -7,8 +7,6 @@ code, and kept as parquet.
 
 from __future__ import annotations
 
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pandas as pd
 from lensclust.errors import InputError
 from lensclust.models import Pin, fetch_data
 from lensclust.storage import read_frame
+from lensclust.tasks.labelled.plain_pickles import read_plain_pickle
 
 _DIGESTS = {
     "sst2": "f0a59696d7e246904c705f5ddacd41f1bc69fcc5a568c8bb5a51f877f6b02fd7",
@@ -40,7 +39,6 @@ PINS = {
     )
     for name, digest in _DIGESTS.items()
 }
-MAX_BYTES = 64_000_000
 
 
 def read_staicc(name: str, *, progress: bool = False) -> pd.DataFrame:
@@ -80,43 +78,3 @@ def _is_row(row: Any) -> bool:
         and isinstance(row[0][0], str)
         and isinstance(row[1], int)
     )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every global, and with it every class, function and extension."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, expected plain values only")
-
-    def persistent_load(self, pid: Any, /) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside, expected plain values only")
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """The plain value in a pickle file of at most ``MAX_BYTES``.
-
-    Raises:
-        InputError: if the file is missing or too large, is no pickle, or names any code.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "a.pickle"
-    >>> _ = path.write_bytes(pickle.dumps([("a", 1)]))
-    >>> read_plain_pickle(path)
-    [('a', 1)]
-    >>> _ = path.write_bytes(pickle.dumps(print))
-    >>> read_plain_pickle(path)
-    Traceback (most recent call last):
-    ...
-    lensclust.errors.InputError: ...a.pickle is not usable: it names builtins.print, expected ...
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise InputError(f"{path}: holds {size:,} bytes, expected at most {MAX_BYTES:,}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return _PlainUnpickler(io.BytesIO(content)).load()
-    except (Exception, MemoryError) as error:  # a damaged pickle may raise nearly anything
-        raise InputError(f"{path} is not usable: {error or type(error).__name__}") from None

@@ -70,7 +70,7 @@ def test_resume_after_a_kill_ends_like_an_undisturbed_run(model, tmp_path):
     program = """
         import sys, time
         import lensclust as lc
-        from lensclust import shard_reading
+        from lensclust.activations import reader as shard_reading
         from tests.lensclust.activations.test_store import some_prompts
         read = shard_reading.BatchReader.read
         def slowly(self, *arguments):

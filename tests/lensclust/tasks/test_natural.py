@@ -84,7 +84,7 @@ def _sentences() -> Iterator[str]:
     import json
     from importlib.resources import files
 
-    data = json.loads(files("lensclust.tasks").joinpath("natural.json").read_text("utf-8"))
+    data = json.loads(files("lensclust.tasks.words").joinpath("natural.json").read_text("utf-8"))
     for of_task in data["instructions"].values():
         yield from of_task.values()
 

@@ -155,7 +155,7 @@ def test_the_same_in_another_process_and_its_global_state_unchanged():
     # In a process of its own: under pytest the type checker itself draws from `random`.
     script = f"""
 import random, numpy, torch
-from lensclust.tasks.sif import sif
+from lensclust.tasks import sif
 def state():
     return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 sif(n_tasks=1)  # what is imported on first use may do as it likes
