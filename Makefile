@@ -38,6 +38,8 @@ docs: .venv/installed-docs
 check: .venv/installed-test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/codespell $(SOURCES) docs *.md
 	$(BIN)/pyright
 
 bench: .venv/installed-bench
