@@ -100,7 +100,8 @@ def load(
               to be read until it is loaded again. What is trained through the bridge is in
               joint projections (``query_key_value``) from the model's next forward or
               ``state_dict()``, or the next call of lensclust, on: not yet for a
-              ``copy.deepcopy`` right after an optimizer's step.
+              ``copy.deepcopy`` right after an optimizer's step. A network whose own forwards
+              write into its weights (RWKV) is not shared: its bridge has a copy of them.
               Models that accelerate has spread over devices and quantised ones are wrapped
               **in place**, as TransformerLens does;
             - a bridge, which passes through;

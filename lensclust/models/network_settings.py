@@ -181,6 +181,7 @@ def _code_digest(code: CodeType) -> str:
 
 def _decides(name: str) -> bool:
     """Whether an attribute may decide what a forward without dropout or labels gives."""
-    # How it is trained or generates, and the longest sequence that a table was made for so far.
-    idle = ("training", "use_cache", "gradient_checkpointing")
+    # Where it was read, how it is trained or generates, and the longest sequence that a table was
+    # made for so far.
+    idle = ("name_or_path", "training", "use_cache", "gradient_checkpointing")
     return not name.startswith("_") and not name.endswith(("_token_id", "_cached", *idle))

@@ -312,3 +312,12 @@ def test_the_default_number_type_changes_nothing(kind: torch.dtype):
         torch.set_default_dtype(before)
     for one, other in zip(found, right, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_store_goes_on_when_the_folder_of_the_model_was_moved(tmp_path: Path):
+    network = hf_model("llama")
+    for name in ("one", "other"):
+        network.save_pretrained(tmp_path / name)
+    for name, resume in (("one", False), ("other", True)):
+        model = lc.load(tmp_path / name, progress=False)
+        lc.extract(model, PROMPTS, "resid", store=tmp_path / "s", resume=resume, progress=False)
