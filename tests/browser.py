@@ -27,7 +27,8 @@ class Browser:
         # Nothing moves while it is looked at.
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.command("Emulation.setEmulatedMedia", media="", features=[scheme, still])
-        self.errors(), self.requests()
+        self.errors()
+        self.requests()
         self.driver.get(page.resolve().as_uri() if isinstance(page, Path) else page)
 
     def print_media(self) -> None:

@@ -27,7 +27,8 @@ class Nodes:
         head |= {"object_store_memory": MEMORY}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.workers: list[Any] = []
-        ray.init(self.cluster.address, log_to_driver=False, logging_level="ERROR")
+        level: Any = "ERROR"
+        ray.init(self.cluster.address, log_to_driver=False, logging_level=level)
 
     def grow_to(self, number: int) -> None:
         """Have so many nodes beside the first."""

@@ -76,7 +76,7 @@ def test_options_of_a_study_explain_every_field():
 @pytest.mark.parametrize("point", entry_points(group="lensclust.studies"), ids=lambda p: p.name)
 def test_every_field_of_every_study_is_explained(point):
     study = point.load()
-    explained = inspect.getdoc(study).partition("Attributes:")[2]
+    explained = (inspect.getdoc(study) or "").partition("Attributes:")[2]
     for field in dataclasses.fields(study):
         assert re.search(rf"^\s+{field.name}: \w", explained, re.M), field.name
     assert set(study.presets) <= set(study.cost), "what a preset costs"

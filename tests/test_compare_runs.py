@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -27,7 +28,7 @@ def test_other_words_are_no_difference(tmp_path: Path):
 
 
 @pytest.mark.parametrize("changed", [{"estimate": 0.5000001}, {"score": 1.0000001}])
-def test_one_other_number_is(tmp_path: Path, changed: dict[str, float], capsys):
+def test_one_other_number_is(tmp_path: Path, changed: dict[str, Any], capsys):
     run(tmp_path / "before" / "b", **changed)
     run(tmp_path / "before" / "c")
     run(tmp_path / "after" / "b")

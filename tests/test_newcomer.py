@@ -133,7 +133,9 @@ def test_the_session_of_the_readme(newcomer):
     )
     said = run(home / "env" / "bin" / "python", "-c", program)
     assert "failed=0" in said
-    assert int(re.search(r"attempted=(\d+)", said)[1]) > 15
+    attempted = re.search(r"attempted=(\d+)", said)
+    assert attempted is not None
+    assert int(attempted[1]) > 15
 
 
 @pytest.mark.slow

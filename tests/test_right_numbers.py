@@ -25,8 +25,8 @@ from probes.attention.knockout import answers_cut_off
 
 IDS = [[1, 5, 9, 3], [7, 8], [4, 4, 4, 10, 11], [6, 30]]
 ROWS = pd.DataFrame({"task": list("abab"), "input": list("xxyy")})
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
-SIZES = {
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -56,12 +56,12 @@ def gpt2() -> Any:
 
 
 def llama() -> Any:
-    sizes = SIZES | {"num_hidden_layers": 3, "max_position_embeddings": 512}
+    sizes: dict[str, Any] = SIZES | {"num_hidden_layers": 3, "max_position_embeddings": 512}
     return transformers.LlamaConfig(**sizes, intermediate_size=48, num_key_value_heads=2, **SPECIAL)
 
 
 def opt(**layout: Any) -> Any:
-    sizes = SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}
+    sizes: dict[str, Any] = SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}
     return transformers.OPTConfig(**(sizes | SPECIAL | layout))
 
 
@@ -286,8 +286,9 @@ def test_half_precision_runs():
 
 
 def test_a_hybrid_is_examined():
+    sizes: dict[str, Any] = SIZES | {"num_hidden_layers": 3}
     config = transformers.Lfm2Config(
-        **(SIZES | {"num_hidden_layers": 3}),
+        **sizes,
         intermediate_size=48,
         num_key_value_heads=2,
         layer_types=["conv", "full_attention", "conv"],
@@ -325,8 +326,9 @@ def test_states_that_know_the_wording_alone_do_not_cluster_by_task():
 def test_cached_and_uncached_generation_agree():
     model, tokens = lc.load(network(llama())), torch.tensor([[1, 5, 9, 3, 7]])
     options = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eos": False}
-    cached = model.generate(tokens, **options)
-    assert torch.equal(cached, model.generate(tokens, use_past_kv_cache=False, **options))
+    cached: Any = model.generate(tokens, **options)
+    plain: Any = model.generate(tokens, use_past_kv_cache=False, **options)
+    assert torch.equal(cached, plain)
 
 
 def test_a_network_may_be_loaded_twice():

@@ -22,7 +22,7 @@ def give_many(
         deadline=None,
         database=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list[Any](HealthCheck),
     )
     @given(drawn)
     def give(value: Any) -> None:

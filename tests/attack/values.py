@@ -143,7 +143,7 @@ def activations() -> xr.Dataset:
 def some_prompts(first: int = 5) -> lc.Prompts:
     rows = {"task": ["a", "b"] * 4, "input": list("uuvvwwxx"), "label": ["a", "b"] * 4}
     tokens = [[1, first + i % 3, 7 + i // 2, 9] for i in range(8)]
-    spans = dict.fromkeys(("relevant", "irrelevant", "label_words"), [(1, 2)] * 8)
+    spans: dict[str, Any] = dict.fromkeys(("relevant", "irrelevant", "label_words"), [(1, 2)] * 8)
     spans["irrelevant"] = [(2, 3)] * 8
     return lc.Prompts.from_token_lists(
         tokens, rows, answers=[[20 + i % 2] for i in range(8)], spans=spans

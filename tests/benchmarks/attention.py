@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lensclust as lc
-from lensclust.models.batching import ACCELERATOR_TOKENS, BATCH_TOKENS, batches
+from lensclust.models.batching import ACCELERATOR_TOKENS, BATCH_TOKENS, cut_by_length
 from probes.attention.ratio import WEIGHTINGS, attention_ratio
 
 TOKENS, PROMPTS, FULL_PROMPTS, ROUNDS, LIMIT = 256, 16, 1_000, 3, 1.3
@@ -102,7 +102,7 @@ def ours(model: Any, given: lc.Prompts, *, weighting: tuple[str, ...]) -> Any:
 def plain(network: Any, given: lc.Prompts, **options: Any) -> None:
     """Nothing but the forward, in the same batches."""
     budget = BATCH_TOKENS.get(network.device.type, ACCELERATOR_TOKENS)
-    for chosen in batches(model, given.lengths, budget):
+    for chosen in cut_by_length(given.lengths, budget):
         network(given.tokens[chosen], use_cache=False, **options)
 
 

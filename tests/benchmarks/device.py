@@ -8,6 +8,7 @@ one large product in the same dtype, measured in the same process (`tests.benchm
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,7 @@ def rows() -> Iterator[dict[str, object]]:
 
 def block_operations(model: TransformerBridge) -> int:
     """Operations a token in the blocks' products: two with each weight of a matrix."""
-    network = model.original_model
+    network: Any = model.original_model
     weights = {id(w): w for layer in network.model.layers for w in layer.parameters()}
     return 2 * sum(weight.numel() for weight in weights.values() if weight.ndim == 2)
 

@@ -12,7 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 try:
-    import nnsight
+    nnsight: Any = import_module("nnsight")
 except ImportError:
     nnsight = None
 
@@ -66,7 +68,7 @@ def _store(n_prompts: int) -> None:
     print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
-def _smollm2() -> tuple[object, PreTrainedModel, lc.Prompts]:
+def _smollm2() -> tuple[Any, PreTrainedModel, lc.Prompts]:
     from transformers import AutoModelForCausalLM
 
     name = "smollm2-135m-instruct"
@@ -77,10 +79,11 @@ def _smollm2() -> tuple[object, PreTrainedModel, lc.Prompts]:
     return model, bare, prompts.take(range(0, len(prompts), len(prompts) // 150)[:150])
 
 
-def _six_layers(n: int = 1000) -> tuple[object, PreTrainedModel, lc.Prompts]:
+def _six_layers(n: int = 1000) -> tuple[Any, PreTrainedModel, lc.Prompts]:
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = GPT2Config(
         vocab_size=1000, n_positions=64, n_embd=128, n_layer=6, n_head=4, bos_token_id=0,
-        eos_token_id=0, attn_implementation="sdpa",
+        eos_token_id=0, **attention,
     )  # fmt: skip
     torch.manual_seed(0)
     bare = GPT2LMHeadModel(config).eval()

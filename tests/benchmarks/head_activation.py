@@ -61,7 +61,7 @@ def rows() -> list[dict[str, object]]:
     del models
     peaks = {name: memory(name) for name in ways}
     pairs = [("ours", peer) for peer in PEERS] + [("ours, four at once", next(iter(PEERS)))]
-    compared: list[dict[str, object]] = []
+    compared: list[dict[str, Any]] = []
     for ours, peer in pairs:
         detail = ours.removeprefix("ours")
         what = f"SmolLM2-135M: activation of its heads, {PROMPTS} prompts of {TOKENS} tokens"

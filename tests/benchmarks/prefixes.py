@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import lensclust as lc
-from lensclust.models.batching import batches, default_budget
+from lensclust.models.batching import cut_by_length, default_budget
 from lensclust.models.downloads import PINS, fetch
 from lensclust.models.huggingface import save_converted
 from tests.lensclust.tasks.test_instruction_induction import REAL
@@ -124,7 +124,7 @@ def _bare(network: PreTrainedModel, budget: int) -> Read:
     @torch.no_grad()
     def read(prompts: lc.Prompts) -> np.ndarray:
         out = [np.empty(0)] * len(prompts)
-        for rows in batches(model, prompts.lengths, budget):
+        for rows in cut_by_length(prompts.lengths, budget):
             lengths = prompts.lengths[rows]
             tokens = prompts.tokens[rows, : int(lengths.max())]
             mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()

@@ -287,9 +287,11 @@ def _ratio(subject: Subject, weightings: tuple[str, ...]) -> None:
     ).values
     if found["block"].values.tolist() != blocks:
         raise Wrong(f"blocks {found['block'].values.tolist()}, expected {blocks}")
+    answers = subject.prompts.answers
+    assert answers is not None
     for row, index in enumerate(long.tolist()):
         ids = [3, *subject.lists()[index]]
-        slopes = _slopes(subject, ids, (subject.prompts.answers or ())[index][0])
+        slopes = _slopes(subject, ids, answers[index][0])
         looks: dict[str, list[Tensor]] = {
             "attention": [pattern[:, -1] for pattern, _ in slopes],
             "gradient": [(pattern * slope)[:, -1].abs() for pattern, slope in slopes],

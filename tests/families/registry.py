@@ -113,13 +113,14 @@ class Family:
 
 
 def _gpt(config: str, fields: dict[str, Any], **parts: Any) -> Family:
-    usual = {"middle": "ln_2", "output": "attn.c_proj", "layers": "transformer.h"}
+    usual: dict[str, Any] = {"middle": "ln_2", "output": "attn.c_proj", "layers": "transformer.h"}
     return Family(config, fields, **(usual | parts))
 
 
 def _behind(config: str, fields: dict[str, Any], **parts: Any) -> Family:
     """Norms before and behind attention and MLP."""
-    return Family(config, fields, **({"middle": "pre_feedforward_layernorm"} | parts))
+    usual: dict[str, Any] = {"middle": "pre_feedforward_layernorm"}
+    return Family(config, fields, **(usual | parts))
 
 
 FAMILIES: dict[str, Family] = {

@@ -95,7 +95,8 @@ class Subject:
         return lc.load(self.copied())
 
     def copied(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        return copy.deepcopy(self.network).to(dtype)  # pyright: ignore[reportCallIssue]
+        network: Any = copy.deepcopy(self.network)
+        return network.to(dtype)
 
     @cached_property
     def prompts(self) -> lc.Prompts:

@@ -158,6 +158,8 @@ def survive(name: str, kills: int, seed: int) -> dict[str, Any]:
             shutil.rmtree(folder)
             folder.mkdir()
             rounds += 1
+            done: list[str] = []
+            before = identities(done)
             # Now and then the work is killed again while it makes up for the kill before.
             for _ in range(rng.choice([1, 1, 1, 2, 3])):
                 enough = deaths["clock"] + deaths["change"] >= kills

@@ -95,7 +95,7 @@ def test_a_chunk_that_inflates_to_a_gigabyte(codec: Any, tmp_path: Path, said: S
     folder = tmp_path / "a" / name
     described = json.loads((folder / ".zarray").read_text())
     if codec is None:
-        checksum = numcodecs.get_codec(described["compressor"])
+        checksum: Any = numcodecs.get_codec(described["compressor"])
         chunk = checksum.encode(numcodecs.Blosc("lz4").encode(np.zeros(2**30, np.uint8)))
     else:
         described["compressor"] = codec.get_config()
@@ -129,7 +129,7 @@ def test_a_store_forged_to_very_many_rows(chunked: bool, tmp_path: Path, said: S
             if chunked:
                 described["chunks"][0] = rows
         file.write_text(json.dumps(described))
-    group = zarr.open_group(str(path), mode="r+", zarr_format=2)
+    group: Any = zarr.open_group(str(path), mode="r+", zarr_format=2)
     batches = [[rows, *json.loads(group.attrs["batches"])[0][1:]]]
     store_notes.note(group, batches=json.dumps(batches), written=rows)
     for call in ("lc.open_activations(path).load()", "extract(path.parent)"):

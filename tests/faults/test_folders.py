@@ -142,7 +142,7 @@ def model() -> Any:
 @pytest.mark.parametrize("call", CALLS)
 @given(tree=FOLDERS)
 @example(tree=REPORTED)
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list[Any](HealthCheck))
 def test_a_call_that_fails_leaves_what_was_there(model: Any, call: str, tree: Any) -> None:
     with tempfile.TemporaryDirectory() as top:
         plant(Path(top) / "v", tree)

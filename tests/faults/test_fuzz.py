@@ -61,7 +61,7 @@ def fuzz(
         deadline=None,
         database=None,
         derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list[Any](HealthCheck),
     )
     @given(strategy)
     def check(value: Any) -> None:

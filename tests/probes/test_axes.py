@@ -64,7 +64,7 @@ HEAD_SCORES = pd.DataFrame(
     {"block": [0, 0, 1, 1], "head": [0, 1, 0, 1], "value": [1, 2, 4, 3], "metric": "ari"}
 )
 AT: dict[str, Any] = {"position": "last"}
-QUIET = AT | {"progress": False}
+QUIET: dict[str, Any] = AT | {"progress": False}
 
 
 def moved(intervention: probes.Intervention) -> list[Any]:
@@ -185,7 +185,7 @@ def hold(call: Callable[[xr.Dataset], Any], dataset: xr.Dataset) -> None:
         deadline=None,
         database=None,
         derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list[Any](HealthCheck),
     )
     @given(turned(dataset))
     def check(given: xr.Dataset) -> None:
@@ -209,7 +209,8 @@ def test_axes_of_mean_states_are_taken_by_name(name: str) -> None:
 def test_parts_that_xarray_joined_are_activations(name: str, kept: Any) -> None:
     """By default ``xr.concat`` repeats for every prompt what has no axis of prompts."""
     parts = [ACTS.isel(prompt=slice(0, 7)), ACTS.isel(prompt=slice(7, None))]
-    same(PROBES[name](xr.concat(parts, "prompt", data_vars=kept)), PROBES[name](ACTS))
+    joined: Any = xr.concat(parts, "prompt", data_vars=kept)
+    same(PROBES[name](joined), PROBES[name](ACTS))
 
 
 @pytest.mark.parametrize("name", ["cluster", "nearest_neighbour", "probe", "membership"])

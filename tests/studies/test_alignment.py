@@ -254,7 +254,7 @@ def test_examples_go_round_the_inputs_that_two_tasks_answer_differently(seed, co
         (("a", "c"), "'a' and 'c' share no input"),
     ],
 )
-def test_examples_that_cannot_be_had_are_one_clear_line(pair, message):
+def test_examples_that_cannot_be_had_are_one_clear_line(pair: tuple[str, str], message: str):
     with pytest.raises(lc.InputError, match=message) as caught:
         draw_examples(prompts_of(ABC), *pair, 4, [0])
     assert "\n" not in str(caught.value)

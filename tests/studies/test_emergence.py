@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -146,14 +147,15 @@ def test_fields_reach_the_config_only_by_name():
 
 @pytest.mark.slow
 def test_the_heads_that_open_are_those_of_the_last_checkpoint(tmp_path):
-    study = Emergence(
-        **Emergence.presets["smoke"] | {"steps": 4, "n_checkpoints": 2, "permutations": 2}
-    )
+    smoke = {**Emergence.presets["smoke"]}
+    smoke.update(steps=4, n_checkpoints=2, permutations=2)
+    study = Emergence(**smoke)
     found = measure(study, 0, tmp_path)
     view = HeadView.from_json(json.loads(found["heads"]["view"].iloc[0]), where="here")
     assert next(iter(view.scores)) == f"{AGREED} at step 4"
     assert f"{AGREED} at step 0" in view.scores
     agreed = where(found["scores"], kind="head", metric=AGREED, by="task", split=UNSEEN)
+    row: Any
     for step in (0, 4):
         for row in where(agreed, step=step).itertuples():
             value = view.scores[f"{AGREED} at step {step}"][int(row.layer), int(row.head)]

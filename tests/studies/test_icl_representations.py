@@ -315,17 +315,19 @@ def links(*given: Any, permutations: int = 99) -> pd.DataFrame:
 
 
 def test_a_link_is_the_rank_correlation_and_its_partial():
+    spearman: Any = stats.spearmanr
+    pearson: Any = stats.pearsonr
     change, behaviour, items, covariates = planted(0, truly=0.5)
     found = links(change, behaviour, items, covariates)
     for layer in range(3):
         plain, partial = found[found["layer"] == layer].sort_values("controlled")["value"]
-        assert np.isclose(plain, stats.spearmanr(change[layer], behaviour).statistic)
+        assert np.isclose(plain, spearman(change[layer], behaviour).statistic)
         design = np.column_stack([np.ones(len(items)), pd.get_dummies(covariates, dtype=float)])
         rest = [
             ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
             for ranks in (stats.rankdata(change[layer]), stats.rankdata(behaviour))
         ]
-        assert np.isclose(partial, stats.pearsonr(*rest).statistic)
+        assert np.isclose(partial, pearson(*rest).statistic)
 
 
 def test_a_true_link_stays_and_one_through_length_vanishes():

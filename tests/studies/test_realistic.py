@@ -23,6 +23,7 @@ from studies.realistic.claims import (
     claims,
     notes,
 )
+from studies.realistic.pretrained import prompts_of
 from studies.realistic.units import Source, agreed_at, redrawn
 from studies.scales import AGREED
 from studies.scores import where
@@ -89,7 +90,7 @@ def check_heads(study, run, scores):
 
 def test_folds_hold_every_instruction_once_and_mix_inputs(sources):
     study = Realistic(model=str(sources / "model"), data=sources / "data", inputs=4)
-    rows = study.prompts(lc.load(str(sources / "model")).tokenizer).rows
+    rows = prompts_of(study, lc.load(str(sources / "model")).tokenizer).rows
     assert (rows.groupby(["fold", "instruction"]).size() == 1).all()
     assert (rows.groupby(["fold", "task"])["input"].nunique() == 4).all()
 

@@ -185,10 +185,9 @@ def test_refusals_need_no_cluster(tmp_path, monkeypatch):
     with pytest.raises(lc.InputError, match="a bridge cannot be sent to workers"):
         lc.extract_with_ray(model, prompts, "resid", store=tmp_path / "a")
     for name in ("workers", "threads", "shard"):
+        none: dict[str, Any] = {name: 0}
         with pytest.raises(lc.InputError, match=f"{name}=0, expected at least 1"):
-            lc.extract_with_ray(
-                "native:sif-small", prompts, "resid", store=tmp_path / "a", **{name: 0}
-            )
+            lc.extract_with_ray("native:sif-small", prompts, "resid", store=tmp_path / "a", **none)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(lc.InputError, match=r"not installed: pip install 'lensclust\[ray\]'"):
         lc.extract_with_ray("native:sif-small", prompts, "resid", store=tmp_path / "a")

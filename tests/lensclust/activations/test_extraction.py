@@ -220,6 +220,7 @@ def test_other_wrong_inputs():
         lc.extract(bridge, some_prompts(2), "resid", at="nowhere")
     with pytest.raises(lc.InputError, match="dtype 'int8' is not known"):
         lc.extract(bridge, some_prompts(2), "resid", dtype="int8")
+    options: Any
     for options, message in (
         ({"at": []}, "positions must be given and differ"),
         ({"at": ["answer", "answer"]}, "positions must be given and differ"),
@@ -228,6 +229,7 @@ def test_other_wrong_inputs():
     ):
         with pytest.raises(lc.InputError, match=message):
             lc.extract(bridge, some_prompts(2), "resid", **options)
+    place: Any
     for place in (("head", 3), ("bogus", 3), ("resid", 3, 1)):
         with pytest.raises(lc.InputError, match="is not known"):
             Site(*place)
@@ -241,7 +243,7 @@ def test_other_wrong_inputs():
 
 
 def test_what_does_not_fit_half_precision_is_refused():
-    model = hf_model("gpt2")
+    model: Any = hf_model("gpt2")
     with torch.no_grad():
         model.transformer.wte.weight.mul_(1e6)
     bridge = lc.load(model)

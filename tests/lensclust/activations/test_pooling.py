@@ -43,7 +43,7 @@ def test_pooled_states_equal_the_cache_pooled_by_hand(name, batch_tokens):
         how=list(BY_HAND),
         batch_tokens=batch_tokens,
     )
-    for row, (start, stop) in enumerate(prompts.spans["part"].tolist()):
+    for row, (start, stop) in enumerate((prompts.spans or {})["part"].tolist()):
         _, cache = model.run_with_cache(prompts.tokens[row, : prompts.lengths[row]][None])
         for how, pool in BY_HAND.items():
             here = acts.isel(prompt=row).sel(position=f"part_{how}")

@@ -161,11 +161,13 @@ def test_labels_of_another_kind_are_refused_before_anything_is_written(model, tm
 
 
 def test_running_a_script_again_adds_nothing(model, tmp_path):
+    options: Any = {"resume": True, "append": True}
+    found = []
     for _ in range(2):
         for prompts in (some_prompts(7), some_prompts(5, seed=2)):
-            options = {"resume": True, "append": True}
             acts = lc.extract(model, prompts, "resid 2", store=tmp_path / "a", **options)
-    assert acts.sizes["prompt"] == 12
+            found.append(acts)
+    assert found[-1].sizes["prompt"] == 12
 
 
 def test_prompts_come_once_into_a_store(model, tmp_path):
@@ -193,7 +195,7 @@ def test_a_resumed_store_gives_the_prompts_that_were_asked_for(model, tmp_path, 
     for prompts in parts:
         lc.extract(model, prompts, "resid 2", append=True, **options)
     if interrupted:
-        group = zarr.open_group(str(tmp_path / "a"), mode="r+")
+        group: Any = zarr.open_group(str(tmp_path / "a"), mode="r+")
         group[store_notes.DONE][9:] = 0
         store_notes.note(group, written=9)
     advice = "finish it with .* and append=True" if interrupted else "open it with open_activations"
@@ -286,6 +288,7 @@ def test_a_store_of_an_earlier_version_is_read_and_left_alone(model, tmp_path):
     assert store_notes.ROW_KEYS not in group
     store_notes.note(group, layout=store_notes.layout_digest(dict(group.arrays()), written))
     xr.testing.assert_identical(lc.open_activations(path).load(), written)
+    options: Any
     for options in ({}, {"resume": True}, {"append": True}):
         with pytest.raises(lc.InputError, match="written by an earlier version"):
             lc.extract(model, some_prompts(6), "resid 2", store=path, **options)
@@ -302,7 +305,7 @@ def test_labels_that_are_called_like_a_variable_are_refused(model, name):
 
 def test_a_store_that_grew_only_in_part_is_unfinished(model, tmp_path):
     lc.extract(model, some_prompts(6), "resid 2", store=tmp_path / "a")
-    group = zarr.open_group(str(tmp_path / "a"), mode="r+")
+    group: Any = zarr.open_group(str(tmp_path / "a"), mode="r+")
     batches = [*json.loads(str(group.attrs["batches"])), [4, "prompts", "labels"]]
     store_notes.note(group, batches=json.dumps(batches))
     for _ in range(2):
@@ -316,7 +319,8 @@ def test_a_store_that_grew_only_in_part_is_unfinished(model, tmp_path):
 
 def test_missing_labels_read_the_same_from_memory_and_disk(model, tmp_path):
     prompts = some_prompts(2)
-    prompts = replace(prompts, rows=prompts.rows.assign(x=["u", None]))
+    labels: Any = ["u", None]
+    prompts = replace(prompts, rows=prompts.rows.assign(x=labels))
     memory = lc.extract(model, prompts, "resid 2")
     disk = lc.extract(model, prompts, "resid 2", store=tmp_path / "a")
     assert memory.x.values.tolist() == disk.x.values.tolist() == ["u", ""]
@@ -339,7 +343,8 @@ def test_missing_store(tmp_path):
 
 def _written(path: Path) -> int:
     try:
-        done = np.asarray(zarr.open_group(str(path), mode="r")[store_notes.DONE][:])
+        group: Any = zarr.open_group(str(path), mode="r")
+        done = np.asarray(group[store_notes.DONE][:])
         return int(done.sum())
     except Exception:  # the store may be half laid out when we look
         return 0

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xarray as xr
@@ -192,5 +193,6 @@ def test_unusable_urls_are_one_line(model, tmp_path, bucket):
     with pytest.raises(lc.InputError, match="where workers cannot write"):
         lc.extract_with_ray("native:sif-small", some_prompts(6), "resid 2", store="memory://a")
     given = UPath("memory://other/a", some="option")
-    assert as_place(given).storage_options["some"] == "option"
+    place: Any = as_place(given)
+    assert place.storage_options["some"] == "option"
     assert isinstance(as_place(tmp_path), Path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, is_dataclass
 from html.parser import HTMLParser
+from typing import Any
 
 import pandas as pd
 from hypothesis import given
@@ -38,10 +39,10 @@ def test_whatever_a_result_says_stays_text(said: str, labels: list[str], column:
 def test_every_result_with_a_table_shows_itself() -> None:
     results = [
         each
-        for each in (getattr(probes, name) for name in probes.__all__)
+        for each in (getattr(probes, name) for name in vars(probes)["__all__"])
         if isinstance(each, type)
     ]
-    tabular = [
+    tabular: list[Any] = [
         each
         for each in [*results, Transfer]
         if is_dataclass(each)

@@ -128,7 +128,7 @@ def attention_model(name: str, seed: int = 0, **changed: Any) -> Any:
     """
     family, fields = ATTENTIONS[name]
     # GPT-2's name is older than the rule.
-    build = getattr(transformers, f"{family}ForCausalLM", None) or transformers.GPT2LMHeadModel
+    build: Any = getattr(transformers, f"{family}ForCausalLM", None) or transformers.GPT2LMHeadModel
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = build(build.config_class(**fields | changed, attn_implementation="eager")).eval()

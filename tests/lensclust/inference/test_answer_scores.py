@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,7 +43,7 @@ def test_scores_are_those_of_one_forward_a_prompt(network: PreTrainedModel, batc
     model = lc.load(hf_model("llama"))
     prompts = some_prompts(network)
     others = [[4 + row] for row in range(len(prompts))]
-    found = answer_scores(model, prompts, others=others, batch_tokens=batch_tokens)
+    found: Any = answer_scores(model, prompts, others=others, batch_tokens=batch_tokens)
     assert prompts.answers is not None
     for row, answer in enumerate(prompts.answers):
         length = int(prompts.lengths[row])

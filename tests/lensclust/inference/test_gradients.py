@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def some(first: int = 5) -> lc.Prompts:
     )
 
 
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 CALLS = {
     "head_activation": lambda m: probes.head_activation(m, some(), **QUIET).signed.values,
     "rank": lambda m: probes.rank(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -426,6 +427,7 @@ def test_answers_are_those_of_each_prompt_alone(name, tokens_run):
         )
     answers(model, prompts, lambda logits, rows: rows)  # what is checked is checked now
     sizes = tokens_run(model)
+    options: Any
     for options in ({}, {"batch_tokens": 30}, {"share_prefixes": False}):
         sizes.clear()
         found = answers(model, prompts, lambda logits, rows: logits, **options)

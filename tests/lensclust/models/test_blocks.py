@@ -53,7 +53,7 @@ def test_heads_have_the_size_of_their_values(name: str, size: int) -> None:
     network, model = both(name, v_head_dim=size)
     acts = read(model, "head")
     assert (acts.sizes["head"], acts.sizes["d_head"]) == (4, size)
-    plain = [parts(network, FAMILIES[name], ids) for ids in IDS]
+    plain: list[Any] = [parts(network, FAMILIES[name], ids) for ids in IDS]
     z = np.stack([torch.stack([z[-1] for z in one.z]) for one in plain])
     found = acts.z.squeeze("position").transpose("prompt", "block", "head", "d_head")
     np.testing.assert_allclose(found, z.reshape(found.shape), atol=1e-5)
@@ -89,7 +89,7 @@ def test_norms_behind_the_sums_leave_no_middle_state(name: str, fields: dict[str
         with pytest.raises(lc.InputError, match=f"'{kind}' does not exist in .*a norm stands"):
             read(model, kind)
     acts = read(model, ["resid", "attn_out", "mlp_out"])
-    plain = [parts(network, FAMILIES[name], ids) for ids in IDS]
+    plain: list[Any] = [parts(network, FAMILIES[name], ids) for ids in IDS]
     for found, expected in (
         (acts.resid, [one.resid for one in plain]),
         (acts.attn_out, [one.heads_out for one in plain]),
@@ -104,9 +104,10 @@ def test_heads_whose_sizes_differ_are_read_block_by_block() -> None:
     assert [block.d_head for block in blocks_of(model)] == [8, 24, 24]
     with pytest.raises(lc.InputError, match=r"heads of different sizes.*0: 8, 1: 24, 2: 24"):
         read(model, "z")
+    read_plainly: list[Any] = [parts(network, FAMILIES["gemma4"], ids) for ids in IDS]
     for block, size in ((0, 8), (2, 24)):
         found = read(model, [f"z {block}.{head}" for head in range(4)]).z
-        plain = [parts(network, FAMILIES["gemma4"], ids).z[block][-1] for ids in IDS]
+        plain = [one.z[block][-1] for one in read_plainly]
         expected = torch.stack(plain).unflatten(-1, (4, size))
         np.testing.assert_allclose(found.squeeze(("position", "block")), expected, atol=1e-5)
 
@@ -162,7 +163,8 @@ def test_outputs_that_are_not_what_is_added_are_refused(hook: str) -> None:
 )
 def test_rotations_in_float32_are_rounded_back(name: str, dtype: torch.dtype) -> None:
     """With and without a cache, forwards and generation, as the plain network computes them."""
-    plain = build(family(name, num_key_value_heads=4), seed=3).to(dtype)
+    network: Any = build(family(name, num_key_value_heads=4), seed=3)
+    plain = network.to(dtype)
     model = lc.load(copy.deepcopy(plain))
     tokens = torch.tensor([IDS[2]])
     with torch.no_grad():
@@ -172,7 +174,7 @@ def test_rotations_in_float32_are_rounded_back(name: str, dtype: torch.dtype) ->
             assert found.dtype == dtype
             torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
     options: Any = {"max_new_tokens": 3, "do_sample": False, "verbose": False}
-    made = [
+    made: list[Any] = [
         model.generate(tokens, **options, stop_at_eos=False, use_past_kv_cache=cache)
         for cache in (True, False)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_a_question_in_every_layer_would_be_seen():
 
     for n_layers in (2, 6):
         model, prompts = deep(n_layers), repeated(5)
-        hooks = [(f"blocks.{layer}.hook_out", ask) for layer in range(n_layers)]
+        hooks: Any = [(f"blocks.{layer}.hook_out", ask) for layer in range(n_layers)]
         with Questions() as questions:
             model.run_with_hooks(prompts.tokens, fwd_hooks=hooks)
         asked.append(sum(questions.asked.values()))
@@ -99,7 +100,7 @@ def test_copies_arrive_in_order_with_the_values_they_had(device):
     assert [number for number, _ in found] == list(range(5))
     assert all((values["x"] == number).all() for number, values in found)
     if device == "cpu":  # at once: nothing is held back
-        made = iter(range(3))
+        made: Any = iter(range(3))
         copies = ((number, HostCopy({"x": torch.ones(1)})) for number in made)
         for number, _ in arrived(copies):
             assert made.__length_hint__() == 2 - number
@@ -107,7 +108,9 @@ def test_copies_arrive_in_order_with_the_values_they_had(device):
 
 def test_one_copy_is_held_back_while_the_next_is_made():
     class Pending(HostCopy):
-        pending = True
+        @property
+        def pending(self) -> bool:
+            return True
 
     made = []
 
@@ -133,7 +136,7 @@ def test_uploads_hold_what_they_held(device):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_half_precision_models_are_read_in_full_precision(name):
-    whole = hf_model(name)
+    whole: Any = hf_model(name)
     half = lc.load(copy.deepcopy(whole).to(torch.bfloat16))
     prompts = some_prompts(8)
     kinds = ["resid", "z"] if name == "gemma2" else ["resid", "head"]

@@ -35,11 +35,14 @@ def test_sound_networks_load_without_a_word(name, caplog):
 def test_a_part_that_computes_something_else_once_wrapped_is_refused(monkeypatch):
     build = pretrained.build_bridge_from_module
 
+    def larger(_module: Any, _given: Any, out: Any) -> Any:
+        return out * 1.01
+
     def mistaken(*args, **options):
         bridge = build(*args, **options)
         part = bridge.blocks[1].mlp
         assert isinstance(part, GeneralizedComponent)
-        part.register_forward_hook(lambda _module, _given, out: out * 1.01)
+        part.register_forward_hook(larger)
         return bridge
 
     monkeypatch.setattr(pretrained, "build_bridge_from_module", mistaken)
@@ -111,7 +114,7 @@ def test_blocks_that_the_configuration_does_not_count_are_refused(name, blocks):
     network = hf_model(name)
     home, _, stack = STACKS.get(name, "model.layers").rpartition(".")
     parent = network.get_submodule(home)
-    own = [*network.get_submodule(f"{home}.{stack}")]
+    own = [*network.get_submodule(f"{home}.{stack}").children()]
     setattr(parent, stack, torch.nn.ModuleList((own + own)[:blocks]))
     for _ in range(2):
         with pytest.raises(lc.InputError, match=f"has {blocks} blocks, its configuration says 3"):

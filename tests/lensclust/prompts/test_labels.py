@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from lensclust.prompts.indexing import row_numbers
 from lensclust.prompts.labels import label_text, label_texts
 
 N = 7
+DAYS: Any = ["2020-01-01", None, *["2021-05-06"] * 5]
 COLUMNS = {
     "text": list("abcabca"),
     "number": [0, 1, 2, 0, 1, 2, 0],
@@ -23,7 +25,7 @@ COLUMNS = {
     "truth": [True, False, True, True, False, False, True],
     "kind": pd.Categorical(list("xxyyzzx")),
     "nullable": pd.array([1, None, 2, 1, None, 2, 1], dtype="Int64"),
-    "day": pd.to_datetime(["2020-01-01", None, *["2021-05-06"] * 5]),
+    "day": pd.to_datetime(DAYS),
 }
 NUMBERS = st.lists(st.integers(-N, N - 1), min_size=1, max_size=9)
 MASKS = st.lists(st.booleans(), min_size=N, max_size=N).filter(any)
@@ -129,6 +131,7 @@ def test_numbers_of_any_type_name_one_label():
 
 def test_rows_are_in_the_order_of_the_prompts():
     rows = pd.DataFrame({"task": ["a", "b"]}, index=[5, 3])
+    given_rows: Any
     for given_rows in (rows, rows.to_dict("list"), rows.to_dict("records")):
         made = lc.Prompts.from_token_lists([[1], [2]], given_rows)
         assert made.rows["task"].tolist() == ["a", "b"]
@@ -151,8 +154,8 @@ def test_ids_answers_and_spans_in_whatever_holds_them(spelt):
     )
     assert made.tokens.tolist() == [[1, 2, 3], [4, 5, 0]]
     assert made.answers == ((6,), (7,))
-    assert made.spans["s"].tolist() == [[0, 2], [1, 2]]
-    assert made.spans["t"].tolist() == [[0, 1], [0, 0]]
+    assert (made.spans or {})["s"].tolist() == [[0, 2], [1, 2]]
+    assert (made.spans or {})["t"].tolist() == [[0, 1], [0, 0]]
 
 
 ROWS = pd.DataFrame({"task": ["a", "b"]})

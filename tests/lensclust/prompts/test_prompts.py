@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,9 +52,10 @@ def test_a_chat_has_the_tokens_of_its_template(tmp_path, adds_bos, template):
         texts, rows(2), tokenizer, answers=[" w4", " w5 w6"], spans={"all": [(0, 5)] * 2}, chat=True
     )
     for row, text in enumerate(texts):
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}])["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        chat = encoded["input_ids"]
         assert prompts.tokens[row, : prompts.lengths[row]].tolist() == chat
-        start, stop = prompts.spans["all"][row].tolist()
+        start, stop = (prompts.spans or {})["all"][row].tolist()
         assert tokenizer.decode(chat[start:stop]) == text[:5]
 
 
@@ -66,11 +68,11 @@ def test_answers_and_spans_follow_the_joint_text(tmp_path):
         prompts = lc.Prompts.from_texts(
             texts, rows(2), tokenizer, answers=[" w4 w5", " w6"], spans=spans, chat=chat
         )
-        start, stop = prompts.spans["last"].T
+        start, stop = (prompts.spans or {})["last"].T
         words = tokenizer.convert_ids_to_tokens
         assert [words(int(prompts.tokens[i, start[i]])) for i in range(2)] == ["w3", "w9"]
         assert (stop - start).tolist() == [1, 1]
-        assert [words(list(answer)) for answer in prompts.answers] == [["w4", "w5"], ["w6"]]
+        assert [words(list(answer)) for answer in prompts.answers or ()] == [["w4", "w5"], ["w6"]]
         assert prompts.position("last_end").tolist() == (stop - 1).tolist()
         with pytest.raises(lc.InputError, match="span 'none' of prompt 0 is empty"):
             prompts.position("none_start")

@@ -179,7 +179,7 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_is_written(
 
 def packed(page: Page) -> dict[str, Any]:
     (text,) = [
-        text for attributes, text in page.scripts if attributes.get("type", "").endswith("gzip")
+        text for attributes, text in page.scripts if (attributes.get("type") or "").endswith("gzip")
     ]
     return json.loads(gzip.decompress(base64.b64decode(text)))
 

@@ -1,5 +1,7 @@
 """Results are those of Python's own evaluation of the expression, written out independently."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +33,7 @@ def test_results_are_right_and_inputs_shared(tasks, largest, seed):
         TOKENIZER, tasks=tasks, inputs=9, test_inputs=4, largest=largest, seed=seed
     )
     rows = prompts.rows
+    row: Any
     for row in rows.itertuples():
         numbers = row.input.split(", ")
         assert all(1 <= int(number) <= largest for number in numbers)

@@ -29,7 +29,7 @@ from lensclust.tasks.labelled import staicc
 from lensclust.tasks.labelled.classification import balanced_order, classification
 from lensclust.tasks.labelled.label_words import choices
 from lensclust.tasks.labelled.labelled_texts import LabelledTexts, _data, data_names, labelled_texts
-from lensclust.tasks.labelled.staicc import MAX_BYTES, read_plain_pickle
+from lensclust.tasks.labelled.plain_pickles import MAX_BYTES, read_plain_pickle
 from tests.tiny import byte_tokenizer
 
 # Every template of every set, filled with the text "T" and the first label, written out.
@@ -368,12 +368,14 @@ def test_a_data_set_in_memory_on_disk_and_in_a_folder_of_files_read_the_same(
     features = datasets.Features({"sentence": datasets.Value("string"), "mood": label})
     content = {"sentence": [f"t {i}" for i in range(20)], "mood": [0, 1] * 10}
     whole = datasets.Dataset.from_dict(content, features=features)
-    parted = datasets.DatasetDict(train=whole.select(range(12)), test=whole.select(range(12, 20)))
+    parted = datasets.DatasetDict(
+        {"train": whole.select(range(12)), "test": whole.select(range(12, 20))}
+    )
     parted.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "files").mkdir()
     for name, part in parted.items():
         part.to_parquet(str(tmp_path / "files" / f"{name}.parquet"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     sources = [whole, parted, str(tmp_path / "saved"), tmp_path / "files"]
     found = [labelled_texts(s, text="sentence", label="mood") for s in sources]
     for texts in found:

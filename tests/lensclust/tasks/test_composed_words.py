@@ -1,5 +1,7 @@
 """Words in a row: what the first task answers, as `natural` has it, then the second done to it."""
 
+from typing import Any
+
 import pytest
 
 from lensclust.errors import InputError
@@ -18,6 +20,7 @@ def test_the_second_step_is_done_to_the_answer_of_the_first(first):
     between = between.set_index("input")["output"]
     by_task = rows.groupby("task").first()
     assert sorted(by_task.index) == sorted(names)
+    row: Any
     for row in rows.itertuples():
         word = between[row.input]
         wanted = {

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,11 +92,12 @@ def _sentences() -> Iterator[str]:
 
 def _mean_ari(features: np.ndarray, labels: pd.Series) -> float:
     k = labels.nunique()
+    starts: Any = 5
     return float(
         np.mean(
             [
                 adjusted_rand_score(
-                    labels, KMeans(k, n_init=5, random_state=seed).fit_predict(features)
+                    labels, KMeans(k, n_init=starts, random_state=seed).fit_predict(features)
                 )
                 for seed in SEEDS
             ]
@@ -257,8 +259,8 @@ def test_words_do_not_give_the_task_away(
 def test_words_would_give_overlapping_paraphrases_away(instructions: pd.DataFrame) -> None:
     """The measure above is able to see a leak: name the task in each wording, and it does."""
     leaky = instructions["task"] + " " + instructions["task"] + "! " + instructions["task"]
-    bags = CountVectorizer().fit_transform(leaky + " " + instructions["wording"]).toarray()
-    assert _mean_ari(bags, instructions["task"]) > 0.6
+    counts: Any = CountVectorizer().fit_transform(leaky + " " + instructions["wording"])
+    assert _mean_ari(counts.toarray(), instructions["task"]) > 0.6
 
 
 def test_tokens_do_not_give_the_task_away(
@@ -271,7 +273,10 @@ def test_tokens_do_not_give_the_task_away(
 
 
 def test_neither_length_nor_template_gives_the_task_away(instructions: pd.DataFrame) -> None:
-    lengths = instructions["wording"].map(lambda wording: len(wording.split()))
+    def words(wording: Any) -> int:
+        return len(wording.split())
+
+    lengths = instructions["wording"].map(words)
     of_task = lengths.groupby(instructions["task"]).mean()
     assert of_task.max() <= 1.35 * of_task.min()
     assert adjusted_rand_score(instructions["task"], lengths) <= 0.1

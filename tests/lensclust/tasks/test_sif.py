@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from lensclust.errors import InputError
 from lensclust.prompts.prompts import Prompts
 from lensclust.tasks.synthetic.sif import SPLITS, sif, vocabulary
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "n_tasks": 4,
     "n_inputs": 5,
     "mappings_per_task": 3,
@@ -83,6 +84,7 @@ def test_splits_are_what_they_say(knobs):
         "both": (False, True, False),
         "new_regex": (False, False, False),
     }
+    row: Any
     for row in rows.itertuples():
         assert seen[row.split] == (
             row.instruction in strings,
@@ -127,14 +129,16 @@ def test_tokens_spell_the_text(knobs):
     symbols = vocabulary(n_inputs=knobs["n_inputs"], n_outputs=knobs["n_outputs"], n_letters=20)
     assert len(set(symbols)) == len(symbols) == int(prompts.tokens.max()) + 1
     assert prompts.pad_id == symbols.index("<pad>")
+    answers = prompts.answers
+    assert answers is not None
     for i, row in enumerate(prompts.rows.itertuples()):
         ids = prompts.tokens[i, : prompts.lengths[i]].tolist()
         assert "".join(symbols[t] for t in ids) == prompts.text(i)
         assert prompts.text(i) == f"<bos>{row.instruction}<sep>{row.input}"
         for name in ("instruction", "input"):
-            start, stop = prompts.spans[name][i].tolist()
+            start, stop = (prompts.spans or {})[name][i].tolist()
             assert "".join(symbols[t] for t in ids[start:stop]) == getattr(row, name)
-        assert [symbols[t] for t in prompts.answers[i]] == [row.output]
+        assert [symbols[t] for t in answers[i]] == [row.output]
     assert prompts.position("answer").equal(prompts.position("input_end"))
 
 

@@ -23,6 +23,7 @@ from tests.tiny import ARCHITECTURES, D_VOCAB, hf_model
 
 NATIVE = "native:sif-small"
 N = 8
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 
 
 def fresh(name: str) -> Any:
@@ -116,9 +117,11 @@ def attentions(name: str, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torc
 def test_gradients_are_those_of_autograd_in_double_precision(name: str, query: str) -> None:
     model, prompts = fresh(name).double(), prompts_of(4)
     found = ratio(model, prompts, query=query, weighting="gradient", draws=2).values
+    answers = prompts.answers
+    assert answers is not None
     for row in range(len(prompts)):
         logits, patterns = attentions(name, alone(prompts, row))
-        loss = -logits[0, -1].log_softmax(-1)[prompts.answers[row][0]]
+        loss = -logits[0, -1].log_softmax(-1)[answers[row][0]]
         gradients = torch.autograd.grad(loss, patterns)
         for block, (pattern, gradient) in enumerate(zip(patterns, gradients, strict=True)):
             here = found.isel(weighting=0, prompt=row, block=block)
@@ -210,7 +213,7 @@ def test_a_head_that_looks_for_its_own_token_finds_it() -> None:
 
 def test_random_spans_of_a_random_model_have_ratio_one() -> None:
     model = model_of("native")
-    spans = {"relevant": [(3, 5)] * 30, "irrelevant": [(6, 8)] * 30}
+    spans: dict[str, Any] = {"relevant": [(3, 5)] * 30, "irrelevant": [(6, 8)] * 30}
     null = ratio(model, prompts_of(30, **spans), draws=200, weighting=["attention", "value"]).null
     error = null.std("draw", ddof=1) / np.sqrt(200)
     assert float((np.abs(null.mean("draw")) / error).max()) < 5
@@ -221,7 +224,7 @@ def test_spans_at_random_places_are_rarely_called_different() -> None:
     for seed in range(40):
         rng = np.random.default_rng(seed)
         places = [random_places(np.array([2, 3]), np.array([2, 10]), 1, rng) for _ in range(N)]
-        spans = {
+        spans: dict[str, Any] = {
             name: [(int(p[side, 0]), int(p[side, 0]) + size) for p in places]
             for side, (name, size) in enumerate([("relevant", 2), ("irrelevant", 3)])
         }
@@ -370,7 +373,7 @@ def test_wrong_input_is_one_clear_line() -> None:
     beyond = lc.Prompts(
         **{
             **vars(prompts_of()),
-            "spans": {**prompts_of().spans, "relevant": torch.full((N, 2), 99)},
+            "spans": {**(prompts_of().spans or {}), "relevant": torch.full((N, 2), 99)},
         }  # type: ignore[arg-type]
     )
     with pytest.raises(lc.InputError, match="is 99 to 99, expected places within its"):
@@ -392,7 +395,7 @@ def clipped_network() -> Any:
         max_position_embeddings=32,
         clip_qkv=0.05,
         pad_token_id=0,
-        attn_implementation="eager",
+        **EAGER,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -450,7 +453,7 @@ def test_a_hybrid_has_patterns_where_it_has_attention_and_gated_values_are_refus
         num_experts_per_tok=2,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
-        attn_implementation="eager",
+        **EAGER,
     )
     torch.manual_seed(0)
     network = transformers.Qwen3NextForCausalLM(config).eval()

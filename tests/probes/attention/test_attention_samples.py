@@ -116,6 +116,7 @@ def test_some_heads_and_prompts_are_taken_out() -> None:
     assert [len(tokens) for tokens in some.tokens] == [4, 3]
     assert (some.of("head 0.3")[0] == found.of("head 0.3")[2]).all()
     assert (some.patterns[1][0] == found.of("head 1.2")[0]).all()
+    options: Any
     for options, said in (
         ({"prompts": [3]}, "prompt 3 is not among the 3 read"),
         ({"heads": "resid 2"}, "'resid 2' is not among the 24 heads read"),

@@ -53,10 +53,12 @@ def by_hand(saliency: np.ndarray, words: list[int]) -> dict[str, float]:
 def test_flows_are_means_over_pairs_of_the_saliency(name: str, choices: Any) -> None:
     model, prompts = model_of(name).double(), prompts_of()
     found = label_word_flow(model, prompts, choices=choices, draws=1, progress=False).values
+    answers = prompts.answers
+    assert answers is not None
     for row in range(N):
         logits, patterns = attentions(name, alone(prompts, row))
         given = logits[0, -1] if choices is None else logits[0, -1, list(LABELS.values())]
-        right = prompts.answers[row][0]
+        right = answers[row][0]
         place = right if choices is None else list(LABELS.values()).index(right)
         gradients = torch.autograd.grad(-given.log_softmax(-1)[place], patterns)
         words = (alone(prompts, row)[0] == 7).nonzero()[:, 0].tolist()

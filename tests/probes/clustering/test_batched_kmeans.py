@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,14 +40,18 @@ def inertia(x: np.ndarray, labels: np.ndarray) -> float:
     return sum(((part - part.mean(0)) ** 2).sum() for part in parts)
 
 
+def scikit_learn(x: np.ndarray, k: int, *, n_init: Any, seed: int) -> Any:
+    return KMeans(k, n_init=n_init, random_state=seed).fit(x).inertia_
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_where_there_are_clusters_it_misses_them_no_more_often_than_scikit_learn(device):
     worse = np.zeros(2, dtype=int)  # ours, theirs
     for seed in range(60):
         k = 2 + seed % 7
         x, _ = mixture(seed, k, (2, 5, 40)[seed % 3], 4.0)
-        ours = inertia(x, partition(x, k, n_init=10, seed=seed, device=device))
-        theirs = KMeans(k, n_init=10, random_state=seed).fit(x).inertia_
+        found: Any = partition(x, k, n_init=10, seed=seed, device=device)
+        ours, theirs = inertia(x, found), scikit_learn(x, k, n_init=10, seed=seed)
         worse += ours > 1.01 * theirs, theirs > 1.01 * ours
     # Either may end in a local minimum; most draws have none.
     assert worse.sum() < 20
@@ -55,9 +61,9 @@ def test_where_there_are_clusters_it_misses_them_no_more_often_than_scikit_learn
 @pytest.mark.parametrize("device", DEVICES)
 def test_without_clusters_neither_wins_on_average(device):
     drawn = [mixture(seed, 6, 8, 0.5)[0] for seed in range(20)]
-    ours = partitions(drawn, [6] * 20, n_init=4, seed=0, device=device)
+    ours: Any = partitions(drawn, [6] * 20, n_init=4, seed=0, device=device)
     ratio = [
-        inertia(x, found) / KMeans(6, n_init=4, random_state=1).fit(x).inertia_
+        inertia(x, found) / scikit_learn(x, 6, n_init=4, seed=1)
         for x, found in zip(drawn, ours, strict=True)
     ]
     error = np.std(ratio, ddof=1) / np.sqrt(20)
@@ -80,7 +86,7 @@ def test_planted_clusters_are_found_exactly(device, seed, k, scale):
 def test_the_end_is_where_no_row_is_nearer_to_another_mean(world):
     seed, k, d, apart = world
     x, _ = mixture(seed, k, d, apart)
-    found = partition(x, k, n_init=1, seed=seed, device="cpu")
+    found: Any = partition(x, k, n_init=1, seed=seed, device="cpu")
     assert len(np.unique(found)) == k
     means = np.stack([x[found == each].astype(np.float64).mean(0) for each in range(k)])
     away = ((x[:, None] - means) ** 2).sum(-1)
@@ -98,7 +104,7 @@ def test_rotation_order_of_rows_and_offset_do_not_matter(world):
     x = (30 * np.eye(k, max(d, k))[label] + rng.normal(size=(90, max(d, k)))).astype(np.float32)
     turn, _ = np.linalg.qr(rng.normal(size=(x.shape[1], x.shape[1])))
     order = rng.permutation(len(x))
-    found = partition(x, k, n_init=6, seed=seed, device="cpu")
+    found: Any = partition(x, k, n_init=6, seed=seed, device="cpu")
     turned = (x @ turn + 5)[order].astype(np.float32)
     other = partition(turned, k, n_init=6, seed=seed, device="cpu")
     assert adjusted_rand_score(found[order], other) == 1.0
@@ -120,9 +126,8 @@ def test_few_distinct_rows():
     exact = partition(twice, 3, n_init=2, seed=0, device="cpu")
     assert adjusted_rand_score(np.repeat(range(3), 4), exact) == 1.0
     # As many rows as clusters, and rows that differ by rounding only, far from the origin.
-    assert set(partition(np.eye(5, dtype=np.float32), 5, n_init=1, seed=0, device="cpu")) == set(
-        range(5)
-    )
+    alone: Any = partition(np.eye(5, dtype=np.float32), 5, n_init=1, seed=0, device="cpu")
+    assert set(alone) == set(range(5))
     near = np.nextafter(np.full((6, 1), 1e4, np.float32), np.float32(np.inf))
     near[:3] = 1e4
     assert adjusted_rand_score(

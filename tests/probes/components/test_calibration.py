@@ -108,9 +108,9 @@ def test_the_minimum_is_that_of_an_independent_optimiser(
 
 def test_of_two_labels_and_hardly_a_penalty_vector_scaling_is_logistic_regression():
     parts = draw(3, n=200, labels=2)
-    found = calibrate(parts, method="vector scaling", penalty=1e-7)
+    found: Any = calibrate(parts, method="vector scaling", penalty=1e-7)
     z = parts.model_logits.values.astype(float)
-    known = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
+    known: Any = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
     known.fit((z[:, 1] - z[:, 0])[:, None], parts.targets)
     assert float(found.weights.mean()) == pytest.approx(known.coef_[0, 0], abs=1e-3)
     intercept = float(found.biases[1] - found.biases[0])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ def without(acts: xr.Dataset, rows: list[int], name: str, missing: object) -> xr
     return acts.assign_coords({name: ("prompt", values)})
 
 
-QUIET = {"progress": False}
+QUIET: dict[str, Any] = {"progress": False}
 CALLS = {
     "cluster": lambda a: probes.cluster(a, permutations=3, jobs=1, **QUIET).frame,
     "groups": lambda a: probes.cluster(a, permutations=3, jobs=1, **QUIET).groups,
@@ -88,7 +89,7 @@ def moved(intervention: probes.Intervention) -> np.ndarray:
     return intervention.edit_at(lc.Site("resid", 1))(states).numpy()
 
 
-def same(found: object, expected: object) -> None:
+def same(found: Any, expected: Any) -> None:
     if isinstance(found, pd.DataFrame):
         pd.testing.assert_frame_equal(found, expected)
     elif isinstance(found, xr.Dataset):

@@ -272,6 +272,7 @@ def test_a_model_without_a_parameter_that_asks_for_gradients_is_measured(name: s
 
 # -- whatever computes attention ---------------------------------------------------------------
 
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 SIZES: dict[str, Any] = {
     "vocab_size": D_VOCAB,
     "hidden_size": 32,
@@ -280,7 +281,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": N_CTX,
     "pad_token_id": 0,
-    "attn_implementation": "eager",
+    **EAGER,
 }
 EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 OTHERS: dict[str, Any] = {
@@ -290,7 +291,7 @@ OTHERS: dict[str, Any] = {
         n_layer=3,
         n_head=4,
         n_positions=N_CTX,
-        **{"attn_implementation": "eager"},
+        **EAGER,
     ),
     # Kinks, and tokens that go to other experts.
     "opt": lambda: transformers.OPTConfig(

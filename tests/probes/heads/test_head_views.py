@@ -22,6 +22,7 @@ from probes.heads.view import head_view
 PROMPTS = lc.tasks.sif().where(split="new_string")
 MODEL = lc.load("native:sif-small")
 ACTS = lc.extract(MODEL, PROMPTS.take(range(0, len(PROMPTS), 7)), "head", progress=False)
+MISSING: Any = pd.NA
 
 
 def scores(acts: xr.Dataset = ACTS, seed: int = 0) -> pd.DataFrame:
@@ -132,7 +133,7 @@ def test_a_clustering_is_shown_as_it_is() -> None:
         ({"labels": ["colour"]}, "label 'colour' is not in these activations"),
         ({"text": "colour"}, "label 'colour' is not in these activations"),
         ({"scores": pd.concat([scores(), scores()])}, "several rows that share"),
-        ({"scores": scores().assign(head=pd.NA)}, "scores of no head"),
+        ({"scores": scores().assign(head=MISSING)}, "scores of no head"),
         (
             {"scores": scores().assign(block=lambda rows: rows["block"] + 9)},
             "no head has activations, a score",

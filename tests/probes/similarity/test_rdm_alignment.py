@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
-import rsatoolbox
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rsatoolbox.inference import boot_noise_ceiling
+from rsatoolbox.data.dataset import Dataset
+from rsatoolbox.inference.noise_ceiling import boot_noise_ceiling
+from rsatoolbox.rdm.calc import calc_rdm
+from rsatoolbox.rdm.compare import compare as compare_rdms
+from rsatoolbox.rdm.rdms import RDMs
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import ortho_group
@@ -24,9 +29,11 @@ from probes.similarity.mantel import MatrixTest, relabellings, tau_a
 
 NAMES, ACTIVITIES, D = 6, 6, 24
 RSATOOLBOX = {"spearman": "spearman", "tau-a": "tau-a", "pearson": "corr"}
+PEARSON: Any = stats.pearsonr
+SPEARMAN: Any = stats.spearmanr
 SCIPY = {
-    "spearman": lambda x, y: stats.spearmanr(x, y).statistic,
-    "pearson": lambda x, y: stats.pearsonr(x, y).statistic,
+    "spearman": lambda x, y: SPEARMAN(x, y).statistic,
+    "pearson": lambda x, y: PEARSON(x, y).statistic,
 }
 
 
@@ -81,20 +88,20 @@ def test_scores_equal_rsatoolbox_and_scipy_by_hand(distance, scale):
         "both": combined([hypothesis(acts, "name"), hypothesis(acts, "activity")]),
     }
     found = rsa(acts, hypotheses, distance=distance, standardise=scale, nuisance=(), permutations=9)
-    x = acts.resid.values[:, 0, 0]
+    x: Any = acts.resid.values[:, 0, 0]
     x = stats.zscore(x) if scale else x
     if distance == "cosine":
         rdm = pdist(x, "cosine")
     else:
-        calculated = rsatoolbox.rdm.calc_rdm(rsatoolbox.data.Dataset(x), method=distance)
+        calculated: Any = calc_rdm(Dataset(x), method=distance)
         rdm = calculated.dissimilarities[0]
         rdm = np.sqrt(rdm * D) if distance == "euclidean" else rdm
     for compare, method in RSATOOLBOX.items():
         values = values_of(found, compare=compare)
         for name, matrix in hypotheses.items():
             entries = squareform(matrix, checks=False)
-            one, other = (rsatoolbox.rdm.RDMs(v[None]) for v in (rdm, entries))
-            expected = rsatoolbox.rdm.compare(one, other, method=method).item()
+            one, other = (RDMs(v[None]) for v in (rdm, entries))
+            expected = compare_rdms(one, other, method=method).item()
             assert values[name] == pytest.approx(expected, abs=1e-6)
             if compare in SCIPY:
                 assert values[name] == pytest.approx(SCIPY[compare](rdm, entries), abs=1e-6)
@@ -122,7 +129,7 @@ def test_partial_scores_and_their_null_equal_regression_by_hand(compare):
     residual = squareform(left(name), checks=False)
     orders = exchangeable(acts.name.values, acts, by="name").orders(19, seed=0)
     expected = [
-        stats.pearsonr(left(rdm), left(squareform(residual[np.ix_(o, o)], checks=False))).statistic
+        PEARSON(left(rdm), left(squareform(residual[np.ix_(o, o)], checks=False))).statistic
         for o in orders
     ]
     assert row["value"] == pytest.approx(expected[0], abs=1e-6)
@@ -241,7 +248,7 @@ def test_repeats_give_the_mean_of_their_scores_their_ceiling_and_crossnobis():
     for compare, score in SCIPY.items():
         row = rows.loc[("euclidean", compare)]
         assert row["value"] == pytest.approx(np.mean([score(r, name) for r in rdms]), abs=1e-6)
-        low, high = boot_noise_ceiling(rsatoolbox.rdm.RDMs(rdms), method=RSATOOLBOX[compare])
+        low, high = boot_noise_ceiling(RDMs(rdms), method=RSATOOLBOX[compare])
         assert (row["ceiling_low"], row["ceiling_high"]) == pytest.approx((low, high), abs=1e-6)
         assert low <= high
     assert (rows.loc["crossnobis", "p"] < 0.02).all()
@@ -300,7 +307,8 @@ def test_the_best_site_of_a_permuted_sweep_corrects_p():
 def test_features_are_standardised_and_constant_ones_are_0():
     x = np.random.default_rng(0).normal(size=(9, 3))
     x[:, 1] = 0.1
-    np.testing.assert_allclose(standardised(x)[:, [0, 2]], stats.zscore(x[:, [0, 2]]))
+    expected: Any = stats.zscore(x[:, [0, 2]])
+    np.testing.assert_allclose(standardised(x)[:, [0, 2]], expected)
     assert (standardised(x)[:, 1] == 0).all()
 
 

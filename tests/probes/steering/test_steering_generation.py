@@ -155,6 +155,7 @@ def test_prompts_of_different_lengths_row_by_row_and_streamed(tmp_path):
     rows = pd.DataFrame({"task": list("abab")})
     prompts = lc.Prompts.from_token_lists(lists, rows)
     last = prompts.position("answer")
+    given: Any
     for given, chosen in (
         ({"positions": last}, lambda i, n, r: i == n - 1),
         ({"since": last}, lambda i, n, r: i >= n - 1),
@@ -189,6 +190,7 @@ def test_beams_stay_with_their_prompts():
 def test_a_prompt_in_pieces():
     bridge: Any = lc.load(hf_model("llama"))
     tokens = torch.tensor(prompts_of(8))
+    given: Any
     for given in ({"positions": 6}, {"since": 2}, {"positions": "all"}, {"positions": 0}):
         with torch.no_grad(), steer(bridge, add(), at=SITES, **given):
             whole = bridge(tokens)
@@ -213,6 +215,7 @@ def test_a_native_model_has_no_cache():
     bridge: Any = lc.load("native:sif-small")
     tokens = torch.tensor([[1, 5, 9, 3], [2, 6, 7, 8]])
     move = Intervention("halve", lambda site: lambda states: 0.5 * states + 1)
+    given: Any
     for given, first in (({"positions": "last"}, 3), ({"since": [1, 1]}, 1)):
 
         def change(value, hook, first=first):
@@ -241,6 +244,7 @@ def test_random_directions_and_gates_are_the_same_with_a_cache():
     means = mean_states(acts)
     twin = shift(means, "a", "b").scaled(3).random_twin()
     options = OPTIONS | {"verbose": False, "output_logits": True, "attention_mask": mask}
+    given: Any
     for move in (twin, only_members(twin, means, "a"), twin.scaled(2).norm_matched(twin)):
         for given in ({"positions": "last"}, {"positions": "all"}, {"positions": [1, 3]}):
             found = []
