@@ -107,6 +107,8 @@ def compose(
 ) -> Composition:
     """Fit the change of a pattern by those of other tasks, beside three nulls.
 
+    Also `compose_patterns`.
+
     Args:
         change: of the pattern of one task ``(block, head)``, such as its pattern after
             fine-tuning minus that before.
@@ -173,6 +175,10 @@ def compose(
         folds=table,
         nonnegative=nonnegative,
     )
+
+
+# The same function under a name that is clear out of context.
+compose_patterns = compose
 
 
 def _against(ours: Fit, drawn: Mapping[str, Sequence[Fit]], alone: Fit) -> pd.DataFrame:

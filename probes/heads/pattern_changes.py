@@ -71,6 +71,8 @@ def change(
 ) -> PatternChange:
     """Follow the head activation pattern over steps of training.
 
+    Also `pattern_change`.
+
     Args:
         series: ``(step, model)`` or ``(step, pattern)``, such as ``run.models()`` gives; a model
             is measured before the next one is asked for.
@@ -110,6 +112,10 @@ def change(
                 row = {"step": step, "reference": reference, "metric": metric}
                 rows.append({**row, "value": value, "share": share})
     return PatternChange(pd.DataFrame(rows), patterns)
+
+
+# The same function under a name that is clear out of context.
+pattern_change = change
 
 
 def _distances(here: np.ndarray, there: np.ndarray) -> dict[str, float]:

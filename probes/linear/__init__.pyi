@@ -4,4 +4,5 @@ from .linear_probe import probe as probe
 
 # Does a component of the prompt become easier to read off the states, with demonstrations?
 from .paired_decoding import PairedDecoding as PairedDecoding
+from .paired_decoding import decodability as decodability
 from .paired_decoding import decode as decode

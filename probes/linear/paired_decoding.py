@@ -74,6 +74,8 @@ def decode(
 ) -> PairedDecoding:
     """Read one component of the prompts at every site, with and without demonstrations.
 
+    Also `decodability`.
+
     Args:
         without, with_demonstrations: activations of the same queries in the same order.
         target: the component; a label. Numbers are classes too.
@@ -165,6 +167,10 @@ def decode(
     return PairedDecoding(
         frame, xr.DataArray(right, coords | labels, ("condition", "site", "prompt"))
     )
+
+
+# The same function under a name that is clear out of context.
+decodability = decode
 
 
 def _paired(

@@ -1,6 +1,7 @@
 # Ranking sites by attribution patching, checked against exact patches in every run
 from .attribution import AttributionCheck as AttributionCheck
 from .attribution import rank as rank
+from .attribution import rank_sites as rank_sites
 
 # What a patch is measured by: a number read from the logits that answer each pair of prompts
 from .metrics import METRICS as METRICS

@@ -1,4 +1,5 @@
 # Prompt x prompt dissimilarities: those that a hypothesis says, and those of a site's states
+from .dissimilarity import combine_hypotheses as combine_hypotheses
 from .dissimilarity import combined as combined
 from .dissimilarity import hypothesis as hypothesis
 from .dissimilarity import standardised as standardised

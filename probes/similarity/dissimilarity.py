@@ -82,6 +82,8 @@ def combined(
 ) -> Float[np.ndarray, "prompt prompt"]:
     """The mean of several hypotheses: prompts lie apart as far as they differ in all of them.
 
+    Also `combine_hypotheses`.
+
     Raises:
         InputError: if none is given or their sizes differ.
 
@@ -93,6 +95,10 @@ def combined(
     if len(shapes) != 1:
         raise InputError(f"combined: expected matrices of one size, given {sorted(shapes)}")
     return np.mean(list(hypotheses), axis=0)
+
+
+# The same function under a name that is clear out of context.
+combine_hypotheses = combined
 
 
 @checked_arguments

@@ -30,6 +30,7 @@ from .interventions import replace as replace
 from .interventions import shift as shift
 from .interventions import states_at as states_at
 from .interventions import transport as transport
+from .interventions import with_shuffled_labels as with_shuffled_labels
 
 # Linear maps from one label's cluster to another's: moves that depend on where a state lies
 from .linear_maps import linear_transport as linear_transport

@@ -230,6 +230,8 @@ def dealt(
 ) -> xr.Dataset:
     """The same activations with their labels dealt anew, among the prompts of each condition.
 
+    Also `with_shuffled_labels`.
+
     `mean_states` of these gives the control of `shift` and `transport`: real means of real
     states that no task singles out.
 
@@ -246,6 +248,10 @@ def dealt(
         rows = np.flatnonzero((groups == group) & ~missing)
         permuted[rows] = labels[rng.permutation(rows)]
     return acts.assign_coords({by: ("prompt", permuted)})
+
+
+# The same function under a name that is clear out of context.
+with_shuffled_labels = dealt
 
 
 @checked_arguments
