@@ -325,7 +325,7 @@ def _others(seen: Part, metric: str, methods: tuple[str, ...]) -> dict[str, floa
     }
 
 
-def said(scores: pd.DataFrame) -> list[str]:
+def generated_texts(scores: pd.DataFrame) -> list[str]:
     """One sentence per text that the pretrained model generated before and while steered."""
     found = where(scores, metric="generated")
     return [

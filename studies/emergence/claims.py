@@ -26,7 +26,7 @@ OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 _GIVEN = "k-means within input"
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "task_over_training": ["rises", "saturates", "embedding-flat", "tracks-accuracy"],
     "task_by_layer": ["clusters", "nearly-all", "deeper", "embedding-flat"],

@@ -26,7 +26,7 @@ TOGETHER = "all seeds together"
 GAIN = "model of all tasks, above the untrained"
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "*cka*": ["holds", "own-task", "not-all", "lower-shared"],
     "transitions": ["transition", "early"],

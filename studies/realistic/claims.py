@@ -32,7 +32,7 @@ HIGH_BASELINE = 0.5
 MOST_POINTS = 800
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "task_by_layer": ["clusters", "above-*", "deeper", "held-out-*"],
     "neighbours": ["paraphrase-neighbours", "neighbours-above-words"],

@@ -1,4 +1,4 @@
-"""The pretrained part: word tasks shown by examples, moved into each other layer by layer."""
+"""The pretrained part: few-shot word tasks, moved into each other layer by layer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from studies.unseen.options import MEANS, Options
 def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
     """Cluster the last token's states of few-shot prompts and move them between tasks.
 
-    The queries are halved: means are fitted on the states of one half and move those of the
-    other, then the other way round, so every moved prompt asks what the means have not seen.
+    The queries are halved: means are fitted on one half and move states of the other, both ways,
+    so that no moved prompt has a query that its means include.
     """
     model = lc.load(study.pretrained, progress=False)
     source = lc.tasks.natural(model.tokenizer, tasks=study.tasks)
@@ -43,7 +43,7 @@ def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
             )
     acts = lc.extract(model, prompts, "resid", progress=False)
     tables = [accuracy, _clusters(acts, "model"), _clusters(probes.bag_of_tokens(prompts), "words")]
-    # A task is moved only where it is done, and only to what would be done with that query.
+    # Only pairs of prompts that the model answers right in both tasks are moved.
     answered = prompts.take(np.flatnonzero(right))
     doable = {
         pair: int(token)
@@ -74,7 +74,7 @@ def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
 
 
 def _moves(fitted: xr.Dataset) -> Moves:
-    """The move between two tasks by their mean states, and its controls."""
+    """The shift between two tasks' mean states, and its controls."""
     means, controls = mean_states(fitted), mean_states(dealt(fitted, given="input"))
 
     def moves(source: str, target: str) -> list[Intervention]:
@@ -86,7 +86,7 @@ def _moves(fitted: xr.Dataset) -> Moves:
 
 
 def _clusters(acts: xr.Dataset, method: str) -> pd.DataFrame:
-    """Do states cluster by task: given the query, and does a neighbour with another query tell?"""
+    """Clustering by task within query, and nearest neighbours with another query."""
     with silenced("probes.clustering.clustering"):
         found = probes.cluster(acts, permutations=20, kinds="resid", jobs=1).frame
     near = probes.nearest_neighbour(acts, apart="input", kinds="resid", permutations=20)

@@ -23,7 +23,7 @@ from lensclust.training.temporary import finetuned
 from probes.design.pairs import first_answers
 from studies.alignment import Alignment
 from studies.alignment import scores as alignment_scores
-from studies.alignment.claims import LOSS, WANTED, Part, claims, said, table
+from studies.alignment.claims import LOSS, WANTED, Part, claims, generated_texts, table
 from studies.alignment.figures import pictures
 from studies.alignment.methods import (
     HEADS,
@@ -258,7 +258,7 @@ def test_examples_that_cannot_be_had_are_one_clear_line(pair, message):
     with pytest.raises(lc.InputError, match=message) as caught:
         draw_examples(prompts_of(ABC), *pair, 4, [0])
     assert "\n" not in str(caught.value)
-    with pytest.raises(lc.InputError, match="9 examples of 'a' as 'b' asked for, but there are 4"):
+    with pytest.raises(lc.InputError, match="9 examples of 'a' as 'b' requested, but there are 4"):
         draw_examples(prompts_of(ABC), "a", "b", 4, [0]).first(9)
 
 
@@ -488,7 +488,7 @@ def test_the_pretrained_part_scores_every_method_on_every_pair(tmp_path):
     assert set(rates["layer"].dropna()) <= {2, 4}
     # One learning rate for a method, chosen on a few pairs.
     assert (rates.dropna(subset="lr").groupby("method")["lr"].nunique() == 1).all()
-    sentences = said(scores)
+    sentences = generated_texts(scores)
     assert 1 <= len(sentences) <= 5
     assert all("while steered" in sentence for sentence in sentences)
     both = pd.concat([world().query("part == 'synthetic'"), scores], ignore_index=True)
