@@ -57,7 +57,7 @@ def opened_heads(
         acts: activations of all prompts, with heads.
         prompts: of the activations, in the same order.
         scores: of the heads, within the label ``given``, with ``null_mean``: the mean of the first
-        score under permuted labels is shown as well.
+            score under permuted labels is shown as well.
         attention: of `sample_prompts`.
         score: the column with the names of scores.
     """

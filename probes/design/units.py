@@ -73,7 +73,7 @@ class Exchange:
         remarks: on the rows, one sentence each.
         renamed: whether the score is invariant to renaming labels.
         alike: share of the labellings that only rename the labels of every scored group of rows:
-        they tie with the truth for any data.
+            they tie with the truth for any data.
     """
 
     unit: Int[np.ndarray, " row"]
@@ -301,7 +301,7 @@ def exchangeable(
         condition: the value of ``given`` of each row, where rows are scored within it.
         units: the rows that keep a common label, instead of the rule above: a column, several
             (their combinations), one value per row, or ``"rows"`` for single rows.
-            among: indices of the scored rows; the others are left out.
+        among: indices of the scored rows; the others are left out.
         call: function named in error messages.
 
     Raises:

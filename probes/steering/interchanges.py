@@ -51,7 +51,7 @@ class Interchange(Shown):
         answers: first token of the answer ``(move, round, prompt)``; a move is a method at a site.
         targets: label that each prompt is moved to in each round ``(round, prompt)``; empty
             where it is not moved.
-            baseline: rate of the prompts' own answers without intervention.
+        baseline: rate of the prompts' own answers without intervention.
     """
 
     frame: pd.DataFrame
@@ -125,7 +125,7 @@ def interchange(
         model: a hooked model, in eval mode.
         prompts: prompts with answers, whose states are moved.
         moves: ``(source, target) ->`` one intervention, or several to compare; their names are
-        the methods, and every pair must give the same names.
+            the methods, and every pair must give the same names.
         sites: where to move; several sites of one kind make a curve over layers.
         by: the label whose clusters are exchanged.
         given: the label under which another label's answer is looked up (the input).

@@ -33,11 +33,11 @@ class Stretch:
     Attributes:
         index: position of each token in its row's sequence ``(row, token)``; -1 at padding that
             the attention mask hides.
-            begins: whether this forward is the first of the sequence.
+        begins: whether this forward is the first of the sequence.
         cached: whether it reads or fills a key/value cache.
         goes_on: whether later forwards can continue the sequence.
         prompt_end: position of the last token of each row's prompt, that is, of the first forward
-        of the sequence; None if that was not seen, or the prompt was run in pieces.
+            of the sequence; None if that was not seen, or the prompt was run in pieces.
     """
 
     index: Int[Tensor, "row token"]

@@ -103,7 +103,7 @@ def tune(
         model: a hooked model, in eval mode.
         prompts: the validation split, disjoint from the prompts that fit the intervention and
             those that its effect is reported on.
-            make: an intervention, scaled by each strength, or a function that makes one for a site
+        make: an intervention, scaled by each strength, or a function that makes one for a site
             and strength. Each is applied at one site alone.
         sites: kinds or places (`lensclust.models.sites`).
         strengths: factors of the intervention.

@@ -25,7 +25,7 @@ class Options(Study):
 
     Attributes:
         pretrained: model of the second part, anything `lensclust.load` takes; "none" to skip it.
-            pretrained_runs: tunings of each of its tasks: its first seeds.
+        pretrained_runs: tunings of each of its tasks: its first seeds.
         pretrained_steps: tuning steps.
         pretrained_batch: prompts a step.
         pretrained_lr: learning rate of the attention weights.
@@ -33,7 +33,7 @@ class Options(Study):
             times the learning rate; 0 for none.
         measured: test prompts of each run for its patterns.
         texts: labelled texts of a control task, a name as `lensclust.tasks.classification` takes;
-        "none" to skip it.
+            "none" to skip it.
         model: native preset to train.
         n_layers: its blocks.
         n_heads: heads of a block.

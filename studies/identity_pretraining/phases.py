@@ -77,7 +77,7 @@ def train_in_phases(
         warmup: steps.
         report: selects the prompts to report accuracy on from those of a phase.
         done: trainings by the names of the phases so far; filled, and reused by arms with the same
-        first phases.
+            first phases.
         options: of `lensclust.train`, the same in every phase.
 
     Returns:

@@ -39,7 +39,7 @@ class Options(Study):
         lr: peak learning rate.
         n_checkpoints: log-spaced checkpoints, the untrained model included; at least 4, for a
             rank correlation over them.
-            permutations: permuted labellings per clustering score.
+        permutations: permuted labellings per clustering score.
         rounds: other tasks that each prompt is moved to.
         pretrained: model of the few-shot part, anything `lensclust.load` takes; "none" to skip it.
         tasks: word tasks of the natural set.
