@@ -201,7 +201,7 @@ def require_reach(
         raise InputError(
             f"head gates: the gradient of {model_name(model)} is not that of its loss: gates "
             f"moved along it change the loss by {changed:.3g}, expected {expected:.3g}; is its "
-            "attention or its quantised arithmetic without a backward of its own?"
+            "attention or its quantised arithmetic without a backward?"
         )
 
     with suppress(_Undecided):

@@ -117,7 +117,7 @@ def _grids(scores: pd.DataFrame, score: str) -> dict[str, Float[np.ndarray, "blo
     unit = [score, block, "head", *(["seed"] if "seed" in heads else [])]
     if heads.empty or heads.duplicated(unit).any():
         what = "scores of no head" if heads.empty else f"several rows that share {unit}"
-        raise InputError(f"head_view: {what}, expected one row a score and head")
+        raise InputError(f"head_view: {what}, expected one row per score and head")
     shape = (int(heads[block].max()) + 1, int(heads["head"].max()) + 1)
     found = {}
     for name, rows in heads.groupby(score, sort=False):

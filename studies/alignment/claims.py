@@ -15,11 +15,11 @@ from studies.alignment.methods import (
     NOTHING,
     PLAIN,
     PULL,
+    RANDOM_MATCHED,
     SHIFT,
     SUCCESS,
     TRAININGS,
     TRANSPORT,
-    TWIN,
 )
 from studies.scales import SHARE, SMALL
 from studies.scores import where
@@ -131,7 +131,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
             "With the most examples, states moved from one task's cluster to another's give the "
             "other task's answers (share of prompts with unseen instructions, above that of a "
             "norm-matched random direction)",
-            seen.values(TRANSPORT, WANTED) - seen.values(TWIN + TRANSPORT, WANTED),
+            seen.values(TRANSPORT, WANTED) - seen.values(RANDOM_MATCHED + TRANSPORT, WANTED),
             control=_others(seen, WANTED, (TRANSPORT, SHIFT, PLAIN)),
             at_least=0,
             margin=SMALL,
@@ -271,7 +271,7 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
             "pretrained-random",
             "In a pretrained model, a norm-matched random direction does not give the other task's "
             "answers (share of prompts with unseen instruction and query)",
-            seen.values(TWIN + SHIFT, WANTED),
+            seen.values(RANDOM_MATCHED + SHIFT, WANTED),
             control={"shift": seen.mean(SHIFT, WANTED)},
             at_most=0.05,
             scale=SHARE,
@@ -317,10 +317,10 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
 
 
 def _others(seen: Part, metric: str, methods: tuple[str, ...]) -> dict[str, float]:
-    twins = (TWIN + SHIFT, TWIN + TRANSPORT)
+    randoms = (RANDOM_MATCHED + SHIFT, RANDOM_MATCHED + TRANSPORT)
     return {
         name: seen.mean(name, metric)
-        for name in dict.fromkeys((*methods, *twins, NOTHING))
+        for name in dict.fromkeys((*methods, *randoms, NOTHING))
         if seen.values(name, metric).size
     }
 

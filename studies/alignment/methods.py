@@ -31,7 +31,7 @@ from studies.study import silenced
 
 NOTHING = "nothing"
 SHIFT, TRANSPORT = "shift, members", "transport, members"
-TWIN = "random direction, norm of "
+RANDOM_MATCHED = "random direction, norm of "
 PLAIN, PULL, CONTRAST, HEADS = "training", "training + pull", "training + contrast", "heads only"
 TRAININGS = (PLAIN, PULL, CONTRAST, HEADS)
 # Criteria for layers, strengths and learning rates: success minus damage, or success alone.

@@ -25,9 +25,9 @@ from probes.steering import Intervention
 from studies.alignment.methods import (
     MERIT,
     NOTHING,
+    RANDOM_MATCHED,
     SHIFT,
     TRANSPORT,
-    TWIN,
     Asked,
     Examples,
     merit,
@@ -160,12 +160,14 @@ def measure_moves(
     model: TransformerBridge, asked: Asked, acts: xr.Dataset, chosen: Sequence[Move]
 ) -> Rows:
     """Scores of interventions, and of norm-matched random directions for some."""
-    twins = [
-        replace(move, method=TWIN + move.method, intervention=move.intervention.random_twin())
+    randoms = [
+        replace(
+            move, method=RANDOM_MATCHED + move.method, intervention=move.intervention.random_twin()
+        )
         for move in chosen
         if move.method in (SHIFT, TRANSPORT)
     ]
-    everything = [*chosen, *twins]
+    everything = [*chosen, *randoms]
     rows: Rows = []
     for move, read in zip(everything, steered(model, asked, acts, everything), strict=True):
         place = {"layer": move.site.layer, "strength": float(move.strength)}

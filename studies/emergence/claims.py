@@ -351,7 +351,7 @@ def _beside_null(agreed: pd.DataFrame, ari: pd.DataFrame) -> pd.DataFrame:
     parts = {
         "across wordings": agreed[agreed["step"].isin(ari["step"].unique())],
         "ARI": ari,
-        "ARI, expressions dealt to tasks": ari.assign(value=ari["null_mean"]),
+        "ARI, permuted expressions": ari.assign(value=ari["null_mean"]),
     }
     return pd.concat([rows.assign(score=name) for name, rows in parts.items()])
 

@@ -279,10 +279,10 @@ def link(
         x, y = rest(ranks), rest(goal)
         value = _correlation(x, y)
         rng = np.random.default_rng([seed, int(controlled)])
-        dealt = np.empty((permutations, len(y)))
+        permuted = np.empty((permutations, len(y)))
         for turn in range(permutations):
-            dealt[turn, blocks.ravel()] = y[rng.permutation(blocks).ravel()]
-        null = np.abs(np.stack([_correlation(x, each) for each in rest(dealt)], axis=1))
+            permuted[turn, blocks.ravel()] = y[rng.permutation(blocks).ravel()]
+        null = np.abs(np.stack([_correlation(x, each) for each in rest(permuted)], axis=1))
         drawn = rng.integers(len(blocks), size=(permutations, len(blocks)))
         resampled = np.stack(
             [_correlation(x[:, r], y[r]) for r in (blocks[d].ravel() for d in drawn)]

@@ -161,13 +161,13 @@ def _vectors(
     own = source.where(task=task)
     n = study.word_queries
     options = {"shots": study.vector_shots, "queries": 2 * n}
-    real, dealt = (
+    real, shuffled = (
         _shown(study, model, own, seed, shuffled=wrong, **options) for wrong in (False, True)
     )
     fitted = np.arange(len(real)) < n
     made = real.take(np.flatnonzero(fitted))
     vector = probes.function_vector(
-        model, made, dealt.take(np.flatnonzero(fitted)), top=study.top_heads
+        model, made, shuffled.take(np.flatnonzero(fitted)), top=study.top_heads
     )
     function = vector.intervention()
     layers = chosen_layers(model, study.layer_stride)

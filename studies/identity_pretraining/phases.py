@@ -197,10 +197,10 @@ def regrouped_names(rows: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndar
     """
     owners = rows.drop_duplicates("template")[["template", "task", "split"]]
     trained = (owners["split"] == "train").to_numpy()
-    dealt = owners["task"].to_numpy(dtype=np.int64).copy()
+    permuted = owners["task"].to_numpy(dtype=np.int64).copy()
     for group in (trained, ~trained):
-        dealt[group] = rng.permutation(dealt[group])
-    names = dict(zip(owners["template"], dealt, strict=True))
+        permuted[group] = rng.permutation(permuted[group])
+    names = dict(zip(owners["template"], permuted, strict=True))
     return rows["template"].map(names).to_numpy(dtype=np.int64)
 
 

@@ -127,7 +127,7 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
         "another member": seen.moved(MEMBER).mean(),
         "global shift, best layer": seen.moved("shift").mean(),
         "random direction, same norm": _mean(_random(seen, "transport")),
-        "means of dealt labels, same norm": _mean(_dealt(seen, "transport")),
+        "means of shuffled labels, same norm": _mean(_shuffled(seen, "transport")),
     }
     early = seen.moved("shift", INSTRUCTION) - _random(seen, "shift", INSTRUCTION)
     return [
@@ -221,7 +221,9 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
             moved,
             control={
                 "random direction, same norm": seen.at_best(nothing).mean(),
-                "means of dealt labels, same norm": seen.at_best(_name(seen.moves, MEANS)).mean(),
+                "means of shuffled labels, same norm": seen.at_best(
+                    _name(seen.moves, MEANS)
+                ).mean(),
                 "another member": seen.at_best(MEMBER).mean(),
             },
             at_least=0.6,
@@ -263,7 +265,7 @@ def _random(seen: Synthetic, like: str, position: str = ANSWER) -> np.ndarray:
     return seen.moved(f"random direction, norm of {like}", position, best=like)
 
 
-def _dealt(seen: Synthetic, like: str) -> np.ndarray:
+def _shuffled(seen: Synthetic, like: str) -> np.ndarray:
     return seen.moved(f"{MEANS}, norm of {like}", best=like)
 
 

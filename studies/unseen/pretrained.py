@@ -11,7 +11,14 @@ import probes
 from lensclust.inference import answers
 from lensclust.models import Site
 from probes.design import first_answers, mean_states
-from probes.steering import Intervention, Moves, dealt, first_token, interchange, shift
+from probes.steering import (
+    Intervention,
+    Moves,
+    first_token,
+    interchange,
+    shift,
+    with_shuffled_labels,
+)
 from studies.study import silenced
 from studies.unseen.options import MEANS, Options
 
@@ -75,7 +82,7 @@ def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
 
 def _moves(fitted: xr.Dataset) -> Moves:
     """The shift between two tasks' mean states, and its controls."""
-    means, controls = mean_states(fitted), mean_states(dealt(fitted, given="input"))
+    means, controls = mean_states(fitted), mean_states(with_shuffled_labels(fitted, given="input"))
 
     def moves(source: str, target: str) -> list[Intervention]:
         real = shift(means, source, target)

@@ -23,7 +23,6 @@ from probes.design import first_answers, mean_states
 from probes.patching.replay import replay
 from probes.steering import (
     Intervention,
-    dealt,
     erase,
     erase_random,
     erase_reassigned,
@@ -31,6 +30,7 @@ from probes.steering import (
     interchange,
     shift,
     transport,
+    with_shuffled_labels,
 )
 from studies.scales import AGREED
 from studies.study import silenced
@@ -167,16 +167,18 @@ class _Fit:
         self.spread = lc.extract(model, spread, "resid", at=at, progress=False)
         self.everywhere = mean_states(self.states)
         self.conditional = mean_states(self.states, given=self.given)
-        self.dealt = mean_states(dealt(self.states, given=self.given), given=self.given)
+        self.shuffled = mean_states(
+            with_shuffled_labels(self.states, given=self.given), given=self.given
+        )
 
     def moves(self, source: str, target: str) -> Sequence[Intervention]:
         """The interventions between two tasks, and their controls."""
         plain = shift(self.everywhere, source, target)
         if self.given is None:
-            real, control = plain, shift(self.dealt, source, target, name=MEANS)
+            real, control = plain, shift(self.shuffled, source, target, name=MEANS)
         else:
             real = transport(self.conditional, source, target)
-            control = transport(self.dealt, source, target, name=MEANS)
+            control = transport(self.shuffled, source, target, name=MEANS)
         return [
             *dict.fromkeys([real, plain]),
             real.random_twin(),

@@ -31,11 +31,11 @@ from studies.alignment.methods import (
     NOTHING,
     PLAIN,
     PULL,
+    RANDOM_MATCHED,
     SHIFT,
     SUCCESS,
     TRAININGS,
     TRANSPORT,
-    TWIN,
     Asked,
     draw_examples,
 )
@@ -47,7 +47,7 @@ NUMBERS = (1, 4, 16, 64)
 TASKS = ("plural", "past", "upper_case")
 METHODS = (
     NOTHING, "shift", "transport", "transport, near", SHIFT, TRANSPORT,
-    TWIN + SHIFT, TWIN + TRANSPORT, *TRAININGS,
+    RANDOM_MATCHED + SHIFT, RANDOM_MATCHED + TRANSPORT, *TRAININGS,
 )  # fmt: skip
 
 Rule = Callable[[str, int], float]
@@ -314,7 +314,13 @@ def test_the_command_runs_resumes_and_writes_the_table(tmp_path):
     assert {claim["verdict"] for claim in found} == {"inconclusive"}  # one pair, no interval
     scores = pd.read_parquet(out / "scores.parquet")
     rows = scores[scores["part"] == "table, synthetic"]
-    assert set(rows["method"]) >= {NOTHING, SHIFT, TRANSPORT, TWIN + TRANSPORT, *TRAININGS}
+    assert set(rows["method"]) >= {
+        NOTHING,
+        SHIFT,
+        TRANSPORT,
+        RANDOM_MATCHED + TRANSPORT,
+        *TRAININGS,
+    }
     assert set(rows["examples"]) == {1, 4}
     assert "No pretrained model was run" in (out / "report.html").read_text()
     before = (out / "claims.json").read_bytes()
@@ -342,7 +348,7 @@ def test_a_learnt_model_is_moved_as_wanted_and_left_as_it_was(learnt):
     assert found[TRANSPORT, WANTED] > 0.9
     assert found[TRANSPORT, LOSS] < 0.05
     assert found["transport", LOSS] > found[TRANSPORT, LOSS] + 0.1
-    assert found[TWIN + TRANSPORT, WANTED] < 0.3
+    assert found[RANDOM_MATCHED + TRANSPORT, WANTED] < 0.3
     assert found[NOTHING, WANTED] < 0.1
     assert found[HEADS, "parameters"] < found[PLAIN, "parameters"]
 
@@ -481,7 +487,7 @@ def test_the_pretrained_part_scores_every_method_on_every_pair(tmp_path):
     assert set(rates[rates["examples"] == 4]["method"]) >= {
         NOTHING,
         SHIFT,
-        TWIN + SHIFT,
+        RANDOM_MATCHED + SHIFT,
         *TRAININGS,
     }
     assert (scores[scores["method"] == NOTHING].query("metric == @LOSS")["value"] == 0).all()
