@@ -80,10 +80,16 @@ from .heads import (
     compose as compose,
 )
 from .heads import (
+    compose_patterns as compose_patterns,
+)
+from .heads import (
     head_activation as head_activation,
 )
 from .heads import (
     head_view as head_view,
+)
+from .heads import (
+    pattern_change as pattern_change,
 )
 
 # Linear probes
@@ -92,6 +98,9 @@ from .linear import (
 )
 from .linear import (
     ProbeSweep as ProbeSweep,
+)
+from .linear import (
+    decodability as decodability,
 )
 from .linear import (
     decode as decode,
@@ -113,6 +122,9 @@ from .patching import (
 from .patching import (
     rank as rank,
 )
+from .patching import (
+    rank_sites as rank_sites,
+)
 
 # Geometry: neighbours, RSA, CKA
 from .similarity import (
@@ -129,6 +141,9 @@ from .similarity import (
 )
 from .similarity import (
     cka as cka,
+)
+from .similarity import (
+    combine_hypotheses as combine_hypotheses,
 )
 from .similarity import (
     combined as combined,
@@ -203,4 +218,7 @@ from .steering import (
 )
 from .steering import (
     tune as tune,
+)
+from .steering import (
+    with_shuffled_labels as with_shuffled_labels,
 )

@@ -1,9 +1,9 @@
-"""Arrays of numpy and tensors of a device by one code: the heavy products of probes.
+"""Common operations on numpy arrays and device tensors, for the products of probes.
 
 Names that numpy and torch share (``einsum``, ``where``, ``linalg.eigh``, ...) are taken from the
 `namespace` of an array. States are uploaded in float32, as they are stored, and sums are kept in
 float64 on the device, where it has that (Apple's has not: float32 there). Torch is imported only
-for a device: worker processes start fast.
+for a device, so that worker processes start fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = Any
 
 
 def placed(x: np.ndarray, device: Any = None) -> Array:
-    """An array on a device; without one, as it is.
+    """An array on a device; unchanged without one.
 
     >>> placed(np.ones(2)), placed(np.ones(2), "cpu")
     (array([1., 1.]), tensor([1., 1.], dtype=torch.float64))
@@ -33,12 +33,12 @@ def placed(x: np.ndarray, device: Any = None) -> Array:
 
 
 def like(x: np.ndarray, other: Array) -> Array:
-    """An array where another one is."""
+    """An array on the device of another."""
     return placed(x, None if isinstance(other, np.ndarray) else other.device)
 
 
 def wide(x: Array) -> Array:
-    """In the precision in which sums are kept.
+    """Convert to the precision of sums.
 
     >>> wide(np.ones(2, np.float32)).dtype, wide(placed(np.ones(2, np.float32), "cpu")).dtype
     (dtype('float64'), torch.float64)
@@ -49,17 +49,17 @@ def wide(x: Array) -> Array:
 
 
 def zeros(shape: tuple[int, ...], other: Array) -> Array:
-    """Zeros of the type of another array, where it is."""
+    """Zeros of the type and device of another array."""
     return np.zeros(shape, other.dtype) if isinstance(other, np.ndarray) else other.new_zeros(shape)
 
 
 def host(x: Array) -> np.ndarray:
-    """As a numpy array."""
+    """Convert to a numpy array."""
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()
 
 
 def namespace(x: Array) -> Any:
-    """numpy or torch, whichever an array belongs to."""
+    """numpy or torch, by the type of an array."""
     if isinstance(x, np.ndarray):
         return np
     import torch

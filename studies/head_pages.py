@@ -1,4 +1,4 @@
-"""What a page shows of the heads of a study's model: scores, clusters, attention on samples."""
+"""The head view of a study's page: scores, clusters and sample attention of heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = 4
 
 
 def one_group(rows: pd.DataFrame, given: str) -> np.ndarray:
-    """Which rows have the value of ``given`` under which the most tasks stand.
+    """Mask of the rows with the value of ``given`` that has the most tasks.
 
     >>> import pandas as pd
     >>> rows = pd.DataFrame({"input": ["x", "y", "y"], "task": ["a", "a", "b"]})
@@ -32,7 +32,7 @@ def one_group(rows: pd.DataFrame, given: str) -> np.ndarray:
 
 
 def sample_prompts(prompts: lc.Prompts, given: str) -> lc.Prompts | None:
-    """A few prompts of one group, each of another task; None if all are too long for a picture."""
+    """A few prompts of one group, each of another task; None if all are too long to draw."""
     from lensclust.report.views import MOST_TOKENS
 
     group = prompts.take(one_group(prompts.rows, given))
@@ -51,15 +51,15 @@ def opened_heads(
     title: str,
     score: str = "metric",
 ) -> HeadView:
-    """The heads of a study's model, with the prompts of one group.
+    """The head view of a study's model, with the prompts of one group.
 
     Args:
         acts: activations of all prompts, with heads.
-        prompts: behind them, in their order.
-        scores: of the heads, given the label ``given``, with ``null_mean``: the mean of the first
+        prompts: of the activations, in the same order.
+        scores: of the heads, within the label ``given``, with ``null_mean``: the mean of the first
             score under permuted labels is shown as well.
         attention: of `sample_prompts`.
-        score: the column that tells scores apart.
+        score: the column with the names of scores.
     """
     import pandas as pd
 
@@ -84,7 +84,7 @@ def opened_heads(
         text="text",
         score=score,
         title=title,
-        caption=f"Scores are taken given the {given}; the planes are two principal components of "
-        f"what a head adds to the residual stream, over the {len(rows)} prompts of one {given}. "
+        caption=f"Scores are within {given}; the planes are two principal components of a head's "
+        f"contribution to the residual stream, over the {len(rows)} prompts of one {given}. "
         "Attention is an example, not a measure.",
     )

@@ -1,6 +1,6 @@
-"""Scales of what studies measure, and the smallest differences that matter.
+"""Scales of the studies' measures, and the smallest differences that matter.
 
-Stated once, before any run is looked at, and the same in both directions: an effect within its
+Fixed once, before any run, and the same in both directions: an effect within its
 margin of the bound is *negligible* (`lensclust.results.decide`). Steps are those of 100 prompts
 or 200 rows, unless a measure rests on fewer: the real steps are smaller, so intervals are not
 narrower than they should be.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lensclust.results import agreement, share
 
-# Decides claims on tasks: ARI alone is high too where states know wordings and nothing of tasks.
+# Metric of claims on tasks: ARI is also high where states encode wordings and not tasks.
 AGREED = "cross_wording_ari"
 SHARE = share(of=100)
 AGREEMENT = agreement(of=200)

@@ -1,4 +1,4 @@
-"""Selecting and summarising tidy frames of scores."""
+"""Select and summarise tidy frames of scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def where(frame: pd.DataFrame, **labels: Any) -> pd.DataFrame:
 
 
 def rank_correlations(frame: pd.DataFrame, a: str, b: str, *, by: str) -> pd.Series:
-    """Spearman's rho of two columns in each group; 0 where one of them does not vary."""
+    """Spearman's rho of two columns in each group; 0 where one of them is constant."""
     import pandas as pd
 
     found = {
@@ -37,7 +37,7 @@ def rank_correlations(frame: pd.DataFrame, a: str, b: str, *, by: str) -> pd.Ser
 
 
 def plane(points: np.ndarray, **labels: Any) -> pd.DataFrame:
-    """Two principal components ``x, y`` of points ``(row, d)``, with labels beside them."""
+    """Two principal components ``x, y`` of points ``(row, d)``, with label columns."""
     import numpy as np
     import pandas as pd
 

@@ -1,6 +1,6 @@
-"""What a study is, and how one becomes a run directory.
+"""The base class of studies, and how to run one into a directory.
 
-A study is a frozen dataclass: its fields are its knobs, `Study.run` turns a `Context` into
+A study is a frozen dataclass: its fields are its options, `Study.run` turns a `Context` into
 `Findings`. Register the class under the entry-point group ``lensclust.studies`` and
 ``lensclust run NAME`` offers every field as an option.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lensclust.runs import View
 
-# More repetitions than anybody can wait for.
+# Upper bound of the number of seeds.
 MAX_SEEDS = 1_000_000
 
 Frames = Mapping[str, "pd.DataFrame"]
@@ -46,16 +46,16 @@ Frames = Mapping[str, "pd.DataFrame"]
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found.
+    """The results of a study.
 
     Attributes:
-        scores: one tidy frame of everything measured.
-        claims: statements decided from it.
+        scores: one tidy frame of all measurements.
+        claims: claims decided from it.
         figures: file name -> Altair chart.
         shows: which claims a figure shows, as patterns: `lensclust.results.shown_by`.
-        views: file name -> what the page lets its reader explore.
-        notes: sentences that the reader of the page must not miss.
-        provenance: what was run on (fingerprints, digests, sizes).
+        views: file name -> interactive view of the page.
+        notes: caveats, shown on the page.
+        provenance: fingerprints, digests and sizes of models and data.
     """
 
     scores: pd.DataFrame
@@ -88,11 +88,11 @@ class Context:
     ) -> dict[str, pd.DataFrame]:
         """``function(item, folder)`` for each item, in worker processes; frames concatenated.
 
-        A frame of a name is that of all items which gave one.
+        Frames of one name are concatenated over the items that return one.
 
-        What an item returned is kept in the run directory as soon as it is done, so that a
-        resumed run computes only what is missing. ``folder`` is the item's own, for checkpoints
-        and the like; it is there again on resume.
+        The frames of an item are stored in the run directory as soon as it is done, so that a
+        resumed run computes only missing items. ``folder`` is separate for each item, for
+        checkpoints; it exists again on resume.
         """
         import pandas as pd
         from joblib import delayed
@@ -142,13 +142,13 @@ class Study:
         """Run into a directory: claims, scores, figures and the page.
 
         Args:
-            out: a new or empty folder, or with ``resume`` one that holds this very run.
+            out: a new or empty folder, or with ``resume`` one that holds this run.
             preset: the name under which the fields were chosen, for the record.
             seeds: number of repetitions; default the study's own.
 
         Raises:
-            InputError: if ``out`` holds something else, or another process works on it;
-                nothing is written then.
+            InputError: if ``out`` holds something else, or another process uses it; nothing is
+                written then.
         """
         from lensclust.report import write_page
 
@@ -185,7 +185,7 @@ class Study:
         return findings
 
     def check(self) -> None:
-        """Refuse unusable fields before anything is written (InputError)."""
+        """Raise InputError for unusable fields before anything is written."""
 
     @classmethod
     def name(cls) -> str:
@@ -195,7 +195,7 @@ class Study:
 
 @contextmanager
 def silenced(logger: str) -> Iterator[None]:
-    """Keep a logger quiet inside the block, where the study itself says what it would."""
+    """Disable a logger inside the block, where the study's notes say the same."""
     named = logging.getLogger(logger)
     before, named.disabled = named.disabled, True
     try:
@@ -205,7 +205,7 @@ def silenced(logger: str) -> Iterator[None]:
 
 
 def check_clusters(k: int, rows: pd.DataFrame, groups: list[str]) -> None:
-    """Refuse more clusters than the smallest group of prompts has rows.
+    """Raise InputError for more clusters than the smallest group of prompts has rows.
 
     Raises:
         InputError: names ``k`` and the number of rows.
@@ -220,14 +220,14 @@ def check_clusters(k: int, rows: pd.DataFrame, groups: list[str]) -> None:
 def _once(
     function: Callable[..., Frames], item: Any, folder: Path, *, run: str | None = None
 ) -> Frames:
-    """The frames of one item, from disk if it was done before, by this ``run`` and no other."""
+    """The frames of one item, from disk if this ``run`` already did it."""
     from lensclust.storage import read_frame
 
     done, what = folder / "frames", f"part {folder}"
     of = {"part": folder.name, "run": run}
     with writing(what):
         folder.mkdir(parents=True, exist_ok=True)
-    # Waits: a worker outlives a killed run, and finishes what a resumed one would do again.
+    # Waits: a worker may outlive a killed run and finish an item that a resumed run needs.
     with locked(folder / LOCK, what, wait=True):
         if not done.exists():
             frames = function(item, folder)

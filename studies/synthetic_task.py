@@ -1,4 +1,4 @@
-"""The small model that most studies begin with, trained on the prompts of one seed."""
+"""The small model of most studies, trained on the prompts of one seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Trains(Protocol):
-    """A study with the knobs of a training."""
+    """A study with the options of a training."""
 
     @property
     def model(self) -> str: ...
@@ -39,12 +39,12 @@ def trained(
     sizes: dict[str, int] | None = None,
     **options: Any,
 ) -> TrainingRun:
-    """Train the study's native preset on a seed's prompts, or read the training in ``folder``.
+    """Train the study's native preset on a seed's prompts, or read it from ``folder``.
 
     Args:
         study: names the preset, and the steps, prompts a step and learning rate.
-        folder: of the seed; checkpoints lie below it, and a training that was killed goes on.
-        sizes: fields of the preset that are changed, beside those that the prompts need.
+        folder: of the seed, for checkpoints; a killed training resumes.
+        sizes: changed fields of the preset, beside those that the prompts need.
         options: further ones of `lensclust.train`.
     """
     from lensclust.models import native_config
@@ -67,11 +67,11 @@ def trained(
 
 SPLITS = ("train", "new_string", "new_pair", "both", "new_regex")
 UNSEEN = "new_string"
-# What the page's points can be coloured by.
+# Labels that colour the page's points.
 LABELS = ("task", "input", "output", "template")
 LAYER_0 = (
-    "At layer 0 the state that is read holds the input and its position, nothing else: where it "
-    "takes fewer distinct values than there are tasks, no clustering is possible and it scores 0."
+    "At layer 0 the state encodes only the input and its position: where it takes fewer distinct "
+    "values than there are tasks, no clustering is possible and its score is 0."
 )
 
 
@@ -92,8 +92,8 @@ def task_set(study: Any, seed: int) -> lc.Prompts:
 def clustered_prompts(prompts: lc.Prompts, per_mapping: int) -> lc.Prompts:
     """The prompts to cluster: every split, the training split cut to the others' size.
 
-    What is kept of a task and input comes from all of its expressions in turn. Inputs that a
-    split shows under one task only have nothing to be clustered by.
+    The prompts kept of a task and input cycle over its expressions. Inputs that a split has with
+    one task only are left out: they have no tasks to cluster by.
     """
     import numpy as np
 
@@ -106,7 +106,7 @@ def clustered_prompts(prompts: lc.Prompts, per_mapping: int) -> lc.Prompts:
 
 
 def input_only_accuracy(rows: pd.DataFrame) -> pd.Series:
-    """By split: accuracy of the commonest output of each input, the instruction ignored."""
+    """Accuracy by split of the commonest output of each input, ignoring the instruction."""
     share = rows.groupby(["split", "input"])["output"].agg(lambda o: o.value_counts().iloc[0])
     return share.groupby("split").sum() / rows.groupby("split").size()
 

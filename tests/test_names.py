@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import probes
 from lensclust.cli import command as cli
 
 ROOT = Path(__file__).parents[1]
@@ -120,3 +122,20 @@ def test_modules_do_nothing_when_they_are_imported():
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "new"),
+    [
+        ("heads", "change", "pattern_change"),
+        ("heads", "compose", "compose_patterns"),
+        ("similarity", "combined", "combine_hypotheses"),
+        ("patching", "rank", "rank_sites"),
+        ("linear", "decode", "decodability"),
+        ("steering", "dealt", "with_shuffled_labels"),
+    ],
+)
+def test_old_and_clear_names_are_the_same_function(package: str, old: str, new: str) -> None:
+    below = importlib.import_module(f"probes.{package}")
+    assert getattr(below, old) is getattr(below, new) is getattr(probes, old)
+    assert getattr(probes, new) is getattr(probes, old)

@@ -1,11 +1,10 @@
-"""Keep the question from looking at some of what came before it, and read the answer.
+"""Attention knockout: hide tokens from later ones in chosen blocks and read the answer.
 
-Attention knockout: every token from a given one on is kept from attending to the hidden tokens,
-in all heads of the chosen blocks, by a mask before the softmax. States of the hidden tokens
-themselves, and what other tokens before the question took from them, stay; so does what blocks
-without attention (convolutions, state-space layers) carry along. That tokens are out of sight is
-checked once for each model and block (`probes.attention.knockout`). As evidence, hide as many other
-tokens beside.
+A mask before the softmax keeps every token from a given one on from attending to the hidden tokens,
+in all heads of the chosen blocks. States of the hidden tokens, and information that earlier tokens
+took from them, remain; so does information that blocks without attention (convolutions, state-space
+layers) carry. That the mask works is checked once per model and block
+(`probes.attention.knockout`). As a control, hide as many other tokens.
 
 Source: attention knock-out, Geva et al. 2023 (arXiv 2304.14767).
 """
@@ -43,13 +42,13 @@ from lensclust.models import (
 )
 from lensclust.prompts import Prompts
 
-# Which key is hidden from which query.
+# Mask of the keys hidden from each query.
 Gone = Bool[Tensor, "row 1 query key"]
 Hook = tuple[str, Callable[[Tensor, Any], Tensor]]
 
-# The check runs so many tokens, hides the two before the last two, and puts noise in their place,
-# so many times as large as what was there. What reads them must move by so many rounding errors
-# without the mask, and by so few with it.
+# The check runs this many tokens, hides the two before the last two and replaces them by noise,
+# this many times as large. Without the mask later tokens must change by at least the first number
+# of rounding errors, with it by at most the second.
 LENGTH, NOISE, MOVED, STILL = 7, 4.0, 32, 8
 
 
@@ -63,21 +62,21 @@ def answers_cut_off(
     blocks: int | Sequence[int] | None = None,
     batch_tokens: int | None = None,
 ) -> Tensor:
-    """What ``readout`` makes of the last token's logits while some tokens are out of sight.
+    """Readout of the last token's logits under attention knockout of some tokens.
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to run.
+        prompts: prompts to run.
         readout: as in `lensclust.inference.answers`.
-        hidden: tokens that are not to be looked at.
-        since: read position of the first token that does not see them.
-        blocks: where; all that have attention unless given.
+        hidden: mask of the tokens to hide.
+        since: read position of the first token they are hidden from.
+        blocks: blocks of the knockout; default all with attention.
         batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
 
     Raises:
-        InputError: if the tokens have another shape, one that is hidden does not stand before
-            ``since``, there is no such position or block, a block has no attention or none
-            that tokens can be hidden from, or the prompts do not fit the model.
+        InputError: if the mask has another shape, a hidden token is not before ``since``, a
+            position or block does not exist, a block has no attention or none that tokens can be
+            hidden from, or the prompts are incompatible with the model.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -143,7 +142,7 @@ def answers_cut_off(
 
 
 def _only_last(last: Int[Tensor, " row"]) -> tuple[str, Callable[[Tensor, Any], Tensor]]:
-    """Unembed the last token of each row, as one sequence."""
+    """Hook that unembeds the last token of each row, as one sequence."""
     row = torch.arange(len(last))
     return "unembed.hook_in", lambda states, hook: states[
         row.to(states.device), last.to(states.device)
@@ -165,10 +164,10 @@ def attention_blocks(model: TransformerLensModel) -> list[int]:
 def hiding_places(
     model: TransformerLensModel, blocks: Iterable[int], *, caller: str
 ) -> dict[int, str]:
-    """Where tokens can be hidden in each block; tried once for each model.
+    """Hook point at which tokens can be hidden in each block, checked once per model.
 
     Raises:
-        InputError: if a block has no attention, or none of the places hides anything there.
+        InputError: if a block has no attention, or no hook point hides tokens there.
 
     >>> import lensclust as lc
     >>> hiding_places(lc.load("native:sif-small"), [0, 5], caller="f")
@@ -176,7 +175,7 @@ def hiding_places(
     """
     kernel = attention_kernel(model)
     with unhooked(model), warnings.catch_warnings():
-        # What is found out here, TransformerLens says of some of the hooks.
+        # The check finds out what TransformerLens warns about for some of the hooks.
         warnings.filterwarnings("ignore", message="A hook on", category=UserWarning)
         found = remembered(model, ("hiding places", kernel), lambda: _tried(model))
     chosen = list(blocks)
@@ -189,8 +188,8 @@ def hiding_places(
         if found[block] is None:
             raise InputError(
                 f"{caller}: tokens cannot be hidden from the attention of block {block} of "
-                f"{model_name(model)}: what stands at them changes what later tokens take up, "
-                f"whether its {', '.join(PLACES)} or none of them is changed"
+                f"{model_name(model)}: hidden tokens still change later ones, whichever of its "
+                f"{', '.join(PLACES)} is edited"
             )
     return {block: place for block in chosen if (place := found[block]) is not None}
 
@@ -199,11 +198,11 @@ def hiding_places(
 def hidden_from(
     model: TransformerLensModel, places: Mapping[int, str], gone: Mapping[int, Gone]
 ) -> Iterator[None]:
-    """Inside, attention of these blocks does not see some tokens.
+    """Hide tokens from the attention of these blocks inside the context.
 
     Args:
-        places: where to hide them, by block (`hiding_places`).
-        gone: which key is hidden from which query, by block.
+        places: hook points, by block (`hiding_places`).
+        gone: mask of the keys hidden from each query, by block.
     """
     hooked: Any = model
     with ExitStack() as stack:
@@ -254,7 +253,7 @@ def _at_mask(model: Any, block: int, gone: Gone) -> Iterator[None]:
 
 
 def _masked(mask: Tensor | None, gone: Gone, states: Any) -> Tensor:
-    """What a network adds to its scores, or which keys it keeps, without those that are gone."""
+    """A network's additive or boolean attention mask, with the hidden keys masked."""
     gone = gone.to(states.device)
     if mask is None:  # its kernel is causal without one
         mask = torch.ones(gone.shape[-2:], dtype=torch.bool, device=gone.device).tril()
@@ -280,14 +279,14 @@ PLACES: dict[str, Callable[[Any, int, Gone], Any]] = {
 
 @torch.no_grad()
 def _tried(model: TransformerLensModel) -> dict[int, str | None]:
-    """Of every block with attention, the first place that hides tokens; None where none does."""
+    """The first hook point that hides tokens in each block with attention, or None."""
     check = _Check(model)
     found: dict[int, str | None] = dict.fromkeys(attention_blocks(model))
     for place in PLACES:
         left = [block for block, known in found.items() if known is None]
         if left:
             found |= dict.fromkeys(check.hidden_one_by_one(left, place), place)
-    # Blocks that take keys and values from earlier ones see none of what enters them alone.
+    # Blocks that share keys and values with earlier ones do not read their own input.
     for place in PLACES:
         known = {block: place if at is None else at for block, at in found.items()}
         left = [block for block, at in found.items() if at is None]
@@ -297,7 +296,7 @@ def _tried(model: TransformerLensModel) -> dict[int, str | None]:
 
 
 class _Check:
-    """A few tokens, two of them hidden from the last two, with and without noise in their place."""
+    """The self-check: a few tokens, two hidden from the last two, with and without noise."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -309,19 +308,19 @@ class _Check:
         self.gone = ((place >= self.since)[:, None] & self.hidden)[None, None]
 
     def hidden_one_by_one(self, blocks: Sequence[int], place: str) -> list[int]:
-        """The blocks in which tokens are hidden there, each tried in a row of its own."""
+        """Blocks in which this hook point hides tokens, each checked in a separate row."""
         rows = {block: row for row, block in enumerate(blocks)}
         row = torch.arange(len(rows), device=self.tokens.device)[:, None, None, None]
         gone = {block: self.gone & (row == own) for block, own in rows.items()}
         try:
             return self._hidden(rows, dict.fromkeys(blocks, place), gone, dict(rows))
-        except Exception:  # whatever the network's own code makes of a place that it does not have
+        except Exception:  # a network may raise anything for a hook point it lacks
             if len(blocks) == 1:
                 return []
             return [b for block in blocks for b in self.hidden_one_by_one([block], place)]
 
     def hidden_everywhere(self, blocks: Sequence[int], places: Mapping[int, str]) -> list[int]:
-        """Those of the blocks in which tokens are hidden, if they are in all others too."""
+        """Blocks in which tokens are hidden while they are hidden in all others, too."""
         try:
             return self._hidden(
                 dict.fromkeys(blocks, 0), places, dict.fromkeys(places, self.gone), {0: 0}
@@ -336,11 +335,11 @@ class _Check:
         gone: Mapping[int, Gone],
         noisy: Mapping[int, int],
     ) -> list[int]:
-        """Which blocks hide tokens: noise at these moves what reads them, but not if hidden.
+        """Blocks that hide tokens: noise there changes later tokens, but not if hidden.
 
         Args:
-            rows: where each block is read.
-            noisy: in which row noise enters which block.
+            rows: row in which each block is read.
+            noisy: row -> block that the noise enters.
         """
         plain, moved = self._read(rows, {}), self._read(rows, noisy)
         with hidden_from(self.model, places, gone):
@@ -356,7 +355,7 @@ class _Check:
         return ok
 
     def _read(self, rows: Mapping[int, int], noisy: Mapping[int, int]) -> dict[int, Tensor]:
-        """What each block's attention gives, in its row."""
+        """Output of each block's attention, in its row."""
         found: dict[int, Tensor] = {}
 
         def disturb(row: int) -> Callable[[Tensor, Any], Tensor]:

@@ -1,15 +1,15 @@
-"""Label words as anchors: what flows into the demonstrations' labels, and from them to the answer.
+"""Label words as anchors: saliency into the demonstrations' labels and to the answer.
 
-The saliency of a block is ``I = |sum over heads of A ∂L/∂A|``, token by token: how much the loss
-hangs on what one token takes from another. With label words ``p`` (the answers shown in the
+The saliency of a block is ``I = |sum over heads of A ∂L/∂A|`` for each pair of tokens: the effect
+on the loss of attention from one to the other. With label words ``p`` (the answers in the
 demonstrations) and the answering token ``q``,
 
     wp   mean I(p, j) over j < p            words to label words
     pq   mean I(q, p)                       label words to the answer
     ww   mean I(i, j) over all other j < i  everything else
 
-Beside them stand ``wp_random`` and ``pq_random``: the same with as many other tokens in place of
-the label words.
+The controls ``wp_random`` and ``pq_random`` are the same with as many other tokens in place of the
+label words.
 
 Source: Wang et al. 2023 (arXiv 2305.14160), section 2; the random tokens are ours.
 """
@@ -48,7 +48,7 @@ FLOWS = ("wp", "pq", "ww", "wp_random", "pq_random")
 
 @dataclass(frozen=True, repr=False)
 class LabelWordFlow(Shown):
-    """Saliency of what flows to and from label words, by block.
+    """Saliency to and from label words, by block.
 
     Attributes:
         values: ``wp``, ``pq``, ``ww``, ``wp_random``, ``pq_random (prompt, block)``.
@@ -58,7 +58,7 @@ class LabelWordFlow(Shown):
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row a flow and block: ``flow, block, value, low, high, n`` (mean over prompts)."""
+        """One row per flow and block: ``flow, block, value, low, high, n`` (mean over prompts)."""
         rows = []
         for flow in FLOWS:
             for block, values in zip(
@@ -102,15 +102,15 @@ def label_word_flow(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> LabelWordFlow:
-    """Saliency that flows into label words, from them to the answer, and elsewhere, by block.
+    """Saliency into label words, from them to the answer, and elsewhere, by block.
 
     Args:
         model: a hooked model, in eval mode, with eager attention.
-        prompts: with answers, and spans of the label words.
-        words: spans of the label words, one or several (one a demonstration; those that a prompt
-            lacks are empty). A name that is no span stands for all of ``NAME_0, NAME_1, ...``.
-        query: position of ``q`` (`Prompts.position`), behind all label words.
-        choices: labels among which the loss is taken, as in `decompose`; all tokens unless given.
+        prompts: prompts with answers, and spans of the label words.
+        words: spans of the label words, one or several (one per demonstration; those that a
+            prompt lacks are empty). A name that is no span means all of ``NAME_0, NAME_1, ...``.
+        query: position of ``q`` (`Prompts.position`), after all label words.
+        choices: labels of the softmax in the loss, as in `decompose`; default all tokens.
             The loss is the cross-entropy of the first token of the prompt's answer.
         draws: sets of random tokens, averaged.
         seed: of those.
@@ -119,9 +119,9 @@ def label_word_flow(
         progress: show a bar.
 
     Raises:
-        InputError: if there is no such span or position, a prompt has no label word, or one that
-            is not before the query, an answer is missing or none of the choices, or the model
-            does not fit.
+        InputError: if a span or position does not exist, a prompt has no label word or one that
+            is not before the query, an answer is missing or none of the choices, or the prompts
+            are incompatible with the model.
 
     >>> import lensclust as lc
     >>> rows = pd.DataFrame({"task": ["a", "b"]})
@@ -188,7 +188,7 @@ class _Flows:
         self.columns, self.asked = columns, asked
         token = torch.arange(columns.shape[1])
         self.real = (token < lengths[:, None]).to(columns)
-        # How many pairs each mean is over: a token has as many before it as its index.
+        # Number of pairs in each mean: a token has as many before it as its index.
         self.into = torch.einsum("rtc,t->rc", columns, token.to(columns))
         self.chosen = columns.sum(1)
         self.all = (lengths * (lengths - 1) / 2).to(columns)
@@ -219,7 +219,7 @@ class _Flows:
 def _anchors(
     prompts: Prompts, words: str | Sequence[str], asked: Int[np.ndarray, " prompt"]
 ) -> Bool[np.ndarray, "prompt token"]:
-    """Which tokens are label words."""
+    """Mask of the label words."""
     spans = prompts.spans or {}
     given = [words] if isinstance(words, str) else list(words)
     names = [
@@ -259,11 +259,11 @@ def _columns(
     draws: int,
     seed: int,
 ) -> Float[Tensor, "row token column"]:
-    """The label words as a column of ones, and as many other tokens in each further one."""
+    """The label words as a first column of ones, and random other tokens in the others."""
     found = np.zeros((*anchors.shape, 1 + draws), dtype=np.float32)
     found[..., 0] = anchors
     for place, row in enumerate(rows.tolist()):
-        # The first token draws attention of its own.
+        # The first token is an attention sink.
         others = 1 + np.flatnonzero(~anchors[place, 1 : asked[row]])
         size = int(anchors[place].sum())
         if len(others) < size:

@@ -1,8 +1,8 @@
-"""Attention patterns, the values they weight and their gradients, seen block by block.
+"""Attention patterns, their values and gradients, read block by block.
 
-A forward shows each block's pattern to whoever asked, inside the hook, and keeps none. Reading
-the pattern itself is exact for every kind of position, grouped heads, windows and soft-caps, and
-costs nothing: models that are hooked compute it anyway.
+A forward passes each block's pattern to a callback inside the hook, and keeps none. Reading the
+pattern is exact for every kind of position embedding, grouped heads, windows and soft-caps, and
+costs nothing: hooked models compute it anyway.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from lensclust.models import (
 )
 from lensclust.prompts import Prompts
 
-# Standard deviation of the values that are put in to see what is done to them: more than any clip.
+# Standard deviation of the values inserted by the check: larger than any clip.
 LARGE = 1000.0
 
-# Of one block, by its place among those that have attention: its pattern, and how long each value
-# is (None unless wanted). What comes back is shown the gradient of the loss with respect to the
-# pattern, when the backward gets there.
+# Callback of one block, by its index among those with attention: gets its pattern and the norm of
+# each value (None unless wanted). The callback that it returns gets the gradient of the loss with
+# respect to the pattern in the backward.
 Pattern = Float[Tensor, "row head query key"]
 Lengths = Float[Tensor, "row head key"]
 ShowGradient = Callable[[Pattern], None]
@@ -49,11 +49,11 @@ Loss = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, ""]]
 
 
 class PatternReader:
-    """Shows the attention patterns of a model's forwards.
+    """Read the attention patterns of a model's forwards.
 
     Args:
         model: a hooked model, in eval mode, with eager attention.
-        values: whether the lengths of values are wanted: ``||v W_O||`` of each head and token,
+        values: whether to read the norms of values: ``||v W_O||`` of each head and token,
             a head's bias ``b_V`` included (Kobayashi et al. 2020, section 3), of the values that
             the pattern weights (`value_readings`).
         caller: function name used in error messages.
@@ -62,7 +62,7 @@ class PatternReader:
         blocks: the blocks that have attention.
 
     Raises:
-        InputError: if there is no pattern to read, or no values where they are wanted.
+        InputError: if there is no pattern to read, or no values with ``values``.
     """
 
     def __init__(self, model: TransformerLensModel, *, values: bool, caller: str) -> None:
@@ -72,7 +72,7 @@ class PatternReader:
         for name in (self._hook(block, "hook_pattern") for block in self.blocks):
             if name not in self.model.hook_dict:
                 raise InputError(f"{caller}: {model_name(model)} has no {name!r} to read")
-        # z F is as long as z W_O, in d_head numbers.
+        # z F has the norm of z W_O, in d_head numbers.
         self.readings = value_readings(model, self.blocks, caller=caller) if values else None
         frames = [head_frames(model, [block])[0] for block in self.blocks] if values else []
         self.frames = dict(zip(self.blocks, frames, strict=False))
@@ -84,11 +84,11 @@ class PatternReader:
         show: Show,
         loss: Loss | None = None,
     ) -> None:
-        """Run right-padded prompts and show every block's pattern, and with a loss its gradient.
+        """Run right-padded prompts and read every block's pattern, and with a loss its gradient.
 
         Without a loss the forward ends at the last pattern. The loss is a sum over rows, so that
-        each row's gradient is its own; it is not taken through what enters the first block, and
-        no parameter gets a gradient.
+        its gradient separates by row; it stops at the input of the first block, and no parameter
+        gets a gradient.
 
         Raises:
             InputError: if patterns do not lie between the states and the loss.
@@ -122,14 +122,14 @@ class PatternReader:
         return f"blocks.{block}.attn.{kind}"
 
 
-# What may happen to values between the hook that shows them and the product with the pattern.
+# Possible changes of values between their hook and the product with the pattern.
 CHANGES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "none": lambda value, model: value,
     "clipped": lambda value, model: value.clamp(-_clip(model), _clip(model)),
     "heads first": lambda value, model: value.transpose(1, 2),
 }
 VALUES = ("hook_v", "v_norm.hook_out")
-# Between the product of pattern and values and what a block adds.
+# Hooks between the product of pattern and values and the block's output.
 _BEHIND_VALUES = re.compile(
     r"blocks\.(\d+)\.(attn\.(hook_z|hook_result|hook_out|o\..*)|hook_attn_out)$"
 )
@@ -138,15 +138,15 @@ _BEHIND_VALUES = re.compile(
 def value_readings(
     model: TransformerLensModel, blocks: Sequence[int], *, caller: str
 ) -> dict[int, tuple[str, str]]:
-    """Where the values that a block's pattern weights are read, and what is still done to them.
+    """Hook of the values that a block's pattern weights, and their change after it.
 
-    Values of a size of their own are put in at a hook; the pattern times these, changed or not,
-    must be ``z``. So a clip or a norm of values is found, and heads whose sum is gated or normed
-    before ``z`` are refused. Tried once for each model.
+    Large values are inserted at a hook; the pattern times these, changed or not, must be ``z``.
+    This detects a clip or a norm of values, and refuses heads whose sum is gated or normed
+    before ``z``. Checked once per model.
 
     Raises:
-        InputError: if a block's ``z`` is not its pattern times what can be read, what it adds is
-            not what ``W_O`` makes of that, or a hook of the caller changes either.
+        InputError: if a block's ``z`` is not its pattern times readable values, its output is not
+            ``z W_O``, or a hook of the caller changes either.
 
     >>> import lensclust as lc
     >>> value_readings(lc.load("native:sif-small"), [5], caller="f")
@@ -194,7 +194,7 @@ def _find_values(model: Any, blocks: Sequence[int]) -> dict[int, tuple[str, str]
 
 
 def _shown_with_large_values(model: Any, block: int, name: str) -> tuple[Tensor, ...]:
-    """A block's pattern and ``z`` when its values are far larger than they ever are, and these."""
+    """A block's pattern and ``z`` with artificially large values, and these values."""
     tokens = few_tokens(model)
     shown: dict[str, Tensor] = {}
 
@@ -232,17 +232,17 @@ def _weighted(*given: Any) -> bool:
 
 
 def _clip(model: Any) -> float:
-    """How large values can be, 0 if there is no bound."""
+    """Bound of the values, 0 if there is none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return float(getattr(config, "clip_qkv", None) or 0)
 
 
 class _AllSeen(Exception):
-    """Raised inside a hook to end a forward that has nothing left to show."""
+    """Raised inside a hook to end a forward once everything is read."""
 
 
 class _Showing:
-    """The hooks of one forward, and what they still wait for."""
+    """The hooks of one forward, and the patterns not yet read."""
 
     def __init__(self, reader: PatternReader, show: Show, *, wants_gradient: bool) -> None:
         self.reader, self.show, self.wants_gradient = reader, show, wants_gradient
@@ -256,7 +256,7 @@ class _Showing:
         found: list[tuple[str, Callable[..., Any]]] = []
         if self.wants_gradient:
             found.append((hook_name(reader.model, Site("resid", 0)), self._enter))
-            # One sequence of the wanted states: unembedding sees no order.
+            # One sequence of the wanted states: unembedding is independent of order.
             row = torch.arange(len(last))
             only = lambda value, hook: value[row.to(value.device), last.to(value.device)][None]  # noqa: E731
             found.append(("unembed.hook_in", only))
@@ -307,15 +307,15 @@ class _Showing:
 
 
 class AnswerLoss:
-    """Cross-entropy of the token that each prompt's answer begins with.
+    """Cross-entropy of the first token of each prompt's answer.
 
     Args:
         prompts: with answers.
-        labels: tokens among which the answer is looked for; all of the vocabulary unless given.
-        caller: in whose name errors speak.
+        labels: tokens of the softmax; default the whole vocabulary.
+        caller: function name used in error messages.
 
     Raises:
-        InputError: if a prompt has no answer, or one that is none of the labels.
+        InputError: if a prompt has no answer, or one that is not among the labels.
 
     >>> import pandas as pd
     >>> prompts = Prompts.from_token_lists([[1]], pd.DataFrame({"task": ["a"]}), answers=[[2]])
@@ -327,7 +327,7 @@ class AnswerLoss:
     def __init__(
         self, prompts: Prompts, *, labels: Sequence[int] | None = None, caller: str
     ) -> None:
-        # The first token of each, in a list that is empty where there is none.
+        # The first token of each answer; an empty list where there is none.
         first = [list(answer[:1]) for answer in prompts.answers or ((),)]
         if without := [row for row, tokens in enumerate(first) if not tokens]:
             raise InputError(f"{caller}: prompt {without[0]} has no answer, needed for gradients")
@@ -344,13 +344,13 @@ class AnswerLoss:
         self.right = torch.tensor(first)
 
     def of(self, rows: Int[Tensor, " row"]) -> Loss:
-        """The loss of these prompts: of each its own, added up."""
+        """The summed loss of these prompts."""
 
         def loss(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, ""]:
             if self.labels is not None:
                 logits = logits[:, self.labels.to(logits.device)]
             right = self.right[rows].to(logits.device)
-            # Rows do not touch each other, so the gradient of the sum is each row's own.
+            # Rows are independent, so the gradient of the sum separates by row.
             return torch.nn.functional.cross_entropy(logits, right, reduction="sum")
 
         return loss

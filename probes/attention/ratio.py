@@ -1,19 +1,19 @@
-"""Attention ratio: how much more of a model's attention relevant tokens get than irrelevant ones.
+"""Attention ratio: attention to relevant tokens relative to irrelevant ones.
 
-With ``P`` the attention pattern of a head, ``R`` the tokens that look, ``B`` the relevant tokens
+With ``P`` the attention pattern of a head, ``R`` the query tokens, ``B`` the relevant tokens
 and ``C`` the irrelevant ones,
 
     w(B) = mean over q in R, k in B of P[q, k]        log ratio = log w(B) - log w(C)
 
-for each prompt, then averaged over prompts. Weights are not explanations: what a head moves is
-its weight times how long the value is, and what the answer hangs on is the weight times its
-gradient. So the same ratio is taken between ``P ||v W_O||`` (Kobayashi et al. 2020) and
-``|P ∂L/∂P|`` (as in Wang et al. 2023), and each stands beside the ratios between random spans of
-the same lengths in the same text.
+for each prompt, then averaged over prompts. Weights are not explanations: a head moves its weight
+times the norm of the value, and the effect on the answer is the weight times its gradient. So the
+ratio is also taken for ``P ||v W_O||`` (Kobayashi et al. 2020) and ``|P ∂L/∂P|`` (as in Wang et
+al. 2023), and each is compared with the ratios between random spans of the same lengths in the same
+text.
 
 Source: Yousefi et al. (arXiv 2310.00313) compare attention on relevant and irrelevant information
-as a ratio; which tokens look, how tokens and heads are averaged, the weightings and the null are
-choices of ours.
+as a ratio; the query tokens, the averages over tokens and heads, the weightings and the null are
+our choices.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ def attention_ratio(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> AttentionRatio:
-    """Attention of the answering token on relevant against irrelevant tokens, in one forward.
+    """Attention of the answering token to relevant against irrelevant tokens, in one forward.
 
     Args:
         model: a hooked model, in eval mode, with eager attention.
-        prompts: what to run, with the spans named below. Their first tokens (BOS, or what draws
-            attention in its place) count in none of them.
+        prompts: prompts to run, with the spans named below. Their first tokens (attention sinks)
+            do not count in any span.
         relevant, irrelevant: spans to compare, both inside ``block`` and before the query.
-        query: who looks: ``"answer"``, the token that predicts the answer, or a span, over whose
-            tokens weights are averaged.
-        block: span of the text that holds the last question alone, so that demonstrations change
-            nothing; None for the whole of prompts without demonstrations. Random spans of the
-            null lie in it too.
+        query: query tokens: ``"answer"``, the token that predicts the answer, or a span, over
+            whose tokens weights are averaged.
+        block: span of the text with the last question alone, which excludes demonstrations; None
+            for the whole of prompts without demonstrations. Random spans of the null lie in it
+            too.
         weighting: ``"attention"`` (``P``), ``"value"`` (``P ||v W_O||``, refused where a head's
             output is not attention times values), ``"gradient"``
             (``|P ∂L/∂P|``, ``L`` being the cross-entropy of the first token of the prompt's
@@ -97,7 +97,7 @@ def attention_ratio(
     Raises:
         InputError: if a span does not exist, is empty or outside its prompt, the two overlap,
             leave the block or do not end before the query, demonstrations reach into the block,
-            a weighting is not known or cannot be had, or the prompts do not fit the model.
+            a weighting is unknown or unavailable, or the prompts are incompatible with the model.
 
     >>> import lensclust as lc
     >>> prompts = lc.tasks.sif().where(split="new_string")
@@ -204,11 +204,11 @@ def _null(
 
 @dataclass(frozen=True, repr=False)
 class AttentionRatio(Shown):
-    """Mean weight on a relevant and on an irrelevant token, at every head and for every prompt.
+    """Mean weight on a relevant and on an irrelevant token, by head and prompt.
 
     Attributes:
         values: ``relevant`` and ``irrelevant (weighting, prompt, block, head)``; prompts have
-            what ``rows`` said of them.
+            the columns of ``rows``.
         null: the mean over prompts of the log ratio between random spans of the same lengths
             ``(weighting, block, heads, draw)``, ``heads`` being each head's number, ``mean`` and
             ``max``.
@@ -219,7 +219,7 @@ class AttentionRatio(Shown):
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """By weighting, block and head, and over the heads of a block.
+        """Ratios by weighting, block and head, and over the heads of a block.
 
         One row for each head (``heads`` is ``"one"``) and two for each block: the weights'
         ``"mean"`` or ``"max"`` over its heads, taken for each span before the ratio. Columns:
@@ -262,7 +262,7 @@ class AttentionRatio(Shown):
         return pd.DataFrame(rows).astype({"head": "Int64"})
 
     def per_prompt(self, *, heads: str = "mean") -> pd.DataFrame:
-        """One row a weighting, prompt and block, to be held against what the prompt's answer was.
+        """One row per weighting, prompt and block, to compare with the prompt's answer.
 
         Args:
             heads: ``"mean"`` or ``"max"`` over the heads of a block, or a head's number.
@@ -295,7 +295,7 @@ class AttentionRatio(Shown):
         )
 
     def plot(self) -> Any:
-        """Log ratio by block, averaged over heads, over the band of random spans."""
+        """Log ratio by block, averaged over heads, with the band of random spans."""
         means = self.frame[self.frame["heads"] == "mean"]
         columns = ["weighting", "block", "log_ratio", "null_mean", "null_std"]
         return figures.curves(
@@ -303,7 +303,7 @@ class AttentionRatio(Shown):
             x="block",
             y="log_ratio",
             facet="weighting" if means["weighting"].nunique() > 1 else None,
-            title="Attention on relevant against irrelevant tokens",
+            title="Attention to relevant against irrelevant tokens",
             caption=f"Mean over {self.values.sizes['prompt']} prompts; weights are averaged over "
             "the heads of a block. Random spans of the same lengths lie in the same text.",
             y_title="log ratio",

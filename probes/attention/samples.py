@@ -1,6 +1,6 @@
-"""Attention patterns of some heads on a few prompts, to be looked at.
+"""Attention patterns of some heads on a few prompts, for inspection.
 
-What a head attends to on one prompt is an example, not evidence: weights are not explanations
+The attention of a head on one prompt is an example, not evidence: weights are not explanations
 (`probes.attention_ratio` compares them over many prompts, with controls).
 """
 
@@ -52,7 +52,7 @@ class AttentionSamples:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a prompt, head, query and earlier key: ``weight`` between places and tokens.
+        """One row per prompt, head, query and earlier key: ``weight`` between positions and tokens.
 
         Columns: ``prompt, site, block, head, query, key, query_token, key_token, weight``.
         """
@@ -80,7 +80,7 @@ class AttentionSamples:
     def only(
         self, *, heads: SiteSelector | None = None, prompts: Sequence[int] | None = None
     ) -> AttentionSamples:
-        """Some of the heads, some of the prompts.
+        """Select heads and prompts.
 
         Raises:
             InputError: if a head or prompt is not among them.
@@ -113,9 +113,9 @@ class AttentionSamples:
         names = [f"{site.layer}.{site.head}" for site in heads]
         hidden = [f"{len(self.heads) - len(heads)} more heads"] if self.heads[MOST_SHOWN:] else []
         hidden += [f"{len(self.tokens) - 1} more prompts"] if self.tokens[1:] else []
-        said = f"; {' and '.join(hidden)}: see <code>only</code>" if hidden else ""
+        note = f"; {' and '.join(hidden)}: see <code>only</code>" if hidden else ""
         frame = attention_frame(self.tokens[0], self.patterns[0][: len(heads)], names)
-        return f"<p>{self!r}, prompt 0{said}</p>{frame}"
+        return f"<p>{self!r}, prompt 0{note}</p>{frame}"
 
     def __repr__(self) -> str:
         lengths = [len(tokens) for tokens in self.tokens]
@@ -136,11 +136,11 @@ def sample_attention(
 ) -> AttentionSamples:
     """Read the attention patterns of heads on a few prompts.
 
-    A pattern takes ``tokens²`` numbers a head and prompt: meant for a handful of prompts.
+    A pattern takes ``tokens²`` numbers per head and prompt: meant for a handful of prompts.
 
     Args:
         model: a hooked model, in eval mode, with eager attention.
-        prompts: what to run.
+        prompts: prompts to run.
         heads: ``"head"`` for all, ``"head 3.12"`` or a list of such.
         names: the text of every token id, for models without a tokenizer; by default a token is
             shown as the model's tokenizer decodes it alone, and without one as its number.
@@ -191,7 +191,7 @@ def sample_attention(
 
 
 def _heads(model: TransformerLensModel, heads: SiteSelector) -> list[Site]:
-    # Patterns are there also where heads' outputs do not add up: then only `z` resolves.
+    # Patterns exist also where heads' outputs do not add up: then only `z` resolves.
     every = resolve(model, "z")
     known = {(site.layer, site.head): Site("head", site.layer, site.head) for site in every}
     if isinstance(heads, str) and heads.strip() == "head":

@@ -1,7 +1,7 @@
-"""What a ratio of attention is taken between: two spans of one text, and places where they are not.
+"""Spans of an attention ratio: two spans of one text, and random ones for the null.
 
-The first token of a prompt counts nowhere: as a BOS or in its place it draws attention that has
-nothing to do with what it says.
+The first token of a prompt is left out: with or without a BOS it is an attention sink, whatever its
+content.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lensclust.prompts import Prompts
 from probes.attention.patterns import Lengths, Pattern, ShowGradient
 from probes.components import exact
 
-# Over the heads of a block, each span apart, before the ratio is taken.
+# Reductions over the heads of a block, for each span, before the ratio.
 OVER_HEADS = ("mean", "max")
 
 DEMONSTRATIONS = "demonstrations"
@@ -31,9 +31,9 @@ class ComparedSpans:
     """Half-open token ranges ``[start, stop)`` of each prompt, first tokens left out.
 
     Attributes:
-        relevant, irrelevant: whose tokens are looked at.
-        text: the block of text that both lie in, as far as the querying tokens see it.
-        queries: the tokens that look.
+        relevant, irrelevant: key tokens.
+        text: the block of text that both lie in, up to the query tokens.
+        queries: query tokens.
     """
 
     relevant: Int[np.ndarray, "prompt 2"]
@@ -52,12 +52,12 @@ class ComparedSpans:
         block: str | None,
         caller: str,
     ) -> ComparedSpans:
-        """The spans of these names, held against each other.
+        """The spans of these names, checked against each other.
 
         Raises:
-            InputError: in the name of ``caller``, if a span does not exist, is empty or outside
-                its prompt; if the two overlap, leave the block, or do not end before the
-                querying tokens; or if the demonstrations reach into the block.
+            InputError: if a span does not exist, is empty or outside its prompt; if the two
+                overlap, leave the block, or do not end before the query tokens; or if the
+                demonstrations reach into the block. ``caller`` is named in the message.
         """
         lengths = prompts.lengths.numpy()
         whole = np.stack([np.zeros_like(lengths), lengths], axis=1)
@@ -99,9 +99,9 @@ class ComparedSpans:
     ) -> Float[Tensor, "row token column"]:
         """Columns that average over a span each: relevant ones first, then irrelevant ones.
 
-        Of either kind the first is the span itself and ``draws`` more lie at random places in
-        the text, as long as the two spans and apart from each other as they are. Places depend
-        on the seed and the prompt, not on what it is batched with.
+        Of either kind the first is the span itself and ``draws`` more lie at random positions in
+        the text, with the same lengths and disjoint like the two. Positions depend on the seed
+        and the prompt, not on the batch.
         """
         found = torch.zeros(len(rows), width, 2 * (1 + draws), dtype=torch.float32)
         token = np.arange(width)[:, None]
@@ -143,7 +143,7 @@ def named_span(prompts: Prompts, name: str, *, caller: str) -> Int[np.ndarray, "
 
 
 def query_span(prompts: Prompts, query: str, *, caller: str) -> Int[np.ndarray, "prompt 2"]:
-    """The tokens that look: the one that predicts the answer, or those of a span.
+    """The query tokens: the one that predicts the answer, or those of a span.
 
     Raises:
         InputError: as `named_span`.
@@ -167,7 +167,7 @@ def random_places(
     [(5, 6), (5, 7), (6, 7), (7, 5), (8, 5), (8, 6)]
     """
     free = int(text[1] - text[0] - size.sum())
-    # Free tokens before, between and behind the spans: two bars among free + 2 places.
+    # Free tokens before, between and after the spans: two bars among free + 2 positions.
     bars = generator.integers([free + 2, free + 1], size=(draws, 2))
     bars[:, 1] += bars[:, 1] >= bars[:, 0]
     before, between = bars.min(1), np.abs(bars[:, 1] - bars[:, 0]) - 1
@@ -194,7 +194,7 @@ def _refuse_shared_demonstrations(
 
 
 def _refuse(wrong: np.ndarray, message: str, *ranges: Int[np.ndarray, "prompt _"]) -> None:
-    """Raise for the first prompt that is wrong, with its numbers."""
+    """Raise InputError for the first wrong prompt, with its numbers."""
     if wrong.any():
         row = int(wrong.argmax())
         numbers = [number for each in ranges for number in each[row].tolist()]
@@ -202,13 +202,13 @@ def _refuse(wrong: np.ndarray, message: str, *ranges: Int[np.ndarray, "prompt _"
 
 
 class SpanWeights:
-    """The weight of each span at every head, and of random ones, for one batch of prompts.
+    """Weights of the spans and of random ones at every head, for one batch of prompts.
 
     Attributes:
         weights: mean weight on a token of the relevant and of the irrelevant span
             ``(weighting, row, block, head, 2)``.
-        null: sums over rows of the log ratios between random spans that are numbers, and how many
-            are ``(2, weighting, block, heads, draw)``.
+        null: sums over rows of the finite log ratios between random spans, and their count
+            ``(2, weighting, block, heads, draw)``.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class SpanWeights:
         self.shares = (inside / inside.sum(1, keepdim=True)).to(device)
         shape = (len(weightings), len(rows), blocks, heads, 2)
         self.weights = torch.empty(shape, device=device, dtype=torch.float32)
-        # Sums over prompts of the log ratios that are numbers, and how many there were.
+        # Sums over prompts of the finite log ratios, and their count.
         heads += len(OVER_HEADS)
         self.null = torch.zeros(
             (2, len(weightings), blocks, heads, draws), device=device, dtype=torch.float32
@@ -254,7 +254,7 @@ class SpanWeights:
         )
 
     def _of_queries(self, pattern: Pattern) -> Float[Tensor, "row looking head key"]:
-        """A copy of the rows that look."""
+        """A copy of the query rows."""
         queries = self.queries.to(pattern.device)
         row = torch.arange(len(queries), device=pattern.device)[:, None]
         return pattern[row, :, queries].to(exact(pattern.dtype))

@@ -1,19 +1,19 @@
-# Agreement of the partitions of one matrix with a labelling, beside its null
+# Agreement of partitions with a labelling, and its permutation null
 from .agreement import SCALES as SCALES
 from .agreement import counted_agreement as counted_agreement
 from .agreement import label_silhouettes as label_silhouettes
 
-# What the words alone give away: prompts as bags of tokens, in the shape of activations
+# Bag-of-tokens baseline: prompts' words in the shape of activations
 from .baselines import bag_of_tokens as bag_of_tokens
 
-# k-means by site: do the states at a layer or head fall into clusters, one for each task?
+# k-means by site: do states at a layer or head cluster by task?
 from .clustering import Clustering as Clustering
 from .clustering import cluster as cluster
 
-# States in two dimensions, layer after layer, so that the eye can follow the clusters
+# Two-dimensional maps of states over layers and training steps
 from .maps import ClusterMap as ClusterMap
 from .maps import cluster_map as cluster_map
 from .maps import plane_of as plane_of
 
-# Nearest cluster: to which label's training centroid is a new prompt's state closest?
+# Nearest-centroid classification of new prompts' states by known labels
 from .nearest_clusters import membership as membership

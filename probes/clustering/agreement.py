@@ -1,22 +1,22 @@
-"""Agreement of the partitions of one matrix with a labelling, beside its null.
+"""Agreement of partitions with a labelling, and its permutation null.
 
-Agreement is computed from contingency tables, so that a whole null (the same partition against
-all relabellings) is one vectorised call; label sizes may differ from one relabelling to the next.
-Nothing here imports torch: worker processes start fast.
+Agreement is computed from contingency tables, so that a whole null (one partition against all
+relabellings) is one vectorised call; label sizes may differ between relabellings. This module does
+not import torch, so that worker processes start fast.
 
-Agreement *across wordings* counts only pairs of rows with different wordings, so that what is
-shared by the rows of one wording cannot count. Of these pairs, let ``together`` be those in one
-cluster and of one label, ``C`` those in one cluster, ``L`` those of one label, ``N`` all. Then
+Agreement *across wordings* uses only pairs of rows with different wordings, so that effects of a
+shared wording cannot count. Of these pairs, let ``together`` be those in one cluster and of one
+label, ``C`` those in one cluster, ``L`` those of one label, ``N`` all. Then
 
     cross_wording_ari = (together - E) / ((C + L) / 2 - E),   E = C L / N
     cross_wording_f1  = 2 together / (C + L)
 
-The first is 1 where clusters and labels agree across wordings. Where states know the wording and
-nothing of the label, ``E`` is the mean of ``together`` over the relabellings (each pair of
+The first is 1 where clusters and labels agree across wordings. Where states encode the wording and
+not the label, ``E`` is the mean of ``together`` over the relabellings (each pair of
 wordings is as likely as any other to share a label), so the score is 0 on average. F1 chance-
-corrected, ``(F1 - 2E / (C + L)) / (1 - 2E / (C + L))``, is that same number; F1 itself is given
-as it is, with its floor beside it in the null. Neither is defined where no two wordings share a
-label, or all do.
+corrected, ``(F1 - 2E / (C + L)) / (1 - 2E / (C + L))``, is that same number; F1 itself is reported
+uncorrected, with its floor in the null. Neither is defined where no two wordings share a label, or
+all do.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def adjusted_rand(table: Table) -> Scores:
 
 
 def pair_f1(table: Table) -> Scores:
-    """F1 of "these two rows belong together" over all pairs of rows."""
+    """F1 of same-cluster against same-label over all pairs of rows."""
     return Pairs.of(table).f1()
 
 
 def matched_f1(table: Table) -> Scores:
-    """Macro-F1 over labels, clusters matched one to one to labels by the Hungarian method."""
+    """Macro-F1 over labels, with clusters matched one-to-one by the Hungarian method."""
     n = table.astype(float)
     f1 = 2 * n / np.maximum(n.sum(2, keepdims=True) + n.sum(1, keepdims=True), 1)
     scores = np.empty(len(f1))
@@ -81,7 +81,7 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 def _expected_information(
     clusters: Int[np.ndarray, " cluster"], labels: Int[np.ndarray, "labelling label"]
 ) -> Scores:
-    """Mean mutual information of partitions of these sizes: a sum over pairs of sizes."""
+    """Expected mutual information of partitions of these sizes."""
     total = int(clusters.sum())
     a, times = np.unique(clusters, return_counts=True)
     b, place = np.unique(labels, return_inverse=True)
@@ -105,7 +105,7 @@ def _expected_information(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of rows: together in both, in one cluster, of one label, and all."""
+    """Counts of pairs of rows: together in both, in one cluster, of one label, all."""
 
     together: Scores
     in_cluster: Scores
@@ -121,10 +121,10 @@ class Pairs:
         return cls(together, _pairs(in_cluster).sum(1), _pairs(in_label).sum(1), total)
 
     def across(self, clusters: np.ndarray, cell: np.ndarray, wording: np.ndarray) -> Pairs:
-        """Those with different wordings.
+        """Counts of pairs with different wordings.
 
-        Rows of one wording and label (a cell) keep a common label under every relabelling, and
-        those of other cells of the wording another: what is taken off is the same for all.
+        Rows of one wording and label (a cell) keep a common label under every relabelling,
+        different from other cells of the wording: the subtracted counts are the same for all.
         """
         k = int(clusters.max()) + 1
         within, apart = (Pairs.of(contingency(clusters, c[None], k)) for c in (cell, wording))
@@ -136,12 +136,12 @@ class Pairs:
         )
 
     def adjusted(self) -> Scores:
-        """Agreement beyond chance; 1 for the best there could be."""
+        """Chance-corrected agreement, at most 1."""
         expected = self.in_cluster * self.in_label / np.maximum(self.total, 1)
         return _ratio(self.together - expected, (self.in_cluster + self.in_label) / 2 - expected)
 
     def f1(self) -> Scores:
-        """F1 of "these two rows belong together"."""
+        """F1 of same-cluster against same-label."""
         return _ratio(2 * self.together, self.in_cluster + self.in_label)
 
 
@@ -151,13 +151,13 @@ def counted_agreement(
     wording: Int[np.ndarray, " row"],
     counts: Float[np.ndarray, "draw row"],
 ) -> Float[np.ndarray, " draw"]:
-    """``cross_wording_ari`` of one partition where rows count several times, or not at all.
+    """``cross_wording_ari`` of one partition with weighted rows, for the bootstrap.
 
-    For resampling wordings without clustering again: copies of a wording are that wording, so
+    Resamples wordings without clustering again: copies of a wording count as one wording, so
     pairs of them do not count.
 
     Args:
-        counts: how often each row counts, the rows of one wording equally often.
+        counts: multiplicity of each row, equal for the rows of one wording.
 
     >>> agreed = counted_agreement(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), np.arange(4),
     ...                            np.array([[1.0, 1, 1, 1], [2, 1, 0, 1]]))
@@ -179,7 +179,7 @@ def counted_agreement(
 
 
 def _squares(cells: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sum over cells of the squared count of their rows, for each draw."""
+    """Sum over cells of their squared row counts, for each draw."""
     code = np.unique(cells, return_inverse=True)[1].ravel()
     belongs = np.zeros((len(code), int(code.max()) + 1))
     belongs[np.arange(len(code)), code] = 1
@@ -208,10 +208,10 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def silhouette(
     distance: Float[np.ndarray, "row row"], codes: Int[np.ndarray, "labelling row"]
 ) -> Scores:
-    """Mean silhouette of each labelling (Rousseeuw 1987), lone labels counting 0.
+    """Mean silhouette of each labelling (Rousseeuw 1987); labels with one row count 0.
 
-    Large when rows of one label are nearer to each other than to the nearest other label; it
-    scores the labels themselves, not a partition found by k-means.
+    High if rows of one label are nearer to each other than to the nearest other label; it scores
+    the labels themselves, not a k-means partition.
     """
     labels = int(codes.max()) + 1
     scores = np.empty(len(codes))
@@ -241,7 +241,7 @@ def distances(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, "row row"]:
     >>> distances(np.array([[0.0, 0], [3, 4]])).tolist()
     [[0.0, 5.0], [5.0, 0.0]]
     """
-    # Around one of the rows and in double precision, so that rows that coincide stay at 0.
+    # Relative to one of the rows and in double precision, so that equal rows have distance 0.
     around = x.astype(np.float64) - x[:1]
     squared = np.einsum("ij,ij->i", around, around)
     apart = squared[:, None] + squared - 2 * (around @ around.T)
@@ -262,7 +262,7 @@ def score_groups(
     """Cluster each group of rows and score it against each labelling.
 
     Args:
-        partitions: of each group, where they were found elsewhere.
+        partitions: of each group, if already computed.
 
     Returns:
         ``(labelling, metric) -> scores (group, labelling)``, where column 0 belongs to the true
@@ -300,7 +300,7 @@ def label_silhouettes(
 def contingency(
     clusters: Int[np.ndarray, " row"], codes: Int[np.ndarray, "labelling row"], k: int
 ) -> Table:
-    """Rows counted by cluster and label, one table for each labelling.
+    """Contingency tables of clusters and labels, one per labelling.
 
     >>> contingency(np.array([0, 0, 1]), np.array([[1, 1, 0]]), 2).tolist()
     [[[0, 2], [1, 0]]]
@@ -340,12 +340,12 @@ def _score(
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadpoolController:
-    """This process's threads: finding its libraries takes longer than clustering a small group."""
+    """Thread limits of this process, cached: the lookup is slower than a small k-means."""
     return ThreadpoolController()
 
 
 def _pieces(total: int, width: int) -> list[slice]:
-    """Slices of a range so narrow that ``width`` numbers each stay within some 100 MB."""
+    """Slices of a range such that ``width`` numbers each stay within about 100 MB."""
     step = max(1, 10_000_000 // max(width, 1))
     return [slice(start, start + step) for start in range(0, total, step)]
 
@@ -355,6 +355,6 @@ def _pairs(n: np.ndarray | float) -> np.ndarray:
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """0 where nothing could have been gained (a single cluster or label)."""
+    """Ratio, 0 where the denominator is 0 (a single cluster or label)."""
     safe = np.where(np.abs(denominator) > 1e-12, denominator, 1)
     return np.where(np.abs(denominator) > 1e-12, numerator / safe, 0.0)

@@ -1,4 +1,4 @@
-"""What the words alone give away: prompts as bags of tokens, in the shape of activations."""
+"""Bag-of-tokens baseline: prompts' words in the shape of activations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lensclust.prompts import Prompts
 
 @checked_arguments
 def bag_of_tokens(prompts: Prompts) -> xr.Dataset:
-    """Each prompt's tf-idf weighted, unit-norm bag of tokens, as if it were a model's only layer.
+    """Tf-idf weighted, unit-norm bags of tokens, in the shape of activations of one layer.
 
-    Every probe that takes activations takes it, so a model's score and the score of its prompts'
-    wording come from one protocol.
+    Every probe of activations accepts it, so that the scores of a model and of its prompts'
+    wording use one protocol.
 
     Returns:
         ``resid (prompt, position=1, layer=[0], d_model=distinct tokens)``, labels as in `extract`.

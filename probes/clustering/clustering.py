@@ -1,16 +1,15 @@
-"""k-means by site: do the states at a layer or head fall into clusters, one for each task?
+"""k-means by site: do states at a layer or head cluster by task?
 
-Standard of evidence: a partition's agreement with the labels means nothing alone. Every score
-stands beside the same score under permuted labels (F1's floor is not 0); rows that share a
-wording keep a common label in every relabelling (`probes.design`), the same at every input, so
-that recognition of the wording is no evidence of the task. The agreement of rows with different
-wordings stands apart (``cross_wording_ari``, `probes.clustering.agreement`): it is 0 on average
-where states know wordings only. The default ``given="input"`` clusters the prompts of one input at
-a time, so that what is found cannot be the input. Compare further with the untrained model and with
-a clustering of the words.
+Standard of evidence: agreement of a partition with the labels alone is no evidence. Every score
+comes with its null of permuted labels (F1's floor is not 0); rows that share a wording keep a
+common label in every relabelling (`probes.design`), the same at every input, so that recognition of
+the wording is no evidence of the task. Agreement across wordings (``cross_wording_ari``,
+`probes.clustering.agreement`) is 0 on average where states encode only wordings. The default
+``given="input"`` clusters the prompts of one input at a time, so that clusters cannot be inputs.
+Also compare with the untrained model and with a clustering of the words.
 
-Source: Wu & Varshney (arXiv 2402.12151) score clusters with F1, ARI and AMI; clustering given
-the input, both readings of F1 and the nulls are our reconstruction.
+Source: Wu & Varshney (arXiv 2402.12151) score clusters with F1, ARI and AMI; clustering within
+input, both readings of F1 and the nulls are our reconstruction.
 """
 
 from __future__ import annotations
@@ -47,19 +46,18 @@ class Clustering(Shown):
     """k-means partitions of the activations at each site, scored against labellings.
 
     Attributes:
-        frame: one row a site, labelling and metric: ``site, kind, layer, head, position, by,
+        frame: one row per site, labelling and metric: ``site, kind, layer, head, position, by,
             given, metric, value, null_mean, null_std, p, smallest_p, n_groups, exchanged, k``;
-            ``exchanged`` says what trades labels under the null, ``smallest_p`` how small p could
-            have been.
-        groups: the true labels' scores of each group apart: ``site, kind, layer, head, by, metric,
+            ``exchanged`` names the units of the null, ``smallest_p`` is the smallest possible p.
+        groups: the true labels' scores of each group: ``site, kind, layer, head, by, metric,
             group, value`` (``group`` is the value of ``given``).
         centroids: mean state of each label (for each value of ``given``), by variable of the
             activations: ``resid (layer, [given,] label, d_model)``, ``z (block, head, ...)``.
         assignments: cluster of each prompt at each site ``(site, prompt)``; -1 where left out.
-            With ``given`` the numbers are only comparable inside one group.
-        left_out: why rows or groups were not clustered, one sentence each.
+            With ``given`` numbers are comparable only within one group.
+        left_out: reasons for rows or groups that were not clustered, one sentence each.
         by, given: the labelling and the condition.
-        notes: what a reader of p should know, one sentence each.
+        notes: caveats of p, one sentence each.
     """
 
     frame: pd.DataFrame
@@ -83,23 +81,23 @@ class Clustering(Shown):
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
     def transport(self, source: Label, target: Label) -> Intervention:
-        """The move from one label's clusters to another's (`probes.steering.interventions`).
+        """The intervention from one label's clusters to another's.
 
-        Between the clusters of one condition where the prompts were clustered given one, else
-        by the difference of the two labels' mean states.
+        `probes.steering.transport` between clusters of one condition where prompts were clustered
+        within one, else `probes.steering.shift` by the difference of the mean states.
 
         Raises:
-            InputError: if a label is not there, or the two share no condition.
+            InputError: if a label does not exist, or the two share no condition.
         """
         if self.given is None:
             return shift(self.centroids, source, target, by=self.by)
         return transport(self.centroids, source, target, by=self.by, given=self.given)
 
     def plot(self, metric: str | None = None) -> Any:
-        """Score by layer over its permuted-label band; a heat map where there are heads.
+        """Score by layer with the band of permuted labels; a heat map for heads.
 
         Args:
-            metric: one of those computed; by default the first.
+            metric: one of the computed metrics; default the first.
         """
         metric = metric or self._first()
         rows = self._scores(metric)
@@ -107,14 +105,14 @@ class Clustering(Shown):
             figures.curves(
                 group,
                 title=f"{metric.upper()} of {self.by} clusters, {kind}",
-                caption=f"k-means given {self.given}.",
+                caption=f"k-means within {self.given}.",
                 y_title=metric,
             )
             if group["head"].isna().all()
             else figures.head_map(
                 group,
                 title=f"{metric.upper()} of {self.by} clusters, {kind}",
-                caption=f"k-means given {self.given}.",
+                caption=f"k-means within {self.given}.",
             )
             for kind, group in rows.groupby("kind", sort=False)
         ]
@@ -161,14 +159,14 @@ def cluster(
     jobs: int = -1,
     progress: bool = True,
 ) -> Clustering:
-    """Cluster the prompts at every site of an activation set and score it against a label.
+    """Cluster the prompts at every site by k-means and score the clusters against a label.
 
     Args:
         acts: activations from `lensclust.extract`, in memory or opened from disk (then one site
             is read at a time).
-        by: the label to look for; a coordinate of ``prompt``.
-        given: cluster the prompts that share this label apart, and average the scores; None
-            clusters all prompts together, where task and input compete.
+        by: the label to score against; a coordinate of ``prompt``.
+        given: cluster within each value of this label, and average the scores; None clusters all
+            prompts together, where task and input compete.
         k: number of clusters; default the number of ``by`` labels present (in each group).
         score_against: further labels to score the same partitions against; None for none.
         kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
@@ -178,8 +176,8 @@ def cluster(
             rows are clustered together. Those across wordings are left out, with a note, where
             no two wordings share a label.
         units: rows that keep a common label under the null (`probes.design`): a column, several,
-            one value a row, or ``"rows"``. Default: those of one wording, as far as columns tell.
-        permutations: relabellings in the null; where there are fewer, all of them. p is at least
+            one value per row, or ``"rows"``. Default: those of one wording, from the columns.
+        permutations: relabellings in the null, at most all. p is at least
             1 / (permutations + 1) and 1 / the number of distinct relabellings.
         n_init: k-means restarts.
         seed: of k-means and of the permutations.
@@ -299,7 +297,7 @@ def cluster(
 def _require_scores(
     metrics: Sequence[str], groups: Sequence[Group], exchanges: Mapping[str, Exchange], by: str
 ) -> tuple[str, ...]:
-    """Notes on the null and on metrics that have no value; an error if none has one."""
+    """Notes on the null and on undefined metrics; an error if none is defined."""
     notes = [note for exchange in exchanges.values() for note in exchange.notes]
     across = [metric for metric in metrics if metric in CROSS_WORDING]
     for name in exchanges if across else ():

@@ -1,8 +1,8 @@
-"""k-means of one matrix: scikit-learn's partition, with the overhead taken out of its seeding.
+"""k-means of one matrix: scikit-learn's partition with faster seeding.
 
-Groups of some hundred rows spend most of their k-means in checks around k-means++, so seeding is
-done here and handed to scikit-learn, which runs the iterations. Draws follow the same random
-stream, so the partition is the one scikit-learn finds alone. Nothing here imports torch.
+With a few hundred rows most of the time goes into checks around k-means++, so seeds are computed
+here and passed to scikit-learn, which runs the iterations. Draws follow the same random stream, so
+the partition equals scikit-learn's. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def partition(
     if not distinct(x, k):
         return None
     with warnings.catch_warnings():
-        # Distinct rows that coincide in single precision still end in fewer clusters.
+        # Rows that are equal in single precision still give fewer clusters.
         warnings.simplefilter("ignore", ConvergenceWarning)
         options: dict[str, Any] = {"init": plus_plus, "n_init": n_init, "random_state": seed}
         found = KMeans(k, **options).fit(x)
@@ -39,7 +39,7 @@ def partition(
 def plus_plus(
     x: Float[np.ndarray, "row d"], k: int, random_state: np.random.RandomState
 ) -> Float[np.ndarray, "k d"]:
-    """Greedy k-means++ seeds: of ``2 + log k`` rows drawn by squared distance, the best stays.
+    """Greedy k-means++ seeds: the best of ``2 + log k`` rows drawn by squared distance.
 
     Source: Arthur & Vassilvitskii (2007), in the greedy variant of scikit-learn, whose random
     draws and precision are matched.
@@ -68,5 +68,5 @@ def plus_plus(
 
 
 def distinct(x: Float[np.ndarray, "row d"], k: int) -> bool:
-    """Whether there are ``k`` distinct rows: almost always one column shows it."""
+    """Whether there are ``k`` distinct rows; usually decided by one column."""
     return len(np.unique(x[:, 0])) >= k or len(np.unique(x, axis=0)) >= k

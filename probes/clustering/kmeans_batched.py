@@ -1,13 +1,13 @@
-"""k-means of many matrices at once, restarts stacked into one product: for a GPU.
+"""Batched k-means of many matrices and restarts, for a GPU.
 
-What scikit-learn does one run after the other (greedy k-means++, Lloyd's iterations, the restart
-of least inertia) is done for all restarts of all matrices of one shape together: each iteration is
-two batched products and one question to the device. On a CPU scikit-learn is faster.
+The steps of scikit-learn (greedy k-means++, Lloyd's iterations, the restart of least inertia) run
+for all restarts of all matrices of one shape together: each iteration is two batched products and
+one synchronisation. On a CPU scikit-learn is faster.
 
 Distances and centres are in float32 around each matrix's mean, as scikit-learn's; seeds are drawn
 by exact differences, so that a row is never drawn twice, and inertias are summed in float64. The
-draws are the host's, from one stream for every matrix: a partition depends neither on what is
-stacked beside it nor, but for rounding, on the device.
+draws are the host's, from one stream for every matrix: a partition depends neither on the other
+matrices of its stack nor, up to rounding, on the device.
 
 Source: Arthur & Vassilvitskii (2007), in the greedy variant of scikit-learn.
 """
@@ -25,10 +25,10 @@ from probes.clustering.agreement import SCALES
 from probes.clustering.kmeans import distinct
 from probes.design import Group
 
-# What one stack may take on the device, and what is read from the host for it.
+# Maximum size of one stack on the device, and of the rows read from the host for it.
 STACK_BYTES = 2**30
 ITERATIONS = 300
-# Centres that move less than this part of the mean variance have settled, as in scikit-learn.
+# Centres that move less than this share of the mean variance have converged, as in scikit-learn.
 SETTLED = 1e-4
 
 Found = Int[np.ndarray, " _row"] | None
@@ -73,7 +73,7 @@ def partitions(
         if distinct(x, k):
             alike.setdefault((*x.shape, k), []).append(index)
     for (rows, d, k), members in alike.items():
-        # Rows, their products with all centres, and which cluster each belongs to.
+        # Rows, their products with all centres, and the cluster of each.
         each = 4 * rows * (3 * d + 4 * n_init * (k + _trials(k)))
         step = max(1, STACK_BYTES // each)
         for start in range(0, len(members), step):
@@ -94,10 +94,10 @@ def group_partitions(
     seed: int,
     device: str | torch.device,
 ) -> Iterator[tuple[Float[np.ndarray, "row d"], list[Found]]]:
-    """Each site's states with the partition of each group, as many sites stacked as may be.
+    """Each site's states with the partition of each group, in stacks of sites.
 
     Args:
-        sites: states of one site after another; only those of a stack are held.
+        sites: iterator over states of sites; only those of a stack are held.
         scale: as in `probes.clustering.agreement.score_groups`.
     """
     pending: list[np.ndarray] = []
@@ -134,7 +134,7 @@ def lloyd(
         still = (after == labels).all(-1) | ((moved - centres).square().sum((2, 3)) <= settled)
         centres, labels = moved, after
         done, full = still.all(), _counts(labels, k).all()
-        # The only question to the device in an iteration.
+        # The only synchronisation in an iteration.
         finished, all_full = torch.stack([done, full]).tolist()
         emptied = not all_full
         if finished:
@@ -147,7 +147,7 @@ def lloyd(
 def seeds(
     x: Float[Tensor, "matrix row d"], k: int, *, n_init: int, seed: int
 ) -> Float[Tensor, "matrix run k d"]:
-    """Greedy k-means++: of ``2 + log k`` rows drawn by squared distance, the best stays."""
+    """Greedy k-means++: the best of ``2 + log k`` rows drawn by squared distance."""
     n, rows, _ = x.shape
     trials, wide = _trials(k), torch.float32 if x.device.type == "mps" else torch.float64
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +162,7 @@ def seeds(
     for index in range(1, k):
         reached = nearest.to(wide).cumsum(-1)
         wanted = draws[index] * reached[..., -1:]
-        # To the right of equals: a row that has been chosen adds nothing and is never drawn.
+        # Search to the right of ties: a chosen row adds nothing and is never drawn again.
         drawn = torch.searchsorted(reached, wanted, right=True).clamp_max(rows - 1)
         candidates = x[matrices[..., None], drawn]
         closer = torch.minimum(_apart(x, candidates), nearest[:, :, None])
@@ -179,7 +179,7 @@ def _trials(k: int) -> int:
 def _apart(
     x: Float[Tensor, "matrix row d"], points: Float[Tensor, "matrix run point d"]
 ) -> Float[Tensor, "matrix run point row"]:
-    """Squared distances from differences: 0 where two rows are equal, and only there."""
+    """Squared distances from differences: 0 if and only if two rows are equal."""
     exact = "donot_use_mm_for_euclid_dist"
     apart = torch.cdist(points.flatten(1, 2), x, compute_mode=exact).square()
     return apart.unflatten(1, points.shape[1:3])
@@ -188,7 +188,7 @@ def _apart(
 def _nearest(
     x: Float[Tensor, "matrix row d"], centres: Float[Tensor, "matrix run k d"]
 ) -> tuple[Int[Tensor, "matrix run row"], Float[Tensor, "matrix run row"]]:
-    """The nearest centre of each row and its squared distance; the products of all runs are one."""
+    """The nearest centre of each row and its squared distance, in one product for all runs."""
     products = torch.matmul(centres.flatten(1, 2), x.mT).unflatten(1, centres.shape[1:3])
     nearest = (centres.square().sum(-1)[..., None] - 2 * products).min(2)
     return nearest.indices, nearest.values + x.square().sum(-1)[:, None]
@@ -205,7 +205,7 @@ def _counts(labels: Int[Tensor, "matrix run row"], k: int) -> Int[Tensor, "matri
 def _means(
     x: Float[Tensor, "matrix row d"], labels: Int[Tensor, "matrix run row"], k: int
 ) -> tuple[Float[Tensor, "matrix run k d"], Float[Tensor, "matrix run k"]]:
-    """Mean row of each cluster, 0 of an empty one, and their sizes."""
+    """Mean row of each cluster (0 if empty) and cluster sizes."""
     belongs = _belongs(labels, k).to(x.dtype)
     counts = belongs.sum(-1)
     sums = torch.matmul(belongs.flatten(1, 2), x).unflatten(1, counts.shape[1:])
@@ -219,7 +219,7 @@ def _filled(
     means: Float[Tensor, "matrix run k d"],
     counts: Float[Tensor, "matrix run k"],
 ) -> Float[Tensor, "matrix run k d"]:
-    """Means once each empty cluster has taken one of the rows that lie farthest from theirs."""
+    """Means after moving the rows farthest from their centres into empty clusters."""
     empty = counts == 0
     farthest = apart.topk(min(counts.shape[-1], apart.shape[-1])).indices
     row = farthest.gather(2, (empty.cumsum(2) - 1).clamp_min(0))
@@ -239,7 +239,7 @@ def _inertia(
 ) -> Float[Tensor, "matrix run"]:
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     matrices = torch.arange(len(x), device=x.device)[:, None]
-    # Run by run: the differences of all at once would be the largest tensor of all.
+    # Run by run: the differences of all runs would be the largest tensor.
     runs = range(labels.shape[1])
     away = (x - centres[matrices, run, labels[:, run]] for run in runs)
     return torch.stack([each.square().sum((1, 2), dtype=wide) for each in away], dim=1)

@@ -1,12 +1,11 @@
-"""States in two dimensions, layer after layer, so that the eye can follow the clusters.
+"""Two-dimensional maps of states over layers and training steps.
 
-Two principal components of every layer (and training step), each turned onto the one before by
-an orthogonal map (Procrustes: rotations and reflections, nothing that changes a distance), so
-that points do not jump where only the axes did. UMAP instead shows neighbourhoods and no
-distances.
+Two principal components of every layer (and training step), each aligned to the one before by an
+orthogonal map (Procrustes: rotations and reflections, which keep distances), so that points do not
+jump where only the axes change. UMAP instead shows neighbourhoods and no distances.
 
-A picture is no measure: clusters that two components do not show may be there, and UMAP draws
-clusters where there are none. The score beside a panel is what counts.
+A map is no measure: two components may hide existing clusters, and UMAP may show clusters that do
+not exist. Use the score beside a panel.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ class ClusterMap(Shown):
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a point: ``step, layer, x, y, explained`` and the labels of the prompt."""
+        """One row per point: ``step, layer, x, y, explained`` and the labels of the prompt."""
         points = self.points["xy"].to_dataset("axis").assign(explained=self.points["explained"])
         return points.to_dataframe(["step", "layer", "prompt"]).reset_index()
 
     def plot(self, color: str = "task") -> figures.Picture:
-        """The last step, one panel a layer."""
+        """The last step, one panel per layer."""
         last = self.frame["step"] == self.points["step"].values[-1]
         axes = "Two principal components" if self.method == "pca" else "UMAP"
         return figures.scatter(
@@ -99,14 +98,14 @@ def cluster_map(
     method: str = "pca",
     seed: int = 0,
 ) -> ClusterMap:
-    """Residual streams of prompts in two dimensions at every layer, and at every training step.
+    """Map prompts' residual streams in two dimensions at every layer and training step.
 
     Args:
         acts: from `lensclust.extract`, with ``resid``; or pairs of a training step and such a
-            dataset of the same prompts, as a series of checkpoints gives them.
+            dataset of the same prompts, as from a series of checkpoints.
         position: which read position, where there are several.
-        method: ``pca``, each panel turned onto the one before by orthogonal Procrustes; or
-            ``umap`` (extra `umap`), begun from those components.
+        method: ``pca``, each panel aligned to the one before by orthogonal Procrustes; or
+            ``umap`` (extra `umap`), initialised from those components.
         seed: of UMAP.
 
     Raises:
@@ -141,7 +140,7 @@ def cluster_map(
         values = (site_values(dataset, site, position=position) for site in sites)
         found, shares = zip(*map(reduce, values), strict=True)
         turned = _turned(found, before)
-        # The first layer of the next step is turned onto the first of this one.
+        # The first layer of the next step is aligned to the first of this one.
         before = turned[0]
         points.append(turned)
         explained.append(shares)
@@ -167,7 +166,7 @@ def cluster_map(
 def _turned(
     panels: Sequence[Float[np.ndarray, "prompt 2"]], before: Float[np.ndarray, "prompt 2"] | None
 ) -> list[Float[np.ndarray, "prompt 2"]]:
-    """Each panel turned onto the one before."""
+    """Align each panel to the one before."""
     found = []
     for points in panels:
         before = points if before is None else turned_onto(points, before)
@@ -176,7 +175,7 @@ def _turned(
 
 
 def plane_of(values: Float[np.ndarray, "prompt d"]) -> tuple[Float[np.ndarray, "prompt 2"], float]:
-    """Two principal components, and the share of the variance that they hold."""
+    """Two principal components, and their share of the variance."""
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values, axis=0).max() == 0:
         return np.zeros((len(values), 2)), 1.0
@@ -188,7 +187,7 @@ def plane_of(values: Float[np.ndarray, "prompt d"]) -> tuple[Float[np.ndarray, "
 def turned_onto(
     points: Float[np.ndarray, "prompt 2"], reference: Float[np.ndarray, "prompt 2"]
 ) -> Float[np.ndarray, "prompt 2"]:
-    """The points, rotated or reflected as close to others as distances between them allow.
+    """Align points to others by the best rotation or reflection (orthogonal Procrustes).
 
     >>> square = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     >>> bool(np.allclose(turned_onto(square[:, ::-1], square), square))
@@ -201,7 +200,7 @@ def turned_onto(
 def _neighbourhoods(
     values: Float[np.ndarray, "prompt d"], *, seed: int
 ) -> tuple[Float[np.ndarray, "prompt 2"], float]:
-    """UMAP, begun from two principal components; no share of variance."""
+    """UMAP, initialised from two principal components; no share of variance."""
     try:
         import umap
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Nearest cluster: to which label's training centroid is a new prompt's state closest?"""
+"""Nearest-centroid classification of new prompts' states by known labels."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def membership(
     kinds: Any = None,
     position: str | None = None,
 ) -> pd.DataFrame:
-    """Classify every prompt by the nearest mean state of known prompts, at every site.
+    """Classify prompts by the nearest mean state of known prompts, at every site.
 
-    With ``given``, only means of prompts that share that label with the prompt compete, so the
-    shared label cannot decide.
+    With ``given``, only means of prompts with the same value of that label compete, so that this
+    label cannot decide.
 
     Args:
         acts: the states to classify.
-        known: states whose labels make the means, such as those of the training prompts.
+        known: labelled states for the means, such as those of the training prompts.
 
     Returns:
-        One row a site and prompt: ``site, kind, layer, head, prompt`` (its index in ``acts``),
+        One row per site and prompt: ``site, kind, layer, head, prompt`` (its index in ``acts``),
         ``nearest`` (label of the nearest mean), ``right`` (it is the prompt's own), ``margin``
         (distance to the nearest other label's mean minus that to its own, over their sum; -1
         to 1, positive when right).
 
     Raises:
-        InputError: if a label does not exist, a prompt's own label (given its condition) was
-            never seen or is the only one, or states are not finite.
+        InputError: if a label does not exist, a prompt's own label (within its condition) is
+            unknown or the only one, or states are not finite.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif(n_tasks=4, strings_per_regex=8)

@@ -1,10 +1,10 @@
-"""Baselines that use as many labels as reweighting: calibration and prompt selection.
+"""Baselines with as many labels as reweighting: calibration and prompt selection.
 
-With p the model's probabilities of the labels and z their logits (less their mean over labels,
-which a softmax does not see), a label's score is
+With p the model's probabilities of the labels and z their logits (minus their mean over labels, to
+which a softmax is invariant), a label's score is
 
-    Calib+            w_y p_y            one factor a label, towards 1
-    vector scaling    a_y z_y + b_y      one scale and one bias a label, towards 1 and 0
+    Calib+            w_y p_y            one factor per label, towards 1
+    vector scaling    a_y z_y + b_y      one scale and one bias per label, towards 1 and 0
 
 Three ways to learn them from labelled prompts:
 
@@ -16,12 +16,12 @@ Three ways to learn them from labelled prompts:
     "vector scaling"   the minimum of mean cross-entropy + λ/2 (|a - 1|² + |b|²)
 
 The latter two are found to convergence (`probes.components.ridge_fits`), with λ chosen on the folds
-that `reweight` uses and by the same rule: what a comparison of reweighting with calibration should
-not owe to one of them being stopped early.
+that `reweight` uses and by the same rule, so that no difference between reweighting and calibration
+comes from stopping one of them early.
 
 Source: Chang, Thomason & Jia 2024 (arXiv 2406.13131), section 5, and the behaviour of their
 script; vector scaling: Guo, Pleiss, Sun & Weinberger 2017 (arXiv 1706.04599). The recipe for
-prompt selection is not published; here it is the obvious one.
+prompt selection is not published; here the prompt of highest accuracy is selected.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ STEPS, RATE = 5000, 0.05
 
 @dataclass(frozen=True)
 class Calibration:
-    """A factor a label for the model's probabilities, or a scale and a bias for its logits.
+    """Factors of the model's label probabilities, or scales and biases of its logits.
 
     Attributes:
         weights: ``(label)``, factors or scales.
         biases: ``(label)``; None for Calib+.
         method: how they were learnt.
         penalty: ``λ``; NaN for the script, which has none.
-        gap: by how much the objective may exceed its least (nats); NaN for the script.
-        frame: a row a penalty, on held-out prompts: ``penalty, cross_entropy, accuracy,
-            chosen``; empty where none was to be chosen.
+        gap: bound of the objective above its minimum (nats); NaN for the script.
+        frame: one row per penalty, on held-out prompts: ``penalty, cross_entropy, accuracy,
+            chosen``; empty where no penalty was chosen.
     """
 
     weights: xr.DataArray
@@ -80,7 +80,7 @@ class Calibration:
         """Label probabilities times the factors, or scaled logits: ``(prompt, label)``.
 
         Raises:
-            InputError: if there are other labels than the factors are of, or in another order.
+            InputError: if the labels are not those of the factors, in the same order.
         """
         if components.labels != (known := self.weights["label"].values.tolist()):
             raise InputError(
@@ -138,10 +138,10 @@ def calibrate_many(
     """`calibrate` for each of many problems.
 
     Args:
-        components: decomposed labelled prompts, one entry a problem.
+        components: decomposed labelled prompts, one entry per problem.
         method: ``"script"`` (the source's), ``"converged"`` or ``"vector scaling"``.
-        penalty: ``λ``; by default the one of `PENALTIES` under which the cross-entropy of
-            held-out prompts is least, for each problem by itself.
+        penalty: ``λ``; by default the one of `PENALTIES` with the lowest cross-entropy of
+            held-out prompts, for each problem.
         folds: to choose the penalty, the same as those of `reweight` with this seed.
         seed: of the folds.
 
@@ -220,7 +220,7 @@ def _converged(
         fold = example_folds(targets, folds, seed=seed)
         frame = _held_out(features, offsets, targets, fold)
         penalty = chosen_penalty(frame)
-    # Parameters are fitted as departures from the model itself.
+    # Parameters are fitted as differences from the model itself.
     found = ridge_fit(features, offsets, targets, penalty=penalty)
     weights = _by_label(1 + found.values[:n_labels], components)
     made = None if method == CONVERGED else _by_label(found.values[n_labels:], components)
@@ -233,12 +233,12 @@ def _held_out(
     targets: Int[np.ndarray, " example"],
     fold: Int[np.ndarray, " example"],
 ) -> pd.DataFrame:
-    """How well each penalty does on prompts that the parameters were not fitted on."""
+    """Score of each penalty on held-out prompts."""
     losses, right = np.empty((2, len(PENALTIES), len(targets)))
     for held in np.unique(fold):
         here, values = fold == held, None
         kept = features[~here], offsets[~here], targets[~here]
-        # From the largest on, each fit begins where the one before ended.
+        # From the largest penalty down, with warm starts.
         for place in reversed(range(len(PENALTIES))):
             values = ridge_fit(*kept, penalty=PENALTIES[place], start=values).values
             logits = offsets[here] + features[here] @ values
@@ -250,10 +250,10 @@ def _held_out(
 
 @checked_arguments
 def select_prompt(candidates: Sequence[ComponentLogits]) -> int:
-    """Index of the prompt (template, demonstrations) under which the model does best.
+    """Index of the prompt (template, demonstrations) with the best accuracy.
 
-    Best is the highest accuracy of the model itself on the labelled prompts given; among equals
-    the lowest mean cross-entropy of the right label among the labels.
+    Best is the highest accuracy of the model on the labelled prompts; ties go to the lowest mean
+    cross-entropy of the right label among the labels.
 
     Raises:
         InputError: if there is no candidate, or one has no right labels.

@@ -1,4 +1,4 @@
-"""Label logits by component: how right, how biased and how alike components are."""
+"""Label logits by component: accuracy, label bias and agreement of components."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lensclust import figures
 from lensclust.errors import InputError
 from lensclust.figures import Shown
 
-# What the source counts as components.
+# The source's components.
 WRITERS = ("head", "mlp")
 
 
 @dataclass(frozen=True, repr=False)
 class ComponentLogits(Shown):
-    """What each component of a model would answer alone, for labels of one token each.
+    """Label logits of each component of a model, for labels of one token each.
 
     Attributes:
         data: ``logits (prompt, component, label)``, which add up over components to the model's
-            own, ``model_logits (prompt, label)``, but for a soft-cap (attribute ``soft_cap``, 0
-            for none) that comes after the sum. Components are ``embed``, ``head 3.12``,
-            ``mlp 3`` and ``bias``, with coordinates ``kind``, ``block`` and ``head`` (-1 for
-            none); labels have their ``token``; prompts have what ``rows`` said of them, and
-            their right label as ``target``. Attributes hold the provenance.
-        error: worst error, over prompts, of the sum against the model's own label logits, relative
-            to these or to the size of the prompt's logits, whichever is larger.
+            ``model_logits (prompt, label)``, before a soft-cap (attribute ``soft_cap``, 0 for
+            none). Components are ``embed``, ``head 3.12``, ``mlp 3`` and ``bias``, with
+            coordinates ``kind``, ``block`` and ``head`` (-1 for none); labels have their
+            ``token``; prompts have the columns of ``rows``, and their right label as ``target``.
+            Attributes hold the provenance.
+        error: largest error over prompts of the sum against the model's label logits, relative to
+            these or to the size of the prompt's logits, whichever is larger.
     """
 
     data: xr.Dataset
@@ -46,7 +46,7 @@ class ComponentLogits(Shown):
 
     @property
     def model_logits(self) -> xr.DataArray:
-        """The model's own label logits ``(prompt, label)``, after its soft-cap."""
+        """The model's label logits ``(prompt, label)``, after its soft-cap."""
         return self.data["model_logits"]
 
     @property
@@ -90,7 +90,7 @@ class ComponentLogits(Shown):
         return float((self.model_logits.argmax("label").values == self.targets).mean())
 
     def label_bias(self) -> xr.DataArray:
-        """How often each component says each label ``(component, label)``."""
+        """Share of prompts for which each component predicts each label ``(component, label)``."""
         said = self.logits.argmax("label").values
         shares = np.stack([(said == place).mean(0) for place in range(len(self.labels))], axis=1)
         return xr.DataArray(
@@ -103,18 +103,18 @@ class ComponentLogits(Shown):
     def kinds(self, *, biased: float = 0.9, level: float = 0.05) -> pd.DataFrame:
         """Sort components into good, bad and label-biased ones.
 
-        A component that says label y in a share p_y of the prompts and knows nothing of them is
-        right with probability ``chance = sum_y p_y q_y``, q_y being the label's share among the
-        right ones. Its accuracy is compared with the central interval of a binomial count with
-        that probability, of probability ``1 - level / components``.
+        A component that predicts label y in a share p_y of the prompts, independently of the right
+        labels, is right with probability ``chance = sum_y p_y q_y``, with q_y the share of right
+        labels. Its accuracy is compared with the central interval, of probability ``1 - level /
+        components``, of a binomial count with that probability.
 
         Args:
-            biased: a component that says one label at least so often is ``"label-biased"``.
-            level: probability that any of the components, if all were ignorant, lies outside.
+            biased: a component that predicts one label at least this often is ``"label-biased"``.
+            level: probability that any component lies outside, if all are at chance.
 
         Returns:
-            One row a component: ``component, kind, block, head, accuracy, chance, chance_low,
-            chance_high, favourite`` (the label said most), ``share`` (how often), ``n`` and
+            One row per component: ``component, kind, block, head, accuracy, chance, chance_low,
+            chance_high, favourite`` (the commonest prediction), ``share`` (its rate), ``n`` and
             ``type``: ``"label-biased"``, else ``"good"`` above the interval, ``"bad"`` below it,
             else ``"chance"``.
 
@@ -146,12 +146,12 @@ class ComponentLogits(Shown):
         )
 
     def transfer(self, other: ComponentLogits, *, top: int = 5) -> Transfer:
-        """How alike the accuracies of heads and MLPs are under two sets of prompts.
+        """Agreement of the accuracies of heads and MLPs on two sets of prompts.
 
         Args:
             other: the same model on other prompts: other demonstrations, another template, other
                 names for the labels.
-            top: size of the sets of best components that are compared.
+            top: size of the compared sets of best components.
 
         Raises:
             InputError: if the components are not the same, or ``top`` is out of range.
@@ -183,7 +183,7 @@ class ComponentLogits(Shown):
         return self.kinds()
 
     def plot(self) -> Any:
-        """Accuracy of every head, a heat map."""
+        """Heat map of the accuracy of every head."""
         heads = self.frame[self.frame["kind"] == "head"]
         return figures.head_map(
             heads,
@@ -214,7 +214,7 @@ class ComponentLogits(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Transfer(Shown):
-    """How alike two sets of component accuracies are.
+    """Agreement of two sets of component accuracies.
 
     Attributes:
         correlation: Pearson's, over heads and MLPs; NaN if all of one set are equal.

@@ -1,22 +1,22 @@
-"""What every component of a model would answer alone: label logits as an exact sum.
+"""Exact decomposition of label logits over a model's components (direct effects).
 
 The state before the final norm is the sum of what the embedding, every head, every MLP and the
-attention biases wrote. With the norm's scale held at what it was for the prompt, the logit of a
-label is the sum of their logits (direct effects: what a component does through later ones is
-counted there):
+attention biases wrote. With the norm's scale frozen at its value for the prompt, the logit of a
+label is the sum of their logits (direct effects: a component's effect through later ones counts as
+theirs):
 
     head    z · (W_O M) / σ          M = γ U[labels], centred over d_model for LayerNorm
-    MLP     (its output) · M / σ     its own bias included
-    embed   (what enters the first block) · M / σ
+    MLP     (its output) · M / σ     including its bias
+    embed   (input of the first block) · M / σ
     bias    (sum of attention biases) · M / σ + β U[labels] + b_U[labels]
 
-Where a model multiplies what heads add (Granite) or its logits (Cohere, Granite), so does the sum.
+Multipliers of attention outputs (Granite) or of logits (Cohere, Granite) are included in the sum.
 
-The bracket is computed once a block and label set, so no head's contribution is ever spelt out
-in ``d_model`` numbers, and unembedding is done at the last token alone.
+The bracket is computed once per block and label set, so that no head's contribution is computed in
+``d_model`` numbers, and only the last token is unembedded.
 
 Source: Chang, Thomason & Jia 2024 (arXiv 2406.13131), section 2. They leave out the embedding
-and the biases, so that their sum is not the model's logit; here it is, and that is checked.
+and the biases, so that their sum is not the model's logit; here it is, which is checked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from probes.components.label_logits import (
 )
 from probes.components.label_tokens import Choices, label_tokens
 
-# Parts that miss the model's own logits by more are refused.
+# Largest accepted relative error of the sum.
 TOLERANCE = 1e-3
 AXES = ("prompt", "component", "kind", "block", "head", "token", "target")
 
@@ -66,23 +66,23 @@ def decompose(
     share_prefixes: bool = True,
     progress: bool = True,
 ) -> ComponentLogits:
-    """Label logits at the last token, split over embedding, heads, MLPs and biases.
+    """Decompose label logits at the last token into embedding, heads, MLPs and biases.
 
     Args:
         model: a hooked model, in eval mode. Norms after a block's attention or MLP (Gemma,
-            OLMo-2) act with their own scale of the prompt, like the final one.
-        prompts: what to run; each ends at the token that predicts its label.
-        choices: label -> its single token, as an id or as the text that the tokenizer makes one
-            token of (mind the leading space); or a list of such texts, each its own label.
+            OLMo-2) have their scales frozen for the prompt, like the final norm.
+        prompts: prompts to run; each ends at the token that predicts its label.
+        choices: label -> its single token, as an id or as a text of one token (with its leading
+            space); or a list of such texts, each its own label.
         label: the column of ``prompts.rows`` that holds each prompt's right label, one of those
-            in ``choices``; None if there is none, then nothing can be scored. It becomes the
-            coordinate ``target``.
+            in ``choices``; None if there is none, which rules out scores. It becomes the coordinate
+            ``target``.
         batch_tokens, share_prefixes: as in `lensclust.extract`.
         progress: show a bar.
 
     Returns:
-        Logits ``(prompt, component, label)``, before the model's soft-cap if it has one, beside
-        the model's own.
+        Logits ``(prompt, component, label)``, before the model's soft-cap if it has one, and the
+        model's logits.
 
     Raises:
         InputError: if a label is not one token or two have the same one, a prompt's label is
@@ -107,11 +107,11 @@ def decompose(
     with progress_bar("decompose", len(prompts), enabled=progress) as advance:
 
         def read(logits: Tensor, rows: Tensor, states: States) -> Tensor:
-            # A plan for shared prefixes that fails starts again.
+            # Restarts after a failed plan for shared prefixes.
             advance(int((~seen[rows]).sum()))
             seen[rows] = True
             own = logits[:, parts.labels.to(logits.device)]
-            # How large the logits of all tokens are: one that is near 0 is no better known.
+            # Size of the logits of all tokens: a label logit near 0 has the same absolute error.
             size = logits.square().mean(1).sqrt()[:, None].expand_as(own)
             beside = torch.stack([own, size], dim=1).to(parts.matrix)
             return torch.cat([parts.of(states), beside], dim=1)
@@ -178,7 +178,7 @@ def _dataset(
     coords: dict[str, Any] = {"label": list(tokens), "token": ("label", list(tokens.values()))}
     table = component_table(model)
     coords |= {str(name): ("component", column.to_numpy()) for name, column in table.items()}
-    # The labels have an axis of that name; what was in the column is `target`.
+    # The labels have an axis of that name; the column becomes `target`.
     left_out = (column, "label") if column is None else (column,)
     rows = {k: v for k, v in prompts.label_arrays().items() if k not in left_out}
     if taken := [name for name in rows if name in (*AXES, "label")]:

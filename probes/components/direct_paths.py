@@ -1,4 +1,4 @@
-"""Scale what components write straight to the logits, and nothing that later components read."""
+"""Scale components' direct effects on the logits, with unchanged inputs of later components."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def direct_paths(
 ) -> Iterator[TransformerLensModel]:
     """Run a model with some components' direct effects on the logits scaled, at every position.
 
-    A component ``a`` of weight ``w`` adds ``(w - 1) a`` to the state that is unembedded, under
-    the final norm's scale as it is. All else is computed as before, so logits change as in
+    A component ``a`` of weight ``w`` adds ``(w - 1) a`` to the unembedded state, with the final
+    norm's scale unchanged. All else is unchanged, so logits change as in
     `probes.components.decompose`: those of a label become ``sum_j w_j g_j``, for every token of
-    the vocabulary and at every position, in generation too.
+    the vocabulary and at every position, also in generation.
 
     Args:
-        weights: component (``embed``, ``head 3.12``, ``mlp 3``, ``bias``) -> weight; those not
-            named keep 1.
+        weights: component (``embed``, ``head 3.12``, ``mlp 3``, ``bias``) -> weight; others
+            keep 1.
 
     Raises:
         InputError: if the model has no such component, or cannot be decomposed.
@@ -62,7 +62,7 @@ def direct_paths(
 
 
 class _Writers:
-    """Gathers, over one forward, what the scaled components write more than before."""
+    """Sum the changes of the scaled components' outputs over one forward."""
 
     def __init__(self, model: Any, changes: Mapping[str, float]) -> None:
         self.model, self.changes = model, changes
@@ -72,7 +72,7 @@ class _Writers:
         self.held: Tensor = torch.empty(0)
 
     def hooks(self) -> list[tuple[str, Hook]]:
-        # The first hook of a forward starts from nothing, also after one that was left early.
+        # The first hook of a forward resets the sum, also after an aborted forward.
         found: list[tuple[str, Hook]] = [(hook_name(self.model, Site("resid", 0)), self._begin)]
         for block in range(self.model.cfg.n_layers):
             found += self._of_block(block)

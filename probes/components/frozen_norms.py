@@ -1,7 +1,7 @@
-"""A norm as it acts on one state: linear, once its scale is that of the state.
+"""Norms with a frozen scale, which makes them linear.
 
 ``norm(x) = γ ⊙ (x - c mean(x)) / σ(x) + β`` with ``c`` 1 for LayerNorm and 0 for RMSNorm. With
-``σ`` held at what it was for the whole state, the norm of a sum is the sum of its parts.
+``σ`` frozen at its value for the whole state, the norm of a sum is the sum of its parts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ AMPLITUDE = 64.0
 
 @dataclass(frozen=True, eq=False)
 class FrozenNorm:
-    """What a norm multiplies, subtracts and adds, read off what it does to two states.
+    """Gain, centring and shift of a norm, inferred from its outputs for two states.
 
     Attributes:
-        gain: ``γ``, an offset of 1 included where the model stores it so.
+        gain: ``γ``, including an offset of 1 where the model stores it without.
         shift: ``β``.
         centred: whether the mean is subtracted first.
     """
@@ -34,7 +34,7 @@ class FrozenNorm:
     @classmethod
     @torch.no_grad()
     def of(cls, norm: Any, weight: Float[Tensor, ...], d_model: int) -> FrozenNorm:
-        """Of a model's norm; ``weight`` tells on which device and in which type it computes.
+        """Infer from a model's norm; ``weight`` gives its device and type.
 
         >>> import lensclust as lc
         >>> model = lc.load("native:sif-small")
@@ -42,7 +42,7 @@ class FrozenNorm:
         >>> torch.allclose(found.gain, model.ln_final.weight, atol=1e-6), found.centred
         (True, True)
         """
-        # Zero mean, no zero, and exact: +1 and -1 in turn, with 1, 1, -2 to end an odd number.
+        # Zero mean, no zero, and exact: alternating +1 and -1, ending in 1, 1, -2 if odd.
         probe = torch.ones(d_model, dtype=torch.float32)
         probe[1::2] = -1
         if d_model % 2:
@@ -55,14 +55,14 @@ class FrozenNorm:
         return cls(gain, zero, bool((moved - plain).norm() < 0.01 * (plain - zero).norm()))
 
     def scaled_only(self, states: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """The norm of states but for its scale and shift."""
+        """The norm of states without its scale and shift."""
         centred = states - states.mean(-1, keepdim=True) if self.centred else states
         return self.gain * centred
 
     def inverse_scale(
         self, before: Float[Tensor, "*rows d_model"], after: Float[Tensor, "*rows d_model"]
     ) -> Float[Tensor, " *rows"]:
-        """``1 / σ`` of each state, from what the norm made of it."""
+        """``1 / σ`` of each state, from its norm's output."""
         unscaled = self.scaled_only(before.to(self.gain))
         made = after.to(self.gain) - self.shift
         return (made * unscaled).sum(-1) / unscaled.square().sum(-1)

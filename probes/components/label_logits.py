@@ -1,4 +1,4 @@
-"""From states inside a model to the label logits of each component, one batch at a time."""
+"""Compute label logits of components from a model's states, batch by batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from probes.components.frozen_norms import FrozenNorm, exact
 
 
 def require_decomposable(model: Any, *, caller: str) -> None:
-    """Refuse a model whose label logits are no sum over its heads and MLPs.
+    """Raise InputError for a model whose label logits are no sum over heads and MLPs.
 
     Raises:
-        InputError: in the name of ``caller``, if a block has no heads, or there is no final norm
-            right before an unembedding of ``d_model`` rows.
+        InputError: if a block has no heads, or there is no final norm right before an unembedding
+            of ``d_model`` rows; ``caller`` is named in the message.
     """
     having = head_blocks(model)
     if without := sorted({*range(model.cfg.n_layers)} - {*having}):
@@ -68,12 +68,12 @@ def component_table(model: Any) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What a model multiplies parts of its sum with, measured in one forward of a few tokens.
+    """A model's multipliers of attention outputs and logits, measured in one forward.
 
     Attributes:
-        attention: of each block, what its heads' sum is multiplied with before it is added
-            (Granite's residual multiplier); 1 in most models.
-        logits: what unembedded states are multiplied with (Cohere, Granite); 1 in most.
+        attention: multiplier of each block's attention output (Granite's residual multiplier); 1
+            in most models.
+        logits: multiplier of the logits (Cohere, Granite); 1 in most models.
     """
 
     attention: tuple[float, ...]
@@ -82,7 +82,7 @@ class Multipliers:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any) -> Multipliers:
-        """Measured: each is the factor that best explains what comes out.
+        """Measure the multipliers as the best-fitting factors.
 
         >>> import lensclust as lc
         >>> Multipliers.of(lc.load("native:sif-small")).logits
@@ -130,7 +130,7 @@ def soft_cap(model: Any) -> float | None:
 
 
 def _factor(before: Tensor, after: Tensor) -> float:
-    """``f`` for which ``f before`` is nearest ``after``; 1 where rounding explains the rest."""
+    """Least-squares ``f`` of ``f before = after``; 1 where the difference is rounding."""
     rounding = max(torch.finfo(each.dtype).eps for each in (before, after))
     before, after = before.double().flatten(), after.to(before.device).double().flatten()
     found = float(before @ after / (before @ before).clamp(min=1e-30))
@@ -138,7 +138,7 @@ def _factor(before: Tensor, after: Tensor) -> float:
 
 
 class LabelLogits:
-    """Turns the states of a forward into the label logits of every component."""
+    """Convert the states of a forward into label logits of every component."""
 
     def __init__(self, model: Any, labels: Int[Tensor, " label"]) -> None:
         cfg, hooks = model.cfg, model.hook_dict
@@ -177,7 +177,7 @@ class LabelLogits:
 
 
 class _Writing:
-    """How the heads of one block write label logits, before the final norm's scale."""
+    """Map from one block's heads to label logits, before the final norm's scale."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _Writing:
     def of(
         self, states: States
     ) -> tuple[Float[Tensor, "row head label"], Float[Tensor, "row 1 label"]]:
-        """Of each head, and of what the block's attention adds whatever its heads do."""
+        """Label logits of each head, and of the bias of the block's attention."""
         z = states[self.z].to(self.bracket)
         heads = torch.einsum("rhd,hdy->rhy", z, self.bracket)
         bias = self.bias.expand(len(z), 1, -1)

@@ -1,4 +1,4 @@
-"""Labels as single tokens: what a classifier made of a language model may answer."""
+"""Labels as single tokens: the answers of a language model used as a classifier."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Choices = Mapping[str, int | str] | Sequence[str]
 
 
 def label_tokens(model: Any, choices: Choices, *, caller: str) -> dict[str, int]:
-    """Label -> the id of its one token.
+    """Map each label to the id of its single token.
 
     Args:
-        choices: label -> token id, or the text that answers it, spelt with its leading space
-            where the prompts end without one; or only the texts, each its own label.
+        choices: label -> token id, or its answer text, with a leading space where the prompts end
+            without one; or only the texts, each its own label.
 
     Raises:
-        InputError: in the name of ``caller``, if there are fewer than two labels, a text is not
-            one token (says how it splits) or not in the vocabulary, two labels have the same token,
-            an id is outside the vocabulary, or texts are given and the model has no tokenizer.
+        InputError: if there are fewer than two labels, a text is not one token (with its split)
+            or not in the vocabulary, two labels have the same token, an id is outside the
+            vocabulary, or texts are given and the model has no tokenizer; names ``caller``.
 
     >>> import lensclust as lc
     >>> label_tokens(lc.load("native:sif-small"), {"no": 3, "yes": 5}, caller="decompose")
@@ -46,7 +46,7 @@ def label_tokens(model: Any, choices: Choices, *, caller: str) -> dict[str, int]
             if taken == token:
                 raise InputError(
                     f"{caller}: labels {other!r} and {label!r} are both token {token}, expected "
-                    "a token of its own for each label"
+                    "a different token for each label"
                 )
         found[label] = int(token)
     return found

@@ -1,7 +1,7 @@
-"""Labelled examples of many problems side by side, to be fitted in one go.
+"""Labelled examples of many problems in one padded batch.
 
-A problem has examples, and each example a number of features for every label; a weight a
-feature makes logits of them. Problems may differ in how many examples and labels they have.
+A problem has examples, and each example has features for every label; one weight per feature gives
+logits. Problems may differ in their numbers of examples and labels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Examples:
 
     Attributes:
         features: ``(problem, example, label, weight)``, zero in the padding.
-        offsets: what is added to the logits whatever the weights; minus infinity for labels that
-            a problem does not have.
+        offsets: constants added to the logits; minus infinity for labels that a problem does not
+            have.
         targets: index of the right label.
-        shares: of each example in its problem's mean: 1 / examples, zero in the padding.
+        shares: weight of each example in its problem's mean: 1 / examples, zero in the padding.
     """
 
     features: Float[Tensor, "problem example label weight"]
@@ -40,7 +40,7 @@ class Examples:
         offsets: Sequence[Float[np.ndarray, "_example _label"]],
         targets: Sequence[Int[np.ndarray, " _example"]],
     ) -> Examples:
-        """One entry a problem.
+        """Make a batch from lists with one entry per problem.
 
         >>> Examples.of([np.ones((3, 2, 5))], [np.zeros((3, 2))], [np.zeros(3, int)]).shares
         tensor([[0.3333, 0.3333, 0.3333]])
@@ -55,7 +55,7 @@ class Examples:
         )
         for problem, (rows, columns, _) in enumerate(sizes.tolist()):
             made.features[problem, :rows, :columns] = torch.from_numpy(features[problem]).float()
-            # In the padding of examples too, so that a softmax there is finite.
+            # Also in the padding of examples, so that a softmax there is finite.
             made.offsets[problem, :, :columns] = 0
             made.offsets[problem, :rows, :columns] = torch.from_numpy(offsets[problem]).float()
             made.targets[problem, :rows] = torch.from_numpy(targets[problem])
@@ -63,7 +63,7 @@ class Examples:
         return made
 
     def take(self, problems: Int[Tensor, " some"]) -> Examples:
-        """Some of the problems."""
+        """The problems at these indices."""
         return Examples(
             self.features[problems],
             self.offsets[problems],
@@ -74,7 +74,7 @@ class Examples:
     def logits(
         self, weights: Float[Tensor, "problem weight column"]
     ) -> Float[Tensor, "problem example label column"]:
-        """Logits under several columns of weights a problem."""
+        """Logits under several columns of weights per problem."""
         made = (self.features.flatten(1, 2) @ weights).unflatten(1, self.offsets.shape[1:])
         return made + self.offsets[..., None]
 
@@ -90,7 +90,7 @@ class Examples:
         logits: Float[Tensor, "problem example label column"],
         shares: Float[Tensor, "problem example column"],
     ) -> Float[Tensor, "problem weight column"]:
-        """Gradient by the weights of ``sum of shares x losses``."""
+        """Gradient of ``sum of shares x losses`` with respect to the weights."""
         right = F.one_hot(self.targets, logits.shape[2])[..., None]
         residual = (logits.softmax(2) - right) * shares[:, :, None]
         return self.features.flatten(1, 2).mT @ residual.flatten(1, 2)

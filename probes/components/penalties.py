@@ -1,7 +1,7 @@
-"""Choosing a penalty by held-out labelled examples, the same way for every method.
+"""Choose a penalty on held-out labelled examples, alike for every method.
 
-Methods that learn from the same labels are compared fairly if their penalties are chosen alike:
-on the same folds, by the cross-entropy of held-out examples, of equal ones the largest penalty.
+For a fair comparison of methods that learn from the same labels, penalties are chosen alike: on the
+same folds, by the cross-entropy of held-out examples; ties go to the largest penalty.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from probes.design import deal
 
 
 def require_folds(call: str, folds: int, prompts: int) -> None:
-    """Refuse fewer than two folds, and more than there are prompts."""
+    """Raise InputError for fewer than two folds or more folds than prompts."""
     if folds < 2:
         raise InputError(f"{call}: folds={folds}, expected at least 2")
     if folds > prompts:
-        raise InputError(f"{call}: folds={folds}, expected at most {prompts}, one a prompt")
+        raise InputError(f"{call}: folds={folds}, expected at most {prompts}, one per prompt")
 
 
 def example_folds(
     targets: Int[np.ndarray, " example"], folds: int, *, seed: int
 ) -> Int[np.ndarray, " example"]:
-    """The fold of each example; those of one label are spread over folds evenly.
+    """Fold of each example; examples of a label are spread evenly over folds.
 
     >>> example_folds(np.array([0, 0, 1, 1]), 2, seed=0).reshape(2, 2).sum(1)
     array([1, 1])
@@ -40,7 +40,7 @@ def penalty_frame(
     losses: Float[np.ndarray, " penalty"],
     accuracy: Float[np.ndarray, " penalty"],
 ) -> pd.DataFrame:
-    """A row a rising penalty: ``penalty, cross_entropy, accuracy, chosen``.
+    """One row per penalty, increasing: ``penalty, cross_entropy, accuracy, chosen``.
 
     >>> frame = penalty_frame((0.1, 1.0), np.array([0.5, 0.5]), np.array([0.9, 0.8]))
     >>> frame["chosen"].tolist()
@@ -52,5 +52,5 @@ def penalty_frame(
 
 
 def chosen_penalty(frame: pd.DataFrame) -> float:
-    """The penalty that a frame chose."""
+    """The chosen penalty of a frame."""
     return float(frame.loc[frame["chosen"], "penalty"].iloc[0])

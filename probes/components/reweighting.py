@@ -1,23 +1,21 @@
-"""Weigh components anew from a few labelled prompts, so that the good ones are heard.
+"""Reweight a model's components from a few labelled prompts.
 
 With ``g_j`` the label logits of component j, the weights w minimise
 
     mean over prompts of cross-entropy(softmax(fixed + sum_j w_j g_j), right label) + λ |w|_1
 
-over heads and MLPs; the embedding and the biases keep weight 1, so that weights of 1 are the
-model itself. They stay within 0 and 1 (a bad component can be muted), or are free (it can be
-inverted). The minimum is found and certified (`probes.components.sparse_fits`); the loss is convex,
-so where a fit begins does not matter. A soft-cap of the model's logits is left out of the loss.
+over heads and MLPs; the embedding and the biases keep weight 1, so that weights of 1 give the model
+itself. Weights are between 0 and 1 (a bad component can be muted), or free (it can be inverted).
+The minimum is certified (`probes.components.sparse_fits`); the loss is convex, so the start of a
+fit does not matter. A soft-cap of the model's logits is left out of the loss.
 
-Standard of evidence: weights are fitted and the penalty chosen on the prompts given here, so
-what they are worth shows on other prompts, beside the model itself and beside `calibrate`, which
-uses as many labels.
+Standard of evidence: weights are fitted and the penalty chosen on the prompts given here, so their
+accuracy is reported on other prompts, beside the model and `calibrate`, which uses as many labels.
 
 Source: Chang, Thomason & Jia 2024 (arXiv 2406.13131), section 4. ``official=True`` runs their
-script's schedule as it is, with its flaw: it stops as soon as every labelled prompt is right, or
-after three steps in all that did not lower the loss, so that with few labels the weights may
-never leave 1, and how many reach 0 depends on the length of the run
-(`probes.components.scripted_fits`).
+script's schedule unchanged, with its flaw: it stops as soon as every labelled prompt is right, or
+after a total of three steps without a new lowest loss, so that with few labels the weights may stay
+at 1, and the number of zeros depends on the length of the run (`probes.components.scripted_fits`).
 """
 
 from __future__ import annotations
@@ -49,8 +47,8 @@ from probes.components.sparse_fits import sparse_fits
 from probes.steering import Edit, Indices, Intervention, Positions, steer
 
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-_MAX_PENALTY = 1e12  # far beyond, where all weights are 0, the solver overflows
-# Gap at which a penalty can be told from another.
+_MAX_PENALTY = 1e12  # far above, where all weights are 0, the solver overflows
+# Gap that separates penalties.
 CHOOSING = 1e-3
 SCRIPT = {"rate": 0.05, "penalty": 0.01, "steps": 2000}
 
@@ -94,14 +92,14 @@ def reweight_many(
     """Weights for many tasks, templates and sets of labelled prompts, fitted as one batch.
 
     Args:
-        components: decomposed labelled prompts, one entry a problem; all of one model.
+        components: decomposed labelled prompts, one entry per problem; all of one model.
         box: keep weights between 0 and 1.
-        penalty: ``λ``; by default the one of `PENALTIES` under which the cross-entropy of
-            held-out prompts is least, for each problem by itself.
-        folds: that the prompts are dealt into to choose the penalty.
-        seed: of the dealing.
-        official: the schedule of the source's script instead: heads and MLPs alone, its
-            penalty, its stopping rules.
+        penalty: ``λ``; by default the one of `PENALTIES` with the lowest cross-entropy of
+            held-out prompts, for each problem.
+        folds: number of folds to choose the penalty.
+        seed: of the folds.
+        official: use the schedule of the source's script: heads and MLPs alone, its penalty, its
+            stopping rules.
 
     Raises:
         InputError: if there is no problem, components differ, there are fewer labelled prompts
@@ -170,14 +168,14 @@ def _check(
 def _held_out(
     examples: Examples, components: Sequence[ComponentLogits], *, box: bool, folds: int, seed: int
 ) -> list[pd.DataFrame]:
-    """How well each penalty does on prompts that the weights were not fitted on."""
+    """Score of each penalty on held-out prompts."""
     out = torch.zeros(*examples.shares.shape, folds, dtype=torch.bool)
     for problem, each in enumerate(components):
         targets = each.targets
         fold = example_folds(targets, folds, seed=seed)
         out[problem, torch.arange(len(targets)), torch.from_numpy(fold)] = True
     kept = examples.shares[..., None] * ~out
-    # Every fold under every penalty is a column.
+    # One column for each fold and penalty.
     shares = (kept / kept.sum(1, keepdim=True)).repeat(1, 1, len(PENALTIES))
     penalties = (
         torch.tensor(PENALTIES, dtype=torch.float32)
@@ -200,15 +198,15 @@ def _held_out(
 
 @dataclass(frozen=True, repr=False)
 class Reweighting(Shown):
-    """One weight a component, to predict with and to run a model with.
+    """One weight per component, to predict and to run a model with.
 
     Attributes:
         weights: ``(component)``; those of ``embed`` and ``bias`` are 1 (0 if official).
         penalty: ``λ`` of these weights.
-        gap: by how much the objective may exceed its least (nats); NaN if official, which does
-            not look for the least.
-        frame: what the penalty was chosen by: ``penalty, cross_entropy, accuracy`` on held-out
-            prompts and ``chosen``; empty if it was given.
+        gap: bound of the objective above its minimum (nats); NaN if official, which does not
+            minimise it.
+        frame: the choice of the penalty: ``penalty, cross_entropy, accuracy`` on held-out prompts
+            and ``chosen``; empty if it was given.
     """
 
     weights: xr.DataArray
@@ -217,12 +215,12 @@ class Reweighting(Shown):
     frame: pd.DataFrame
 
     def logits(self, components: ComponentLogits) -> xr.DataArray:
-        """Label logits of other prompts under these weights ``(prompt, label)``: exact, no model.
+        """Label logits of other prompts under these weights ``(prompt, label)``, without a model.
 
-        Only what components write straight to the logits is scaled.
+        Only direct effects on the logits are scaled; the result is exact.
 
         Raises:
-            InputError: if the components are others.
+            InputError: if the components differ.
         """
         names = components.data["component"].values.tolist()
         if names != self.weights["component"].values.tolist():
@@ -243,10 +241,10 @@ class Reweighting(Shown):
 
     @contextmanager
     def direct(self, model: TransformerLensModel) -> Iterator[TransformerLensModel]:
-        """Run a model so that its logits are those of `logits`, at every token and position.
+        """Run a model with the logits of `logits`, at every token and position.
 
-        Only what components write straight to the logits is scaled; what later ones read is as
-        before. See `probes.components.direct_paths`.
+        Only direct effects on the logits are scaled; inputs of later components are unchanged.
+        See `probes.components.direct_paths`.
         """
         by_name = zip(self.weights["component"].values.tolist(), self.weights.values, strict=True)
         with direct_paths(model, {name: float(weight) for name, weight in by_name}):
@@ -260,11 +258,11 @@ class Reweighting(Shown):
         positions: Positions | None = None,
         since: Indices | None = None,
     ) -> Iterator[TransformerLensModel]:
-        """Run a model whose heads and MLPs write what they write times their weight.
+        """Run a model with the outputs of heads and MLPs scaled by their weights.
 
-        Everything later reads the scaled outputs, so this is another thing than `direct`: it
-        asks whether a component's part in the whole computation is what the weights say. The
-        embedding and the biases are left alone: the whole computation hangs on them.
+        Later components read the scaled outputs, unlike in `direct`: this tests whether the
+        weights also hold for a component's total effect. The embedding and the biases are
+        unchanged, since the whole computation depends on them.
 
         Args:
             positions, since: as in `probes.steering.steer`.
@@ -282,7 +280,7 @@ class Reweighting(Shown):
 
     @property
     def intervention(self) -> Intervention:
-        """Scales the states of heads (``hook_z``) and MLPs by their weights (1 elsewhere)."""
+        """Scale the states of heads (``hook_z``) and MLPs by their weights (1 elsewhere)."""
         scales = self._scales()
 
         def edit_at(site: Site) -> Edit:
@@ -292,7 +290,7 @@ class Reweighting(Shown):
         return Intervention("reweighting", edit_at)
 
     def plot(self) -> Any:
-        """The weight of every head, a heat map."""
+        """Heat map of the weight of every head."""
         where = self.weights["kind"].values == "head"
         heads = pd.DataFrame(
             {name: self.weights[name].values[where] for name in ("block", "head")}

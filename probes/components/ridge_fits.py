@@ -1,11 +1,11 @@
-"""Parameters near given ones that minimise cross-entropy: a few, with a squared penalty.
+"""Minimise cross-entropy with a squared penalty over a few parameters.
 
 With features ``x`` of every label the parameters θ minimise
 
     mean over examples of cross-entropy(softmax(offset + x θ), right label) + λ/2 |θ|²
 
-by scipy's trust-region Newton method. The objective curves by λ at least, so that it exceeds its
-least by at most ``|gradient|² / 2λ``: the gap that every fit states.
+by scipy's trust-region Newton method. The objective is λ-strongly convex, so that it exceeds its
+minimum by at most ``|gradient|² / 2λ``: the gap of every fit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy.special import log_softmax
 
 @dataclass(frozen=True, eq=False)
 class RidgeFit:
-    """Parameters, and by how much their objective may exceed its least (nats)."""
+    """Parameters, and a bound of their objective above its minimum (nats)."""
 
     values: Float[np.ndarray, " parameter"]
     gap: float
@@ -38,7 +38,7 @@ def ridge_fit(
 
     Args:
         penalty: ``λ``, above 0.
-        start: parameters to begin with; the minimum is the same from anywhere.
+        start: initial parameters; the minimum does not depend on them.
 
     >>> found = ridge_fit(np.eye(2)[:, :, None], np.zeros((2, 2)), np.array([0, 0]), penalty=1.0)
     >>> found.values.round(6) + 0.0, found.gap < 1e-9  # pulled either way, equally

@@ -1,12 +1,12 @@
-"""The source's own way to fit weights, step by step, with its stopping rules.
+"""The source script's fit of weights, with its stopping rules.
 
 Plain gradient steps over all examples, from weights of 1. A fit ends when every example is right
-(looked at in steps 0, 100, 200, ...), or after the third step in all, not in a row, whose
-cross-entropy is not below the lowest so far (100 to begin with).
+(checked in steps 0, 100, 200, ...), or after a total of three steps, not consecutive, whose
+cross-entropy is not below the lowest so far (initially 100).
 
-So the length of a run, not the penalty alone, says how many weights get to 0: one that no
-example pulls at falls by ``rate x penalty`` a step. With few examples the model may be right on
-all of them at once, and the weights then stay where they began.
+So the number of zero weights depends on the length of a run, not on the penalty alone: a weight
+without gradient falls by ``rate x penalty`` per step. With few examples the model may be right on
+all of them at the start, and the weights then stay at 1.
 
 Source: behaviour of the script that comes with Chang, Thomason & Jia 2024 (arXiv 2406.13131).
 """
@@ -35,12 +35,12 @@ def scripted_fits(
     """Weights of every problem after the scripted schedule.
 
     Args:
-        rate: length of a step.
-        penalty: of the sum of absolute weights, as they are before they are clipped.
-        steps: at most so many.
-        clipped: logits are made with weights clipped to 0..1, and a weight outside is not
-            pulled at by the examples.
-        check_first: look for all right before the step (as for Calib+), else after it.
+        rate: learning rate.
+        penalty: of the sum of absolute weights, before they are clipped.
+        steps: maximum number of steps.
+        clipped: use weights clipped to 0..1 in the logits; a weight outside gets no gradient from
+            the examples.
+        check_first: check whether all are right before the step (as for Calib+), else after it.
 
     >>> import numpy as np
     >>> idle = Examples.of([np.zeros((2, 2, 1))], [np.zeros((2, 2))], [np.array([1, 0])])

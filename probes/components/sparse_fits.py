@@ -1,11 +1,10 @@
-"""Weights that minimise cross-entropy plus an L1 penalty: many problems and penalties at once.
+"""Minimise cross-entropy plus an L1 penalty, for many problems and penalties at once.
 
 A primal-dual interior-point method (Boyd & Vandenberghe 2004, section 11.7): few Newton steps
-whatever the scales of the components, which differ by orders of magnitude. There are fewer
-examples than weights, so a step solves a system of examples x (labels - 1) unknowns. Without a
-box a weight is the difference of two that are not negative. Convergence is certified, not
-assumed: with ``h`` the gradient of the loss, no weights allowed can do better than the current
-ones by more than
+at any scales of the components, which differ by orders of magnitude. There are fewer examples than
+weights, so a step solves a system of examples x (labels - 1) unknowns. Without a box a weight is
+the difference of two nonnegative ones. Convergence is certified: with ``h`` the gradient of the
+loss, the objective is above its minimum by at most
 
     box       sum_j  (h_j + λ) w_j - min(h_j + λ, 0)
     no box    h · w + λ |w|_1 + R max(max_j |h_j| - λ, 0)              R = objective / λ
@@ -24,13 +23,13 @@ from torch.nn import functional as F
 
 from probes.components.labelled_examples import Examples
 
-# Each step aims at this share of what is left, and goes so far towards a bound.
+# Target share of the duality gap after a step, and share of the distance to a bound.
 CENTRING, TO_THE_BOUND = 0.1, 0.99
 
 
 @dataclass(frozen=True, eq=False)
 class SparseFits:
-    """Weights of every problem and column, and by how much the objective may exceed its least."""
+    """Weights of every problem and column, and a bound of the objective above its minimum."""
 
     weights: Float[Tensor, "problem weight column"]
     gap: Float[Tensor, "problem column"]
@@ -52,8 +51,8 @@ def sparse_fits(
         shares: weight of each example in each column's loss (0 leaves it out).
         penalties: ``λ``; above 0 without a box.
         box: keep every weight between 0 and 1.
-        tolerance: largest gap (nats) at which a column counts as done.
-        max_steps: when to give up; the gap then says how far it may still be.
+        tolerance: gap (nats) at which a column has converged.
+        max_steps: maximum number of steps; the gap then bounds the remaining error.
 
     >>> examples = Examples.of([torch.eye(2)[:, :, None].repeat(1, 1, 3).numpy()],
     ...                        [torch.zeros(2, 2).numpy()], [torch.tensor([0, 1]).numpy()])
@@ -72,8 +71,8 @@ def sparse_fits(
             found = columns.certified(point.x)
             done = (found.gap <= tolerance) | (step == max_steps)
             if bool(done.any()):
-                # A weight closer to its bound than the bound's force is strong is on it, unless
-                # that is worse.
+                # A weight closer to its bound than the size of its multiplier is set to the bound,
+                # unless that is worse.
                 rounded = columns.certified(point.rounded())
                 better = rounded.gap <= found.gap.clamp_min(tolerance)
                 final = torch.where(better[:, None], rounded.weights, found.weights)
@@ -91,7 +90,7 @@ def sparse_fits(
 
 @dataclass(frozen=True, eq=False)
 class _Certified:
-    """The gradient of the loss by ``x``, the weights that ``x`` stands for, and their gap."""
+    """The gradient of the loss by ``x``, the weights that ``x`` encodes, and their gap."""
 
     slope: Float[Tensor, "column x"]
     weights: Float[Tensor, "column weight"]
@@ -100,7 +99,7 @@ class _Certified:
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """The columns of one problem, each with the examples that count in it; in float64."""
+    """The columns of one problem, each with its examples, in float64."""
 
     features: Float[Tensor, "column example label weight"]
     offsets: Float[Tensor, "column example label"]
@@ -160,13 +159,13 @@ class _Columns:
     def bend(self, x: Float[Tensor, "column x"]) -> Float[Tensor, "column row x"]:
         """``A`` with the loss's second derivative ``AᵀA``.
 
-        That of an example is the covariance of its label's features under the model, which has
-        a triangular root in closed form (Tanabe & Sagae 1992).
+        For an example it is the covariance of its label's features under the model, which has a
+        triangular root in closed form (Tanabe & Sagae 1992).
         """
         chances = self._logits(self._weights(x)).softmax(2)
         seen = chances[..., None] * self.features
         after = (seen.flip(2).cumsum(2).flip(2) - seen)[:, :, :-1]
-        # Of the labels after each, and of those and itself.
+        # Probabilities of the labels after each, without and with itself.
         tail = chances.flip(2).cumsum(2).flip(2).clamp_min(1e-300)
         chance, left, rest = chances[:, :, :-1], tail[:, :, :-1], tail[:, :, 1:]
         own = (chance * rest / left).sqrt()[..., None] * self.features[:, :, :-1]
@@ -188,7 +187,7 @@ class _Columns:
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """Numbers inside their bounds, and the multiplier of either bound."""
+    """Variables inside their bounds, and the multipliers of both bounds."""
 
     x: Float[Tensor, "column x"]
     low: Float[Tensor, "column x"]
@@ -206,7 +205,7 @@ class _Point:
 
     @property
     def room(self) -> Float[Tensor, "column x"]:
-        """Up to the upper bound; what it is where there is none does not count."""
+        """Distance to the upper bound; unused where there is none."""
         return torch.where(self.high > 0, 1 - self.x, 1.0)
 
     def stepped(self, columns: _Columns, slope: Float[Tensor, "column x"]) -> _Point:
@@ -240,6 +239,6 @@ class _Point:
 def _furthest(
     values: Float[Tensor, "column x"], move: Float[Tensor, "column x"]
 ) -> Float[Tensor, "column 1"]:
-    """How much of a move leaves every value above 0."""
+    """Largest share of a step that keeps every value above 0."""
     ratio = torch.where((move < 0) & (values > 0), values / -move, torch.inf)
     return (TO_THE_BOUND * ratio.amin(1, keepdim=True)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""What a score is compared with: which rows may trade labels, and how often."""
+"""Null distributions: which rows may exchange labels, folds, groups and centroids."""
 
 import lazy_loader
 

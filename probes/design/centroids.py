@@ -1,4 +1,4 @@
-"""Mean states of labels, collected site by site so that activations may stay on disk."""
+"""Mean states by label, computed site by site so that activations can stay on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lensclust.models import Site
 
 
 class Centroids:
-    """Mean states by label (and condition), collected site by site."""
+    """Mean states by label (and condition), accumulated site by site."""
 
     def __init__(
         self, labels: np.ndarray, condition: np.ndarray | None, by: str, given: str | None
@@ -70,12 +70,12 @@ def mean_states(
     kinds: str | Sequence[str] | None = None,
     position: str | None = None,
 ) -> xr.Dataset:
-    """Mean state of each label, for each value of ``given``, at every site.
+    """Mean state of each label at every site, within each value of ``given``.
 
     Returns:
         By variable of the activations: ``resid (layer, [given,] label, d_model)``,
         ``z (block, head, ...)``; NaN where no prompt has that label and value. Prompts without
-        a label are left out (and a line says so in the log).
+        a label are left out, with a line in the log.
 
     Raises:
         InputError: if a label or position does not exist.

@@ -1,20 +1,20 @@
-"""Which rows are held out together, and which labellings a probe's score is compared with.
+"""Folds of a probe, and the labellings of its null and control tasks.
 
-Folds keep a group (a template, an instruction) on one side. The null permutes labels over what
-is exchangeable and over nothing finer, since rows that share a wording are not independent
-(`probes.design`): whole wordings, or the labels within each, and where no column tells wordings
-apart the groups take their place. Without either, rows trade labels within their fold.
+Folds keep a group (a template, an instruction) on one side. The null permutes labels over
+exchangeable units and nothing finer, since rows that share a wording are not independent
+(`probes.design`): whole wordings, or the labels within each, and without a column of wordings the
+groups take their place. Without either, rows exchange labels within their fold.
 
-    groups lie inside units (or units are groups)   dealt to folds by unit (by label), so that each
-                                                    label spreads evenly
-    units lie inside a fold                         they trade labels with those of their fold
+    groups lie inside units (or units are groups)   assigned to folds by unit (by label), so that
+                                                    each label spreads evenly
+    units lie inside a fold                         they exchange labels with those of their fold
 
 No relabelling above changes how many such groups a fold has, so the null stays exact. With
-``exchange="rows"`` single rows trade labels within their group, right only if labels were given
-out row by row.
+``exchange="rows"`` single rows exchange labels within their group, valid only if labels were
+assigned row by row.
 
 A control task (Hewitt & Liang 2019, arXiv 1909.03368) gives each value of a label, such as each
-input word, a target label at random: what a probe scores there it has memorised.
+input word, a random target label: a probe's score there is memorisation.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Design:
         codes: index into ``names``; column 0 holds the true labels, then come the control tasks,
             then the permuted labels.
         fold: the fold in which a row is tested.
-        n_folds, n_controls: how many.
+        n_folds, n_controls: numbers of folds and control tasks.
         exchanged: what the null permutes, such as ``template`` or ``task within template``.
-        smallest_p: the smallest p that there could be; NaN without permutations.
-        notes: what a reader of the scores should know, one sentence each.
+        smallest_p: the smallest possible p; NaN without permutations.
+        notes: caveats of the scores, one sentence each.
     """
 
     names: np.ndarray
@@ -71,7 +71,7 @@ def design(
     units: Units = None,
     seed: int = 0,
 ) -> Design:
-    """Deal rows into folds and draw control tasks and permuted labels.
+    """Assign rows to folds and draw control tasks and permuted labels.
 
     Raises:
         InputError: if a label does not exist, ``target`` or ``control`` has one value, there are
@@ -95,7 +95,7 @@ def design(
         found = _exchange(acts, names[true], target, groups, units)
     dealing, controlling, permuting = np.random.default_rng(seed).spawn(3)
     strata = (table > 0).argmax(1)
-    # What straddles folds must be spread over them evenly, whatever its label.
+    # Units that span folds must spread over them evenly, whatever their label.
     if nested(group, found.unit) and not nested(found.unit, group):
         strata = found.unit[np.unique(group, return_index=True)[1]]
     fold = deal(strata, folds, dealing)[group]
@@ -108,7 +108,7 @@ def design(
     labels = found.labellings(permutations, seed=int(permuting.integers(2**32)))
     return Design(
         names=names,
-        # The narrowest type: comparing codes is a good part of the work.
+        # The narrowest type: comparing codes takes much of the time.
         codes=np.stack([true, *drawn, *labels[1:]], axis=1).astype(np.min_scalar_type(-len(names))),
         fold=fold,
         n_folds=folds,
@@ -122,7 +122,7 @@ def design(
 def deal(
     strata: Int[np.ndarray, " group"], folds: int, rng: np.random.Generator
 ) -> Int[np.ndarray, " group"]:
-    """A fold for each group: groups of one stratum are dealt out like cards, in random order.
+    """Fold of each group: groups of a stratum are spread evenly over folds, in random order.
 
     >>> fold = deal(np.array([0, 0, 0, 1, 1, 1]), 3, np.random.default_rng(0))
     >>> sorted(fold[:3].tolist()), sorted(fold[3:].tolist())
@@ -139,12 +139,12 @@ def deal(
 def _exchange(
     acts: xr.Dataset, labels: np.ndarray, target: str, groups: str | None, units: Units
 ) -> Exchange:
-    """What trades labels; groups are the units where no wording is known, or inside one."""
+    """Exchangeable units; groups are the units where no wording is known, or within one."""
     found = exchangeable(labels, acts, by=target, units=units, call="probe")
     if units is not None:
         return found
     if groups is None:
-        # Rows that share nothing else trade labels within their fold, not within their input.
+        # Rows that share nothing else exchange labels within their fold, not within their input.
         alone = found.wording is None and found.unit.max() + 1 == len(labels)
         return exchangeable(labels, acts, by=target, units=ROWS) if alone else found
     group = _codes(prompt_labels(acts, groups))
@@ -156,7 +156,7 @@ def _exchange(
 def _rows_within(
     acts: xr.Dataset, target: str, groups: str | None, table: Int[np.ndarray, "group label"]
 ) -> Exchange:
-    """Single rows, within their group if there are groups."""
+    """Exchange of single rows, within their group if there are groups."""
     condition = None if groups is None else prompt_labels(acts, groups)
     if groups is not None and ((table > 0).sum(1) == 1).all():
         raise InputError(
@@ -168,7 +168,7 @@ def _rows_within(
 
 
 def _require_exchangeable(found: Exchange, folds: int) -> list[str]:
-    """Notes on how much the null can say; an error where it can say nothing."""
+    """Notes on the resolution of the null; an error if nothing is exchangeable."""
     if not found.moves:
         raise InputError(
             f"probe: no labels can be exchanged ({found.exchanged}, {folds} folds): use fewer "
@@ -185,7 +185,7 @@ def _require_exchangeable(found: Exchange, folds: int) -> list[str]:
 def _require_learnable(
     names: np.ndarray, table: Int[np.ndarray, "fold class"], target: str, groups: str | None
 ) -> list[str]:
-    """A note on labels that training never sees when they are tested; an error if all are."""
+    """A note on labels that are never in training when tested; an error if all are."""
     where = "one row" if groups is None else f"one {groups} or fold"
     alone = names[(table > 0).sum(0) < 2]
     if len(names) - len(alone) < 2:

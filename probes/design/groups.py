@@ -1,4 +1,4 @@
-"""Which prompts are scored together, against which labels, and the mean over those groups."""
+"""Groups of prompts that are scored together, their labels, and means over groups."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Group:
     """Rows clustered together, and the labellings their partition is scored against.
 
     Attributes:
-        name: what the rows share.
+        name: the value that the rows share.
         rows: indices into the matrix.
         k: number of clusters.
         codes: labelling -> one row of label codes for the true labels, then the permuted ones.
-        wording: labelling -> wording of each row, where rows that share one and rows that do not
-            are told apart (`probes.clustering.agreement.cross_wording_ari`).
+        wording: labelling -> wording of each row, to separate pairs of rows of one wording from
+            others (`probes.clustering.agreement.cross_wording_ari`).
     """
 
     name: str
@@ -37,7 +37,7 @@ class Group:
 
     @cached_property
     def crossed(self) -> frozenset[str]:
-        """Labellings that some rows of different wordings share, and some do not."""
+        """Labellings in which rows of different wordings both agree and differ."""
         return frozenset(name for name in self.wording if self._crosses(name))
 
     def _crosses(self, name: str) -> bool:
@@ -60,15 +60,15 @@ def label_groups(
     permutations: int,
     seed: int,
 ) -> tuple[list[Group], dict[str, Exchange], list[str]]:
-    """The rows to score together, without what cannot be scored, and the reasons.
+    """Groups of rows to score, without unscorable ones, and reasons for these.
 
-    The null relabels what is exchangeable (`probes.design`), in all groups alike.
+    The null permutes labels over exchangeable units (`probes.design`), alike in all groups.
 
     Args:
-        acts: their columns tell what is exchangeable.
+        acts: activations, whose columns define the exchangeable units.
 
     Returns:
-        Groups, what trades labels under the null of each labelling, and the reasons.
+        Groups, the exchange of each labelling under the null, and the reasons.
 
     Raises:
         InputError: if ``by`` has one value, ``k`` exceeds the rows of every group, or nothing is
@@ -95,7 +95,7 @@ def label_groups(
             chosen[str(value)] = (members, k or present)
     if k is not None and len(small) == len(parts):
         largest = max(len(part) for part in parts.values())
-        raise InputError(f"{call}: k={k} clusters asked for, but at most {largest} rows to cluster")
+        raise InputError(f"{call}: k={k} clusters requested, but at most {largest} rows to cluster")
     if not chosen:
         raise InputError(
             f"{call}: nothing to cluster by {by!r} given {given!r}: no group holds two labels "
@@ -133,14 +133,14 @@ def label_groups(
 
 
 def _compact(codes: np.ndarray) -> np.ndarray:
-    """The same codes without gaps."""
+    """Renumber codes without gaps."""
     return np.unique(codes, return_inverse=True)[1].reshape(codes.shape).astype(np.int32)
 
 
 def only_renamed(
     codes: Int[np.ndarray, "labelling row"],
 ) -> Bool[np.ndarray, " labelling"]:
-    """Which labellings tell rows apart as the first one does, under whatever names."""
+    """Mask of labellings that equal the first one up to names."""
     labels = int(codes.max()) + 1
     met = np.zeros((len(codes), labels, labels), dtype=bool)
     met[np.arange(len(codes))[:, None], codes, codes[0]] = True
@@ -148,7 +148,7 @@ def only_renamed(
 
 
 def require_two_values(call: str, name: str, values: np.ndarray) -> None:
-    """Refuse a label that tells no prompts apart.
+    """Raise InputError for a label with one value.
 
     >>> require_two_values("cluster", "task", np.array(["plural", "plural"]))
     Traceback (most recent call last):
@@ -169,13 +169,13 @@ def against_null(
     *,
     tested: Float[np.ndarray, " labelling"] | None = None,
 ) -> dict[str, Any]:
-    """Mean over groups of the true labels' score, beside the same mean under relabellings.
+    """Mean over groups of the true labels' score, and its null under relabellings.
 
     Args:
-        tested: what p is of, where that is not the mean itself.
+        tested: the statistic of p, where that is not the mean.
     """
     mean = scores.mean(0)
-    # Where there is no other relabelling, the true one is the null.
+    # Without any other relabelling, the true one is the null.
     value, null = float(mean[0]), mean[1:] if mean.size > 1 else mean
     of = mean if tested is None else tested
     return {

@@ -1,4 +1,4 @@
-"""Which prompt is moved to which label, what that label would answer, and who lends a state."""
+"""Targets, target answers and donor prompts of interchange interventions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prompt_strings(prompts: Prompts, name: str) -> np.ndarray:
 def answer_table(
     prompts: Prompts, donors: Prompts | None, by: str, given: str
 ) -> dict[tuple[str, str], int]:
-    """First token of each label's answer to each condition, as the prompts have it."""
+    """First token of each label's answer within each condition, from the prompts."""
     table: dict[tuple[str, str], int] = {}
     for part in (prompts, donors):
         if part is not None:
@@ -60,7 +60,7 @@ def draw_targets(
     rounds: int | None,
     seed: int,
 ) -> np.ndarray:
-    """The label each prompt is moved to ``(round, prompt)``, empty where it has no further one."""
+    """Target label of each prompt ``(round, prompt)``, empty where none is left."""
     if rounds is not None and rounds < 1:
         raise InputError(f"interchange: rounds={rounds}, expected at least 1, or None for all")
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def draw_targets(
 def draw_members(
     targets: np.ndarray, condition: np.ndarray, donors: Prompts, by: str, given: str, seed: int
 ) -> Int[np.ndarray, "round prompt"]:
-    """A random donor of each prompt's target, with the prompt's condition where there is one."""
+    """A random donor of each prompt's target, of the prompt's condition if possible."""
     rng = np.random.default_rng([seed, 1])
     labels, conditions = prompt_strings(donors, by), prompt_strings(donors, given)
     found = np.zeros(targets.shape, dtype=np.int64)

@@ -1,12 +1,12 @@
-"""Which rows may trade labels under the null: exchangeable units, from the rows' own columns.
+"""Exchangeable units: which rows may exchange labels under the null, from their columns.
 
 Rows that share a wording (an expression of the synthetic task, an instruction's sentence) are
-alike whatever their task, so a null that permutes single rows calls recognition of the wording a
-task. Rows of one *unit* move together, the units of one *block* trade labels, and one relabelling
-serves all inputs. Columns are recognised by name:
+alike whatever their task, so a null that permutes single rows mistakes recognition of the wording
+for the task. Rows of one *unit* stay together, units of one *block* exchange labels, and one
+relabelling serves all inputs. Columns are recognised by name:
 
-    wording   the first of ``template``, ``wording``, ``instruction`` that is there, is not the
-              label itself and is not the same in all rows; an ``instruction`` that only repeats
+    wording   the first of ``template``, ``wording``, ``instruction`` that exists, is not the
+              label itself and is not constant; an ``instruction`` that only repeats
               ``task/template`` is a name, not a wording
     input     ``input``
 
@@ -18,13 +18,13 @@ serves all inputs. Columns are recognised by name:
     no wording, each input has one label           input                    all
     neither                                        row                      all
 
-Where some wordings have one label and others several, both rules hold side by side. Where the
-label is the wording, units are what is nested in it (its strings), and they trade places within
-their task. Units that lie inside one condition (``given``) each stay in it.
+Where some wordings have one label and others several, both rules apply. Where the label is the
+wording, units are the values nested in it (its strings), and they exchange labels within their
+task. Units that each lie within one condition (``given``) stay in it.
 
-Relabellings that only rename labels give every score again, so they count once: tasks with two
-wordings each, three of them, have 6! / 2!³ / 3! = 15. Where there are no more than were wanted,
-all are taken and the test is exact. p is never below 1 / their number.
+Relabellings that only rename labels give equal scores, so they count once: three tasks with two
+wordings each have 6! / 2!³ / 3! = 15. If there are no more than the requested permutations, all
+are used and the test is exact. p is never below 1 / their number.
 
 Source: exchangeability blocks, Winkler et al. 2015; counting the data among the relabellings,
 Phipson & Smyth 2010.
@@ -47,10 +47,10 @@ from lensclust.errors import InputError
 
 WORDINGS = ("template", "wording", "instruction")
 INPUT, TASK, ROWS = "input", "task", "rows"
-# Units that trade labels and differ more than this in rows change how frequent labels are.
+# Exchanged units that differ in size by more than this ratio change label frequencies.
 UNEQUAL = 1.5
 UNEQUAL_ROWS = "changes how many rows a label has"
-# Above this, no p can be called small: the notes say so.
+# If the smallest possible p is above this, a note is given.
 COARSE = 0.05
 # Entries of relabellings drawn at once.
 ENTRIES = 2**22
@@ -60,20 +60,20 @@ Units = str | Sequence[str] | np.ndarray | None
 
 @dataclass(frozen=True)
 class Exchange:
-    """Rows that move together, and with which others they trade labels.
+    """Units of rows that keep a common label, and blocks within which they exchange labels.
 
     Attributes:
         unit: of each row; rows of one unit keep a common label.
         label: code of the label of each unit.
         block: of each unit; labels are permuted within blocks.
-        place: of each row within its unit, inputs in one order in all units.
-        wording: of each row; None where no column says so.
-        exchanged: what trades labels, such as ``template`` or ``task within template``.
+        place: of each row within its unit, with inputs in the same order in all units.
+        wording: of each row; None without such a column.
+        exchanged: what exchanges labels, such as ``template`` or ``task within template``.
         by: name of the label.
         remarks: on the rows, one sentence each.
-        renamed: whether the score is the same when labels trade names.
-        alike: share of the labellings that only rename the labels of every group of rows that is
-            scored: they tie with the truth, whatever the data are.
+        renamed: whether the score is invariant to renaming labels.
+        alike: share of the labellings that only rename the labels of every scored group of rows:
+            they tie with the truth for any data.
     """
 
     unit: Int[np.ndarray, " row"]
@@ -89,7 +89,7 @@ class Exchange:
 
     @property
     def log_distinct(self) -> float:
-        """Logarithm of the number of relabellings that can give other scores."""
+        """Logarithm of the number of relabellings that can give different scores."""
         table = self._table()
         found = float((gammaln(table.sum(1) + 1) - gammaln(table + 1).sum(1)).sum())
         if self.renamed:
@@ -99,12 +99,12 @@ class Exchange:
 
     @property
     def moves(self) -> bool:
-        """Whether any label can change places with another."""
+        """Whether any two labels can be exchanged."""
         return replace(self, renamed=False).log_distinct > 1e-9
 
     @property
     def coarse(self) -> str:
-        """A note where no p can be small; empty where it can."""
+        """A note if no p can be small, else empty."""
         least = self._least()
         if least <= COARSE:
             return ""
@@ -113,7 +113,7 @@ class Exchange:
 
     @property
     def unequal(self) -> str:
-        """A note where relabelling changes how frequent labels are; empty where not."""
+        """A note if relabelling changes label frequencies, else empty."""
         sizes = np.bincount(self.unit)[np.bincount(self.block)[self.block] > 1]
         if not sizes.size or sizes.max() <= UNEQUAL * sizes.min():
             return ""
@@ -122,20 +122,20 @@ class Exchange:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of p should know, one sentence each."""
+        """Caveats of p, one sentence each."""
         return (*self.remarks, *(note for note in (self.coarse, self.unequal) if note))
 
     def within(self, condition: Int[np.ndarray, " row"]) -> Exchange:
-        """The same, units staying in the one condition in which they lie."""
+        """The same exchange, restricted to units of one condition."""
         of_unit = condition[np.unique(self.unit, return_index=True)[1]]
         return replace(self, block=_pairs(self.block, of_unit))
 
     def smallest_p(self, permutations: int) -> float:
-        """The smallest p that so many relabellings can give."""
+        """The smallest p possible with this number of relabellings."""
         return max(1 / (permutations + 1), self._least())
 
     def labellings(self, permutations: int, *, seed: int) -> Int[np.ndarray, "labelling row"]:
-        """Codes of the true labels, then of relabellings: all there are, or as many drawn."""
+        """Codes of the true labels, then of all relabellings or ``permutations`` random ones."""
         return self._labels(permutations, np.random.default_rng(seed))[:, self.unit]
 
     def fitted(
@@ -145,12 +145,12 @@ class Exchange:
         *,
         seed: int,
     ) -> Int[np.ndarray, "labelling kept"]:
-        """Labellings of some rows, with as many units of each label as truly are among them.
+        """Labellings of a subset of rows, with the true number of units of each label.
 
-        Where an input is not known to all units, whole relabellings would leave more labels there,
-        of fewer units each, and scores with a floor would differ for that alone. Units keep the
-        order of their new labels and take those that are there, in order: the same at every input
-        as far as the same units are there, and nothing changes where all are.
+        Where not all units have an input, whole relabellings would give it more labels of fewer
+        units each, and scores with a floor would differ for that reason alone. Units keep the
+        order of their new labels and take the labels present, in order: the same at every input
+        with the same units, and unchanged where all units are present.
         """
         units, first, inverse = np.unique(self.unit[rows], return_index=True, return_inverse=True)
         wanted = labellings[:, rows[first]]
@@ -165,10 +165,10 @@ class Exchange:
         return fitted[:, inverse]
 
     def orders(self, permutations: int, *, seed: int) -> Int[np.ndarray, "labelling row"]:
-        """The same as orders of the rows, for what is held in a matrix of rows by rows.
+        """The same labellings as orders of rows, for row-by-row matrices.
 
-        Row ``i`` stands for row ``order[i]``: the one at its own place of the unit whose label
-        its unit takes. Where that unit has fewer rows, some of them stand twice.
+        Row ``i`` is replaced by row ``order[i]``: the one at the same place in the unit whose
+        label its unit takes. If that unit has fewer rows, some are repeated.
         """
         rng = np.random.default_rng(seed)
         labels = self._labels(permutations, rng)
@@ -178,7 +178,7 @@ class Exchange:
         orders = np.empty((len(labels), len(self.unit)), dtype=np.int64)
         orders[0] = np.arange(len(self.unit))
         for index, wanted in enumerate(labels[1:], start=1):
-            # Units of one label are alike to the label and not to nuisances: any may stand in.
+            # Units of one label share the label but not nuisances: any of them is drawn.
             source = np.empty(len(wanted), dtype=np.int64)
             tie = rng.random((2, len(wanted)))
             source[np.lexsort((tie[0], wanted, self.block))] = np.lexsort(
@@ -189,7 +189,7 @@ class Exchange:
         return orders
 
     def as_units(self) -> Exchange:
-        """The same units, each with a label of its own."""
+        """The same units, each with a separate label."""
         return replace(self, label=np.arange(len(self.label)), renamed=False)
 
     def _least(self) -> float:
@@ -219,14 +219,14 @@ class Exchange:
         return table
 
     def _alike(self) -> Int[np.ndarray, " label"]:
-        """Class of each label: those of one class may trade names."""
+        """Class of each label: labels of one class may exchange names."""
         table = self._table()
         if not self.renamed:
             return np.arange(table.shape[1])
         return np.unique(table.T, axis=0, return_inverse=True)[1].ravel()
 
     def _canonical(self) -> Int[np.ndarray, " unit"]:
-        """The true labels under the names that `_all` would give them."""
+        """The true labels under the names that `_all` gives them."""
         alike, name = self._alike(), {}
         free = {c: iter(np.flatnonzero(alike == c).tolist()) for c in set(alike.tolist())}
         for label in self.label.tolist():
@@ -235,7 +235,7 @@ class Exchange:
         return np.array([name[label] for label in self.label.tolist()])
 
     def _all(self) -> Iterator[Int[np.ndarray, " unit"]]:
-        """Every relabelling once; labels that may trade names first appear in their order."""
+        """Every relabelling once; labels of one class first appear in their order."""
         left, alike = self._table(), self._alike()
         chosen = np.empty(len(self.label), dtype=self.label.dtype)
         used = np.zeros(left.shape[1], dtype=bool)
@@ -264,7 +264,7 @@ class Exchange:
 
 
 def row_columns(rows: xr.Dataset | pd.DataFrame) -> dict[str, np.ndarray]:
-    """The columns that say what is nested in what, of activations or of a frame of prompts.
+    """Codes of the columns that define nesting, from activations or a frame of prompts.
 
     >>> frame = pd.DataFrame({"template": ["a", None, None], "mood": [1, 2, 3]})
     >>> [name.tolist() for name in row_columns(frame).values()]  # unknown ones stand alone
@@ -292,20 +292,20 @@ def exchangeable(
     among: Int[np.ndarray, " kept"] | None = None,
     call: str = "exchangeable",
 ) -> Exchange:
-    """What trades labels under the null.
+    """The exchange of labels under the null.
 
     Args:
         labels: the label of each row.
         rows: activations or a frame with the rows' other columns.
         by: name of the label.
         condition: the value of ``given`` of each row, where rows are scored within it.
-        units: the rows that move together, where the rule above is not wanted: a column, several
-            (their combinations), one value a row, or ``"rows"`` for single rows.
-        among: indices of the rows that are scored; the others are left out.
+        units: the rows that keep a common label, instead of the rule above: a column, several
+            (their combinations), one value per row, or ``"rows"`` for single rows.
+        among: indices of the scored rows; the others are left out.
         call: function named in error messages.
 
     Raises:
-        InputError: if ``units`` names no column or has other than one value a row.
+        InputError: if ``units`` names no column or has not one value per row.
 
     >>> frame = pd.DataFrame({"task": list("aabb") * 2, "template": list("uvuv") * 2})
     >>> crossed = exchangeable(frame.task.to_numpy(), frame, by="task")
@@ -340,12 +340,12 @@ def exchangeable(
         if by in WORDINGS and TASK in columns:
             block = _pairs(block, columns[TASK])
             exchanged += f" within {TASK}"
-    # Of one label alone every input is; nothing trades it then.
+    # With a single label every input has one label; nothing is exchanged then.
     if wording is not None and given is not None and label.max() > 0 and nested(given, label):
         joined = _linked(unit, given)
         if joined.max() < unit.max():
             unit, exchanged = joined, f"{exchanged} and {INPUT}s"
-            # A block must hold whole units.
+            # A block must contain whole units.
             block = _linked(block, unit)
     elif wording is not None and given is not None and not _complete(given, label, within):
         notes.append(
@@ -367,7 +367,7 @@ def exchangeable(
 
 
 def _wording(columns: Mapping[str, np.ndarray], by: str) -> tuple[str, np.ndarray | None]:
-    """Name and codes of the wording; None where no column tells wordings apart."""
+    """Name and codes of the wording; None without a column of wordings."""
     for name in WORDINGS:
         codes = columns.get(name)
         if name == by or codes is None or codes.max() == 0:
@@ -385,7 +385,7 @@ def _with_wording(
 ) -> tuple[np.ndarray, np.ndarray, str]:
     unit = _pairs(wording, label)
     crossed = _labels_of(wording, label)[wording] > 1
-    # Whole wordings trade places with all others, or with those of their only condition.
+    # Whole wordings exchange labels with all others, or with those of their only condition.
     alone = within if nested(unit, within) else np.zeros_like(within)
     block = np.where(crossed, wording + 1 + alone.max(), alone)
     said = [name] if not crossed.all() else []
@@ -434,7 +434,7 @@ def _named_units(
 
 
 def _codes(values: np.ndarray) -> Int[np.ndarray, " row"]:
-    """Codes of values compared as text; each missing one is a value of its own."""
+    """Codes of values compared as text; each missing one is a separate value."""
     values = np.asarray(values)
     missing = np.asarray(pd.isna(values))
     codes = np.unique(values.astype(str), return_inverse=True)[1].ravel().astype(np.int64)
@@ -451,7 +451,7 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> Int[np.ndarray, " row"]:
 
 
 def _labels_of(values: np.ndarray, label: np.ndarray) -> Int[np.ndarray, " value"]:
-    """With how many labels each value stands."""
+    """Number of labels that occur with each value."""
     return np.bincount(values[np.unique(_pairs(values, label), return_index=True)[1]])
 
 
@@ -461,7 +461,7 @@ def nested(fine: np.ndarray, coarse: np.ndarray) -> bool:
 
 
 def _linked(first: np.ndarray, second: np.ndarray) -> Int[np.ndarray, " row"]:
-    """Rows that share either value, directly or over others."""
+    """Connected components of rows that share either value."""
     links = coo_matrix(
         (np.ones(len(first)), (first, first.max() + 1 + second)),
         shape=(first.max() + second.max() + 2,) * 2,
@@ -470,13 +470,13 @@ def _linked(first: np.ndarray, second: np.ndarray) -> Int[np.ndarray, " row"]:
 
 
 def _complete(given: np.ndarray, label: np.ndarray, within: np.ndarray) -> bool:
-    """Whether every label stands with every input, or each condition has one input."""
+    """Whether every label occurs with every input, or each condition has one input."""
     cells = int(_pairs(given, label).max()) + 1
     return nested(within, given) or cells == (int(given.max()) + 1) * (int(label.max()) + 1)
 
 
 def _places(unit: np.ndarray, order: np.ndarray) -> Int[np.ndarray, " row"]:
-    """Rank of each row in its unit, by another column and then as they stand."""
+    """Rank of each row in its unit, by another column and then by row order."""
     rows = np.lexsort((order, unit))
     sizes = np.bincount(unit)
     place = np.empty(len(unit), dtype=np.int64)

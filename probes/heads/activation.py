@@ -1,4 +1,4 @@
-"""How much each attention head is engaged by a task: attention times its gradient.
+"""Activation of attention heads by a task: attention times its gradient.
 
     c_ilh = sum_qk A_ilh[q, k] dL_i/dA_ilh[q, k]        L_i the loss of prompt i
     activation of head h of block l = mean over prompts of |c_ilh|
@@ -57,7 +57,7 @@ from probes.heads.gates import (
     require_reach,
 )
 
-# One forward's tokens over those of one with a backward, where attention is fused.
+# Ratio of tokens of a forward to those of a forward with backward, for fused attention.
 FUSED = 2
 AXES = ("prompt", "block", "head")
 
@@ -72,30 +72,29 @@ def head_activation(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> HeadActivation:
-    """The activation of every head by prompts: attention times gradient of the loss, absolute.
+    """Activation of every head by prompts: absolute attention times gradient of the loss.
 
     Args:
-        model: a hooked model, in eval mode. Its parameters are frozen meanwhile, and then as
-            they were.
+        model: a hooked model, in eval mode. Its parameters are frozen during the call.
         prompts: with an answer each, for ``loss="answer"``.
         loss: ``"answer"``, the mean cross-entropy of a prompt's answer tokens in nats; or a
             function of the logits at the last token of prompts ``(row, vocab)`` and the numbers
-            of the prompts to one differentiable loss a row, each of its own row alone.
+            of the prompts to one differentiable loss per row, which depends on this row alone.
         batch_tokens: upper bound of the tokens of one forward and backward; default a quarter of
             that of `lensclust.extract`, since a backward holds every layer's states, and half of
             it where no attention matrices are among them.
         progress: show a bar.
 
     Returns:
-        A number for each prompt and head (blocks without attention have none), in nats, with its
-        sign and without.
+        Activations of each prompt and head (of blocks with attention), in nats, signed and
+        absolute.
 
     Raises:
         InputError: if the model is in training mode, prompts do not fit it or have no answer, a
             loss or its gradient is not finite (of which prompt), or the numbers would not be
             attention times gradient: attention that fires hooks beside the computation, a norm
-            before ``hook_z``, or weights whose code has no backward. That is tried once for each
-            model, on the shortest prompt.
+            before ``hook_z``, or weights without a backward. Checked once per model,
+            on the shortest prompt.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -133,7 +132,7 @@ def head_activation(
 
 @dataclass(frozen=True, eq=False)
 class _Scoring:
-    """What is run, where logits are made, and how they make the loss of each row."""
+    """Tokens to run, positions of logits, and the loss of each row."""
 
     name: str
     device: torch.device
@@ -145,7 +144,7 @@ class _Scoring:
     def batch(
         self, rows: Int[Tensor, " row"]
     ) -> tuple[Int[Tensor, "row length"], Bool[Tensor, "row length"], RowLosses]:
-        """These prompts' tokens without needless padding, and what goes with them."""
+        """Tokens (with minimal padding), scored positions and losses of these prompts."""
         longest = int(self.lengths[rows].max())
         tokens, scored = (each[rows, :longest] for each in (self.tokens, self.scored))
         return tokens.to(self.device), scored.to(self.device), self.losses(rows)
@@ -167,7 +166,7 @@ def _scoring(model: TransformerBridge, prompts: Prompts, loss: str | Readout) ->
             "loss= a function of logits if there are none"
         )
     tokens, lengths, answered = prompts.with_answers()
-    # The last token of an answer is predicted, never read; its id has to exist all the same.
+    # The last token of an answer is predicted, never read; its id must exist all the same.
     lengths = lengths - 1
     require_fits(model, replace(prompts, tokens=tokens, lengths=lengths), caller="head_activation")
     targets, scored = tokens[:, 1:], answered[:, 1:]
@@ -245,24 +244,24 @@ def _dataset(
 
 @dataclass(frozen=True, repr=False)
 class HeadActivation(Shown):
-    """How much each head is engaged by each of some prompts.
+    """Activation of each head by each prompt.
 
     Attributes:
         data: ``signed (prompt, block, head)``, the gradient of each prompt's loss with respect
-            to a gate on the head, and ``loss (prompt)``, both in nats. Prompts have what
-            ``rows`` said of them; attributes hold the provenance.
+            to a gate on the head, and ``loss (prompt)``, both in nats. Prompts have the columns of
+            ``rows``; attributes hold the provenance.
     """
 
     data: xr.Dataset
 
     @property
     def signed(self) -> xr.DataArray:
-        """With its sign ``(prompt, block, head)``: above 0 where more of the head would hurt."""
+        """Signed ``(prompt, block, head)``: above 0 where more of the head raises the loss."""
         return self.data["signed"]
 
     @property
     def values(self) -> xr.DataArray:
-        """Without its sign ``(prompt, block, head)``."""
+        """Absolute value ``(prompt, block, head)``."""
         return abs(self.signed).rename("activation")
 
     @property
@@ -277,7 +276,7 @@ class HeadActivation(Shown):
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row a head: ``site, block, head, value, ci_low, ci_high, n``.
+        """One row per head: ``site, block, head, value, ci_low, ci_high, n``.
 
         Intervals are Student-t's over prompts, NaN for a single prompt.
         """
@@ -294,20 +293,20 @@ class HeadActivation(Shown):
     def concentration(
         self, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
     ) -> pd.DataFrame:
-        """How concentrated the pattern is on few heads.
+        """Concentration of the pattern on few heads.
 
         Args:
-            resamples: of the prompts, for the percentile interval. Noise of few prompts makes a
-                pattern look more concentrated than it is, and resampling adds as much again.
+            resamples: of the prompts, for the percentile interval. With few prompts, noise biases
+                the concentration upwards, and resampling adds as much again.
             confidence: of the interval.
             seed: of the resampling.
 
         Returns:
-            One row a metric: ``metric, value, ci_low, ci_high, convention, n``; the metrics are
+            One row per metric: ``metric, value, ci_low, ci_high, convention, n``; the metrics are
             ``gini``, ``cv`` and ``kurtosis``. The interval of one prompt is NaN.
 
         Raises:
-            InputError: if the number of resamples or the confidence makes no sense, or the
+            InputError: if the number of resamples or the confidence is out of range, or the
                 pattern is 0 everywhere.
         """
         if resamples < 1 or not 0 < confidence < 1:
@@ -318,7 +317,7 @@ class HeadActivation(Shown):
         values = self.values.values.astype(np.float64)
         n = len(values)
         if not values.any():
-            raise InputError("concentration: no head is active at all: the pattern is 0")
+            raise InputError("concentration: the pattern is 0 at every head")
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples) / n
         patterns = drawn @ values.reshape(n, -1)
         tails = [(1 - confidence) / 2, (1 + confidence) / 2]
@@ -331,13 +330,13 @@ class HeadActivation(Shown):
         return pd.DataFrame(rows)
 
     def similarity(self, other: HeadActivation) -> pd.Series:
-        """How alike two patterns of models of one shape are: ``pearson``, ``spearman``, ``mse``.
+        """Similarity of two patterns of the same heads: ``pearson``, ``spearman``, ``mse``.
 
-        Correlations do not see a common factor, such as that of a loss in other units; the mean
-        squared difference does.
+        Correlations are invariant to a common factor, such as other units of the loss; the mean
+        squared difference is not.
 
         Raises:
-            InputError: if the patterns have not the same heads.
+            InputError: if the patterns have different heads.
         """
         return pattern_similarity(self.pattern.values, other.pattern.values)
 

@@ -1,20 +1,20 @@
-"""Is the change of one task's pattern a combination of the changes of others?
+"""Regress the change of one task's activation pattern on the changes of other tasks.
 
     change ~ intercept + sum_i a_i basis_i        over all heads of the model
 
 by least squares, or with every a_i at least 0 (the intercept is free in both). R² is 1 minus the
 squared error over that of the mean. Out of sample, layers are held out together, since heads of
-a layer are not independent, and the mean is that of the layers that were fitted.
+a layer are not independent, and the mean is that of the fitted layers.
 
-Standard of evidence: all changes share what fine-tuning does to any model, so R² is high for
-tasks that have nothing to do with each other. It stands beside what the fit gives
+Standard of evidence: all changes share a common effect of fine-tuning, so R² is high even for
+unrelated tasks. It is compared with that of fits
 
     random      from as many bases of independent normal numbers
     permuted    from the same bases with their heads permuted within each layer (all in the same
-                way): what the profile over layers gives alone
+                way): the profile over layers alone
     shared      from the mean change of the tasks as the only basis
 
-and only what is out of sample, and above all of these, speaks for a composition.
+and only an out-of-sample R² above all of these is evidence for a composition.
 
 Source: Zhao et al. (arXiv 2409.15820) fit a linear regression and report its R². Intercept, sign
 constraint, held-out layers and nulls are ours: theirs are not known to us.
@@ -40,27 +40,27 @@ from lensclust.results import permutation_p
 
 Given = xr.DataArray | np.ndarray
 Bases = Mapping[str, Given] | Sequence[Given]
-# Directions in which bases vary less than this share of the most are not fitted.
+# Directions of the bases with less than this share of the largest variance are not fitted.
 SINGULAR = 1e-10
 
 
 @dataclass(frozen=True)
 class Composition(Shown):
-    """A change of a pattern as a combination of others.
+    """Coefficients, R² and nulls of a change as a combination of others.
 
     Attributes:
-        coefficients: of each basis, by name, with what they are in each fold's fit as columns
-            ``low`` and ``high`` (least and largest) beside ``value``.
-        intercept: what is added to every head.
+        coefficients: of each basis, by name: ``value``, and its range over the folds' fits as
+            ``low`` and ``high``.
+        intercept: of all heads.
         r2: in sample, of the fit to all layers.
         r2_out: out of sample, over held-out layers; below 0 if worse than the mean.
-        frame: one row a null and metric (``r2``, ``r2_out``): ``null, metric, value, null_mean,
+        frame: one row per null and metric (``r2``, ``r2_out``): ``null, metric, value, null_mean,
             null_std, null_high`` (95 % of the null lies below), ``p, n``. For ``shared``, p is
             that of a one-sided signed-rank test that the squared error of held-out layers is
-            smaller than with the shared change, and NaN in sample, where nothing is tested.
-        folds: one row a held-out layer: ``block, fold, error, error_shared, error_mean``, squared
+            smaller than with the shared change, and NaN in sample.
+        folds: one row per held-out layer: ``block, fold, error, error_shared, error_mean``, squared
             errors summed over its heads, of the fit, of the shared change, and of the mean.
-        nonnegative: whether coefficients were kept from falling below 0.
+        nonnegative: whether coefficients were constrained to be at least 0.
     """
 
     coefficients: pd.DataFrame
@@ -72,7 +72,7 @@ class Composition(Shown):
     nonnegative: bool
 
     def shares(self) -> pd.Series:
-        """Each coefficient over the sum of all: how much of each task to mix.
+        """Each coefficient divided by their sum: the share of each task in a mix.
 
         Raises:
             InputError: if a coefficient is below 0, or none is above.
@@ -105,7 +105,9 @@ def compose(
     nulls: int = 199,
     seed: int = 0,
 ) -> Composition:
-    """Fit the change of a pattern by those of other tasks, beside three nulls.
+    """Fit the change of a pattern by those of other tasks, with three nulls.
+
+    Also `compose_patterns`.
 
     Args:
         change: of the pattern of one task ``(block, head)``, such as its pattern after
@@ -113,16 +115,16 @@ def compose(
         basis: the changes of other tasks, by name or in the order of ``names``.
         names: of the bases, where they come in a list; numbers unless given.
         nonnegative: keep coefficients at 0 or above.
-        shared: the change that all tasks have in common, such as the mean over the other tasks
-            that were tuned; the mean of the bases unless given.
-        folds: how many runs of neighbouring layers are held out in turn; each layer alone
-            unless given.
-        nulls: draws of the random and the permuted bases each.
+        shared: the change common to all tasks, such as the mean over other tuned tasks; default
+            the mean of the bases.
+        folds: number of groups of neighbouring layers that are held out in turn; default each
+            layer alone.
+        nulls: draws each of random and of permuted bases.
         seed: of the draws.
 
     Raises:
-        InputError: if shapes differ, a number is not finite, the change or a basis is the same
-            everywhere, there are fewer than two layers, or more unknowns than heads to fit.
+        InputError: if shapes differ, a number is not finite, the change or a basis is constant,
+            there are fewer than two layers, or more unknowns than heads to fit.
 
     >>> rng = np.random.default_rng(0)
     >>> add, read = rng.random((2, 6, 4))
@@ -152,7 +154,7 @@ def compose(
     fits = Fits(wanted, held, nonnegative=nonnegative)
     matrix = np.stack(list(bases.values()))
     ours, alone = fits.of(matrix), fits.of(others["shared"][None])
-    # A stream of its own: changes made up from the same seed must not come out as a null.
+    # A separate stream: changes simulated from the same seed must not equal a null.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     drawn = {
         "random": [fits.of(rng.standard_normal(matrix.shape)) for _ in range(nulls)],
@@ -175,6 +177,10 @@ def compose(
     )
 
 
+# The same function under a name that is clear out of context.
+compose_patterns = compose
+
+
 def _against(ours: Fit, drawn: Mapping[str, Sequence[Fit]], alone: Fit) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for metric in ("r2", "r2_out"):
@@ -191,7 +197,7 @@ def _against(ours: Fit, drawn: Mapping[str, Sequence[Fit]], alone: Fit) -> pd.Da
                 | {"p": float(permutation_p(value, found)), "n": len(found)}
             )
         gained = alone.errors - ours.errors
-        # Errors that differ by rounding alone do not differ.
+        # Errors that differ by rounding alone count as equal.
         gained = np.where(np.abs(gained) > 1e-9 * (alone.errors + ours.errors), gained, 0.0)
         test: Any = stats.wilcoxon(gained, alternative="greater") if gained.any() else None
         p = (1.0 if test is None else float(test.pvalue)) if metric == "r2_out" else np.nan
@@ -213,7 +219,7 @@ def _permuted(
 def _bases(basis: Bases, names: Sequence[str] | None) -> dict[str, Float[np.ndarray, "block head"]]:
     if isinstance(basis, Mapping):
         if names is not None:
-            raise InputError("compose: names given twice: the bases come with theirs")
+            raise InputError("compose: names given twice: the bases already have names")
         named = dict(basis)
     else:
         labels = [str(i) for i in range(len(basis))] if names is None else [*names]
@@ -251,13 +257,13 @@ def _held_out(blocks: int, folds: int | None) -> Int[np.ndarray, " block"]:
 
 @dataclass(frozen=True)
 class Fit:
-    """What bases make of a change.
+    """A fit of a change by bases.
 
     Attributes:
         slopes, intercept: of the fit to all layers.
-        by_fold: slopes of the fits without a fold.
-        errors: of each layer, squared and summed over heads, by the fit that has not seen it.
-        r2, r2_out: in sample, and over layers that were not seen.
+        by_fold: slopes of the fits without one fold.
+        errors: of each held-out layer, squared and summed over heads.
+        r2, r2_out: in sample, and over held-out layers.
     """
 
     slopes: Float[np.ndarray, " basis"]
@@ -271,10 +277,10 @@ class Fit:
 class Fits:
     """Fits of one change by any bases, to all layers and to all but a fold of them.
 
-    Every fit is read off the same sums of products, one set a layer.
+    All fits use the same sums of products, one set per layer.
 
     Args:
-        wanted: the change, not the same everywhere.
+        wanted: the change, not constant.
         held: the fold in which each layer is held out, from 0.
         nonnegative: keep slopes at 0 or above.
 
@@ -292,11 +298,11 @@ class Fits:
         nonnegative: bool,
     ) -> None:
         self.solve = _not_negative if nonnegative else _least_squares
-        # Which layers each fit sees (the first sees all), and which fit has not seen a layer.
+        # Layers of each fit (the first has all), and the fit that leaves out each layer.
         kept = [held != fold for fold in np.unique(held)]
         self.seen = np.stack([np.ones_like(held, dtype=bool), *kept]).astype(np.float64)
         self.unseen = held + 1
-        # In units of its own, as bases are: changes are small numbers, and solvers have limits.
+        # Scaled to unit size like the bases: changes are small, and solvers have tolerances.
         self.middle, self.unit = float(wanted.mean()), float(wanted.std())
         self.y = (wanted - self.middle) / self.unit
         means = self.seen @ self.y.mean(1) / self.seen.sum(1)
@@ -334,7 +340,7 @@ class Fits:
 def _least_squares(
     spread: Float[np.ndarray, "fit basis basis"], along: Float[np.ndarray, "fit basis"]
 ) -> Float[np.ndarray, "fit basis"]:
-    """The smallest solution, where bases depend on each other."""
+    """The minimum-norm solution, where bases are linearly dependent."""
     return np.einsum("fij,fj->fi", np.linalg.pinv(spread, rcond=SINGULAR, hermitian=True), along)
 
 

@@ -1,14 +1,14 @@
-"""A gate on every head: one multiplier a prompt and head, 1 unless said otherwise.
+"""Gates on heads: one multiplier per prompt and head, 1 by default.
 
 A head's output is ``z_q = sum_k A_qk v_k``, so with the gate g in front of it
 
     dL/dg = sum_q <z_q, dL/dz_q> = sum_qk A_qk dL/dA_qk
 
-the attention matrix times its gradient, summed. No attention matrix is asked for, and one
-backward to ``prompt x block x head`` numbers gives all of them, with grouped keys and any mask.
+the attention matrix times its gradient, summed. No attention matrix is needed, and one backward
+to ``prompt x block x head`` numbers gives all of them, with grouped keys and any mask.
 
 Source: Michel, Levy & Neubig (arXiv 1905.10650), equation 2, for the gate; the second equality
-holds where z is linear in A, and is checked once for each model: a norm over heads before
+holds where z is linear in A, and is checked once per model: a norm over heads before
 ``hook_z`` (BitNet) breaks it.
 """
 
@@ -28,19 +28,18 @@ from lensclust.errors import InputError
 from lensclust.inference import scored_logits
 from lensclust.models import Site, blocks_of, head_blocks, hook_name, model_name, remembered
 
-# From logits at the scored places, row by row, and the row of each to one loss a row.
+# From logits at the scored positions and the row of each to one loss per row.
 RowLosses = Callable[[Float[Tensor, "place vocab"], Int[Tensor, " place"]], Float[Tensor, " row"]]
 Gates = Sequence[Float[Tensor, "row head"]]
 
-# The check moves all gates by so much that the loss should change by this many nats each way (or
-# by so many rounding errors, where these are large), and by this share of a gate at most; where
-# that crosses a kink of the network or sends a token to other experts, by less. What it finds may
-# differ from the gradient by this share, and by some rounding errors, of which the change must be
-# a multiple.
+# The check moves all gates such that the loss should change by this many nats each way (or by this
+# many rounding errors, where these are large), and by at most this share of a gate; where that
+# crosses a kink of the network or routes a token to other experts, by less. The result may differ
+# from the gradient by this share plus some rounding errors, of which the change must be a multiple.
 CHANGE, CHANGE_ROUNDING, FARTHEST, TOLERANCE, ROUNDING = 0.05, 32, 0.05, 0.05, 8
 STEPS, LEAST = (1.0, 1 / 8, 1 / 64), 4
-# How far the gates' gradients may be from attention times its gradient, in single and in half
-# precision: where z is not linear in attention, the two have nothing in common.
+# Tolerance between the gates' gradients and attention times its gradient, in single and in half
+# precision: where z is not linear in attention, the two are unrelated.
 DEFINITION, DEFINITION_HALF = 1e-2, 0.05
 
 
@@ -55,12 +54,11 @@ def gate_gradients(
     Args:
         model: a hooked model in eval mode; no parameter needs a gradient, nor gets one.
         tokens: sequences padded on the right.
-        scored: where logits are made.
-        losses: of each row alone, so that the gradient of their sum is each row's own.
+        scored: positions of logits.
+        losses: of each row alone, so that the gradient of their sum separates by row.
 
     Raises:
-        InputError: if no block has heads, or the gates of a block are no part of what the loss
-            was computed from.
+        InputError: if no block has heads, or the loss does not depend on the gates of a block.
 
     >>> import lensclust as lc
     >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[5, 6, 7], [8, 9, 0]])
@@ -96,7 +94,7 @@ def gated_losses(
     losses: RowLosses,
     gates: Gates,
 ) -> Float[Tensor, " row"]:
-    """Loss of every row with each head's output times its gate, a tensor for each block with heads.
+    """Loss of every row with each head's output times its gate (one tensor per block).
 
     Products are taken in the precision of the gates, so that gradients of half-precision models
     add up in float32.
@@ -108,7 +106,7 @@ def gated_losses(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of the model asks for a gradient; afterwards each does as before."""
+    """Disable the gradients of all parameters inside the block, and restore them after."""
     asked = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         for weight in asked:
@@ -125,10 +123,9 @@ def require_attention_times_gradient(
     scored: Bool[Tensor, "2 length"],
     losses: RowLosses,
 ) -> None:
-    """Refuse a model whose gates are not its attention's; tried once for each model.
+    """Check once per model that gate gradients equal attention times its gradient.
 
-    The gradient of each gate is compared with attention times its gradient, summed. They differ
-    where what stands at ``hook_z`` is no longer a sum over what is attended to.
+    They differ where ``hook_z`` is not a sum over attended tokens.
 
     Args:
         tokens, scored, losses: as in `gate_gradients`, with eager attention.
@@ -141,7 +138,7 @@ def require_attention_times_gradient(
         found = gate_gradients(model, tokens, scored, losses)[1].double()
         expected = _attention_times_gradient(model, tokens, scored, losses)
         size = float(expected.norm())
-        if not size > 0:  # a loss without a gradient, or a NaN: nothing is found out
+        if not size > 0:  # a loss without a gradient, or a NaN: undecided
             raise _Undecided
         error = float((found - expected).norm()) / size
         half = any(torch.finfo(kind).bits < 32 for kind in _kinds(model))
@@ -165,16 +162,16 @@ def require_reach(
     *,
     path: Hashable = None,
 ) -> None:
-    """Refuse a model whose loss does not follow its gates as their gradient says; tried once.
+    """Check once per model that the loss changes with the gates as their gradient predicts.
 
-    Of one prompt, given twice, all gates are moved along the signs of the gradient, and against
-    them, by smaller and smaller steps until the two agree. Attention that is delegated to code
-    which fires hooks beside the computation does not move the loss, and weights whose code has
-    no right backward (some quantised ones) move it otherwise.
+    For one prompt, given twice, all gates are moved along the signs of the gradient and against
+    them, by decreasing steps until the two agree. The loss does not change if attention is
+    delegated to code that fires hooks beside the computation, and changes otherwise for weights
+    whose code has a wrong backward (some quantised ones).
 
     Args:
         tokens, scored, losses: as in `gate_gradients`.
-        path: by what the model computes now; each is tried.
+        path: the attention code in use; each is checked.
 
     Raises:
         InputError: if the loss changes by less or more than it should at every step.
@@ -204,7 +201,7 @@ def require_reach(
         raise InputError(
             f"head gates: the gradient of {model_name(model)} is not that of its loss: gates "
             f"moved along it change the loss by {changed:.3g}, expected {expected:.3g}; is its "
-            "attention or its quantised arithmetic without a backward of its own?"
+            "attention or its quantised arithmetic without a backward?"
         )
 
     with suppress(_Undecided):
@@ -212,7 +209,7 @@ def require_reach(
 
 
 class _Undecided(Exception):
-    """Raised where a prompt says nothing about a model, so that the next one is tried."""
+    """Raised where a prompt cannot decide a check, so that the next one is used."""
 
 
 def _losses(
@@ -289,7 +286,7 @@ def _open(model: TransformerBridge, rows: int) -> list[Float[Tensor, "row head"]
 
 
 def _kinds(model: nn.Module) -> set[torch.dtype]:
-    """In which precisions a model computes, as far as its parameters tell."""
+    """Floating-point types of a model's parameters."""
     found = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     return found or {torch.float32}
 

@@ -1,7 +1,7 @@
-"""How far the activation pattern is from where it began and from where it ended, step by step.
+"""Distance of the activation pattern to its first and last, over training steps.
 
 Source: Zhao et al. (arXiv 2409.15820) follow correlation and mean squared difference over
-fine-tuning; which pattern they compare with is not known to us, so both ends are.
+fine-tuning; their reference pattern is not known to us, so both ends are used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PatternChange(Shown):
     """Distance of every pattern of a series to the first and to the last.
 
     Attributes:
-        frame: one row a step, reference and metric: ``step, reference`` (``first``, ``last``),
+        frame: one row per step, reference and metric: ``step, reference`` (``first``, ``last``),
             ``metric`` (``mse``, ``1 - pearson``), ``value``, and ``share``, the value over that
             between first and last (NaN if these are the same).
         patterns: step -> the pattern there, in order.
@@ -40,7 +40,7 @@ class PatternChange(Shown):
     patterns: dict[int, HeadActivation]
 
     def plot(self, metric: str = "1 - pearson") -> Any:
-        """Distance over steps, a line a reference."""
+        """Distance over steps, one line per reference."""
         if metric not in METRICS:
             raise InputError(f"metric {metric!r} is not known: expected one of {list(METRICS)}")
         return figures.curves(
@@ -69,17 +69,19 @@ def change(
     loss: str | Readout = "answer",
     batch_tokens: int | None = None,
 ) -> PatternChange:
-    """Follow the head activation pattern over steps of training.
+    """Follow the head activation pattern over training steps.
+
+    Also `pattern_change`.
 
     Args:
-        series: ``(step, model)`` or ``(step, pattern)``, such as ``run.models()`` gives; a model
-            is measured before the next one is asked for.
-        prompts: what models are measured by.
+        series: ``(step, model)`` or ``(step, pattern)``, such as from ``run.models()``; a model
+            is measured before the next one is taken.
+        prompts: prompts to measure models on.
         loss, batch_tokens: as in `probes.head_activation`.
 
     Raises:
-        InputError: if there are fewer than two steps, one comes twice, models come without
-            prompts, or as `probes.head_activation`.
+        InputError: if there are fewer than two steps, a step is repeated, models are given
+            without prompts, or as `probes.head_activation`.
 
     >>> import lensclust as lc
     >>> prompts = lc.tasks.sif().where(split="new_string").take(range(8))
@@ -112,8 +114,12 @@ def change(
     return PatternChange(pd.DataFrame(rows), patterns)
 
 
+# The same function under a name that is clear out of context.
+pattern_change = change
+
+
 def _distances(here: np.ndarray, there: np.ndarray) -> dict[str, float]:
     found = pattern_similarity(here, there)
-    # Rounding puts the correlation of equal patterns on either side of 1.
+    # The correlation of equal patterns is 1 up to rounding.
     distances = {"mse": found["mse"], "1 - pearson": 1 - found["pearson"]}
     return {name: 0.0 if abs(value) < 1e-12 else float(value) for name, value in distances.items()}

@@ -1,4 +1,4 @@
-"""Scores of all heads, and of the best their clusters and attention: made to be looked at."""
+"""Interactive view of heads: scores of all, clusters and attention of the best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lensclust.report.views import MOST_TOKENS, AttentionSample, HeadView
 from probes.attention import AttentionSamples
 from probes.clustering import plane_of
 
-# Bytes of what opens, as they stand in a page.
+# Maximum bytes of the opened heads' data in a page.
 _MOST_BYTES = 600_000
 _MOST_PROMPTS = 300
 
@@ -38,32 +38,32 @@ def head_view(
     most_bytes: int = _MOST_BYTES,
     most_prompts: int = _MOST_PROMPTS,
 ) -> HeadView:
-    """Put together a heat map of heads that opens each head's clusters and attention.
+    """Make a heat map of heads in which each head opens its clusters and attention.
 
     A head's map is the plane of the two largest principal components of its contribution to the
-    residual stream, taken over the prompts given. Where there are more heads than fit, those with
-    the highest first score open, and the caption says so.
+    residual stream over the given prompts. If there are more heads than fit, those with the
+    highest first score open, with a note in the caption.
 
     Args:
-        acts: activations that hold heads, of the prompts to show. Scores that were taken given an
-            input are seen in the prompts of one input.
-        scores: a row a score, block and head, with columns ``block`` (or ``layer``), ``head``,
+        acts: activations that hold heads, of the prompts to show. For scores within input, give
+            prompts of one input.
+        scores: one row per score, block and head, with columns ``block`` (or ``layer``), ``head``,
             ``value`` and the one ``score`` names; rows of several seeds are averaged.
         attention: patterns of sample prompts (`probes.sample_attention`) of all heads, or of
-            those that are to open.
-        sample_names: what to call the sample prompts; default their text.
-        labels: coordinates of ``prompt`` to colour by, the first at first.
-        text: the coordinate to read when a point is pointed at; default the labels.
-        score: the column that tells scores apart.
+            those that open.
+        sample_names: names of the sample prompts; default their text.
+        labels: coordinates of ``prompt`` to colour by; the first is the initial one.
+        text: the coordinate to show on hovering over a point; default the labels.
+        score: the column with the names of scores.
         position: which read position, if the activations hold several.
-        title, caption: what stands above and below.
-        most_bytes: what maps and patterns may take in a page.
-        most_prompts: rows shown at most, taken evenly from all.
+        title, caption: texts above and below.
+        most_bytes: maximum size of maps and patterns in a page.
+        most_prompts: maximum number of rows shown, evenly spaced.
 
     Raises:
         InputError: if a column or label does not exist, a head has two rows of a score, a score
-            of no head or of a head that is not in the activations is given, a sample prompt is
-            too long for a picture, or names and samples differ in number.
+            is of no head or of one that is not in the activations, a sample prompt is too long
+            to draw, or names and samples differ in number.
 
     >>> import lensclust as lc
     >>> import probes
@@ -108,7 +108,7 @@ def head_view(
 
 
 def _grids(scores: pd.DataFrame, score: str) -> dict[str, Float[np.ndarray, "block head"]]:
-    """For each score its mean over seeds at every head, the heads without one NaN."""
+    """Mean of each score over seeds at every head; NaN for heads without it."""
     block = "block" if "block" in scores else "layer"
     for column in (block, "head", "value", score):
         if column not in scores:
@@ -117,7 +117,7 @@ def _grids(scores: pd.DataFrame, score: str) -> dict[str, Float[np.ndarray, "blo
     unit = [score, block, "head", *(["seed"] if "seed" in heads else [])]
     if heads.empty or heads.duplicated(unit).any():
         what = "scores of no head" if heads.empty else f"several rows that share {unit}"
-        raise InputError(f"head_view: {what}, expected one row a score and head")
+        raise InputError(f"head_view: {what}, expected one row per score and head")
     shape = (int(heads[block].max()) + 1, int(heads["head"].max()) + 1)
     found = {}
     for name, rows in heads.groupby(score, sort=False):
@@ -132,7 +132,7 @@ def _grids(scores: pd.DataFrame, score: str) -> dict[str, Float[np.ndarray, "blo
 def _ranked(
     acts: xr.Dataset, score: Float[np.ndarray, "block head"], attention: AttentionSamples | None
 ) -> list[Site]:
-    """The heads that can open, by falling score; those without one come last."""
+    """Heads that can open, by decreasing score; those without one come last."""
     sites = dataset_sites(acts, "head")
     if attention is not None:
         sites = [site for site in sites if site in attention.heads]
@@ -142,7 +142,9 @@ def _ranked(
         inside = block < score.shape[0] and head < score.shape[1]
         values[site] = float(score[block, head]) if inside else np.nan
     if np.isnan(list(values.values())).all():
-        raise InputError("head_view: no head has activations, a score and, where asked, a pattern")
+        raise InputError(
+            "head_view: no head has activations, a score and (with attention) a pattern"
+        )
     return sorted(sites, key=lambda site: -np.nan_to_num(values[site], nan=-np.inf))
 
 

@@ -1,13 +1,12 @@
-"""Linear probes at every site at once: can a label be read off the activations, by a hyperplane?
+"""Linear probes for a label at every site, with nulls and control tasks.
 
-Standard of evidence: an accuracy means nothing alone. Groups of prompts (templates) are held out
-whole; every score stands beside the same probe under permuted labels, permuted over what is
-exchangeable (`probes.design`, `probes.design.folds`); selectivity subtracts what the probe merely
-memorises; and since a sweep looks at many sites, ``p_corrected`` asks how often the *best* site
-of a permuted sweep does as well (Westfall & Young 1993), which is the p to report for a site
-found by looking.
+Standard of evidence: an accuracy alone is no evidence. Groups of prompts (templates) are held out
+whole; every score comes with its null of labels permuted over exchangeable units
+(`probes.design`, `probes.design.folds`); selectivity subtracts memorisation; and since a sweep
+tests many sites, ``p_corrected`` is the rate at which the *best* site of a permuted sweep does as
+well (Westfall & Young 1993), which is the p to report for a selected site.
 
-Penalties are fixed beforehand and all reported: choosing one by its own score would leak.
+Penalties are fixed in advance and all reported: choosing one by its score would leak.
 
 Sources: Alain & Bengio 2016 (arXiv 1610.01644) for linear probes by layer; Hewitt & Liang 2019
 (arXiv 1909.03368) for selectivity; Marks & Tegmark 2023 (arXiv 2310.06824) for mass-mean probes;
@@ -67,38 +66,37 @@ def probe(
     jobs: int = -1,
     progress: bool = True,
 ) -> ProbeSweep:
-    """Fit a linear probe for a label at every site and score it on groups it has not seen.
+    """Fit a linear probe for a label at every site and score it on held-out groups.
 
     Args:
-        acts: activations from `lensclust.extract`, in memory or opened from disk (then batches
-            of one site's rows are read, twice).
+        acts: activations from `lensclust.extract`, in memory or opened from disk (then the rows
+            of each site are read twice, in batches).
         target: the label to read; a coordinate of ``prompt``.
         groups: rows that share this label stay on one side of every split; None splits rows.
         kind: ``ridge`` (least squares on -1 and 1), ``lda``, ``mass_mean`` (nearest class mean)
-            or ``logistic`` (multinomial; every fold, control and permutation is a fit of its
-            own, so ask for fewer).
-        penalties: each is reported; the first one's probes are kept, plotted and ranked. In
-            units of the mean eigenvalue of the training scatter. ``mass_mean`` has none.
-        control: the label whose values get random targets in control tasks; None leaves
-            selectivity out.
+            or ``logistic`` (multinomial; every fold, control and permutation is a separate fit,
+            so use fewer).
+        penalties: all are reported; probes of the first are kept, plotted and ranked. In units
+            of the mean eigenvalue of the training scatter. ``mass_mean`` has none.
+        control: the label whose values get random targets in control tasks; None for no
+            selectivity.
         kinds: only these kinds of site (``"resid"``, ``"head"``, ...).
         position: which read position, if the activations hold several.
         folds: number of splits.
         permutations: relabellings in the null; p is at least 1 / (permutations + 1) and 1 / the
             number of distinct relabellings. 0 for none.
         exchange: what the null exchanges: ``labels`` (of whole units) or ``rows`` (single rows
-            within their group: right only if labels were given out row by row).
+            within their group: valid only if labels were assigned row by row).
         units: rows that keep a common label under the null (`probes.design`): a column, several,
-            one value a row, or ``"rows"``. Default: those of one wording, as far as columns tell,
-            and else of one group.
+            one value per row, or ``"rows"``. Default: those of one wording, from the columns, else
+            of one group.
         seed: of folds, control tasks and permutations.
-        device: make the products and decompositions there (`probes.arrays`), in this process
-            alone; meant for a GPU with fast float64. Equal to the CPU's to rounding. Not for
-            ``logistic``.
+        device: of the products and decompositions (`probes.arrays`), in this process alone; meant
+            for a GPU with fast float64. Equal to the CPU's up to rounding. Not for ``logistic``.
         jobs: worker processes (joblib's ``n_jobs``).
 
     Returns:
-        ``accuracy``, ``balanced_accuracy`` and ``selectivity`` (accuracy less the mean accuracy
+        ``accuracy``, ``balanced_accuracy`` and ``selectivity`` (accuracy minus the mean accuracy
         on control tasks) by site and penalty, each with its permuted-label null.
 
     Raises:
@@ -201,11 +199,11 @@ def _scores(
 def _against_null(
     metric: str, scores: Float[np.ndarray, "site fold scored"], plan: Design
 ) -> list[dict[str, Any]]:
-    """Mean over folds and its interval, beside the same mean under permuted labels."""
+    """Mean over folds with its interval and its null of permuted labels."""
     means = scores.mean(1)
     value, null = means[:, 0], means[:, 1:]
     if not null.size and plan.smallest_p == 1:
-        null = means[:, :1]  # there is no other labelling: the true one is the null
+        null = means[:, :1]  # without any other labelling the true one is the null
     # Folds share training rows: the variance of their mean is that of k scores plus k / (k - 1).
     widened = np.sqrt(1 + plan.n_folds / (plan.n_folds - 1))
     unknown = np.full(len(value), np.nan)
@@ -238,7 +236,7 @@ def _against_null(
 def _by_variable(
     acts: xr.Dataset, sites: Sequence[Site], fits: Sequence[SiteFit], target: str, names: np.ndarray
 ) -> xr.Dataset:
-    """Weights and intercepts of all sites, laid out like the activations they apply to."""
+    """Weights and intercepts of all sites, in the layout of the activations."""
     variables: dict[str, xr.DataArray] = {}
     for variable, axis in dict.fromkeys(VARIABLES[site.kind] for site in sites):
         pairs = zip(sites, fits, strict=True)
@@ -263,19 +261,19 @@ def _by_variable(
 
 @dataclass(frozen=True, repr=False)
 class ProbeSweep(Shown):
-    """Held-out scores of one kind of linear probe at each site, and the probes themselves.
+    """Held-out scores of one kind of linear probe at each site, and the probes.
 
     Attributes:
-        frame: one row a site, penalty and metric: ``site, kind, layer, head, position, by,
+        frame: one row per site, penalty and metric: ``site, kind, layer, head, position, by,
             probe, penalty, metric, value, ci_low, ci_high, null_mean, null_std, p, p_corrected,
             smallest_p, n_folds, exchanged``. ``value`` is the mean over folds; the interval is
-            over folds; ``exchanged`` says what the null permutes.
+            over folds; ``exchanged`` names the units of the null.
         directions: a linear score for each label, fitted to all rows with the first penalty, by
             variable of the activations: ``resid (layer, label, d_model)``, ``z (block, head,
             label, d_head)``, with intercepts ``resid_intercept``, ``z_intercept``. They apply to
             activations as stored: ``x @ direction + intercept``, the highest score wins.
         fold: the fold in which each prompt was tested; -1 where it was left out.
-        notes: what a reader of the scores should know, one sentence each.
+        notes: caveats of the scores, one sentence each.
         target, probe, penalty: the label, the kind of probe and the first penalty (NaN without).
     """
 
@@ -300,13 +298,13 @@ class ProbeSweep(Shown):
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
     def direction(self, label: Any, site: Site | str) -> Float[np.ndarray, " d"]:
-        """Unit vector that raises a label's score, to be added to the activations as stored.
+        """Unit vector that raises a label's score, in the coordinates of stored activations.
 
-        Probes of heads see a head's contribution to the residual stream, so theirs is the change
-        of ``z`` whose contribution, ``direction @ W_O``, points along the probe.
+        Probes of heads read a head's contribution to the residual stream, so their direction is
+        the change of ``z`` whose contribution, ``direction @ W_O``, points along the probe.
 
         Raises:
-            InputError: if the sweep does not hold the site or label, or nothing varies there.
+            InputError: if the sweep does not hold the site or label, or activations are constant.
         """
         kinds = isinstance(label, (str, Site)) and str(label).partition(" ")[0] in KINDS
         if kinds and " " in str(label) and str(site).partition(" ")[0] not in KINDS:
@@ -332,7 +330,7 @@ class ProbeSweep(Shown):
     def predict(
         self, acts: xr.Dataset, site: Site | str, *, position: str | None = None
     ) -> np.ndarray:
-        """The label that the probe of a site reads off each prompt of an activation set.
+        """Predict the label of each prompt of an activation set with a site's probe.
 
         Where the activations hold the label as numbers, numbers are returned, else texts.
 
@@ -349,7 +347,7 @@ class ProbeSweep(Shown):
         return names[scores.argmax(1)]
 
     def plot(self, metric: str = "accuracy") -> Any:
-        """Score by layer over its permuted-label band; a heat map where there are heads."""
+        """Score by layer with the band of permuted labels; a heat map for heads."""
         rows = self._scores(metric)
         caption = f"{self.probe} probe, mean over held-out folds."
         charts = [

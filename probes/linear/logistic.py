@@ -1,4 +1,4 @@
-"""Multinomial logistic probes of a site: scikit-learn, fitted fold by fold and label by label."""
+"""Multinomial logistic probes of a site, by scikit-learn, one fit per fold and labelling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def logistic(
     *,
     n_classes: int,
 ) -> tuple[Readout, bool]:
-    """Multinomial logistic regression, and whether it converged.
+    """Fit multinomial logistic regression; return its readout and whether it converged.
 
     Equals scikit-learn's ``LogisticRegression(C=1 / (penalty * e))`` with ``e`` the mean
     eigenvalue of the centred scatter of ``x``, the same relative penalty as in
@@ -35,7 +35,7 @@ def logistic(
     weights, offsets = np.zeros((n_classes, x.shape[1])), np.full(n_classes, -np.inf)
     seen, counts = np.unique(codes, return_counts=True)
     spread = float((x - origin).std())
-    # Below rounding nothing varies: only the frequencies of the labels are left to predict from.
+    # Constant up to rounding: only label frequencies can predict.
     if len(seen) < 2 or spread <= 1e-13 * float(np.abs(origin).max()):
         offsets[seen] = np.log(counts / len(codes))
         return Readout(weights[:, :, None], offsets[:, None], origin), True
@@ -44,7 +44,7 @@ def logistic(
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit((x - origin) / spread, codes)
     if len(seen) == 2:
-        # Two classes have one row of coefficients: half of it each way scores the same.
+        # Two classes have one row of coefficients: plus and minus half of it are equivalent.
         half, offset = model.coef_[0] / 2, model.intercept_[0] / 2
         weights[seen], offsets[seen] = np.stack([-half, half]), [-offset, offset]
     else:

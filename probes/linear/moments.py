@@ -1,4 +1,4 @@
-"""Moments of a site's activations by fold and label: what every linear probe is made of.
+"""Moments of a site's activations by fold and label, for all linear probes.
 
 One pass over the rows keeps, for each fold, the number of rows, their sum, their Gram matrix and
 the sum of each class under each labelling. The moments of a training set are those of all rows
@@ -26,19 +26,19 @@ from jaxtyping import Float, Int
 
 from probes.arrays import Array, host, like, namespace, wide, zeros
 
-# A variance below this part of the squared mean is rounding: the activations are constant.
+# A variance below this share of the squared mean is rounding: the activations are constant.
 ROUNDING = 1e-26
-# Where classes are points, the scatter within them is taken to be this part of the whole.
+# Where classes are points, their within-class scatter is set to this share of the total.
 COLLAPSED = 1e-10
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Linear scores of the classes, under one or several labellings; calling it predicts.
+    """Linear class scores under one or several labellings; calling it predicts.
 
     Attributes:
         weights, offsets: ``score = (x - origin) @ weights[class] + offsets[class]``.
-        origin: the point that scores are taken from.
+        origin: the point subtracted from states.
     """
 
     weights: Float[Array, "class d labelling"]
@@ -46,7 +46,7 @@ class Readout:
     origin: Float[Array, " d"]
 
     def __call__(self, x: Float[Array, "row d"]) -> Int[Array, "row labelling"]:
-        """Class of the highest score, the first of equals."""
+        """Class of the highest score; ties go to the first."""
         centred = x - self.origin
         if not isinstance(centred, np.ndarray):  # on a device all classes are one product
             return (centred @ self.weights + self.offsets[:, None]).argmax(0)
@@ -60,7 +60,7 @@ class Readout:
         return choice
 
     def affine(self) -> tuple[Float[np.ndarray, "class d"], Float[np.ndarray, " class"]]:
-        """Weights and intercepts of the first labelling, for activations as they are."""
+        """Weights and intercepts of the first labelling, for raw activations."""
         weights = self.weights[:, :, 0]
         return host(weights), host(self.offsets[:, 0] - weights @ self.origin)
 
@@ -100,10 +100,10 @@ class Training:
 
 
 class Moments:
-    """Gathers moments batch by batch, in float64, where the rows are (`probes.arrays`).
+    """Accumulate moments batch by batch, in float64, on the rows' device (`probes.arrays`).
 
-    Rows are taken relative to a point inside the first batch, so that a large common mean does
-    not eat the digits of the scatter. Holds ``fold x (d² + d x class x labelling)`` numbers.
+    Rows are relative to a point inside the first batch, so that a large common mean does not cost
+    precision of the scatter. Holds ``fold x (d² + d x class x labelling)`` numbers.
 
     >>> rng = np.random.default_rng(0)
     >>> x, codes = rng.normal(size=(60, 4)), rng.integers(0, 2, (60, 1))
@@ -130,14 +130,14 @@ class Moments:
         x = wide(x)
         if self.origin is None:
             self.origin = _inside(x)
-            # The last place of both is the sum over folds.
+            # The last index of both is the sum over folds.
             shape = (self.n_folds + 1, x.shape[1] + 1)
             self.gram = zeros((*shape, x.shape[1] + 1), x)
             self.sums = zeros((shape[0], self.n_classes, shape[1], codes.shape[1]), x)
         for index in np.unique(fold):
             inside = fold == index
             own = like(codes[inside], x)
-            # A column of ones makes the products hold counts and sums as well.
+            # A column of ones adds counts and sums to the products.
             rows = zeros((len(own), x.shape[1] + 1), x) + 1
             rows[:, :-1] = x[like(inside, x)] - self.origin
             gram = rows.T @ rows
@@ -149,7 +149,7 @@ class Moments:
                 self.sums[-1, label] += sums
 
     def training(self, held_out: int | None = None, labellings: slice = slice(None)) -> Training:
-        """Moments of all rows but those of one fold, for some of the labellings."""
+        """Moments of all rows except one fold, for some labellings."""
         assert self.origin is not None, "no rows were added"
         gram, sums = self.gram[-1], self.sums[-1, :, :, labellings]
         if held_out is not None:
@@ -174,7 +174,7 @@ class Moments:
 
 
 def _inside(x: Float[Array, "row d"]) -> Float[Array, " d"]:
-    """A point among the rows; a feature that does not vary has exactly zero moments around it."""
+    """A point among the rows, around which constant features have exactly zero moments."""
     xp = namespace(x)
     return xp.where(xp.amin(x, 0) == xp.amax(x, 0), x[0], x.mean(0))
 
@@ -201,7 +201,7 @@ def lda(training: Training, penalty: float) -> Readout:
     within = trace - xp.einsum("cl,cdl,cdl->l", counts, means, means)
     ridge_term = penalty * within.clip(COLLAPSED * trace) / d if trace else xp.ones_like(within)
     whitened = means / (training.values[:, None] + ridge_term)
-    # Between and within classes differ by one matrix a labelling: Woodbury, class x class.
+    # Total and within-class scatter differ by a low-rank matrix per labelling: Woodbury.
     by_labelling = xp.moveaxis(whitened, 2, 0)
     overlap = xp.moveaxis(means, 2, 0) @ xp.swapaxes(by_labelling, 1, 2)
     system = like(np.eye(len(means)), means) - counts.T[:, :, None] * overlap
@@ -214,7 +214,7 @@ def lda(training: Training, penalty: float) -> Readout:
 
 
 def mass_mean(training: Training, penalty: float) -> Readout:
-    """The nearest class mean, whatever the penalty; with the covariance it would be `lda`.
+    """The nearest class mean, independent of the penalty; with the covariance it is `lda`.
 
     Equals scikit-learn's ``NearestCentroid``. Source: Marks & Tegmark 2023 (arXiv 2310.06824),
     whose probe of two classes is the difference of their means.

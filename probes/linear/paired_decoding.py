@@ -1,10 +1,10 @@
-"""Does a component of the prompt become easier to read off the states, with demonstrations?
+"""Change of the decodability of a prompt component by demonstrations.
 
-Standard of evidence: both conditions are read by the same probe from the same folds, in which the
-nuisance item (the name, when the activity is decoded) is held out whole; what is reported is the
-difference prompt by prompt, with an interval over resampled items and a p from exchanging the two
-conditions within items. For each condition against permuted labels, see `probes.probe`. That a
-component can be decoded does not say that the model uses it.
+Standard of evidence: both conditions use the same kind of probe and the same folds, in which the
+nuisance item (the name, when the activity is decoded) is held out whole; the paired difference is
+reported, with an interval over resampled items and a p from exchanging the two conditions within
+items. For each condition against permuted labels, see `probes.probe`. Decodability of a component
+does not mean that the model uses it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class PairedDecoding(Shown):
     """Held-out accuracy of one target at each site, in two conditions of the same prompts.
 
     Attributes:
-        frame: one row a site: ``site, kind, layer, head, by, probe, penalty, accuracy_without,
+        frame: one row per site: ``site, kind, layer, head, by, probe, penalty, accuracy_without,
             accuracy_with, value`` (the difference), ``ci_low, ci_high`` (95 %, over items), ``p,
             p_corrected`` (two-sided), ``smallest_p, n, n_items``.
-        right: whether each prompt was read right, ``(condition, site, prompt)``.
+        right: whether each prompt is decoded right, ``(condition, site, prompt)``.
     """
 
     frame: pd.DataFrame
@@ -72,7 +72,9 @@ def decode(
     resamples: int = 1000,
     seed: int = 0,
 ) -> PairedDecoding:
-    """Read one component of the prompts at every site, with and without demonstrations.
+    """Decode a component of the prompts at every site, with and without demonstrations.
+
+    Also `decodability`.
 
     Args:
         without, with_demonstrations: activations of the same queries in the same order.
@@ -83,9 +85,9 @@ def decode(
         kinds: only these kinds of site.
         position: which read position, if the activations hold several.
         folds: number of splits.
-        units: rows whose change is one (an item of the interval and of p): a column, several or
-            one value a row. Default: those of one group, or of one wording where groups are finer.
-        resamples: of the items for the interval, and exchanges for p (all there are if fewer).
+        units: rows that form one item of the interval and of p: a column, several or one value
+            per row. Default: those of one group, or of one wording where groups are finer.
+        resamples: of the items for the interval, and exchanges for p (at most all).
         seed: of folds, resamples and exchanges.
 
     Raises:
@@ -167,6 +169,10 @@ def decode(
     )
 
 
+# The same function under a name that is clear out of context.
+decodability = decode
+
+
 def _paired(
     right: np.ndarray, item: Int[np.ndarray, " prompt"], resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, " site"], ...]:
@@ -184,7 +190,7 @@ def _paired(
 
 
 def _items(acts: xr.Dataset, target: str, groups: str, units: Units) -> Int[np.ndarray, " prompt"]:
-    """The rows whose change is one: those of a group, or of the wording in which groups lie."""
+    """Items: the rows of a group, or of the wording that contains groups."""
     labels = prompt_labels(acts, target)
     if units is not None:
         return exchangeable(labels, acts, by=target, units=units, call="decode").unit

@@ -1,4 +1,4 @@
-"""One site's probes: fitted without each fold, tested on it, for every labelling and penalty."""
+"""Cross-validated probes of one site, for every labelling and penalty."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BATCH_ROWS = 4096
 
 @dataclass(frozen=True)
 class SiteRows:
-    """The rows of one site, read batch by batch as often as they are iterated over.
+    """The rows of one site, read in batches on each iteration.
 
     Attributes:
         name: the site, for messages.
         stored: activations ``(prompt, d)``, in memory or still on disk.
-        frame: what heads are multiplied by to have the geometry of their contributions.
-        device: where the rows are to be; None for numpy.
+        frame: factor of heads' ``z`` that gives the geometry of their contributions.
+        device: of the rows; None for numpy.
     """
 
     name: str
@@ -40,7 +40,7 @@ class SiteRows:
 
     @classmethod
     def of(cls, acts: xr.Dataset, site: Site, position: str | None, device: Any = None) -> SiteRows:
-        """One site of a dataset, not read yet."""
+        """One site of a dataset, read lazily."""
         stored = select(acts, site, position=position).variable
         if site.kind != "head":
             return cls(str(site), stored, None, device)
@@ -48,7 +48,7 @@ class SiteRows:
         return cls(str(site), stored, frame.astype(np.float64), device)
 
     def __iter__(self) -> Iterator[tuple[slice, Float[Array, "row d"]]]:
-        """Where the batch stands, and its rows in float64.
+        """Slice of each batch, and its rows in float64.
 
         Raises:
             InputError: after the last batch, if a value was not finite.
@@ -70,10 +70,10 @@ class SiteRows:
 
 @dataclass(frozen=True)
 class SiteFit:
-    """What the probes of one site got right, and the probe fitted to all rows.
+    """Held-out hits of one site's probes, and the probe fitted to all rows.
 
     Attributes:
-        hits: held-out rows of each class that were predicted right.
+        hits: number of held-out rows of each class that are predicted right.
         weights, intercepts: of the first penalty, for activations as stored.
         unconverged: fits that stopped early.
     """
@@ -94,7 +94,7 @@ def fit_site(rows: SiteRows, plan: Design, kind: str, penalties: Sequence[float]
 def held_out_labels(
     rows: SiteRows, plan: Design, kind: str, penalty: float
 ) -> Int[np.ndarray, " row"]:
-    """The label (its index) that a probe fitted without a row's fold reads off the row."""
+    """Held-out prediction (label index) of each row."""
     solve = SOLVERS[kind]
     moments = Moments(n_folds=plan.n_folds, n_classes=len(plan.names))
     for part, x in rows:
@@ -162,6 +162,6 @@ def _fit_logistic(rows: SiteRows, plan: Design, penalties: Sequence[float]) -> S
 def _as_stored(
     readout: Readout, frame: Float[np.ndarray, "d rank"] | None
 ) -> tuple[Float[np.ndarray, "class d"], Float[np.ndarray, " class"]]:
-    """Weights for what is stored: ``(z F) w = z (F w)``."""
+    """Weights for stored activations: ``(z F) w = z (F w)``."""
     weights, intercepts = readout.affine()
     return weights if frame is None else weights @ frame.T, intercepts

@@ -1,10 +1,11 @@
-# Ranking sites by attribution patching, checked against exact patches in every run
+# Rank sites by attribution patching, and check the ranking against exact patches
 from .attribution import AttributionCheck as AttributionCheck
 from .attribution import rank as rank
+from .attribution import rank_sites as rank_sites
 
-# What a patch is measured by: a number read from the logits that answer each pair of prompts
+# Metrics of patching: one number per pair of prompts, from the last token's logits
 from .metrics import METRICS as METRICS
 
-# Activation patching: put one prompt's state into another prompt and see what the answer does
+# Activation patching: replace a prompt's state by another's and measure the answer
 from .patching import Patching as Patching
 from .patching import patch as patch

@@ -1,11 +1,11 @@
-"""Ranking sites by attribution patching, checked against exact patches in every run.
+"""Rank sites by attribution patching, and check the ranking against exact patches.
 
 Attribution patching estimates the effect of a patch to first order, ``(source state - base state)
-. gradient``, for all sites from one forward and one backward of the base prompt. It can be far
-off where the model is not linear between the two states. So the best-ranked sites are patched
-exactly, and so is a random draw from all sites: the correlation of estimate and exact effect over
-the random draw says how far the ranking can be trusted here (over the best ranked alone it says
-little, since those were picked by the estimate).
+. gradient``, for all sites from one forward and one backward of the base prompt. It can be far off
+where the model is nonlinear between the two states. So the top sites and a random sample of all
+sites are patched exactly: the correlation of estimated and exact effects over the random sample
+measures the reliability of the ranking (over the top sites it is biased, since the estimate
+selected them).
 
 Source: Nanda (2023), attribution patching; Kramár et al. (arXiv 2403.00745) on where it fails.
 """
@@ -25,9 +25,9 @@ from scipy import stats
 from torch import Tensor
 from transformer_lens.model_protocol import TransformerLensModel
 
-# TransformerLens' `attribution_patch` reads one pair at a time with a metric that cannot know
-# which pair it is given, at nodes of its own choice and pairs of equal length only; the piece of
-# it that reads activations and gradients takes any hook, batch and metric, on native models too.
+# TransformerLens' `attribution_patch` takes one pair at a time, a metric without the pair's index,
+# fixed nodes and pairs of equal length; its part that reads activations and gradients takes any
+# hook, batch and metric, also on native models.
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lensclust.activations import extract, select
@@ -52,15 +52,15 @@ from probes.patching.patching import Patching, patch, require_pairs
 
 @dataclass(frozen=True, repr=False)
 class AttributionCheck(Shown):
-    """First-order effects of all sites, and exact ones of the best ranked and of random ones.
+    """First-order effects of all sites, and exact effects of the top and of random sites.
 
     Attributes:
-        frame: one row a site, best ranked first: ``site, kind, layer, head, position, metric,
-            attributed, exact, rank, chosen``. ``chosen`` says why a site was patched exactly:
-            ``top``, ``random``, ``both``; or ``none``, and then ``exact`` is NaN.
-        correlation: of attributed and exact effects over the ``top`` sites, the ``random`` ones
-            and ``all`` that were patched: ``sites, pearson, spearman, n``; NaN where there are
-            fewer than three or all are equal.
+        frame: one row per site, best ranked first: ``site, kind, layer, head, position, metric,
+            attributed, exact, rank, chosen``. ``chosen`` is the reason for an exact patch: ``top``,
+            ``random`` or ``both``; or ``none``, with ``exact`` NaN.
+        correlation: of attributed and exact effects over the ``top``, the ``random`` and ``all``
+            patched sites: ``sites, pearson, spearman, n``; NaN for fewer than three sites or
+            constant effects.
         exact: the exact effects, with intervals and p.
     """
 
@@ -98,15 +98,17 @@ def rank(
     batch_tokens: int | None = None,
     progress: bool = True,
 ) -> AttributionCheck:
-    """Rank sites by their first-order effect and patch the top ``m`` and ``m`` random ones.
+    """Rank sites by first-order effects and patch the top ``m`` and ``m`` random ones exactly.
 
-    Sites are ranked by magnitude: a patch that lowers the metric matters as much.
+    Also `rank_sites`.
+
+    Sites are ranked by magnitude, whatever the sign.
 
     Args:
         model, base, source, sites, batch_tokens, progress: as in `patch`.
         at: one position by name.
         metric: as in `patch`, and differentiable: ``accuracy`` is not.
-        m: sites patched exactly from the top, and drawn from all sites.
+        m: number of sites patched exactly from the top, and of random ones from all sites.
         seed: of the draw, the intervals and p.
 
     Raises:
@@ -175,6 +177,10 @@ def rank(
     return AttributionCheck(frame=frame, correlation=correlation, exact=exact)
 
 
+# The same function under a name that is clear out of context.
+rank_sites = rank
+
+
 def _gradients(
     model: Any,
     prompts: Prompts,
@@ -183,7 +189,7 @@ def _gradients(
     readout: Readout,
     budget: int,
 ) -> list[Float[np.ndarray, "_prompt _d"]]:
-    """For each site the gradient of every prompt's own metric with respect to its state."""
+    """Gradient of each prompt's metric with respect to its state, at each site."""
     position = prompts.position(at)
     hooks = dict.fromkeys(hook_name(model, site) for site in sites)
     parts: list[list[Tensor]] = [[] for _ in sites]
@@ -195,13 +201,13 @@ def _gradients(
         places = position[rows].to(device)
 
         def total(logits: Tensor, rows: Tensor = rows, last: Tensor = last) -> Tensor:
-            # Rows do not touch each other, so the gradient of the sum is each row's own.
+            # Rows are independent, so the gradient of the sum separates by row.
             found = readout(logits[torch.arange(len(rows)), last].float(), rows)
             return one_a_row(found, rows).sum()
 
         tokens = prompts.tokens[rows, : int(last.max()) + 1].to(device)
         with _begun(model):
-            # A backward that ends at the topmost hook does not reach it: the embedding is above.
+            # A backward that ends at the first hook does not reach it: start at the embedding.
             cache = cache_activation_and_gradient(model, tokens, total, ["hook_embed", *hooks])
         found = []
         for site in sites:
@@ -210,7 +216,7 @@ def _gradients(
                 raise InputError(f"rank: the metric has no gradient at site {site}")
             here = gradient[inside.to(gradient.device), places.to(gradient.device)]
             found.append((here if site.head is None else here[:, site.head]).float())
-        # Queued for all sites before any is waited for.
+        # Queue all transfers before waiting for the first.
         for part, gradient in zip(parts, found, strict=True):
             part.append(gradient.cpu())
         order.append(rows)
@@ -220,7 +226,7 @@ def _gradients(
 
 @contextmanager
 def _begun(model: Any) -> Iterator[None]:
-    """Inside, gradients begin at the embedding, though the network be frozen."""
+    """Start gradients at the embedding inside the block, also for frozen networks."""
     weights = [weight for weight in model.embed.parameters() if weight.is_floating_point()]
     if not weights:
         raise InputError(

@@ -1,4 +1,4 @@
-"""States put in place of a model's own, many edits to a forward."""
+"""Replace states of a model, with many edits in one forward."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from lensclust.inference import upload
 from lensclust.models import Site, hook_name, model_device, model_name
 
-# A site, and what its state becomes for each prompt.
+# A site, and its new state for each prompt.
 Edit = tuple[Site, Float[Tensor, "_prompt _d"]]
 
 
 class EditHooks:
-    """One hook for each hook point that the edits touch, whatever their number.
+    """One hook for each edited hook point, for any number of edits.
 
     Args:
         rows: the prompt behind each column of ``place``.
-        place, column: where in the batch dimension and in the sequence each edit of each prompt
-            goes ``(edit, prompt)``.
+        place, column: batch row and sequence position of each edit of each prompt ``(edit,
+            prompt)``.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class EditHooks:
                 heads = torch.tensor([[site.head] for site, _ in chosen], device=place.device)
                 where.append(heads.expand_as(where[0]))
             values = torch.stack([value[rows.to(value.device)] for _, value in chosen])
-            # Here and not in the hooks, where each upload would hold up the layers after it.
+            # Here and not in the hooks, where each upload would delay later layers.
             where, values = [upload(axis, device) for axis in where], upload(values, device)
             self.pairs.append((name, self._hook(name, where, values)))
 

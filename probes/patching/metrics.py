@@ -1,4 +1,4 @@
-"""What a patch is measured by: a number read from the logits that answer each pair of prompts."""
+"""Metrics of patching: one number per pair of prompts, from the last token's logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def metric_of(
     """Name and function of a metric of the pairs.
 
     Raises:
-        InputError: if it is not known, or the answers it needs are missing or the same.
+        InputError: if it is unknown, or the answers it needs are missing or equal.
     """
     if not isinstance(metric, str):
         return getattr(metric, "__name__", "metric").strip("<>"), metric

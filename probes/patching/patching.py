@@ -1,11 +1,11 @@
-"""Activation patching: put one prompt's state into another prompt and see what the answer does.
+"""Activation patching: replace a prompt's state by another's and measure the answer.
 
-The effect of a site at a position is what the metric gains when the base prompt's state there is
-replaced by that of its source: 0 if the state does not matter, the whole gap between the two
-prompts if everything the metric depends on passes through it. Every value is exact, not
-first-order (`probes.patching.attribution` ranks sites first where there are too many). Pairs
-differ, so an effect comes with a bootstrap interval over pairs and the p of sign-flipped effects,
-flipped together where base prompts share a wording; p is not corrected for the number of sites.
+The effect of a site at a position is the gain of the metric when the base prompt's state is
+replaced by its source's: 0 if the state does not matter, the whole gap between the two prompts if
+everything the metric depends on passes through it. Every value is exact, not first-order
+(`probes.patching.attribution` ranks sites first if there are too many). Effects come with a
+bootstrap interval over pairs and a sign-flip p, with common signs for base prompts of one wording;
+p is not corrected for the number of sites.
 
 Source: Meng et al. (arXiv 2202.05262) and Wang et al. (arXiv 2211.00593) for the normalised logit
 difference; interval, and p where no wording is shared, are TransformerLens' `PatchingResult`.
@@ -46,10 +46,10 @@ EVERY = "every"
 
 @dataclass(frozen=True, repr=False)
 class Patching(Shown):
-    """Exact effects of patching each site at each position, for every pair of prompts.
+    """Exact patching effects of each site and position, for every pair of prompts.
 
     Attributes:
-        frame: one row a site and position: ``site, kind, layer, head, position, metric, value,
+        frame: one row per site and position: ``site, kind, layer, head, position, metric, value,
             normalized, ci_low, ci_high, p, n, n_units``. ``value`` is the mean effect over the
             ``n`` pairs, in the metric's units, ``ci_*`` its 95 % bootstrap interval, ``p`` that of
             effects sign-flipped in ``n_units`` units; ``normalized`` is the mean effect over the
@@ -79,7 +79,7 @@ class Patching(Shown):
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
     def to_patching_result(self) -> PatchingResult:
-        """The same numbers as TransformerLens' result, one row a row of ``frame``."""
+        """The same numbers as TransformerLens' result, in the rows of ``frame``."""
         cells = self.effects.transpose("site", "position", "prompt").values
         return _result(
             cells.reshape(len(self.frame), -1),
@@ -89,7 +89,7 @@ class Patching(Shown):
         )
 
     def plot(self) -> Any:
-        """Mean effect by layer, a line a position; a heat map where there are heads."""
+        """Mean effect by layer, one line per position; a heat map for heads."""
         several = self.frame["position"].nunique() > 1
         metric = str(self.frame["metric"].iloc[0])
         label = f"effect on {metric.replace('_', ' ')}"
@@ -137,26 +137,26 @@ def patch(
 
     Args:
         model: a hooked model, in eval mode.
-        base: the prompts that are run.
+        base: the prompts to run.
         source: the donors: row i gives its states to row i of ``base``.
-        sites: what is patched: kinds or places (`lensclust.models.sites`).
+        sites: kinds or places to patch (`lensclust.models.sites`).
         at: positions by name, resolved in each prompt, so that lengths may differ; ``"every"``
             for each token, by its index, which needs pairs of equal length.
         metric: ``logit_difference`` (first token of the source's answer minus that of the
             base's), ``probability`` or ``accuracy`` (of the source's first token), or a function
-            of logits ``(row, vocab)`` and pair numbers that gives one number a row.
-        units: pairs whose effects p does not take for independent (`probes.design`): a column of
-            the base prompts, several, one value a pair, or ``"rows"``. Default: those whose base
-            prompts share wording and task, as far as columns tell.
-        resamples: of the bootstrap and of the sign flips (all of them where there are few).
+            of logits ``(row, vocab)`` and pair numbers that gives one number per row.
+        units: pairs with dependent effects in p (`probes.design`): a column of the base prompts,
+            several, one value per pair, or ``"rows"``. Default: those whose base prompts share
+            wording and task, from the columns.
+        resamples: of the bootstrap and of the sign flips (at most all).
         seed: of both.
-        batch_tokens: as in `replay`, which also says what this costs on which model.
+        batch_tokens: as in `replay`, which describes the cost by model.
         progress: show bars.
 
     Raises:
-        InputError: if the prompts do not pair up, a site or position does not exist, answers are
-            missing or the same where the metric needs them, a metric is not a number, or the
-            model is in training mode.
+        InputError: if the prompts are not pairs, a site or position does not exist, answers that
+            the metric needs are missing or equal, a metric is not a number, or the model is in
+            training mode.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -221,10 +221,10 @@ def patch(
 def require_pairs(
     model: TransformerLensModel, base: Prompts, source: Prompts, sites: SiteSelector, *, caller: str
 ) -> list[Site]:
-    """The sites, once prompts and model are known to go together.
+    """Check that prompts are pairs and compatible with the model; return the sites.
 
     Raises:
-        InputError: in the name of ``caller``.
+        InputError: if they are not; names ``caller``.
     """
     if len(base) != len(source):
         raise InputError(
@@ -236,7 +236,7 @@ def require_pairs(
 
 
 def _units(base: Prompts, units: Units) -> Int[np.ndarray, " pair"] | None:
-    """Pairs whose effects are not independent; None where each stands alone."""
+    """Units of pairs with dependent effects; None for independent pairs."""
     labels = base.rows[TASK].to_numpy() if TASK in base.rows else np.zeros(len(base))
     found = exchangeable(labels, base.rows, by=TASK, units=units, call="patch")
     if found.wording is None:
@@ -252,7 +252,7 @@ def _units(base: Prompts, units: Units) -> Int[np.ndarray, " pair"] | None:
 def _places(
     base: Prompts, source: Prompts, at: str | Sequence[str]
 ) -> tuple[dict[str, str | int], Bool[np.ndarray, "pair position"], Prompts, Prompts]:
-    """Name and label of each position, which pairs have it, and prompts that know the names."""
+    """Names and labels of the positions, pairs that have them, and prompts with these names."""
     if at != EVERY:
         names = [at] if isinstance(at, str) else list(at)
         if not names or len(set(names)) < len(names):
@@ -270,7 +270,7 @@ def _places(
             "position (at='answer') aligns them"
         )
     longest = int(base.lengths.max())
-    # A pair without the token stands in with its last one and is left out afterwards.
+    # A pair without the token uses its last one and is left out afterwards.
     index = torch.arange(longest).expand(len(base), longest).minimum(base.lengths[:, None] - 1)
     spans = {f"token {i}": torch.stack([index[:, i], index[:, i] + 1], 1) for i in range(longest)}
     held = (torch.arange(longest) < base.lengths[:, None]).numpy()
@@ -279,7 +279,7 @@ def _places(
 
 
 def _numbers(values: Tensor, sites: Sequence[Site] = ()) -> np.ndarray:
-    """A metric's values, checked."""
+    """A metric's values, checked to be finite."""
     if values.ndim != (2 if sites else 1):
         raise InputError(
             f"patch: the metric gave shape {tuple(values.shape)}, expected a number a row"
@@ -338,7 +338,7 @@ def _result(
 def _in_order(
     frame: pd.DataFrame, sites: Sequence[Site], places: Sequence[str | int]
 ) -> pd.DataFrame:
-    """Rows site by site; within a site, positions as given."""
+    """Rows by site, then by position in the given order."""
     order = np.arange(len(frame)).reshape(len(places), len(sites)).T.ravel()
     columns = ["site", "kind", "layer", "head", "position", "metric", "value", "normalized"]
     return frame.iloc[order].reset_index(drop=True)[

@@ -1,12 +1,12 @@
-"""What comes before an edited token is run once, and every edit runs only what follows.
+"""Run the tokens before an edited one once, and only the rest for every edit.
 
-A causal model's states before a position do not depend on what is put there. So the columns
+A causal model's states before a position do not depend on edits there. So the columns
 before the cut are the same for every edit of a prompt:
 
-- `packed`: one sequence holds a copy of the suffix for each edit, side by side, and they all
-  continue one prefix (`lensclust.inference.prefix_sharing.forwards`). Hugging Face models take the
-  prefix from a key/value cache that is filled once. TransformerLens' native models have none: every
-  sequence runs the prefix again, so an edit costs its suffix and ``1 / copies`` of the prefix.
+- `packed`: one sequence holds a copy of the suffix for each edit, all continuing one prefix
+  (`lensclust.inference.prefix_sharing.forwards`). Hugging Face models take the prefix from a
+  key/value cache that is filled once. TransformerLens' native models have none: every sequence
+  runs the prefix again, so an edit costs its suffix and ``1 / copies`` of the prefix.
 - `stacked`: any other model. Every edit runs its whole prompt; nothing is shared.
 """
 
@@ -30,19 +30,19 @@ from probes.patching.edits import Edit, EditHooks
 
 # Logits held at once, in numbers.
 LOGITS = 2**26
-# Copies side by side grow up to here: beyond, scores between them cost what sharing saves.
+# Maximum length of the copies: beyond it, scores between copies cost what sharing saves.
 PACKED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded prompts, each cut in two: what is the same for every edit, and the rest.
+    """Right-padded prompts, each cut into a prefix common to all edits and a suffix.
 
     Attributes:
-        rows: which prompts.
-        tokens, lengths: token ids, and how many of them are no padding.
+        rows: indices of the prompts.
+        tokens, lengths: token ids, and their number without padding.
         positions: the edited token of each prompt.
-        cuts: tokens before it are the same for every edit.
+        cuts: number of tokens of the prefix.
     """
 
     rows: Int[Tensor, " prompt"]
@@ -53,9 +53,9 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: Prompts, rows: Tensor, positions: Tensor) -> Batch:
-        """Lay out the prompts ``rows``, edited at ``positions`` (one for every prompt)."""
+        """Make the batch of the prompts ``rows``, edited at ``positions`` (one per prompt)."""
         lengths, edited = prompts.lengths[rows], positions[rows]
-        # What follows the cut is as long as the longest rest: no prompt needs less padding so.
+        # The suffix has the length of the longest rest, which minimises padding.
         rest = int((lengths - edited).max())
         return cls(
             rows=rows,
@@ -80,11 +80,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch whose prefix has been dealt with.
+    """A batch with its prefix already run.
 
     Attributes:
-        at_once: how many edits one forward holds.
-        run: from edits (None: leave the model alone) to the logits of the last token.
+        at_once: number of edits in one forward.
+        run: from edits (None: unedited) to the logits of the last token.
     """
 
     at_once: int
@@ -95,11 +95,11 @@ Way = Callable[[Any, Batch, int], Prepared]
 
 
 def ways(model: TransformerLensModel, columns: int) -> tuple[Way, ...]:
-    """The ways that may suit a model, the cheapest first; `stacked` always does.
+    """Candidate ways for a model, the cheapest first; `stacked` always works.
 
     Args:
-        columns: the longest prompt with two copies of its suffix: a native model runs no
-            sequence longer than its context.
+        columns: length of the longest prompt with two copies of its suffix: a native model runs
+            no sequence longer than its context.
     """
     network = getattr(model, "original_model", None)
     if isinstance(network, NativeModel):
@@ -109,7 +109,7 @@ def ways(model: TransformerLensModel, columns: int) -> tuple[Way, ...]:
 
 
 def batch_width(model: Any, edits: int) -> Callable[[int, int], int]:
-    """Columns that a prompt takes in a forward, from its width and that of its suffix."""
+    """Columns of a prompt in a forward, from its width and that of its suffix."""
     room = min(model.cfg.n_ctx, PACKED_TOKENS)
     if not isinstance(getattr(model, "original_model", None), NativeModel):
         room = 0
@@ -117,7 +117,7 @@ def batch_width(model: Any, edits: int) -> Callable[[int, int], int]:
 
 
 def packed(model: Any, batch: Batch, budget: int) -> Prepared:
-    """A copy of each prompt's suffix for each edit, in one sequence that continues its prefix."""
+    """One sequence per prompt: its prefix, continued by one copy of the suffix per edit."""
     native = isinstance(model.original_model, NativeModel)
     n, suffix, prefix = len(batch.rows), batch.suffix, batch.prefix if native else 0
     forward = _native_forward(model) if native else _cached_forward(model, batch)
@@ -137,7 +137,7 @@ def packed(model: Any, batch: Batch, budget: int) -> Prepared:
 
 
 def stacked(model: Any, batch: Batch, budget: int) -> Prepared:
-    """Every edit with its whole prompt, padded on the right, which needs no mask."""
+    """Whole prompts for every edit, padded on the right, without a mask."""
     n, device = len(batch.rows), model_device(model)
 
     def run(edits: Sequence[Edit | None]) -> Tensor:
@@ -158,14 +158,14 @@ def stacked(model: Any, batch: Batch, budget: int) -> Prepared:
 def _only(
     row: Int[Tensor, "prompt edit"], place: Int[Tensor, "prompt edit"]
 ) -> tuple[str, Callable[[Tensor, Any], Tensor]]:
-    """Unembed these places only."""
+    """Unembed these positions only."""
     return "unembed.hook_in", lambda states, hook: states[
         row.to(states.device), place.to(states.device)
     ]
 
 
 def _cached_forward(model: Any, batch: Batch) -> Callable[[PackedBatch, Sequence[Any]], Tensor]:
-    """Runs the prefixes once, and from then on what continues them."""
+    """Run the prefixes once, and then only their continuations."""
     forwards = PackedForwards(model)
     if batch.prefix:
         nothing = torch.empty((len(batch.rows), 0), dtype=torch.int64)
@@ -189,13 +189,13 @@ def _native_forward(model: Any) -> Callable[[PackedBatch, Sequence[Any]], Tensor
 
 
 def _prefixes(batch: Batch) -> PackedBatch:
-    """The tokens before the cut, all of which later forwards continue."""
+    """The prefixes, which later forwards continue."""
     tokens = _Tokens.of(batch.cuts * 0, batch.cuts)
     return _laid_out(batch, [tokens], [batch.prefix], cached=tokens.real.nonzero(), fresh=True)
 
 
 def _copies(batch: Batch, copies: int, *, cached: bool) -> PackedBatch:
-    """The suffix so many times, behind the prefix where that is not cached."""
+    """Copies of the suffix, after the prefix where that is not cached."""
     prefix, suffix = _Tokens.of(batch.cuts * 0, batch.cuts), _Tokens.of(batch.cuts, batch.lengths)
     if cached:
         numbers = (prefix.real.flatten().cumsum(0) - 1).view_as(prefix.real)
@@ -210,7 +210,7 @@ def _copies(batch: Batch, copies: int, *, cached: bool) -> PackedBatch:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Some tokens of every prompt, padded on the right: their index, and which are real."""
+    """Right-padded token indices of every prompt, and their mask."""
 
     index: Int[Tensor, "prompt token"]
     real: Bool[Tensor, "prompt token"]
@@ -224,7 +224,7 @@ class _Tokens:
 def _laid_out(
     batch: Batch, pieces: Sequence[_Tokens], ends: Sequence[int], **given: Any
 ) -> PackedBatch:
-    """Pieces side by side; each is seen up to its end."""
+    """Concatenate pieces into one sequence; each is visible up to its end."""
     index = torch.cat([piece.index for piece in pieces], dim=1)
     real = torch.cat([piece.real for piece in pieces], dim=1)
     seen = torch.cat([piece.real * end for piece, end in zip(pieces, ends, strict=True)], dim=1)

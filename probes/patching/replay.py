@@ -1,10 +1,9 @@
-"""Runs the same prompts over and over with one state changed each time, sharing what it can.
+"""Run the same prompts with many single-state edits, sharing their common prefixes.
 
-Each edit replaces one site's state at one position of every prompt; the logits of the last
-token say what that did. Edits of any sites and layers share forwards, and what comes before the
-edited position is run once (`probes.patching.prefixes` says how, for which model, and at what
-cost).
-Whether a model shares prefixes exactly is not taken on trust: it has to pass the check of
+Each edit replaces one site's state at one position of every prompt; the logits of the last token
+give its effect. Edits of any sites and layers share forwards, and the tokens before the edited
+position are run once (`probes.patching.prefixes` describes models and costs).
+Exact sharing of prefixes is checked: a model has to pass the check of
 `lensclust.inference.prefix_sharing.sharing`, then the shortest and the longest prompt are run both
 ways, and a model that disagrees is run in full instead.
 """
@@ -66,22 +65,23 @@ def replay(
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to run.
+        prompts: prompts to run.
         edits: ``(site, values)``: at position ``at`` the state of the site becomes ``values
-            (prompt, d)``, and nothing else is touched. ``d`` is ``d_head`` for ``head`` and
-            ``z`` (of ``hook_z``, before ``W_O``), else ``d_model``. A site may come many times.
-        readout: from logits ``(row, vocab)`` and the prompt behind each row to one value, or
-            tensor, a row. Rows come in any order.
+            (prompt, d)``, and nothing else changes. ``d`` is ``d_head`` for ``head`` and ``z``
+            (of ``hook_z``, before ``W_O``), else ``d_model``. A site may be repeated.
+        readout: from logits ``(row, vocab)`` and the prompt of each row to one value, or tensor,
+            per row. Rows come in any order.
         at: the edited position (`Prompts.position`).
         batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
         progress: show a bar.
 
     Returns:
-        ``(edit, prompt, ...)``: what ``readout`` gave, on the CPU.
+        ``(edit, prompt, ...)``: values of ``readout``, on the CPU.
 
     Raises:
-        InputError: if a site or position does not exist, an edit there is thrown away, values
-            have the wrong shape, the model is in training mode, or the prompts do not fit it.
+        InputError: if a site or position does not exist, an edit there has no effect, values have
+            the wrong shape, the model is in training mode, or the prompts are incompatible with
+            it.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -154,7 +154,7 @@ def _exact_way(
     native = isinstance(getattr(model, "original_model", None), NativeModel)
     longest, suffix = (int(x.max()) for x in (prompts.lengths, prompts.lengths - positions))
     keys = longest + min(edits * suffix, PACKED_TOKENS)
-    # Native models have no cache: they share inside one sequence, by a mask.
+    # Native models have no cache: they share within one sequence, by a mask.
     if (why_not := callers_hooks(model) if native else obstacle(model)) is not None:
         log_refusal(model, "replay", why_not, level=logging.INFO)
         return stacked
@@ -171,7 +171,7 @@ def _exact_way(
     for way in candidates[:-1]:
         try:
             batch = Batch.of(prompts, rows, positions)
-            # As many copies as will ever stand side by side: none may see another.
+            # The maximum number of copies: none may attend to another.
             prepared = way(model, batch, len(rows) * budget)
             found = prepared.run([None] * min(edits, prepared.at_once))
         except FAILURES as failure:
@@ -193,7 +193,7 @@ def _batches(
     *,
     apart: Sequence[int],
 ) -> Iterator[Int[Tensor, " row"]]:
-    """Prompts with suffixes of like length together, the longest first, within the budget.
+    """Batches of prompts with similar suffix lengths, the longest first, within the budget.
 
     Args:
         apart: as in `lensclust.models.batches`.

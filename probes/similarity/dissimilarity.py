@@ -1,8 +1,8 @@
-"""Prompt x prompt dissimilarities: those that a hypothesis says, and those of a site's states.
+"""Representational dissimilarity matrices (RDMs) of hypotheses and of states.
 
-A hypothesis says which prompts should lie apart: 0 where two share a component (a name, an
-activity), 1 where they do not, or graded by how far two numbers differ. A state RDM holds the
-distances that the states of a site have. Only the pairs above the diagonal count.
+A hypothesis RDM is 0 where two prompts share a component (a name, an activity) and 1 where they do
+not, or graded by the difference of two numbers. A state RDM holds the distances between the states
+of a site. Only the pairs above the diagonal are used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lensclust.errors import InputError
 from lensclust.prompts import MISSING, Prompts, label_texts, require_same_prompts
 from probes.design import require_two_values
 
-# What is left of the distance between equal rows is rounding; it must not be ranked.
+# The distance between equal rows is rounding, which must not be ranked.
 DECIMALS = 10
 PAIR_DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "cosine": lambda x: np.round(pdist(x, "cosine"), DECIMALS),
@@ -46,8 +46,8 @@ def hypothesis(
         graded: by distance instead of equality.
 
     Raises:
-        InputError: if there is no such label, all prompts have one value, or ``graded`` is asked
-            of what is not a finite number.
+        InputError: if the label does not exist, all prompts have one value, or ``graded`` is used
+            for values that are not finite numbers.
 
     >>> rows = pd.DataFrame({"name": ["Ann", "Ann", "Bo"], "slope": [1, 2, 5]})
     >>> hypothesis(rows, "name")[0].tolist(), hypothesis(rows, "slope", graded=True)[0].tolist()
@@ -80,7 +80,9 @@ def hypothesis(
 def combined(
     hypotheses: Sequence[Float[np.ndarray, "prompt prompt"]],
 ) -> Float[np.ndarray, "prompt prompt"]:
-    """The mean of several hypotheses: prompts lie apart as far as they differ in all of them.
+    """Combine several hypotheses into their mean.
+
+    Also `combine_hypotheses`.
 
     Raises:
         InputError: if none is given or their sizes differ.
@@ -95,15 +97,19 @@ def combined(
     return np.mean(list(hypotheses), axis=0)
 
 
+# The same function under a name that is clear out of context.
+combine_hypotheses = combined
+
+
 @checked_arguments
 def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
-    """Activations labelled with what their prompts look like: ``length`` and ``first_token``.
+    """Label activations with nuisances of their prompts: ``length`` and ``first_token``.
 
     ``length`` is in tokens; ``first_token`` is the id of the first, or of the second where all
-    prompts begin with the same one (a beginning-of-sequence token). Labels that are there stay.
+    prompts begin with the same one (a beginning-of-sequence token). Existing labels are kept.
 
     Raises:
-        InputError: if there are more or fewer activations than prompts, or their labels differ.
+        InputError: if activations and prompts differ in number or labels.
 
     >>> import lensclust as lc
     >>> prompts = lc.tasks.sif().where(split="both")
@@ -124,9 +130,9 @@ def with_nuisances(acts: xr.Dataset, prompts: Prompts) -> xr.Dataset:
 
 
 def nuisance(acts: xr.Dataset, name: str) -> Float[np.ndarray, "prompt prompt"]:
-    """Dissimilarity by a label that is no hypothesis: numbers graded, the rest same or not.
+    """Dissimilarity by a nuisance label: graded for numbers, else equal or not.
 
-    0 throughout where all prompts have one value: there is nothing to control then.
+    0 for all pairs if all prompts have one value.
 
     Raises:
         InputError: if the activations have no such label.
@@ -144,7 +150,7 @@ def pair_index(n: int) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair
 
 
 def standardised(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, "row d"]:
-    """Each feature centred and divided by its spread over the rows; 0 where it has none."""
+    """Z-score each feature over the rows; 0 where it is constant."""
     spread = x.std(0)
     constant = x.max(0) == x.min(0)
     return np.where(constant, 0.0, (x - x.mean(0)) / np.where(constant, 1.0, spread))
@@ -153,10 +159,10 @@ def standardised(x: Float[np.ndarray, "row d"]) -> Float[np.ndarray, "row d"]:
 def state_distances(
     x: Float[np.ndarray, "row d"], distance: str, *, site: str
 ) -> Float[np.ndarray, " pair"]:
-    """Distances of the rows of a site, above the diagonal.
+    """Distances between the rows of a site, above the diagonal.
 
     Raises:
-        InputError: if a row has no direction, so that no angle is defined.
+        InputError: if a row has norm 0, so that no angle is defined.
     """
     if (x == x[0]).all():
         return np.zeros(len(x) * (len(x) - 1) // 2)
@@ -172,20 +178,20 @@ def state_distances(
 def crossnobis(
     x: Float[np.ndarray, "repeat item d"],
 ) -> Float[np.ndarray, " pair"]:
-    """Cross-validated Mahalanobis distances between items, over their repeats; can be below 0.
+    """Cross-validated Mahalanobis (crossnobis) distances between items; can be below 0.
 
-    The noise is what differs between the repeats of an item, its covariance shrunk towards its
-    diagonal; the distances are rsatoolbox's, divided by the number of features. With the noise
-    known they would be 0 on average between items that are alike. It is estimated from the same
-    repeats, which adds a little, the less the more items there are, and to all pairs alike: no
-    correlation with a hypothesis sees it. Features that are the same in all repeats have no noise
-    to measure by and are left out; without any other, all distances are 0.
+    The noise covariance is that of the repeats of an item, shrunk towards its diagonal; the
+    distances are rsatoolbox's, divided by the number of features. With known noise they would be
+    0 on average between equal items. Estimating it from the same repeats adds a small bias, which
+    decreases with the number of items and is equal for all pairs, so that no correlation with a
+    hypothesis changes. Features that are constant over repeats have no noise estimate and are
+    left out; without any other, all distances are 0.
     """
     noisy = (np.ptp(x, axis=0) > 0).any(0)
     if not noisy.any():
         return np.zeros(x.shape[1] * (x.shape[1] - 1) // 2)
     x = x[..., noisy]
-    # Seconds to import, and for those alone who have repeats.
+    # Imported here: it takes seconds, and only repeats need it.
     from rsatoolbox.data.dataset import Dataset
     from rsatoolbox.data.noise import prec_from_measurements
     from rsatoolbox.rdm.calc import calc_rdm_crossnobis

@@ -1,8 +1,8 @@
-"""Products of Gram matrices of centred states, and their moments when the rows are shuffled.
+"""Inner products of Gram matrices of centred states, and their permutation moments.
 
 With centred states ``X (row, d)`` and ``Y (row, e)``, ``<XXᵀ, YYᵀ> = |XᵀY|²``: through Gram
 matrices a pair of sites costs ``row²``, through features ``row · d · e``. Sites are read one at a
-time and what is kept of them is bounded, so that states may stay on disk.
+time with bounded memory, so that states can stay on disk.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Products = Float[np.ndarray, "site_a site_b"]
 
 
 class Side:
-    """The sites of one activation set, and the Gram matrix figures of each.
+    """The sites of one activation set, with summaries of each Gram matrix.
 
     Args:
-        device: where states are centred and multiplied; None for numpy.
+        device: of the computation; None for numpy.
 
     Attributes:
         norms: the Gram matrix's diagonal, ``(site, row)``.
@@ -52,7 +52,7 @@ class Side:
         self.cube = np.full(len(self.sites), np.nan)
 
     def states(self, index: int) -> Float[Array, "row d"]:
-        """Centred states of unit total variance, or 0 where they vary only by rounding."""
+        """Centred states of unit total variance, or 0 where they are constant up to rounding."""
         values = site_values(self.acts, self.sites[index], position=self.position)
         raw = wide(placed(values, self.device))
         xp = namespace(raw)
@@ -83,7 +83,7 @@ class Side:
 
 
 def products(a: Side, b: Side, *, debiased: bool) -> Products:
-    """Inner product of the Gram matrices of every pair of sites, the cheaper way.
+    """Inner product of the Gram matrices of every pair of sites, by the cheaper route.
 
     Debiased, both are U-centred first: zero on the diagonal, and all rows summing to 0.
     """
@@ -96,11 +96,11 @@ def products(a: Side, b: Side, *, debiased: bool) -> Products:
 
 
 def shuffled(a: Side, b: Side, *, debiased: bool) -> tuple[Products, Products, Products]:
-    """Mean, standard deviation and skewness of the cosine of two Gram matrices over shufflings.
+    """Permutation mean, standard deviation and skewness of the cosine of two Gram matrices.
 
     Mean and deviation are exact over all permutations of one side's rows; the skewness is that
-    of many rows. A matrix enters by ``beta = trace² / |.|²``, its number of dimensions in use,
-    and by its diagonal's squares; both are 0 where the diagonal is.
+    of many rows. A matrix enters by ``beta = trace² / |.|²``, its effective dimension, and by
+    its squared diagonal; both are 0 where the diagonal is.
 
     Source: Kazi-Aoual et al. (1995); Josse, Pagès & Husson (2008).
     """
@@ -125,9 +125,9 @@ def shuffled(a: Side, b: Side, *, debiased: bool) -> tuple[Products, Products, P
 def relabelled(
     a: Side, b: Side, orders: Int[np.ndarray, "labelling row"], *, debiased: bool
 ) -> Float[np.ndarray, "labelling site_a site_b"]:
-    """Cosines of the Gram matrices of every pair of sites, side b's rows in other orders.
+    """Cosines of the Gram matrices of every pair of sites, with reordered rows of side b.
 
-    An order may hold a row twice and leave out another, so b's states are centred again.
+    An order may repeat a row and omit another, so b's states are centred again.
     """
     n = a.rows
     found = np.empty((len(orders), len(a.sites), len(b.sites)))
@@ -167,12 +167,12 @@ def _centred(gram: Float[np.ndarray, "row row"], debiased: bool) -> Float[np.nda
 
 
 def _self_pairs(n: int, diagonals: np.ndarray, traces: np.ndarray) -> np.ndarray:
-    """What the diagonals of two matrices whose rows sum to 0 add to their inner product."""
+    """Contribution of the diagonals to the inner product of matrices whose rows sum to 0."""
     return n / (n - 2) * diagonals - traces / ((n - 1) * (n - 2))
 
 
 def _by_gram(a: Side, b: Side) -> Products:
-    """All pairs at once from a stretch of rows of every Gram matrix, stretch by stretch."""
+    """All pairs at once, from blocks of rows of every Gram matrix."""
     found = np.zeros((len(a.sites), len(b.sites)))
     sides = [a] if a is b else [a, b]
     step = max(1, KEPT_BYTES // (8 * a.rows * sum(len(side.sites) for side in sides)))
@@ -184,14 +184,14 @@ def _by_gram(a: Side, b: Side) -> Products:
 
 
 def _by_feature(a: Side, b: Side) -> Products:
-    """The states of as many sites of one side as may be kept, against each of the other's."""
+    """Products of a block of sites of one side with each site of the other."""
     found = np.empty((len(a.sites), len(b.sites)))
     step = max(1, KEPT_BYTES // (8 * a.rows * max(a.widths())))
     for start in range(0, len(a.sites), step):
         kept = [a.states(i) for i in _range(a)[start : start + step]]
         starts = np.cumsum([0, *(x.shape[1] for x in kept[:-1])])
         together = namespace(kept[0]).concatenate(kept, axis=1)
-        # Of one side against itself, pairs before this block are known from the other order.
+        # For one side against itself, pairs before this block follow by symmetry.
         for index in _range(b)[start if a is b else 0 :]:
             y = b.states(index)
             by_site = np.add.reduceat(host(((y.T @ together) ** 2).sum(0)), starts)

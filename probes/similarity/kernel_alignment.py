@@ -1,4 +1,4 @@
-"""Linear CKA: do two sites, of one model, two models or two checkpoints, hold the same geometry?
+"""Linear CKA: similarity of geometry between sites of one or two models or checkpoints.
 
 With centred states ``X (prompt, d)`` and ``Y (prompt, e)`` of the same prompts,
 ``CKA = |XᵀY|² / (|XᵀX| |YᵀY|)`` (Frobenius norms): 1 for states equal up to rotation and scale. It
@@ -7,13 +7,13 @@ fewer operations is computed. Plain CKA is biased upwards when there are few pro
 number of dimensions; ``debiased=True`` takes the U-statistic instead, which is 0 on average for
 unrelated states.
 
-Standard of evidence: beside each value stand mean and standard deviation of the same score when
-the prompts of one side are shuffled. Where prompts share wordings (`probes.design`), two sites
-that know nothing but the wording would look alike beside single shuffled prompts: prompts of one
-wording and task then move together, inputs kept side by side, into the places of others with as
-many prompts of the same inputs, and p is counted over such relabellings. Else all prompts are
-shuffled, and the moments are exact over all shufflings, so nothing is sampled. High CKA says that
-the geometry is alike, not that the task is what makes it so.
+Standard of evidence: each value comes with the mean and standard deviation of the same score when
+the prompts of one side are shuffled. Where prompts share wordings (`probes.design`), sites that
+encode only the wording would exceed a null of single shuffled prompts: prompts of one wording and
+task are then permuted together, matched by input, with others that have as many prompts of the same
+inputs, and p is counted over such relabellings. Else all prompts are shuffled, and the moments are
+exact over all permutations. High CKA means that the geometry is alike, not that the task is the
+cause.
 
 Sources: Kornblith et al. (ICML 2019); U-statistic: Song et al. (JMLR 2012), Nguyen et al. (ICLR
 2021); moments under permutation: Kazi-Aoual et al. (1995), Josse et al. (2008).
@@ -48,17 +48,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class CKA(Shown):
-    """Linear CKA of every pair of sites, beside the same score for shuffled prompts.
+    """Linear CKA of every pair of sites, with its null of shuffled prompts.
 
     Attributes:
-        frame: one row a pair: ``site_a, kind_a, layer_a, head_a``, the same of ``b``, ``metric``
+        frame: one row per pair: ``site_a, kind_a, layer_a, head_a``, the same of ``b``, ``metric``
             (``cka`` or ``cka_debiased``), ``value, null_mean, null_std, p, smallest_p,
             exchanged``; where ``exchanged`` is ``rows``, ``p`` is the tail of a Pearson type III
             curve through the null's moments.
         matrix: the values ``(site_a, site_b)``; NaN where a site's states do not vary.
         debiased: whether the U-statistic was taken.
         n: number of prompts.
-        notes: what a reader of p should know, one sentence each.
+        notes: caveats of p, one sentence each.
     """
 
     frame: pd.DataFrame
@@ -68,7 +68,7 @@ class CKA(Shown):
     notes: tuple[str, ...] = ()
 
     def plot(self) -> Picture:
-        """Heat map: one cell a pair of sites."""
+        """Heat map with one cell per pair of sites."""
         names = ["site_a", "site_b", "value", "null_mean", "p"]
         data = self.frame.dropna(subset=["value"])[names]
         if data.empty:
@@ -141,11 +141,11 @@ def cka(
         kinds: only these kinds of site.
         position: which read position, if the activations hold several.
         debiased: the U-statistic, 0 on average for unrelated states; it can be below 0.
-        units: prompts that move together under the null: a column, several, one value a prompt,
-            or ``"rows"``. Default: those of one wording and task, as far as columns tell.
-        permutations: relabellings where prompts move together; as many Gram products.
+        units: prompts that are permuted together under the null: a column, several, one value per
+            prompt, or ``"rows"``. Default: those of one wording and task, from the columns.
+        permutations: relabellings where prompts are permuted together, one Gram product each.
         seed: of the relabellings.
-        device: multiply there (`probes.arrays`), such as ``"cuda"``. Equal to the CPU's to
+        device: of the products (`probes.arrays`), such as ``"cuda"``. Equal to the CPU's up to
             rounding.
 
     Returns:
@@ -209,13 +209,13 @@ def cka(
 
 
 def _exchange(acts: xr.Dataset, units: Units) -> Exchange | None:
-    """Prompts that move together; None where each moves alone."""
+    """Units of prompts that are permuted together; None for single prompts."""
     named = TASK in acts.coords and acts[TASK].dims == ("prompt",)
     labels = acts[TASK].values if named else np.zeros(acts.sizes["prompt"])
     found = exchangeable(labels, acts, by=TASK, units=units, call="cka")
     if found.wording is None:
         return None
-    # What units are made of is in both sides: as many prompts, of the same inputs.
+    # Both sides have the same units: as many prompts, of the same inputs.
     known = INPUT in label_columns(acts)
     inputs = acts[INPUT].values.astype(str) if known else np.zeros(len(labels))
     made_of = pd.Series(inputs).groupby(found.unit).agg(lambda rows: tuple(sorted(rows)))
@@ -237,7 +237,7 @@ def _require_same_prompts(acts: xr.Dataset, other: xr.Dataset) -> None:
         raise InputError(f"cka: {n} prompts given against {m}, expected the same prompts")
     one, two = label_columns(acts), label_columns(other)
     require_same_prompts("cka", one, two)
-    # Other tokenizers give other digests, so labels in common vouch for the prompts too.
+    # Other tokenizers give other digests, so shared labels also identify the prompts.
     digests = {a.attrs.get("prompts") for a in (acts, other)}
     if not one.keys() & two.keys() and (len(digests) > 1 or None in digests):
         raise InputError(

@@ -1,19 +1,18 @@
-"""Is one dissimilarity matrix like another, nuisances apart: correlations under permuted items.
+"""Mantel and partial Mantel tests: correlation of dissimilarity matrices, permuting items.
 
-The entries of a matrix are not independent, its items are: the null relabels the items of the
-hypothesis (Mantel 1967), those of one wording together (`probes.design`), and in the same ways for
-whatever it is compared with. With nuisances
-``Z`` (their entries ranked where the comparison ranks, and always a constant), both sides are
-first replaced by what is left of them after least squares on ``Z``. The hypothesis' *residual*
-matrix is then relabelled, and ``Z`` taken out of it again:
+The entries of a matrix are not independent, its items are: the null permutes the items of the
+hypothesis (Mantel 1967), those of one wording together (`probes.design`), with the same
+permutations for all matrices. With nuisances ``Z`` (their entries ranked where the comparison
+ranks, and always a constant), both sides are first replaced by their residuals after least squares
+on ``Z``. The hypothesis' *residual* matrix is then permuted, and ``Z`` partialled out again:
 
     r(π) = corr(M x, M π(M h)),   M = I - Z (ZᵀZ)⁻¹ Zᵀ
 
-This is double semi-partialling (Dekker, Krackhardt & Snijders 2007): relabelling ``h`` itself
-would undo its relation to ``Z`` and so test another null. ``r`` is the partial correlation, which
-orders the relabellings as its t does. Without nuisances it is the Mantel test, which is exact;
-with them only what is linear in their (ranked) entries is taken out. Where that is not enough,
-items may be relabelled only within groups that share the nuisance, which is exact again.
+This is double semi-partialling (Dekker, Krackhardt & Snijders 2007): permuting ``h`` itself would
+break its relation to ``Z`` and so test another null. ``r`` is the partial correlation, which orders
+the permutations as its t does. Without nuisances it is the Mantel test, which is exact; with them
+only linear effects of their (ranked) entries are removed. Where that is not enough, items can be
+permuted within groups that share the nuisance, which is exact again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from probes.similarity.dissimilarity import pair_index
 BLOCK = 2**22
 # Pairs of entries that decide the null of tau-a; where there are fewer, all of them.
 COMPARISONS = 50_000
-# Relative to what was there: below it, what nuisances leave is rounding.
+# Residuals below this share of the original are rounding.
 NOTHING = 1e-8
 DECIMALS = 10
 
@@ -45,12 +44,12 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of some matrices against one hypothesis.
+    """Scores of matrices against one hypothesis.
 
     Attributes:
         value: the score.
-        statistic, null: what p compares: equal to ``value`` and its like under relabelling, but
-            for tau-a, where it may be over fewer pairs of entries.
+        statistic, null: the statistic of p, observed and under relabelling: equal to ``value``
+            except for tau-a, where it may use fewer pairs of entries.
     """
 
     value: Float[np.ndarray, " matrix"]
@@ -60,11 +59,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class MatrixTest:
-    """A hypothesis to hold matrices against, with nuisances taken out of both.
+    """A hypothesis to test matrices against, with nuisances partialled out of both.
 
     Attributes:
         compare: ``spearman``, ``tau-a`` or ``pearson``.
-        target: the hypothesis, transformed, without what nuisances explain.
+        target: the transformed hypothesis, with nuisances partialled out.
         basis: orthonormal columns that span the constant and the transformed nuisances.
     """
 
@@ -81,7 +80,7 @@ class MatrixTest:
         *,
         name: str,
     ) -> MatrixTest:
-        """Transform a hypothesis and take the nuisances out of it.
+        """Transform a hypothesis and partial out the nuisances.
 
         Raises:
             InputError: if the nuisances leave nothing of it.
@@ -102,13 +101,13 @@ class MatrixTest:
         target = np.zeros((n, n))
         target[pairs] = residual
         target += target.T
-        # An item that stands in for two is as far from itself as the nearest are.
+        # A repeated item gets the smallest distance between items to itself.
         distances = hypothesis[pairs]
         np.fill_diagonal(target, residual[distances == distances.min()].mean())
         return cls(compare, target, basis)
 
     def transformed(self, entries: Float[np.ndarray, "matrix pair"]) -> np.ndarray:
-        """Ranks (or the entries), without what nuisances explain; 0 where that is all."""
+        """Ranks (or entries) with nuisances partialled out; 0 where they explain all."""
         ranks = TRANSFORMS[self.compare](entries)
         left = _without(ranks, self.basis)
         nothing = np.linalg.norm(left, axis=1) < NOTHING * np.linalg.norm(ranks, axis=1)
@@ -121,7 +120,7 @@ class MatrixTest:
         *,
         seed: int,
     ) -> Scores:
-        """Score matrices, given as `transformed`; the first order is that of the hypothesis."""
+        """Score matrices from `transformed`; the first order is that of the hypothesis."""
         correlations = self._correlations(residuals, orders)
         if self.compare != "tau-a":
             return Scores(correlations[:, 0], correlations[:, 0], correlations[:, 1:])
@@ -129,7 +128,7 @@ class MatrixTest:
         levels, counts = np.unique(entries, return_counts=True)
         n = entries.size
         if self.basis.shape[1] == 1 and len(levels) == 2:
-            # Of two levels, tau-a is a rank sum, as Spearman's is: all relabellings are exact.
+            # With two levels, tau-a is a rank sum like Spearman's: all relabellings are exact.
             size = np.linalg.norm(residuals, axis=1) * np.sqrt(counts.prod() / n)
             exact = correlations * (2 * size / (n * (n - 1) / 2))[:, None]
             return Scores(exact[:, 0], exact[:, 0], exact[:, 1:])
@@ -172,7 +171,7 @@ class MatrixTest:
 def relabellings(
     n: int, permutations: int, *, block: Int[np.ndarray, " item"] | None, seed: int
 ) -> Int[np.ndarray, "labelling item"]:
-    """The order of the items as they are, then random ones; items stay in their block.
+    """The identity order of the items, then random ones within blocks.
 
     Raises:
         InputError: if no block holds two items.
@@ -191,7 +190,7 @@ def relabellings(
 def permute_within(
     values: Int[np.ndarray, " unit"], block: Int[np.ndarray, " unit"], rng: np.random.Generator
 ) -> Int[np.ndarray, " unit"]:
-    """Values shuffled among the units of each block.
+    """Values permuted among the units of each block.
 
     >>> permute_within(np.array([3, 3, 5]), np.array([0, 0, 1]), np.random.default_rng(0)).tolist()
     [3, 3, 5]
@@ -203,7 +202,7 @@ def permute_within(
 
 
 def tau_a(x: Float[np.ndarray, " entry"], y: Float[np.ndarray, " entry"]) -> float:
-    """Kendall's tau-a: concordant less discordant pairs, over all pairs; NaN for a constant.
+    """Kendall's tau-a: concordant minus discordant pairs over all pairs; NaN if constant.
 
     >>> tau_a(np.array([1.0, 2, 3]), np.array([0.0, 1, 1])) == 2 / 3
     True
@@ -213,7 +212,7 @@ def tau_a(x: Float[np.ndarray, " entry"], y: Float[np.ndarray, " entry"]) -> flo
     for side in (x, y):
         counts = np.unique(side, return_counts=True)[1]
         untied *= total - (counts * (counts - 1) / 2).sum()
-    # scipy's is tau-b, over the pairs that are not tied.
+    # scipy computes tau-b, over untied pairs.
     tau_b = stats.kendalltau(x, y, method="asymptotic")[0]
     return float(tau_b * np.sqrt(untied) / total)
 

@@ -1,8 +1,8 @@
-"""Similarity of states: are a prompt's neighbours, and the states near it, those of its task?
+"""Nearest-neighbour accuracy and silhouettes of labels at every site.
 
-Standard of evidence: each score stands beside the same score under permuted labels, in which rows
-of one wording keep a common label (`probes.design`), and a neighbour counts only from another
-template (or whatever ``apart`` names), so that a shared wording cannot give the task away.
+Standard of evidence: each score comes with its null of permuted labels, in which rows of one
+wording keep a common label (`probes.design`), and neighbours must have another template (or other
+``apart`` labels), so that a shared wording cannot reveal the task.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ def nearest_neighbour(
     device: Any = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """k-nearest-neighbour accuracy for a label at every site, neighbours held apart.
+    """k-nearest-neighbour accuracy for a label at every site, over different wordings.
 
-    A prompt's nearest neighbours (cosine) are looked for only among prompts that differ from it
-    in every ``apart`` label (None for none), so that a shared wording (or input) cannot give the
-    task away. It counts as right if most of the ``k`` carry its own label; where labels are
-    level, the one with the nearest neighbour among them wins, and equally near prompts stand in
-    the order of the activations. With ``k=10`` and ``target="task"`` this is the task
-    decodability of Han et al. (arXiv 2412.12276), with wordings held apart.
+    A prompt's nearest neighbours (cosine) are searched only among prompts that differ from it in
+    every ``apart`` label (None for none), so that a shared wording (or input) cannot reveal the
+    task. It is right if most of the ``k`` have its label; ties between labels go to the one with
+    the nearest neighbour, and equally near prompts keep the order of the activations. With
+    ``k=10`` and ``target="task"`` this is the task decodability of Han et al. (arXiv 2412.12276),
+    over different wordings.
 
-    With ``per``, the accuracy of the prompts of each value of that label stands apart (the
-    neighbours still come from all prompts). With ``device`` neighbours are looked for there
-    (`probes.arrays`), in the same precision. ``progress`` shows a bar. ``units`` are the prompts
-    that keep a common label under the null: a column, several, one value a prompt or ``"rows"``;
-    by default those of one wording, as far as columns tell (`probes.design`).
+    With ``per``, accuracy is given for each value of that label (neighbours still come from all
+    prompts). With ``device`` the search runs there (`probes.arrays`), in the same precision.
+    ``progress`` shows a bar. ``units`` are the prompts that keep a common label under the null: a
+    column, several, one value per prompt or ``"rows"``; by default those of one wording, from the
+    columns (`probes.design`).
 
     Returns:
-        One row a site (and group): ``site, kind, layer, head, by, metric, group, value,
+        One row per site (and group): ``site, kind, layer, head, by, metric, group, value,
         null_mean, null_std, p, smallest_p, exchanged``, the metric being ``1nn_accuracy``,
-        ``10nn_accuracy``, ...; ``exchanged`` says what trades labels under the null. ``p`` is
-        that of the accuracy in which every such unit counts alike, however many prompts it has.
+        ``10nn_accuracy``, ...; ``exchanged`` names the units of the null. ``p`` is that of the
+        accuracy in which every unit weighs equally, whatever its number of prompts.
 
     Raises:
         InputError: if a label does not exist, the target has one value, a prompt has fewer than
@@ -138,22 +138,22 @@ def silhouettes(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Silhouette of a label at every site, without any k-means: how apart its states lie.
+    """Silhouette of a label at every site, without k-means.
 
-    The same rows that `cluster` gives for its metric ``silhouette``, where no partition is
-    wanted (Rousseeuw 1987; Euclidean, and over at most 1,000 evenly spaced rows of a group).
+    The rows of `cluster` for its metric ``silhouette``, without a partition (Rousseeuw 1987;
+    Euclidean, over at most 1,000 evenly spaced rows of a group).
 
     Args:
         by: the label to score; a coordinate of ``prompt``.
-        given: score the prompts that share this label apart, and average; None scores all
-            prompts together.
+        given: score prompts within each value of this label, and average; None scores all prompts
+            together.
         scale: ``none``, ``unit`` (rows to unit norm: cosine geometry) or ``standard``.
         units: rows that keep a common label under the null, as in `cluster`.
         permutations: relabellings in the null; p is at least 1 / (permutations + 1).
         progress: show a bar.
 
     Returns:
-        One row a site: ``site, kind, layer, head, by, given, metric, value, null_mean, null_std,
+        One row per site: ``site, kind, layer, head, by, given, metric, value, null_mean, null_std,
         p, smallest_p, n_groups, exchanged``.
 
     Raises:
@@ -227,7 +227,7 @@ def neighbours(
                 f"row {start + row}, expected at least k={k} rows that share no group with it"
             )
         here = placed(np.arange(len(likeness)), device)
-        # k passes, each the first of the highest: unlike a partial sort, ties keep their order.
+        # k passes that each take the first maximum: unlike a partial sort, ties keep their order.
         for rank in range(k):
             found = likeness.argmax(1)
             nearest[part, rank], likeness[here, found] = host(found), -np.inf
@@ -235,7 +235,7 @@ def neighbours(
 
 
 def vote(labels: Int[np.ndarray, "row k"]) -> Int[np.ndarray, " row"]:
-    """Most frequent label of each row; where several are level, the one that stands first.
+    """Most frequent label of each row; ties go to the first.
 
     >>> vote(np.array([[2, 0, 0], [2, 0, 1]])).tolist()
     [0, 2]

@@ -1,16 +1,16 @@
-"""Where does a curve over layers change: least squares in pieces, as few as will do.
+"""Change points of curves over layers: piecewise least squares, selected by BIC.
 
-Several curves over the same points (one a task) share their breaks and have levels of their own.
-Every way of placing the breaks is tried, so the fit is the best there is, and the number of
-breaks is that of the lowest BIC in its form for small samples (McQuarrie 1999). With ``N`` values
+Several curves over the same points (one per task) share their breaks and have separate levels. The
+search over breaks is exhaustive, so the fit is optimal, and the number of breaks has the lowest BIC
+in its small-sample form (McQuarrie 1999). With ``N`` values
 on ``m`` curves, ``k`` breaks and residual sum of squares ``S``,
 
     N log(S / N) + p log(N) N / (N - p - 2),   p = m (k + 1) + k + 1   levels
                                                p = m (k + 2) + k + 1   lines that meet
 
-A straight line is a change that has no place, and counts as none. At the sizes that layers and
-tasks give (24 values), plain BIC finds a break in every third set of curves that have none; the
-corrected one in fewer than 1 in 100, and misses breaks of less than three standard deviations.
+A straight line has no change point. At typical numbers of layers and tasks (24 values), plain BIC
+finds a break in every third set of curves without one; the corrected one in fewer than 1 in 100,
+and misses breaks of less than three standard deviations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 
 SHAPES = ("constant", "linear")
-# Points of a piece: a level of one point is the point itself.
+# Minimum points of a piece: a level of one point fits exactly.
 SHORTEST = 2
 # Relative to the variance of the curves: a smaller residual is rounding.
 ROUNDING = 1e-12
@@ -35,12 +35,12 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class PiecewiseFit:
-    """Curves in pieces.
+    """Piecewise fit of curves.
 
     Attributes:
         shape: ``constant`` or ``linear``.
-        breaks: where a new piece begins (constant), or where the slope changes (linear).
-        fitted: the curves as the pieces have them.
+        breaks: start of each new piece (constant), or change of slope (linear).
+        fitted: the fitted curves.
         bic: lower is better; corrected for small samples.
     """
 
@@ -58,17 +58,19 @@ def change_points(
     shapes: Sequence[str] = SHAPES,
     most: int = 2,
 ) -> PiecewiseFit:
-    """Fit levels or meeting lines with shared breaks, and keep the fit of lowest BIC.
+    """Fit levels or continuous lines with shared breaks, and keep the fit of lowest BIC.
 
     Args:
-        curves: values, a column a curve, in an array, a frame or lists; one curve may be a list.
-        at: rising places of the points, such as layers; default 0, 1, ...
+        curves: values, one column per curve, in an array, a frame or lists; one curve may be a
+            list.
+        at: increasing positions of the points, such as layers; default 0, 1, ...
         shapes: ``constant``, ``linear`` or both.
-        most: most breaks to try, as far as the values suffice. Pieces hold at least two points.
+        most: maximum number of breaks, as far as the values allow. Pieces have at least two
+            points.
 
     Raises:
-        InputError: if a value is not finite, places do not rise, a shape is unknown or there are
-            fewer points than pieces need.
+        InputError: if a value is not finite, positions do not increase, a shape is unknown or
+            there are fewer points than pieces need.
 
     >>> curve = np.array([0.9, 0.8, 0.9, 0.8, 0.3, 0.2, 0.3, 0.2])
     >>> fit = change_points(np.stack([curve, curve[::-1], 1 - curve], axis=1))

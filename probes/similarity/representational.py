@@ -1,13 +1,12 @@
-"""Representational similarity: does a site lay prompts apart as a hypothesis says it should?
+"""Representational similarity analysis (RSA): fit of hypotheses to the RDMs of sites.
 
-Standard of evidence: beside each value stand the same score under relabelled prompts (the same
-relabellings at every site; prompts of one wording and value move together, `probes.design`, and p
-is that between their means where some have more prompts than others), the
-value with nuisances (length, template, first token) taken out,
-and, since a sweep looks at many sites, ``p_corrected``: how often the best site of a permuted
-sweep does as well (Westfall & Young 1993). How the permutations treat nuisances stands in
-`probes.similarity.mantel`. A hypothesis that survives says that the states are arranged so, not
-that the model uses it.
+Standard of evidence: each value comes with its null of permuted prompts (the same permutations at
+every site; prompts of one wording and value are permuted together, `probes.design`, and p uses
+their means where they differ in size), the value with nuisances (length, template, first token)
+partialled out, and, since a sweep tests many sites, ``p_corrected``: the rate at which the best
+site of a permuted sweep does as well (Westfall & Young 1993). `probes.similarity.mantel` describes
+permutations with nuisances. A supported hypothesis means that states are arranged so, not that the
+model uses it.
 
 Sources: Kriegeskorte et al. 2008 (RSA); Nili et al. 2014 (tau-a for tied hypotheses, noise
 ceiling); Diedrichsen et al. 2016 (crossnobis).
@@ -58,7 +57,7 @@ METHODS = {"spearman": "spearman", "tau-a": "tau-a", "pearson": "corr"}
 
 @dataclass(frozen=True)
 class _Column:
-    """The RDMs of one site, one for each repeat, in one way of measuring."""
+    """The RDMs of one site, one per repeat, for one distance and standardisation."""
 
     site: Site
     distance: str
@@ -89,38 +88,38 @@ def rsa(
     seed: int = 0,
     progress: bool = True,
 ) -> RSA:
-    """Compare the RDM of every site with hypotheses, with and without nuisances taken out.
+    """Compare the RDM of every site with hypotheses, with and without nuisances partialled out.
 
     Args:
         acts: activations from `lensclust.extract` or `lensclust.pooled`.
-        hypotheses: name -> dissimilarities of the prompts (`hypothesis`, `combined`), or names
-            of labels, of which 0 where shared and 1 elsewhere are made.
+        hypotheses: name -> dissimilarities of the prompts (`hypothesis`, `combine_hypotheses`),
+            or names of labels, for 0 where shared and 1 elsewhere.
         kinds: only these kinds of site.
         position: which read position, if the activations hold several.
         distance: between states: ``cosine``, ``correlation``, ``euclidean`` (not squared) or
             ``crossnobis`` (needs repeats), one or several.
         compare: ``spearman``, ``tau-a`` (Kendall's, ties in the denominator) or ``pearson``
-            (of the entries as they are), one or several.
+            (of the raw entries), one or several.
         standardise: z-score each feature over the prompts first; ``"both"`` reports both.
-        nuisance: labels (numbers by difference, others same or not) or name -> matrix to take
-            out; constant ones are left out and noted. None for none. `with_nuisances` labels
+        nuisance: labels (numbers by difference, others equal or not) or name -> matrix to partial
+            out; constant ones are left out with a note. None for none. `with_nuisances` labels
             activations with ``length`` and ``first_token``.
-        items: the label that says which prompts are repeats of one item (with ``repeats``).
-        repeats: the label that tells the repeats of an item apart, such as ``template``; every
-            item must stand once in each. RDMs are then item x item, one a repeat (crossnobis:
+        items: the label shared by the repeats of one item (with ``repeats``).
+        repeats: the label that distinguishes the repeats of an item, such as ``template``; every
+            item must occur once in each. RDMs are then item x item, one per repeat (crossnobis:
             one over all), the value is the mean over repeats, and the noise ceiling is given.
-        within: permute single prompts, and only with those that share this label.
+        within: permute single prompts within values of this label.
         units: prompts that keep a common value of the hypothesis under the null
-            (`probes.design`): a column, several, one value an item, or ``"rows"``. Default: those
-            of one wording and value, as far as columns tell.
-        permutations: relabellings in the null, or all there are; p is at least
+            (`probes.design`): a column, several, one value per item, or ``"rows"``. Default:
+            those of one wording and value, from the columns.
+        permutations: relabellings in the null, at most all; p is at least
             1 / (permutations + 1) and 1 / the number of distinct relabellings.
         seed: of permutations.
         progress: show a bar.
 
     Returns:
-        Scores of each site; one-sided p: more alike than permuted prompts are. A site whose
-        states do not vary, or whose RDM the nuisances explain, has NaN.
+        Scores of each site, with one-sided p. A site with constant states, or whose RDM the
+        nuisances explain, has NaN.
 
     Raises:
         InputError: if a hypothesis or nuisance has the wrong size, is constant, not symmetric or
@@ -200,15 +199,15 @@ def rsa(
 
 @dataclass(frozen=True)
 class UnitTests:
-    """The same tests on mean distances between units, for p where units differ in size.
+    """Tests on mean distances between units, for p where units differ in size.
 
-    Under relabelling a large unit would go to another label, and its many pairs with it; between
-    means every pair of units counts alike.
+    Under relabelling a large unit would take its many pairs to another label; between means every
+    pair of units weighs equally.
 
     Attributes:
         unit: of each item.
-        tests: by comparison and whether nuisances are taken out; missing where, between units,
-            they leave nothing of the hypothesis.
+        tests: by comparison and whether nuisances are partialled out; missing where, between
+            units, they leave nothing of the hypothesis.
         orders: of the units.
     """
 
@@ -249,7 +248,7 @@ class UnitTests:
         *,
         seed: int,
     ) -> Scores | None:
-        """What p compares; None where there is no such test between units."""
+        """The statistic of p and its null; None where there is no test between units."""
         test = self.tests.get((compare, controlled))
         if test is None:
             return None
@@ -309,7 +308,7 @@ def _scored(
     of_units: Mapping[str, UnitTests],
     seed: int,
 ) -> Iterator[tuple[dict[str, Any], Float[np.ndarray, " labelling"]]]:
-    """A row of each column and test, and the statistic under each labelling (true first)."""
+    """One row per column and test, and the statistic under each labelling (true first)."""
     entries = np.concatenate([column.rdms for column in chunk])
     starts = np.cumsum([0, *(len(column.rdms) for column in chunk)])
     ceilings = {
@@ -336,7 +335,7 @@ def _scored(
             row = {"site": str(site), "kind": site.kind, "layer": site.layer, "head": site.head}
             row |= {"hypothesis": name, "distance": column.distance, "compare": method}
             row |= {"standardised": column.standardised, "controlled": controlled}
-            # Where there is no other relabelling, the true one is the null.
+            # Without any other relabelling, the true one is the null.
             shown = null if null.size else np.array([found.statistic[part].mean()])
             null = tested.null[part].mean(0)
             row |= {"value": float(value), "null_mean": float(shown.mean())}
@@ -352,7 +351,7 @@ def _scored(
 def _corrected(
     frame: pd.DataFrame, statistics: Sequence[Float[np.ndarray, " _labelling"]]
 ) -> Float[np.ndarray, " row"]:
-    """How often the best site of a permuted sweep does as well as this one."""
+    """Rate at which the best site of a permuted sweep does as well as each site."""
     p = np.full(len(frame), np.nan)
     for members in frame.groupby(SCORED, sort=False).indices.values():
         known = [each for each in members if np.isfinite(statistics[each][0])]
@@ -365,31 +364,31 @@ def _corrected(
 
 @dataclass(frozen=True, repr=False)
 class RSA(Shown):
-    """How well hypotheses fit the RDMs of each site, beside the same under permuted prompts.
+    """Fit of hypotheses to the RDMs of each site, with its null of permuted prompts.
 
     Attributes:
-        frame: one row a site and way of scoring: ``site, kind, layer, head, position,
-            hypothesis, distance, compare, standardised, controlled`` (nuisances taken out),
+        frame: one row per site and scoring: ``site, kind, layer, head, position,
+            hypothesis, distance, compare, standardised, controlled`` (nuisances partialled out),
             ``value, null_mean, null_std, p, p_corrected, ceiling_low, ceiling_high, n,
             permutations``.
-        notes: what a reader of the scores should know, one sentence each.
+        notes: caveats of the scores, one sentence each.
     """
 
     frame: pd.DataFrame
     notes: tuple[str, ...]
 
     def plot(self, **choice: Any) -> Any:
-        """Score by layer, a line a hypothesis; heat maps where there are heads.
+        """Score by layer, one line per hypothesis; heat maps for heads.
 
-        Ways of scoring are chosen by column (``compare="pearson"``); the first of each
-        otherwise, with nuisances taken out where that was done.
+        Scorings are chosen by column (``compare="pearson"``); default the first of each, with
+        nuisances partialled out where that was done.
         """
         rows = self._chosen(choice)
         first = rows.iloc[0]
         caption = (
             f"{first['compare']}, {first['distance']} distance, "
             f"{'standardised, ' if first['standardised'] else ''}"
-            f"nuisances {'taken out' if first['controlled'] else 'left in'}."
+            f"nuisances {'partialled out' if first['controlled'] else 'not partialled out'}."
         )
         charts = []
         for kind, group in rows.groupby("kind", sort=False):
@@ -446,7 +445,7 @@ def noise_ceiling(rdms: Float[np.ndarray, "repeat pair"], compare: str) -> tuple
     from rsatoolbox.rdm.rdms import RDMs
 
     with warnings.catch_warnings():
-        # That the mean of ranks is not the best RDM for tau-a: our docstring says it.
+        # Silences the warning that the mean of ranks is not the best RDM for tau-a.
         warnings.simplefilter("ignore")
         low, high = boot_noise_ceiling(RDMs(rdms), method=METHODS[compare])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""What is given to `probes.rsa`, held against what it expects, before any work."""
+"""Check the arguments of `probes.rsa`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checked_options(
     repeats: str | None,
     permutations: int,
 ) -> tuple[list[str], list[str], list[bool]]:
-    """Distances, comparisons and whether to standardise, each as a list of known values."""
+    """Check distances, comparisons and standardisations; return each as a list."""
     distances, compares = (
         [each] if isinstance(each, str) else list(each) for each in (distance, compare)
     )
@@ -55,7 +55,7 @@ def only_labelled(
     named = [] if isinstance(nuisance, (str, Mapping)) else list(nuisance)
     if not isinstance(hypotheses, Mapping):
         named += [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
-    # A label that is not there is told by whoever needs it, with what adds it.
+    # Missing labels raise where they are needed, with a hint that names what adds them.
     rows, notes = labelled("rsa", acts, labels=[n for n in named if n in known], **options)
     if not notes:
         return acts, hypotheses, nuisance, []
@@ -75,11 +75,11 @@ def only_labelled(
 def item_layout(
     acts: xr.Dataset, items: str | None, repeats: str | None
 ) -> Int[np.ndarray, "repeat item"]:
-    """Which prompt is which repeat of which item; one repeat of each prompt without them.
+    """Prompt index by repeat and item; without these labels one repeat of each prompt.
 
     Raises:
-        InputError: if only one of the two labels is given, an item does not stand exactly once
-            in each repeat, or there are too few items or repeats.
+        InputError: if only one of the two labels is given, an item does not occur exactly once in
+            each repeat, or there are too few items or repeats.
     """
     n = acts.sizes["prompt"]
     if (items is None) != (repeats is None):
@@ -108,11 +108,11 @@ def checked_hypotheses(
     given: str | Sequence[str] | Mapping[str, Any],
     layout: Int[np.ndarray, "repeat item"],
 ) -> dict[str, Float[np.ndarray, "item item"]]:
-    """Each hypothesis about the items: the mean over the repeats, each within itself.
+    """RDM of each hypothesis over items: the mean over repeats, within each repeat.
 
     Raises:
-        InputError: if there is none, or one is not a matrix of the prompts, the same for all
-            pairs, not symmetric or not finite.
+        InputError: if there is none, or one is not a matrix of the prompts, is constant, not
+            symmetric or not finite.
     """
     if not given:
         raise InputError("rsa: no hypothesis given, expected at least one")
@@ -133,7 +133,7 @@ def checked_nuisances(
     given: Sequence[str] | Mapping[str, Any],
     layout: Int[np.ndarray, "repeat item"],
 ) -> tuple[list[Float[np.ndarray, "item item"]], list[str]]:
-    """Each nuisance that varies over the items, and a note on each that does not.
+    """Nuisances that vary over the items, and a note on each constant one.
 
     Raises:
         InputError: if there is no such label, or a matrix is not one of the prompts.
@@ -144,7 +144,7 @@ def checked_nuisances(
         given = {name: nuisance(acts, name) for name in given}
     found = {name: _of_items("nuisance", name, each, layout) for name, each in given.items()}
     notes = [
-        f"nuisance {name!r} is the same for all pairs: nothing to take out"
+        f"nuisance {name!r} is the same for all pairs: left out"
         for name, matrix in found.items()
         if _constant(matrix)
     ]
@@ -152,7 +152,7 @@ def checked_nuisances(
 
 
 def item_columns(acts: xr.Dataset, layout: Int[np.ndarray, "repeat item"]) -> pd.DataFrame:
-    """The columns of the items: those that are the same in all repeats."""
+    """Columns of the items: those that are equal in all repeats."""
     columns = label_columns(acts)
     return pd.DataFrame(
         {
@@ -166,11 +166,11 @@ def item_columns(acts: xr.Dataset, layout: Int[np.ndarray, "repeat item"]) -> pd
 def exchange_of(
     matrix: Float[np.ndarray, "item item"], columns: pd.DataFrame, *, name: str, units: Units
 ) -> Exchange:
-    """What is relabelled under the null of a hypothesis; its items of distance 0 share a label."""
+    """Exchange under the null of a hypothesis; items at distance 0 share a label."""
     filled = np.where(np.eye(len(matrix), dtype=bool), 0.0, np.round(matrix, 9))
     labels = np.unique(filled, axis=0, return_inverse=True)[1].ravel()
     found = exchangeable(labels, columns, by=name, units=units, call="rsa")
-    # Only where labels are the same or not does it not matter which is which.
+    # Labels can be renamed only if the hypothesis is their equality.
     levels = np.unique(filled[pair_index(len(filled))])
     return replace(found, renamed=bool(len(levels) == 2 and levels[0] == 0))
 

@@ -1,8 +1,7 @@
-"""Moves along one direction: of two means, of a probe, or any vector of one's own.
+"""Interventions along one direction: between two means, of a probe, or a given vector.
 
-`project` differs from `probes.steering.shift` in how far it goes: a shift moves every state
-by the same amount, a projection moves each to the same coordinate, so that a state which is
-already there stays, and doing it twice is doing it once.
+`probes.steering.shift` moves every state by the same amount; `project` moves each to the same
+coordinate, so that a state already there is unchanged: projecting twice equals projecting once.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ def project(
     """Set the coordinate along the difference of two labels' means to the target's.
 
     With ``u`` the unit difference and ``p`` the target mean's coordinate along it, a state ``x``
-    becomes ``x + (p - x·u) u``; what is orthogonal to ``u`` is left alone. Where the means are
-    the same nothing moves.
+    becomes ``x + (p - x·u) u``; components orthogonal to ``u`` are unchanged. Equal means leave
+    states unchanged.
 
     Args:
         centroids: mean states by label (`probes.design.mean_states`). With a condition
             beside the label, means are averaged over the conditions that both labels have.
 
     Raises:
-        InputError: if a label is not there, at the call; if the site is not, or the two labels
-            share no condition, when it is used.
+        InputError: at the call if a label does not exist; when it is used if the site does not
+            exist or the two labels share no condition.
 
     Source: Stolfo et al. 2024 (arXiv 2410.12877), where the source is the same prompts without
     the instruction.
@@ -66,7 +65,7 @@ def project(
     def edit_at(site: Site) -> Edit:
         values = states_at(centroids, site)
         start, stop = (values.isel({by: place}) for place in places)
-        # A condition that only one of the two has would tilt the difference.
+        # A condition with only one of the two labels would bias the difference.
         both = np.isfinite(start) & np.isfinite(stop)
         others = [d for d in start.dims if d != values.dims[-1]]
         if not both.any():
@@ -85,7 +84,7 @@ def _onto(unit: Tensor, coordinate: float) -> Edit:
     def edit(states: States) -> States:
         exact = torch.promote_types(states.dtype, torch.float32)
         x, along = states.to(exact), unit.to(states.device, exact)
-        # A direction of no length (equal means) moves nothing.
+        # A zero direction (equal means) changes nothing.
         return (x + (coordinate - x @ along)[:, None] * along).to(states)
 
     return edit
@@ -98,9 +97,9 @@ def add_direction(
     """Add a given vector: a probe's direction, a function vector, a feature.
 
     Args:
-        vectors: one vector, added at whichever site has its length, or one for each site (a
-            `Site` or its name). Added as it is, so its length is the strength: scale a unit
-            direction (`Intervention.scaled`) to the size of the states. At heads it is in
+        vectors: one vector, added at every site of its width, or one for each site (a
+            `Site` or its name). It is added unscaled, so its norm is the strength: scale a unit
+            direction (`Intervention.scaled`) to the norm of the states. At heads it is in
             ``hook_z``, as `probes.linear.ProbeSweep.direction` gives it.
 
     Raises:

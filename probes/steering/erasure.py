@@ -1,23 +1,23 @@
-"""Erase what a linear classifier could tell of a label, and the controls of doing so.
+"""Linear concept erasure of a label (LEACE), and its controls.
 
 With centred states ``x`` of covariance Σ and one-hot labels ``z`` (Σ_xz their cross-covariance),
 LEACE is
 
     x - W⁺ U Uᵀ W x        W = Σ^(-1/2), columns of U an orthonormal basis of W Σ_xz
 
-After it every class has the mean of all, so that no linear classifier beats a constant, and of
-all affine maps of which that is true it moves states least. Two controls stand beside it:
+After it every class has the overall mean, so that no linear classifier beats a constant, and of
+all such affine maps it changes states least. It has two controls:
 
-    erase_random       as much variance, in directions that know nothing of the label
-    erase_reassigned   the same erasure of labels reassigned over wordings
+    erase_random       removes as much variance, in random directions
+    erase_reassigned   the same erasure of labels permuted over wordings
 
-*Removed variance* is the mean squared distance by which states are moved, over their total
-variance. The removed part is uncorrelated with what is left (but for the shrinkage of Σ), so this
-is also what the total variance loses.
+*Removed variance* is the mean squared distance of erased from original states, over their total
+variance. The removed part is uncorrelated with the rest (up to the shrinkage of Σ), so this is
+also the loss of total variance.
 
-Standard of evidence: what an erasure breaks shows that something in the removed directions was
-used. That it was the label shows only where both controls break less. Removed variance is matched
-on the rows given here; on other rows it is as near as those are alike.
+Standard of evidence: an accuracy lost by erasure shows that something in the removed directions is
+used; that it is the label, only if both controls lose less. Removed variance is matched on the rows
+given here; on other rows approximately.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ log = logging.getLogger(__name__)
 MATCHED = ("variance", "dimensions")
 # Removed variance agrees to this share of the total variance.
 TOLERANCE = 1e-6
-# Relabellings that one is chosen from.
+# Number of relabellings, one of which is chosen.
 RELABELLINGS = 99
-# Directions are tilted by steps in which variances are spread apart at most so far.
+# Each tilting step spreads variances apart by at most this factor; the number of steps.
 SPREAD, STEPS = 1e6, 200
 
 
@@ -65,28 +65,28 @@ def erase(
     shrinkage: bool = True,
     name: str = "erase",
 ) -> Intervention:
-    """Remove what a linear classifier could tell of a label (LEACE, Belrose et al. 2023).
+    """Erase a label for all linear classifiers (LEACE, Belrose et al. 2023).
 
     Args:
         acts: states to fit on, with the label ``by``.
-        given: fit a separate eraser within each condition; a state gets that of the nearest
-            condition mean. What is removed is the label *within* the condition.
-        position: where the states stand, if several positions are stored.
+        given: fit a separate eraser within each condition; a state gets the eraser of the nearest
+            condition mean. This removes the label *within* the condition.
+        position: read position, if the activations hold several.
         shrinkage: estimate Σ by optimal linear shrinkage towards a multiple of the identity
             (Bodnar et al. 2014, the package's default) rather than by the sample covariance.
             It changes how far states move, not what is erased: Σ_xz is not shrunk, so either way
-            class means are equal on the rows given here, and on any rows the same is left for a
-            linear classifier. Without shrinkage states move least on the rows given here; with
-            few rows a dimension new states then move further than with it.
+            class means are equal on the rows given here, and on any rows a linear classifier is
+            left with the same. Without shrinkage states move least on the rows given here, but
+            with few rows per dimension new states move further.
         name: in tables.
 
-    Either way a direction stays in place whose singular value in ``W Σ_xz`` is at most 0.01
-    (``svd_tol`` of the package), so that class means may stay slightly apart there. Shrinkage
-    makes singular values smaller where states vary little.
+    Either way directions whose singular value in ``W Σ_xz`` is at most 0.01 (``svd_tol`` of the
+    package) are kept, so that class means may differ slightly there. Shrinkage makes singular
+    values smaller where states vary little.
 
     Raises:
-        InputError: if there is no such label, at the call; if the site or position is not there,
-            when it is used.
+        InputError: at the call if the label does not exist; when it is used if the site or
+            position does not exist.
 
     Source: arXiv 2306.03819, by the authors' package ``concept-erasure``; shrinkage: arXiv
     1308.2608.
@@ -110,31 +110,31 @@ def erase_random(
     seed: int = 0,
     name: str = "erase, random subspace",
 ) -> Intervention:
-    """The control of `erase`: project out random directions that hold as much variance.
+    """Control of `erase`: project out random directions that hold as much variance.
 
     Within each condition the states' principal components are scaled by a power of their
     variances, and m Gaussian directions of that shape are projected out:
 
         span of V Λ^τ G        V, Λ principal components and variances, G ~ N(0, 1), (d, m)
 
-    With τ = 0 all directions are alike, with τ = 1/2 they are drawn as the states are. The
+    With τ = 0 directions are isotropic, with τ = 1/2 they are distributed like the states. The
     removed variance rises with τ, which is solved for that of `erase` on the same rows (those
-    nearest to a condition's mean, which are the ones that its edit changes). ``m`` is the number
-    of directions that remove as much on average where all are alike, rounded down, and at least
-    as many as `erase` removes. Then τ stays near 0, and the control takes from many directions a
-    little of what `erase` takes from a few: as few could only hold as much by lying close to
-    those of the label. What the control breaks beside the label it breaks more of, so that a
-    difference to it is if anything too small.
+    nearest to a condition's mean, which its edit changes). ``m`` is the number of isotropic
+    directions that remove as much on average, rounded down, and at least the rank of `erase`.
+    Then τ stays near 0, and the control removes a little from many directions where `erase`
+    removes much from a few: equally few could match its variance only close to the label's
+    directions. The control damages more beside the label, so the difference from it is
+    conservative.
 
     Args:
-        matched: ``"variance"``, or ``"dimensions"`` for as many random directions as labels less
-            one, which may hold far less variance than those of the label.
+        matched: ``"variance"``, or ``"dimensions"`` for one random direction fewer than labels,
+            which may hold far less variance than the label's directions.
         shrinkage: of the `erase` that is matched.
         seed: of the directions.
 
     Raises:
-        InputError: if ``matched`` is not known or there is no such label, at the call; if no
-            orthogonal projection removes as much as `erase`, when it is used.
+        InputError: at the call if ``matched`` is unknown or the label does not exist; when it is
+            used if no orthogonal projection removes as much variance as `erase`.
     """
     if matched not in MATCHED:
         raise InputError(f"erase_random: matched={matched!r}, expected one of {MATCHED}")
@@ -182,24 +182,23 @@ def erase_reassigned(
     seed: int = 0,
     name: str = "erase, reassigned labels",
 ) -> Intervention:
-    """The control of `erase`: the same erasure of labels permuted over what is exchangeable.
+    """Control of `erase`: the same erasure of labels permuted over exchangeable units.
 
-    Labels are permuted as by every null here (`probes.design`): whole wordings change labels
-    where each has one, labels change names within each wording where each has several, and one
-    relabelling serves all conditions. What it removes are differences between wordings that are
-    as real as those of the label and are no label. Wordings of one label that happen to stay
-    together leave some of the label in it.
+    Labels are permuted as in all nulls of `probes.design`: whole wordings change labels where
+    each has one, labels are permuted within each wording where it has several, and one
+    relabelling serves all conditions. It removes real differences between wordings that are not
+    the label. If wordings of one label happen to stay together, some of the label remains in it.
 
     Args:
-        units: rows that keep a common label: a column, several, one value a row or ``"rows"``,
-            where the rule of `probes.design` is not wanted.
+        units: rows that keep a common label, instead of the rule of `probes.design`: a column,
+            several, one value per row or ``"rows"``.
         shrinkage: as in `erase`.
-        seed: of the relabelling; `RELABELLINGS` are drawn and one of those that are not the true
-            labels under other names is taken.
+        seed: of the relabelling: one of `RELABELLINGS` draws that is not a renaming of the true
+            labels.
 
     Raises:
-        InputError: if there is no such label or no other labelling. Where there are few others,
-            so that seeds repeat them, a warning says how many.
+        InputError: if the label does not exist or there is no other labelling. If there are so
+            few that seeds repeat them, a warning gives their number.
     """
     kept, notes = labelled("erase_reassigned", acts, by=by, given=given)
     for note in notes:
@@ -214,7 +213,7 @@ def erase_reassigned(
     wanted = found.labellings(RELABELLINGS, seed=seed)
     codes, renamed = np.empty_like(wanted), np.ones(len(wanted), dtype=bool)
     for rows in _rows_of(conditions, len(kept)):
-        # As many wordings of each label as truly are in the condition.
+        # The same number of wordings of each label as in the condition.
         codes[:, rows] = found.fitted(wanted, rows, seed=seed)
         renamed &= only_renamed(codes[:, rows])
     others = np.flatnonzero(~renamed)
@@ -238,7 +237,7 @@ def _erasure(
     shrinkage: bool,
     name: str,
 ) -> Intervention:
-    """LEACE of some labels, within each condition."""
+    """LEACE of the labels within each condition."""
 
     @lru_cache(maxsize=1)
     def edit_at(site: Site) -> Edit:
@@ -259,7 +258,7 @@ def _unchanged(states: States) -> States:
 
 
 def _leace(x: Float[Tensor, "row d"], labels: np.ndarray, shrinkage: bool) -> LeaceEraser | None:
-    """None where there is nothing to tell, so nothing to erase."""
+    """The fitted eraser; None where there is nothing to erase."""
     if len(np.unique(labels)) == 1:
         return None
     return LeaceFitter.fit(x, _one_hot(labels), shrinkage=shrinkage).eraser
@@ -286,7 +285,7 @@ def _as_much(
     generator: torch.Generator,
     site: str,
 ) -> Float[Tensor, "d m"]:
-    """Random orthonormal directions that hold as much variance as an eraser removes of rows."""
+    """Random orthonormal directions that hold the variance an eraser removes from rows."""
     nothing = x.new_zeros(x.shape[1], 0)
     if eraser is None or not len(x):
         return nothing
@@ -295,7 +294,7 @@ def _as_much(
     variances, components = singular[spread] ** 2 / len(x), components[spread].T
     total = variances.sum()
     removed = (eraser(x) - x).square().sum(1).mean()
-    # States that are all alike have no variance to remove.
+    # Identical states have no variance to remove.
     if not len(variances) or removed <= TOLERANCE * total:
         return nothing
     rank = int((eraser.proj_left.norm(dim=0) > 0).sum())
@@ -314,7 +313,7 @@ def _as_much(
 
 
 def _how_many(variances: Float[Tensor, " r"], removed: float, rank: int) -> int | None:
-    """The number of directions nearest to the one wanted that can hold so much variance."""
+    """The feasible number of directions nearest to ``rank`` that can hold the variance."""
     total = float(variances.sum())
     most = variances.cumsum(0)
     least = variances.flip(0).cumsum(0)
@@ -327,7 +326,7 @@ def _how_many(variances: Float[Tensor, " r"], removed: float, rank: int) -> int 
 def _tilted(
     drawn: Float[Tensor, "r m"], variances: Float[Tensor, " r"], removed: float
 ) -> Float[Tensor, "r m"] | None:
-    """Turn directions towards large or small variances until they hold just so much.
+    """Tilt directions towards large or small variances until they hold the given variance.
 
     With ``Q(τ)`` an orthonormal basis of ``Λ^τ G``, ``tr QᵀΛQ`` rises with τ: its derivative is
     a sum over pairs of ``P_ij² (log λ_i - log λ_j)(λ_i - λ_j)``, P = QQᵀ.
@@ -358,7 +357,7 @@ def _tilted(
 
 
 def _rows_of(conditions: np.ndarray | None, n: int) -> list[Int[np.ndarray, " some"]]:
-    """The rows of each condition; all of them where there is none."""
+    """The rows of each condition; all rows without conditions."""
     if conditions is None:
         return [np.arange(n)]
     return [np.flatnonzero(conditions == value) for value in np.unique(conditions)]
@@ -384,7 +383,7 @@ def _grouped(
 
     def by_condition(states: States) -> States:
         given = _exact(states)
-        # The device is asked once which condition each row has, not once a condition.
+        # One transfer of each row's condition to the host, not one per condition.
         nearest = torch.cdist(given, means.to(given.device)).argmin(1).cpu()
         out = given.clone()
         for index in nearest.unique().tolist():
@@ -396,7 +395,7 @@ def _grouped(
 
 
 def _exact(states: States) -> States:
-    """In double precision, where they are if that device has it."""
+    """States in double precision, on their device if it has it."""
     return states.double() if states.device.type != "mps" else states.cpu().double()
 
 

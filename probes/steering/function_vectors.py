@@ -1,16 +1,16 @@
-"""Function vectors: what a few heads add to the residual stream, enough to name a task.
+"""Function vectors: the summed outputs of a few heads that encode a task.
 
 Heads are ranked by their indirect effect: the gain in the probability of the right answer when
 a head's output at the last token of a prompt whose demonstrations are shuffled is replaced by
 its mean output where they are not. The vector is the sum of the top heads' mean contributions.
 
-Standard of evidence: heads are chosen on the prompts given here, so what the vector does is
-shown on other prompts and queries, beside the vector of as many other heads
-(`FunctionVector.random_heads`) and a random direction of the same length
+Standard of evidence: heads are chosen on the prompts given here, so the vector's effect is
+reported on other prompts and queries, beside the vector of as many other heads
+(`FunctionVector.random_heads`) and a norm-matched random direction
 (`Intervention.random_twin`). A ranking alone is no evidence: some head is always the best.
 
 Source: Todd et al. 2024 (arXiv 2310.15213), sections 2.2 and 2.3. They rank heads by the mean
-over several tasks: rank them so, and give them to `FunctionVector.with_heads`.
+over several tasks: do that, and pass the heads to `FunctionVector.with_heads`.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from probes.steering.interventions import Intervention
 
 @dataclass(frozen=True, repr=False)
 class FunctionVector(Shown):
-    """The mean contribution of a task's top heads, and how every head ranked.
+    """The mean contribution of a task's top heads, and the ranking of all heads.
 
     Attributes:
-        frame: one row a head: ``site, kind, layer, head, position, metric, value, ci_low,
+        frame: one row per head: ``site, kind, layer, head, position, metric, value, ci_low,
             ci_high, n, chosen``. ``value`` is the mean gain in probability over the ``n``
             shuffled prompts and ``ci_*`` its 95 % Student-t interval (not corrected for the
             number of heads, and too narrow where prompts share a query).
         effects: gain in probability ``(site, prompt)``.
         contributions: mean ``z @ W_O`` of every head ``(block, head, d_model)``.
         heads: the chosen heads, the strongest first.
-        baseline: mean probability of the right answer in the shuffled prompts, nothing replaced.
+        baseline: mean probability of the right answer in the unpatched shuffled prompts.
     """
 
     frame: pd.DataFrame
@@ -70,14 +70,14 @@ class FunctionVector(Shown):
         return self._sum(self.heads)
 
     def intervention(self, strength: float | int = 1) -> Intervention:
-        """Adds the vector to the states of any site of the residual stream."""
+        """Add the vector to the states of any site of the residual stream."""
         made = add_direction(self.vector, name="function vector")
         return made if strength == 1 else made.scaled(strength)
 
     def random_heads(self, seed: int = 0) -> Intervention:
-        """The control: adds the vector of as many heads drawn among those not chosen.
+        """Control: add the vector of as many random heads among those not chosen.
 
-        Its length is its own; ``.norm_matched(self.intervention())`` gives it that of the vector.
+        It keeps its norm; ``.norm_matched(self.intervention())`` gives it that of the vector.
 
         Raises:
             InputError: if fewer heads are left than were chosen.
@@ -96,7 +96,7 @@ class FunctionVector(Shown):
         """The vector of given heads, such as those that rank highest over several tasks.
 
         Raises:
-            InputError: if there is none, one comes twice, or one is not a head of this model.
+            InputError: if there is none, one is repeated, or one is not a head of this model.
         """
         sites = [Site.parse(head) if isinstance(head, str) else head for head in heads]
         known = set(self.frame["site"])
@@ -110,12 +110,12 @@ class FunctionVector(Shown):
         return replace(self, heads=tuple(sites), frame=self.frame.assign(chosen=chosen))
 
     def plot(self) -> Any:
-        """Indirect effect of every head, a heat map."""
+        """Heat map of the indirect effect of every head."""
         return figures.head_map(
             self.frame,
             title="Indirect effect of each head",
             caption=f"Gain in probability of the right answer, mean over {self.frame['n'].max()} "
-            f"shuffled prompts ({self.baseline:.3g} with nothing replaced).",
+            f"shuffled prompts ({self.baseline:.3g} unpatched).",
             value_title="gain in probability",
         )
 

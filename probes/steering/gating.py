@@ -1,10 +1,10 @@
-"""Interventions that act on some states only: those that lie in the cluster they are meant for.
+"""Gated interventions: edit only the states that lie in the source task's cluster.
 
-Whoever steers a running model does not know which prompt is of the task to be changed. A plain
-move changes every prompt, and so damages tasks it was not meant for; a gate asks the state.
+When steering a running model, the task of a prompt is unknown. An ungated intervention changes
+every prompt and damages other tasks; a gate decides by the state.
 
-Standard of evidence: what a gated move does to prompts of *other* labels, beside the same move
-without the gate, and on states that the gate was not fitted on.
+Standard of evidence: the effect of the gated intervention on prompts of *other* labels, beside that
+without the gate, on states that the gate was not fitted on.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def only_members(
     given: str | None = None,
     name: str | None = None,
 ) -> Intervention:
-    """Move only states whose nearest label mean is that of the source; leave the others.
+    """Edit only states whose nearest label mean is the source's; keep all others.
 
     Args:
         intervention: what to do with the source's states.
-        centroids: mean states of all labels that may come (`probes.design.mean_states`), by
-            ``given`` too if that is named: then the nearest of all means decides, and it is the
+        centroids: mean states of all expected labels (`probes.design.mean_states`), also by
+            ``given`` if that is named: then a state is edited if the nearest of all means is the
             source's under any condition.
         source: the label whose states are moved.
 
     Raises:
-        InputError: if the label is not there or is the only one, at the call; if the site is
-            not, when it is used.
+        InputError: at the call if the label does not exist or is the only one; when it is used
+            if the site does not exist.
 
     >>> import lensclust as lc
     >>> from probes import shift
@@ -102,19 +102,19 @@ def only_near(
     position: str | None = None,
     name: str | None = None,
 ) -> Intervention:
-    """Move only states as near to the source's mean as its own, knowing no other label.
+    """Edit only states as near to the source's mean as the source's own states.
 
-    A state is near if its squared distance to the nearest source mean (there is one for each
-    value of ``given``) lies below the middle between what is usual for the source's states, each
-    left out of its mean, and for the target's. A mean of one state tells nothing of what is
-    usual; where all are, 0 takes its place.
+    It needs no other labels. A state is near if its squared distance to the nearest source mean
+    (one for each value of ``given``) is below the midpoint of the typical distances of the
+    source's states (each left out of its mean) and of the target's. A mean of one state gives no
+    typical distance; where all are such, it is 0.
 
     Args:
         intervention: what to do with the source's states.
         acts: states of both labels, such as those of a few examples.
 
     Raises:
-        InputError: if a label is not there or both are the same.
+        InputError: if a label does not exist or both are the same.
     """
     acts = with_labels("only_near", acts, by=by, given=given)
     labels = prompt_labels(acts, by)
@@ -139,7 +139,7 @@ def only_near(
         points = torch.from_numpy(np.atleast_2d(found.values).astype(np.float32))
         mine = torch.from_numpy(stored_values(own, site, position=position)).float()
         others = torch.from_numpy(stored_values(theirs, site, position=position)).float()
-        # Leaving a state out of a mean of m moves the mean away by 1 / (m - 1) of its distance.
+        # Leaving a state out of a mean of m moves the mean by 1 / (m - 1) of its distance.
         stretch = torch.from_numpy((count / np.maximum(count - 1, 1)) ** 2)
         away = ((mine - points[cell]) ** 2).sum(1) * stretch
         several = torch.from_numpy(count > 1)

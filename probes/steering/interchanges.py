@@ -1,8 +1,8 @@
-"""Cluster interchange: move states from one task's cluster to another's and count the answers.
+"""Cluster interchange: move states between tasks' clusters and count the answers.
 
-If the cluster that a state lies in is what makes the model do a task, a prompt of task A whose
-state is moved to task B's cluster is answered as B would answer the same input. What counts as
-evidence is the rate of B's answers beside that of the same move in a random direction.
+If the cluster of a state makes the model do a task, a prompt of task A whose state is moved to
+task B's cluster gets B's answer to the same input. Evidence is the rate of B's answers beside
+that of a norm-matched random direction.
 
 Source: the causal check is our extension of Wu & Varshney (arXiv 2402.12151); interchange in
 the sense of Geiger et al. (2021), with displaced states in place of a second prompt's.
@@ -44,14 +44,14 @@ class Interchange(Shown):
     """Answers after states were moved from one label's cluster to another's.
 
     Attributes:
-        frame: one row a site, method and ordered pair of labels: ``site, kind, layer, head,
+        frame: one row per site, method and ordered pair of labels: ``site, kind, layer, head,
             position, method, source, target, metric, value, n``. ``metric`` is ``target`` (rate
             of the answer that the target label gives this input), ``source`` (rate of the
             prompt's own answer) and ``other``.
         answers: first token of the answer ``(move, round, prompt)``; a move is a method at a site.
-        targets: label that each prompt was moved to in each round ``(round, prompt)``; empty
-            where it was not moved.
-        baseline: rate of the prompts' own answers with nothing moved.
+        targets: label that each prompt is moved to in each round ``(round, prompt)``; empty
+            where it is not moved.
+        baseline: rate of the prompts' own answers without intervention.
     """
 
     frame: pd.DataFrame
@@ -66,7 +66,7 @@ class Interchange(Shown):
         return rows.groupby(place, dropna=False, sort=False)["value"].mean().reset_index()
 
     def best(self, method: str, *, metric: str = "target") -> Site:
-        """The site where a method moves most answers; ties go to the earliest.
+        """The site where a method has its highest rate; ties go to the earliest.
 
         Choose on one set of prompts and report on another: the best of many is biased upwards.
         """
@@ -78,7 +78,7 @@ class Interchange(Shown):
         return Site.parse(str(rows.loc[rows["value"].idxmax(), "site"]))
 
     def plot(self, metric: str = "target") -> Any:
-        """Rate by layer, a line a method."""
+        """Rate by layer, one line per method."""
         return figures.curves(
             self.by_site(metric),
             color="method",
@@ -123,25 +123,25 @@ def interchange(
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: whose states are moved; with answers.
-        moves: ``(source, target) ->`` the intervention, or the several to compare; their names
-            are the methods, and every pair must give the same names.
+        prompts: prompts with answers, whose states are moved.
+        moves: ``(source, target) ->`` one intervention, or several to compare; their names are
+            the methods, and every pair must give the same names.
         sites: where to move; several sites of one kind make a curve over layers.
         by: the label whose clusters are exchanged.
         given: the label under which another label's answer is looked up (the input).
         at: read position whose state is moved.
-        rounds: targets of each prompt; None for all there are.
+        rounds: number of targets of each prompt; None for all.
         donors: with these, a further method, `MEMBER`: the state is replaced by that
             of a random donor of the target label and the same ``given`` (of the target label
             alone where there is none).
-        answers: ``(label, given) ->`` first token of the answer; default: as the prompts (and
-            donors) have it.
+        answers: ``(label, given) ->`` first token of the answer; default: from the prompts (and
+            donors).
         batch_tokens: as in `extract`.
         seed: of targets and members.
 
     Raises:
         InputError: if there are no answers, a label or position does not exist, no prompt has
-            another label to be moved to, or names of moves clash.
+            another label to move to, or names of interventions clash.
     """
     chosen = resolve(model, sites)
     label, condition = (prompt_strings(prompts, name) for name in (by, given))
@@ -155,7 +155,7 @@ def interchange(
         members = draw_members(targets, condition, donors, by, given, seed)
         theirs = extract(model, donors, chosen, at=at, batch_tokens=batch_tokens, progress=False)
         for site in chosen:
-            # Where a prompt is not moved its donor is arbitrary, and its answer is not counted.
+            # A prompt that is not moved has an arbitrary donor, and its answer is not counted.
             moved[MEMBER, site] = torch.from_numpy(select(theirs, site).values)[members]
     edits = [(site, turn) for (_, site), values in moved.items() for turn in values]
     tokens = replay(
@@ -190,7 +190,7 @@ def interchange(
 def first_token(
     logits: Float[Tensor, "row vocab"], rows: Int[Tensor, " row"]
 ) -> Int[Tensor, " row"]:
-    """The most likely next token: a readout for `probes.patching.replay.replay`."""
+    """Readout of the most likely next token, for `probes.patching.replay.replay`."""
     return logits.argmax(-1)
 
 
@@ -200,7 +200,7 @@ def _moved(
     label: np.ndarray,
     targets: np.ndarray,
 ) -> dict[tuple[str, Site], Tensor]:
-    """States of each method and site ``(round, prompt, d)``; unmoved where there is no target."""
+    """Edited states of each method and site ``(round, prompt, d)``; unchanged without target."""
     values: dict[tuple[str, Site], Tensor] = {}
     names: list[str] = []
     for source in np.unique(label):
@@ -233,7 +233,7 @@ def _rates(
     own: np.ndarray,
     known: Mapping[tuple[str, str], int],
 ) -> pd.DataFrame:
-    """How often each pair's answers were the target's, the prompt's own, or another."""
+    """Rates of the target's, the prompt's own and other answers, by pair."""
     turn, row = np.nonzero(targets != "")
     wanted = [known[b, x] for b, x in zip(targets[turn, row], condition[row], strict=True)]
     given = tokens[turn, row]

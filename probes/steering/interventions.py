@@ -1,11 +1,11 @@
-"""Ways to move a state from one task's cluster to another's, and their controls.
+"""Interventions that move states from one task's cluster to another's, with controls.
 
-An `Intervention` is a function from states to states at any site. It knows nothing of a model:
-`probes.steering.steer` hangs it on one, `probes.steering.interchange` counts what it does.
+An `Intervention` is a function from states to states at any site, independent of a model:
+`probes.steering.steer` applies it to one, `probes.steering.interchange` measures its effect.
 
-Standard of evidence: a move that changes the answer shows little unless a move as long in a
-random direction does not (`Intervention.random_twin`), nor one between two means that no task
-singles out (`dealt`).
+Standard of evidence: an intervention that changes the answer is weak evidence unless a norm-matched
+random direction does not (`Intervention.random_twin`), nor a shift between means of shuffled labels
+(`with_shuffled_labels`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Label = Any  # a text or what has one: task 0 is "0" (`lensclust.prompts.labels`
 
 @dataclass(frozen=True)
 class Intervention:
-    """A change of states that can be made at any site it was fitted on.
+    """An edit of states, at any site it was fitted on.
 
     Attributes:
-        name: what to call it in a table.
+        name: its name in tables.
         edit_at: site -> the function that maps its states ``(row, d)`` to new ones. At heads
             states are ``hook_z`` (``d_head``), elsewhere ``d_model``.
-        by_row: whether what is done to a state depends on its row, such as a random direction
-            for each. `steer` then changes one token of all rows at a time, so that a row is
-            treated alike in a forward of the whole sequence and in one of its last token.
+        by_row: whether the edit of a state depends on its row, such as one random direction per
+            row. `steer` then changes one token of all rows at a time, so that a row gets the
+            same edit in a forward of the whole sequence and in one of its last token.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Intervention:
     by_row: bool = False
 
     def size(self, states: States, site: Site) -> Float[Tensor, " row"]:
-        """How far each of a site's states is moved (2-norm, in the states' own units)."""
+        """Norm of the change of each state at a site (2-norm, in the states' units)."""
         return (self.edit(site)(states) - states).norm(dim=-1)
 
     def edit(self, site: Site) -> Edit:
-        """``edit_at(site)``, which says so in one line if states are of another width than its.
+        """``edit_at(site)``, with a one-line error for states of another width.
 
         Raises:
-            InputError: when the function is called, if it cannot change such states.
+            InputError: when the function is called on states that it cannot change.
         """
         edit = self.edit_at(site)
 
@@ -80,7 +80,7 @@ class Intervention:
 
     @checked_arguments
     def scaled(self, strength: float | int) -> Intervention:
-        """The same move, ``strength`` times as far.
+        """The same intervention, ``strength`` times as far.
 
         Raises:
             InputError: if ``strength`` is not finite.
@@ -96,9 +96,10 @@ class Intervention:
 
     @checked_arguments
     def random_twin(self, seed: int = 0) -> Intervention:
-        """Each state moved as far as this intervention moves it, in a random direction.
+        """Control: a norm-matched random direction for each state.
 
-        In `steer` each row of a batch has one direction, the same at all of its tokens.
+        Each state moves as far as by this intervention. In `steer` each row of a batch has one
+        direction, the same at all of its tokens.
         """
 
         def edit_at(site: Site) -> Edit:
@@ -116,14 +117,14 @@ class Intervention:
 
     @checked_arguments
     def norm_matched(self, other: Intervention) -> Intervention:
-        """This intervention's directions at the lengths of another's moves."""
+        """This intervention's directions with the norms of another's changes."""
 
         def edit_at(site: Site) -> Edit:
             own, reference = self.edit_at(site), other.edit_at(site)
 
             def edit(states: States) -> States:
                 distance = (reference(states) - states).norm(dim=-1, keepdim=True)
-                # In float16 the guard of `normalize` against no move at all would underflow.
+                # In float16 the epsilon of `normalize` would underflow for a zero change.
                 direction = F.normalize((own(states) - states).float(), dim=-1)
                 return states + direction.to(states) * distance
 
@@ -134,7 +135,7 @@ class Intervention:
 
 
 def interventions(caller: str, given: Any) -> list[Intervention]:
-    """What a function of a caller gave, one intervention or several, as a list.
+    """Return one intervention or several, from a caller's function, as a list.
 
     >>> interventions("interchange: moves", None)
     Traceback (most recent call last):
@@ -146,7 +147,7 @@ def interventions(caller: str, given: Any) -> list[Intervention]:
         if not isinstance(made, Intervention):
             raise InputError(
                 f"{caller} gave {type(made).__name__}, expected an intervention or a list of them, "
-                "as probes.shift and its like make (a function needs a return)"
+                "as from probes.shift (a function needs a return)"
             )
     return several
 
@@ -162,8 +163,8 @@ def shift(
             beside the label, the difference is averaged over the conditions that both have.
 
     Raises:
-        InputError: if a label is not there, at the call; if the site is not, or the two labels
-            share no condition, when it is used.
+        InputError: at the call if a label does not exist; when it is used if the site does not
+            exist or the two labels share no condition.
     """
     start, stop = require_labels(centroids, by, source, target)
 
@@ -191,16 +192,16 @@ def transport(
     given: str = "input",
     name: str = "transport",
 ) -> Intervention:
-    """Move each state by the difference of the two labels' means under its own condition.
+    """Move each state by the difference of two labels' means within its condition.
 
-    The condition (such as the input) is not asked for: it is that of the source label's nearest
-    mean, among the conditions that both labels have.
+    The condition (such as the input) is inferred: it is that of the source label's nearest mean,
+    among the conditions that both labels have.
 
     Args:
         centroids: mean states by condition and label, `mean_states(acts, by=by, given=given)`.
 
     Raises:
-        InputError: if a label is not there or the two share no condition.
+        InputError: if a label does not exist or the two share no condition.
     """
     places = require_labels(centroids, by, source, target)
     require_labels(centroids, given)
@@ -228,10 +229,12 @@ def transport(
 def dealt(
     acts: xr.Dataset, *, by: str = "task", given: str | None = None, seed: int = 0
 ) -> xr.Dataset:
-    """The same activations with their labels dealt anew, among the prompts of each condition.
+    """The same activations with labels shuffled among the prompts of each condition.
 
-    `mean_states` of these gives the control of `shift` and `transport`: real means of real
-    states that no task singles out.
+    Also `with_shuffled_labels`.
+
+    `mean_states` of these gives a control of `shift` and `transport`: means of real states that
+    do not follow the task.
 
     >>> acts = xr.Dataset(coords={"task": ("prompt", ["a", "b", "a"])})
     >>> sorted(dealt(acts).task.values.tolist())
@@ -246,6 +249,10 @@ def dealt(
         rows = np.flatnonzero((groups == group) & ~missing)
         permuted[rows] = labels[rng.permutation(rows)]
     return acts.assign_coords({by: ("prompt", permuted)})
+
+
+# The same function under a name that is clear out of context.
+with_shuffled_labels = dealt
 
 
 @checked_arguments
@@ -281,10 +288,10 @@ def states_at(centroids: xr.Dataset, site: Site) -> xr.DataArray:
 
 
 def require_labels(centroids: xr.Dataset, by: str, *labels: Label) -> list[int]:
-    """Where these labels stand among those of the centroids, compared as texts.
+    """Indices of these labels in the centroids, compared as texts.
 
     Raises:
-        InputError: if one is not there, or is given twice; says which labels there are.
+        InputError: if one does not exist or is given twice; lists the labels of the centroids.
     """
     is_dataset = isinstance(centroids, xr.Dataset)
     if not is_dataset or "prompt" in centroids.dims:

@@ -1,14 +1,14 @@
-"""Linear maps from one label's cluster to another's: moves that depend on where a state lies.
+"""Linear maps from one label's cluster to another's: state-dependent moves.
 
-`probes.steering.shift` moves every state alike and `transport` looks up the nearest mean it
-knows. A linear map lies between the two: it moves unlike states differently, and also those of
-conditions that it was not fitted on.
+`probes.steering.shift` moves every state alike and `transport` uses the nearest known mean. A
+linear map lies between the two: its moves depend on the state, also for conditions that it was
+not fitted on.
 
-- ``ridge``: how far a condition's mean moves from source to target, predicted from the source's
-  states by ridge regression. An infinite penalty leaves the mean of those moves.
+- ``ridge``: the move of a condition's mean from source to target, predicted from the source's
+  states by ridge regression. An infinite penalty gives the mean move.
 - ``gaussian``: the optimal transport map between two normal distributions, which gives the moved
   source the target's mean and covariance at the least mean squared distance. Equal covariances
-  leave the shift of the mean.
+  give the shift of the mean.
 
 Both are fitted in float64 and applied in float32 (or the states' own precision, if higher).
 """
@@ -34,7 +34,7 @@ from lensclust.prompts import label_text
 from probes.steering.interventions import Edit, Intervention, Label, States
 
 KINDS = ("ridge", "gaussian")
-# Penalties that are tried, in units of the mean eigenvalue of the source's covariance.
+# Candidate penalties, in units of the mean eigenvalue of the source's covariance.
 PENALTIES = (np.inf, *np.logspace(3, -3, 7).tolist())
 # A spread below this share of the states' size is float32 rounding.
 ROUNDING = 1e-6
@@ -61,17 +61,17 @@ def linear_transport(
         acts: states whose labels make the clusters, such as those of the training prompts.
         by: the label that ``source`` and ``target`` are values of.
         given: the condition (such as the input) that pairs the two labels' states; ``ridge``
-            only. Each source state is paired with the move of its condition's mean, so a map
-            that fits perfectly keeps each state's place around its mean; conditions count
-            alike, however many states they have.
+            only. Each source state is paired with the move of its condition's mean, so a perfect
+            fit keeps each state's offset from its mean; conditions weigh equally, whatever their
+            number of states.
         fit: ``ridge`` or ``gaussian``.
         penalty: of the ridge, in units of the mean eigenvalue of the source's covariance;
             infinity is allowed. None: at each site the one of
-            `probes.steering.linear_maps.PENALTIES` that predicts best the moves of conditions left
-            out in turn (ties go to the largest). It falls back on the mean shift where moves of new
-            conditions cannot be predicted, as with fewer than three shared conditions; the least
-            squared error need not move the most answers (`probes.steering.tune` counts those).
-            ``edit_at(site).penalty`` tells which it was.
+            `probes.steering.linear_maps.PENALTIES` that best predicts the moves of left-out
+            conditions (ties go to the largest). It falls back on the mean shift where moves of
+            new conditions cannot be predicted, as with fewer than three shared conditions. The
+            least squared error need not give the most target answers (`probes.steering.tune`
+            counts those). ``edit_at(site).penalty`` is the chosen one.
         position: which read position, if the activations hold several.
 
     Returns:
@@ -79,8 +79,8 @@ def linear_transport(
         is first used, in time ``O(n² d)`` and memory ``O(n d)`` for ``n`` states.
 
     Raises:
-        InputError: at the call if a label, fit or penalty is not known or no condition is
-            shared; when a site is used if it is not there, or the source's
+        InputError: at the call if a label, fit or penalty is unknown or no condition is
+            shared; when a site is used if it does not exist, or the source's
             covariance is singular (``gaussian``: fewer than three different states).
 
     Source: the Gaussian map is Knott & Smith 1984, for steering Singh et al. 2024 (arXiv
@@ -148,9 +148,9 @@ class LinearMap:
     """``x -> x + move + stretch (x - center) + (x - center) @ left @ right``.
 
     Attributes:
-        center, move: mean of the source, and where it goes from there ``(d)``.
+        center, move: mean of the source, and its move to the target ``(d)``.
         left, right: factors of the linear part ``(d, rank)``, ``(rank, d)``.
-        stretch: what the linear part does outside the factors' directions.
+        stretch: factor of the linear part outside the factors' directions.
         penalty: of the ridge, in units of the mean eigenvalue; NaN for other fits.
     """
 
@@ -181,7 +181,7 @@ class LinearMap:
         stretch: float = 0.0,
         penalty: float = float("nan"),
     ) -> LinearMap:
-        """A map from arrays of numpy."""
+        """Make a map from numpy arrays."""
         parts = [torch.from_numpy(np.ascontiguousarray(a)) for a in (center, move, left, right)]
         return cls(*parts, stretch=float(stretch), penalty=float(penalty))
 
@@ -189,7 +189,7 @@ class LinearMap:
 def condition_means(
     states: Rows, codes: Int[np.ndarray, " row"]
 ) -> Float[np.ndarray, "condition d"]:
-    """Mean state of each condition; ``codes`` number the conditions from 0 on."""
+    """Mean state of each condition; ``codes`` number the conditions from 0."""
     sums = np.zeros((codes.max() + 1, states.shape[1]))
     np.add.at(sums, codes, states)
     return sums / np.bincount(codes)[:, None]
@@ -203,12 +203,12 @@ def ridge_map(
 ) -> LinearMap:
     """Predict the move of each row's condition from the row by ridge regression.
 
-    Conditions weigh alike and the intercept is free, so an infinite penalty leaves the mean of
-    ``moves``.
+    Conditions weigh equally and the intercept is not penalised, so an infinite penalty gives the
+    mean of ``moves``.
 
     Args:
         penalty: in units of the mean eigenvalue of the rows' covariance; None: the one of
-            `PENALTIES` that predicts best the moves of conditions left out.
+            `PENALTIES` that best predicts the moves of left-out conditions.
     """
     weight = 1 / (len(moves) * np.bincount(codes)[codes])  # sums to 1, alike for conditions
     root = np.sqrt(weight)[:, None]
@@ -219,7 +219,7 @@ def ridge_map(
     if penalty is not None:
         chosen = float(penalty)
     elif len(moves) < 3:
-        chosen = np.inf  # what is left when one is left out says nothing of slopes
+        chosen = np.inf  # with one left out, the rest does not determine slopes
     else:
         kept = [_shrunk(scale, candidate * unit) * scale for candidate in PENALTIES]
         errors = np.array([_left_out(left, k, root, wanted, codes) for k in kept])
@@ -239,7 +239,7 @@ def _shrunk(scale: np.ndarray, penalty: float) -> np.ndarray:
 def _left_out(
     left: np.ndarray, kept: np.ndarray, root: np.ndarray, wanted: np.ndarray, codes: np.ndarray
 ) -> float:
-    """Mean squared error on each condition when it is left out, from one fit on all of them.
+    """Mean squared error on each left-out condition, from one fit on all of them.
 
     Residuals of a linear smoother with a block left out are ``(I - H_gg)⁻¹`` times those of the
     whole fit, where ``H`` takes targets to fitted values.
@@ -259,11 +259,11 @@ def gaussian_map(a: Rows, b: Float[np.ndarray, "_other d"], where: str = "given"
     """``x -> m_b + A (x - m_a)`` with ``A S_a A = S_b``, A symmetric and not negative.
 
     Shrunk covariances are a multiple of the identity outside the span of the states, so only
-    the span is decomposed. States that do not vary, on either side, leave the shift.
+    the span is decomposed. Constant states, on either side, give the shift.
 
     Raises:
         InputError: if the source's covariance is singular and there is something to transport;
-            ``where`` says whose it is.
+            ``where`` names the source in the message.
     """
     center, move = a.mean(0), b.mean(0) - a.mean(0)
     if _still(a) and _still(b):
@@ -289,7 +289,7 @@ def gaussian_map(a: Rows, b: Float[np.ndarray, "_other d"], where: str = "given"
 
 
 def _still(x: Rows) -> bool:
-    """Whether states differ by no more than rounding."""
+    """Whether states are constant up to rounding."""
     return bool(np.ptp(x, axis=0).max() <= ROUNDING * np.abs(x).max())
 
 

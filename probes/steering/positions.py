@@ -1,8 +1,8 @@
-"""Where in its sequence each token of a forward stands, also while a model generates.
+"""Track the position in its sequence of each token of a forward, also in generation.
 
 With a key/value cache a sequence is run in several forwards: the prompt in the first (the
 prefill), then one token at a time. Without one, every step of a generation runs the whole sequence
-again. What a hook sees is a forward; what a user means is a place in the sequence.
+again. A hook sees a forward; a user specifies a position in the sequence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.errors import InputError
 from lensclust.models import hooks_are_off, uncached
 
-# Names under which networks are handed what earlier forwards computed.
+# Names of the arguments that pass caches to networks.
 CACHES = ("past_key_values", "cache", "layer_past", "cache_params")
 INPUTS = ("input_ids", "inputs_embeds", "input", "tokens")
 
@@ -31,13 +31,13 @@ class Stretch:
     """The tokens of one forward.
 
     Attributes:
-        index: place of each token among the tokens of its row's sequence ``(row, token)``; -1 at
-            padding that the attention mask hides.
-        begins: whether no token of the sequence was run before this forward.
+        index: position of each token in its row's sequence ``(row, token)``; -1 at padding that
+            the attention mask hides.
+        begins: whether this forward is the first of the sequence.
         cached: whether it reads or fills a key/value cache.
         goes_on: whether later forwards can continue the sequence.
-        prompt_end: place of the last token of each row's prompt, that is, of the forward that
-            began the sequence; None if that was not seen, or if the prompt came in pieces.
+        prompt_end: position of the last token of each row's prompt, that is, of the first forward
+            of the sequence; None if that was not seen, or the prompt was run in pieces.
     """
 
     index: Int[Tensor, "row token"]
@@ -49,21 +49,21 @@ class Stretch:
 
 @dataclass
 class _Generation:
-    """One call that generates: what its forwards have in common."""
+    """State shared by the forwards of one generating call."""
 
     prompt_end: Tensor | None = None
     in_pieces: bool = False
 
 
 class _Follower:
-    """Keeps track of the sequences that a network runs."""
+    """Track the sequences that a network runs."""
 
     def __init__(self, notice: Callable[[Stretch], None], caller: str, advice: str) -> None:
         self.notice = notice
         self.caller = caller
         self.advice = advice
         self.generation: _Generation | None = None
-        # What is known of the sequence that a cache holds.
+        # Known state of the sequence of each cache.
         self.prompt_ends: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
         self.beginning: Tensor | None = None
 
@@ -112,7 +112,7 @@ class _Follower:
         raise self._lost("it was given neither token ids nor embeddings")
 
     def _past(self, cache: Any, given: Mapping[str, Any]) -> int:
-        """How many tokens of the sequence were run before."""
+        """Number of tokens of the sequence that were run before."""
         if (stands := given.get("cache_position")) is not None:
             return int(stands.flatten()[0])
         if cache is None:
@@ -122,7 +122,7 @@ class _Follower:
         try:
             return int(cache.get_seq_length())
         except (AttributeError, ValueError) as error:
-            # A recurrent state does not say of how many tokens it is.
+            # A recurrent state does not hold its number of tokens.
             raise self._lost(
                 f"a {type(cache).__name__} does not say how many came before"
             ) from error
@@ -155,17 +155,17 @@ class _Follower:
 def following(
     model: TransformerLensModel, notice: Callable[[Stretch], None], *, caller: str
 ) -> Iterator[None]:
-    """Call ``notice`` before every forward with where its tokens stand.
+    """Call ``notice`` with the positions of the tokens before every forward.
 
-    A forward that is given a cache continues the cache's sequence. One without begins a sequence,
-    unless it is a later step of the same ``generate`` (or ``generate_stream``, ``hf_generate``),
-    which runs the whole sequence again.
+    A forward with a cache continues the cache's sequence. One without starts a sequence, unless
+    it is a later step of the same ``generate`` (or ``generate_stream``, ``hf_generate``), which
+    runs the whole sequence again.
 
     Args:
         caller: function name used in error messages.
 
     Raises:
-        InputError: from the forward, if it cannot be told how much of the sequence came before.
+        InputError: from the forward, if the number of earlier tokens cannot be determined.
     """
     hooked: Any = model
     network: Any = getattr(model, "original_model", model)

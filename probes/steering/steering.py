@@ -1,10 +1,10 @@
-"""Interventions on a running model, as context managers that leave no hook behind.
+"""Apply interventions to a running model, as context managers that remove their hooks.
 
-Positions are those of the sequence. While a model generates, an edit is made where its token is
-computed: in the prefill, in a forward of one token behind a key/value cache, or in every forward
-of the whole sequence where there is no cache. So a cache changes the time, not the result; where
-it would change the result, because of the libraries or of frequencies that depend on the length
-of a sequence, a forward with a cache is refused.
+Positions are those of the sequence. While a model generates, an edit is made in the forward that
+computes its token: in the prefill, in a forward of one token with a key/value cache, or in every
+forward of the whole sequence without one. So a cache changes the time, not the result; where it
+would change the result (because of the libraries, or of rotary frequencies that depend on the
+length of the sequence), a forward with a cache raises an error.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ def steer(
 ) -> Iterator[TransformerLensModel]:
     """Run a model with its states changed, for scoring and for generation.
 
-    Contexts nest: the inner one sees the states that the outer one left. A network that was given
-    to `lensclust.load` in memory is not changed: run the hooked model.
+    Contexts nest: the inner one gets the states that the outer one edited. A network that was
+    passed to `lensclust.load` in memory is not changed: run the hooked model.
 
     Args:
-        model: a hooked model, in eval mode; its weights are not touched.
-        intervention: what to do (`probes.steering.interventions`).
-        at: one site or several; at each it acts as fitted there.
+        model: a hooked model, in eval mode; its weights are unchanged.
+        intervention: the edit (`probes.steering.interventions`).
+        at: one site or several; at each the edit fitted there is applied.
         positions: which tokens of the sequence are changed, prompt and generated ones alike:
 
             - a token index, one for all rows of the batch or one for each, as `Prompts.position`
               gives it: that token alone;
             - ``"last"``: the last token of the prompt and every token generated after it. Outside
-              ``generate`` a forward without a cache is a prompt by itself;
+              ``generate`` a forward without a cache is a separate prompt;
             - ``"all"``: every token.
 
-            By default the last of a single row; a batch has to say, because its last column may
-            be padding.
+            Default: the last of a single row; a batch needs ``positions``, because its last column
+            may be padding.
         since: instead of ``positions``, a token index, one for all rows or one for each: that
             token and every later one. The length of a prompt means the generated tokens alone.
 
@@ -82,12 +82,12 @@ def steer(
         The model itself.
 
     Raises:
-        InputError: if a site does not exist, an edit there changes nothing (`require_effect`),
+        InputError: if a site does not exist, an edit there has no effect (`require_effect`),
             the model is in training mode, or both ``positions`` and ``since`` are given. From the
             forward: if the indices do not fit the batch or the sequence, a batch of several rows
-            is run and no positions were given, or it cannot be told where a forward stands in
-            its sequence, or a cache would make it wrong. At the end, if a sequence that was
-            generated never reached an index.
+            is run without positions, the position of a forward in its sequence cannot be
+            determined, or a cache would change the result. At the end, if a generated sequence
+            did not reach an index.
 
     >>> import lensclust as lc
     >>> from probes import mean_states
@@ -104,8 +104,8 @@ def steer(
     require_model(model, caller="steer")
     if not isinstance(intervention, Intervention):
         raise InputError(
-            f"steer: {type(intervention).__name__} given as intervention, expected what "
-            "probes.shift, probes.transport and their like make"
+            f"steer: {type(intervention).__name__} given as intervention, expected one as from "
+            "probes.shift or probes.transport"
         )
     places = _Places(_checked(positions, since), since is not None)
     sites = resolve(model, at)
@@ -115,7 +115,7 @@ def steer(
     def notice(stretch: Stretch) -> None:
         if stretch.cached:
             before, until = int(stretch.index[:, 0].max()), int(stretch.index.max()) + 1
-            # A prompt by itself is right however long it is.
+            # A separate prompt is right at any length.
             start = before if before > 0 else until
             if (why := wrong_with_cache(model, start, until)) is not None:
                 raise InputError(
@@ -132,7 +132,7 @@ def steer(
 
 
 def _checked(positions: Positions | None, since: Indices | None) -> Tensor | str | None:
-    """Indices as a tensor, names as they are."""
+    """Indices as a tensor, names unchanged."""
     if positions is not None and since is not None:
         raise InputError("steer: both positions and since given, expected one of them")
     name, given = ("positions", positions) if since is None else ("since", since)
@@ -160,21 +160,21 @@ def _checked(positions: Positions | None, since: Indices | None) -> Tensor | str
 
 
 class _Places:
-    """Which tokens of the present forward are to be changed.
+    """The tokens of the current forward that are edited.
 
     Args:
         wanted: a name, an index for all rows, or one for each; None for the last of a single row.
-        onwards: change every later token, too.
+        onwards: also edit every later token.
     """
 
     def __init__(self, wanted: Tensor | str | None, onwards: bool) -> None:
         self.wanted = wanted
         self.onwards = onwards or not isinstance(wanted, Tensor)
-        # The index wanted of each row of the present sequence, and how many tokens have been run.
+        # Wanted index of each row of the current sequence, and number of tokens run so far.
         self.sequence: tuple[Tensor, Tensor] | None = None
 
     def notice(self, stretch: Stretch) -> None:
-        """A forward begins."""
+        """Record the start of a forward."""
         index = stretch.index
         first = self._first(stretch).expand(len(index))
         wanted = first.to(index.device)[:, None]
@@ -194,7 +194,7 @@ class _Places:
                 self.require_reached()
 
     def change(self, value: Tensor, site: Site, edit: Edit, by_row: bool) -> Tensor:
-        """The states of a site with those of the chosen tokens changed."""
+        """The states of a site, edited at the chosen tokens."""
         if tuple(value.shape[:2]) != self.shape:
             raise InputError(
                 f"steer: states of shape {tuple(value.shape)} stand at {site}, expected "
@@ -203,11 +203,11 @@ class _Places:
         if not len(self.rows):
             return value
         changed = value.clone()
-        # A view: what is written to it is written to `changed`.
+        # A view: writing to it writes to `changed`.
         states = changed if site.head is None else changed[:, :, site.head]
         rows, columns = self.rows.to(value.device), self.columns.to(value.device)
         if by_row and not self.each_once:
-            # All rows at once, also those that are left alone: each keeps its own.
+            # Edits all rows at once, then keeps the chosen ones.
             for column in columns.unique().tolist():
                 here = rows[columns == column]
                 states[here, column] = edit(states[:, column])[here]
@@ -216,7 +216,7 @@ class _Places:
         return changed
 
     def require_reached(self) -> None:
-        """Refuse an index beyond the end of its sequence, now that this has come.
+        """Raise InputError for an index beyond the end of the finished sequence.
 
         Raises:
             InputError: names the index and the length.
@@ -245,13 +245,13 @@ class _Places:
             elif inside is not None:
                 raise InputError(
                     f"steer: {len(wanted)} positions given, but {inside.total or 'other'} rows are "
-                    "run in an order of the library's own: give one index for all, or a position "
+                    "run in the library's order: give one index for all, or a position "
                     "for each prompt of one shard"
                 )
             if len(wanted) != rows:
                 raise InputError(
                     f"steer: {len(wanted)} positions given, but a batch of {rows} was run: a "
-                    "function that runs batches of its own needs one index for all rows, or 'all'"
+                    "function that batches by itself needs one index for all rows, or 'all'"
                 )
             return wanted
         if self.wanted == "all":

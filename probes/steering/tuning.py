@@ -1,8 +1,8 @@
-"""Choosing where and how strongly to intervene, on prompts kept for that.
+"""Choose the site and strength of an intervention on validation prompts.
 
-The best of many sites and strengths is biased upwards on the prompts that chose it. What
-`tune` reports is a choice and the whole table behind it; the effect is what the chosen
-intervention does on prompts that neither fitted it nor chose it, beside its random twin there.
+The best of many sites and strengths is biased upwards on the prompts that chose it. `tune`
+reports the choice and the whole table; the effect is that of the chosen intervention on prompts
+that neither fitted nor chose it, beside a norm-matched random direction.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Make = Callable[[Site, float], Intervention]
 
 @dataclass(frozen=True, repr=False)
 class Tuning(Shown):
-    """Every site and strength that was tried, and the one that did best.
+    """Rates at every site and strength, and the best of them.
 
     Attributes:
-        frame: one row a site and strength: ``site, kind, layer, head, position, method,
+        frame: one row per site and strength: ``site, kind, layer, head, position, method,
             strength, metric, value, size, n, chosen``. ``value`` is the rate of wanted answers
-            over ``n`` prompts, ``size`` how far states were moved on average.
+            over ``n`` prompts, ``size`` the mean norm of the change of states.
         site, strength: the highest rate; ties go to the smallest strength (its absolute value),
             then to the site given first.
-        intervention: the one made for them.
-        baseline: rate of wanted answers with nothing moved.
+        intervention: the one for this site and strength.
+        baseline: rate of wanted answers without intervention.
         prompts: digest of the prompts that chose (`Prompts.digest`): report on others.
     """
 
@@ -56,11 +56,11 @@ class Tuning(Shown):
     prompts: str
 
     def plot(self) -> Any:
-        """Rate of wanted answers by layer, a line a strength; a heat map where there are heads."""
+        """Rate of wanted answers by layer, one line per strength; a heat map for heads."""
         words = {
             "title": f"Wanted answers, {self.frame['method'].iloc[0]}",
             "caption": f"Rate over {self.frame['n'].iloc[0]} validation prompts "
-            f"({self.baseline:.2f} with nothing moved); chosen: {self.site}, {self.strength:g}.",
+            f"({self.baseline:.2f} without intervention); chosen: {self.site}, {self.strength:g}.",
         }
         charts = []
         for kind, rows in self.frame.groupby("kind", sort=False):
@@ -77,7 +77,7 @@ class Tuning(Shown):
         return (
             f"Tuning({len(self.frame)} tried on {self.frame['n'].iloc[0]} prompts; chosen "
             f"{self.site} at strength {self.strength:g}: wanted answers {best:.2f}, "
-            f"{self.baseline:.2f} with nothing moved)"
+            f"{self.baseline:.2f} without intervention)"
         )
 
     def _tables(self) -> tuple[pd.DataFrame, ...]:
@@ -101,20 +101,20 @@ def tune(
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: the validation split. Neither what the intervention was fitted on nor what its
-            effect is reported on.
-        make: an intervention, which is scaled by each strength, or a function that makes one
-            for a site and strength. At each site alone: nothing else is touched.
+        prompts: the validation split, disjoint from the prompts that fit the intervention and
+            those that its effect is reported on.
+        make: an intervention, scaled by each strength, or a function that makes one for a site
+            and strength. Each is applied at one site alone.
         sites: kinds or places (`lensclust.models.sites`).
-        strengths: multiples of the move.
+        strengths: factors of the intervention.
         wanted: ``(prompt)``, first token of the answer that each prompt should give, such as
             the target task's answer to its input.
-        at: the position that is changed (`Prompts.position`).
+        at: the edited position (`Prompts.position`).
         batch_tokens: as in `replay`.
         progress: show bars.
 
     Raises:
-        InputError: if there is not one wanted token a prompt, strengths are missing, repeated
+        InputError: if there is not one wanted token per prompt, strengths are missing, repeated
             or not finite, a site or position does not exist, or the model is in training mode.
 
     >>> import lensclust as lc
@@ -132,7 +132,7 @@ def tune(
     steps = _checked_strengths(strengths)
     tokens = _checked_tokens(model, wanted, len(prompts))
     is_wanted = METRICS["accuracy"](tokens, tokens)
-    # One pass reads what every try will meet: each is made alone, on the unedited model.
+    # One pass reads the states of all candidates: each edits the unedited model alone.
     acts = extract(model, prompts, chosen_sites, at=at, batch_tokens=batch_tokens, progress=False)
     tried, edits = [], []
     for site in chosen_sites:
@@ -150,7 +150,7 @@ def tune(
     )
     before = answers(model, prompts, is_wanted, batch_tokens=batch_tokens)
     rates = hits.double().mean(1).numpy()
-    # Stable: among equals the site given first stays first.
+    # Stable: ties keep the order of the given sites.
     best = int(np.lexsort([[abs(strength) for _, strength, _ in tried], -rates])[0])
     site, strength, _ = tried[best]
     chosen = _made(make, site, strength)

@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 from studies.alignment.options import Options
 
 NOTES = (
-    "The paper names alignment as an application of clusters; how it aligned is not known to us. "
+    "The paper names alignment as an application of clusters; its method is not known to us. "
     "Methods, sizes and measures are our reconstruction and extensions.",
-    "A labelled example is a prompt of the task to change with the answer wanted, and a prompt of "
-    "the wanted task with the same input. Layers, strengths and learning rates are chosen on "
-    "validation prompts, which are not counted as examples; layers and strengths of a method for "
-    "all pairs of tasks of a model together.",
-    "'members' asks the means of all tasks whether a state is of the task to change, 'near' the "
-    "labelled examples alone; without a gate every prompt is moved. 'task states' counts the "
-    "states with a known task, and no wanted answer, that a method uses beside the examples.",
+    "A labelled example is a prompt of the source task with the wanted answer, and a prompt of "
+    "the target task with the same input. Layers, strengths and learning rates are chosen on "
+    "validation prompts, which do not count as examples; a method's layer and strength are the "
+    "same for all pairs of tasks of a model.",
+    "The gate 'members' moves a state if the nearest of all tasks' means is the source's, 'near' "
+    "uses the labelled examples alone; without a gate every prompt is moved. 'task states' is the "
+    "number of states with a known task but no wanted answer that a method uses beside the "
+    "examples.",
     "An answer counts by its first token. "
     "Seconds are those of fitting; choosing the layer or the learning rate is not counted.",
 )
@@ -34,7 +35,7 @@ NO_MODEL = "No pretrained model was run (--pretrained names one)."
 
 class Alignment(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
+        """Raise InputError for options that leave a claim without a measurement."""
         from lensclust.tasks.words import task_names
 
         least = {"n_tasks": 3, "rows_per_mapping": 2, "pairs": 1, "finetuning_steps": 1}
@@ -57,7 +58,7 @@ class Alignment(Options):
             if not given or not all(0 < share <= 1 for share in given):
                 raise lc.InputError(f"{name}={given}: expected shares above 0 and up to 1")
         if self.pairs > self.n_tasks * (self.n_tasks - 1):
-            raise lc.InputError(f"pairs={self.pairs}: {self.n_tasks} tasks have not as many")
+            raise lc.InputError(f"pairs={self.pairs}: {self.n_tasks} tasks have fewer pairs")
         unknown = sorted(set(self.tasks) - set(task_names()))
         if unknown:
             raise lc.InputError(f"tasks: no {unknown[0]!r}: there are {', '.join(task_names())}")
@@ -72,12 +73,12 @@ class Alignment(Options):
         """Measure each seed and the pretrained model, then decide the claims."""
         items: list[int | str] = list(context.seeds)
         if self.pretrained != "none":
-            # The longest item first, so that no core is left waiting for it.
+            # The longest item first, so that no core waits for it.
             items.insert(0, "pretrained")
         found = context.sweep(partial(measure, self), items, "part")
         import pandas as pd
 
-        from studies.alignment.claims import claims, said, table
+        from studies.alignment.claims import claims, generated_texts, table
         from studies.alignment.figures import SHOWS, pictures
 
         scores = found["scores"]
@@ -89,14 +90,14 @@ class Alignment(Options):
             notes=[
                 *NOTES,
                 *([ONE_SEED] if len(context.seeds) == 1 else []),
-                *([NO_MODEL] if self.pretrained == "none" else said(scores)),
+                *([NO_MODEL] if self.pretrained == "none" else generated_texts(scores)),
             ],
             provenance={"weights": dict(found["weights"].itertuples(index=False))},
         )
 
 
 def measure(study: Options, item: int | str, folder: Path) -> dict[str, pd.DataFrame]:
-    """One seed of the synthetic task, or the pretrained model: the work of one process."""
+    """Measure one seed of the synthetic task, or the pretrained model, in one process."""
     if item == "pretrained":
         from studies.alignment.pretrained import measure_pretrained
 

@@ -1,4 +1,4 @@
-"""What the scores of the alignment study say: its table and its claims."""
+"""The table and the claims of the alignment study."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from studies.alignment.methods import (
     NOTHING,
     PLAIN,
     PULL,
+    RANDOM_MATCHED,
     SHIFT,
     SUCCESS,
     TRAININGS,
     TRANSPORT,
-    TWIN,
 )
 from studies.scales import SHARE, SMALL
 from studies.scores import where
@@ -33,17 +33,17 @@ WANTED, LOSS, KL = "wanted, unseen", "untouched loss", "KL"
 NEAR = "transport, near"
 TABLE = "table"
 ENOUGH = 0.9
-# Fewer halvings of the examples are no difference.
+# A smaller number of halvings of the examples is no difference.
 HALVINGS = 0.1
-# A pair that no number of examples suffices for counts as if so many times the most did.
+# A pair that never reaches `ENOUGH` counts as needing this many times the largest number.
 BEYOND = 4
 
 
 class Part:
-    """The scores of one part as one number an ordered pair of tasks (of a seed).
+    """The scores of one part: one number per ordered pair of tasks (and seed).
 
     Args:
-        chosen_by: what layers, strengths and learning rates were chosen by.
+        chosen_by: the criterion that chose layers, strengths and learning rates.
     """
 
     def __init__(self, scores: pd.DataFrame, part: str, chosen_by: str = MERIT) -> None:
@@ -53,13 +53,13 @@ class Part:
         self.most = self.numbers[-1]
 
     def values(self, method: str, metric: str, n: int | None = None) -> np.ndarray:
-        """A score of a method with so many examples, by default the most."""
+        """A score of a method with ``n`` examples, by default the largest number."""
         rows = where(self.rows, method=method, metric=metric, examples=n or self.most)
         return rows.sort_values(["seed", "source", "target"])["value"].dropna().to_numpy()
 
     @property
     def units(self) -> dict[str, np.ndarray]:
-        """What the pairs share: the model of a seed, or without seeds the tasks themselves."""
+        """Units that pairs share: the model of a seed, or without seeds the tasks."""
         keys = ["seed", "source", "target"]
         pairs = self.rows[keys].drop_duplicates().sort_values(keys)
         if (pairs["seed"] >= 0).all():
@@ -67,12 +67,12 @@ class Part:
         return {"task": pairs[["source", "target"]].to_numpy(dtype=str)}
 
     def mean(self, method: str, metric: str, n: int | None = None) -> float:
-        """Its mean over pairs."""
+        """The mean of `values` over pairs."""
         found = self.values(method, metric, n)
         return float(found.mean()) if found.size else float("nan")
 
     def needed(self, method: str) -> pd.Series:
-        """How many examples reach `ENOUGH`, by pair, between two numbers on their log scale."""
+        """Number of examples that reaches `ENOUGH`, by pair, interpolated on a log scale."""
         rows = where(self.rows, method=method, metric=WANTED)
         curves = rows.pivot_table("value", ["seed", "source", "target"], "examples")
         return curves.apply(_reaches, axis=1)
@@ -91,9 +91,10 @@ def _reaches(curve: pd.Series) -> float:
 
 
 def table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Method x examples: mean over pairs of tasks of each metric, with a 95 % interval.
+    """Mean of each metric over pairs of tasks, by method and examples, with a 95 % interval.
 
-    Over seeds, whose pairs are of one model; without seeds over tasks as sources and targets.
+    The interval is over seeds (all pairs of a seed share a model), or without seeds over tasks
+    as sources and targets.
     """
     measured = scores[scores["metric"] != "generated"].dropna(subset="value")
     keys = ["part", "method", "examples", "chosen_by", "metric"]
@@ -112,7 +113,7 @@ def table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims: values are ordered pairs of tasks', units seeds or tasks."""
+    """Decide the claims: one value per ordered pair of tasks; units are seeds or tasks."""
     careful, eager = (Part(scores, "synthetic", chosen_by) for chosen_by in (MERIT, SUCCESS))
     found = _synthetic(careful, eager, scores["seed"][scores["seed"] >= 0].nunique())
     if "pretrained" in set(scores["part"]):
@@ -121,16 +122,16 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
 
 
 def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
-    """Claims of damage by what was chosen by merit, of success with trainings chosen by it."""
+    """Claims on damage use ``seen`` (chosen by merit), those on success ``eager`` trainings."""
     over: dict[str, Any] = {"units": seen.units, "n_seeds": n_seeds}
     pulled, plain = eager.needed(PULL), eager.needed(PLAIN)
     return [
         decide(
             "moved",
-            "With the most examples, states moved from one task's cluster to the other's are "
-            "answered as wanted (share of prompts with unseen instructions, above that of a move "
-            "as long in a random direction)",
-            seen.values(TRANSPORT, WANTED) - seen.values(TWIN + TRANSPORT, WANTED),
+            "With the most examples, states moved from one task's cluster to another's give the "
+            "other task's answers (share of prompts with unseen instructions, above that of a "
+            "norm-matched random direction)",
+            seen.values(TRANSPORT, WANTED) - seen.values(RANDOM_MATCHED + TRANSPORT, WANTED),
             control=_others(seen, WANTED, (TRANSPORT, SHIFT, PLAIN)),
             at_least=0,
             margin=SMALL,
@@ -140,7 +141,8 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
         ),
         decide(
             "moved-nearly-all",
-            "and nearly all of them (share of prompts)",
+            "Nearly all states moved from one task's cluster to another's give the other task's "
+            "answers (share of prompts with unseen instructions, most examples)",
             seen.values(TRANSPORT, WANTED),
             control=_others(seen, WANTED, (TRANSPORT, SHIFT, PLAIN)),
             at_least=0.95,
@@ -150,8 +152,8 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
         ),
         decide(
             "moved-damage",
-            "and a gate that asks which cluster a state is in leaves other tasks as they were "
-            "(accuracy lost)",
+            "Moving only the states that lie in the source task's cluster leaves other tasks "
+            "unchanged (accuracy lost)",
             seen.values(TRANSPORT, LOSS),
             control=_others(seen, LOSS, ("transport", NEAR, PLAIN)),
             at_most=0.02,
@@ -161,7 +163,8 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
         ),
         decide(
             "gate-of-examples",
-            "A gate made of the labelled examples alone does so too (accuracy lost)",
+            "Moving only the states near the labelled examples leaves other tasks unchanged "
+            "(accuracy lost)",
             seen.values(NEAR, LOSS),
             control={"wanted": seen.mean(NEAR, WANTED), "no gate": seen.mean("transport", LOSS)},
             at_most=0.02,
@@ -171,7 +174,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
         ),
         decide(
             "needs-a-gate",
-            "Without a gate the same move damages other tasks (accuracy lost)",
+            "Moving all states, without a gate, damages other tasks (accuracy lost)",
             seen.values("transport", LOSS),
             control={"with a gate": seen.mean(TRANSPORT, LOSS)},
             at_least=0,
@@ -197,7 +200,8 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
         ),
         decide(
             "pull-half-the-examples",
-            "and no more than half of them (log2 of the ratio)",
+            "Fine-tuning with the cluster term needs at most half the examples of plain "
+            f"fine-tuning for {ENOUGH} wanted answers (log2 of the ratio)",
             np.log2(np.asarray(pulled / plain, dtype=float)),
             control={},
             at_most=-1,
@@ -208,7 +212,7 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
             decide(
                 name,
                 f"{words} damages other tasks less than plain fine-tuning (accuracy lost by plain "
-                "minus by it, mean over numbers of examples)",
+                "fine-tuning minus that lost by the method, mean over numbers of examples)",
                 np.mean(
                     [
                         seen.values(PLAIN, LOSS, n) - seen.values(method, LOSS, n)
@@ -235,7 +239,8 @@ def _synthetic(seen: Part, eager: Part, n_seeds: int) -> list[lc.Claim]:
         ),
         decide(
             "fewer-than-training",
-            "Moving states needs no more examples than plain fine-tuning (log2 of the ratio)",
+            "Moving states needs no more examples than plain fine-tuning for "
+            f"{ENOUGH} wanted answers (log2 of the ratio)",
             np.log2(np.asarray(seen.needed(TRANSPORT) / plain, dtype=float)),
             control={
                 **{f"transport, {n}": seen.mean(TRANSPORT, WANTED, n) for n in seen.numbers},
@@ -254,8 +259,8 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
     return [
         decide(
             "pretrained-moved",
-            "In a pretrained model, states moved by the difference of the examples' means are "
-            "answered as wanted (share of prompts with an unseen instruction and unseen query)",
+            "In a pretrained model, states moved by the difference of the examples' means give "
+            "the other task's answers (share of prompts with unseen instruction and query)",
             seen.values(SHIFT, WANTED),
             control=_others(seen, WANTED, (SHIFT, TRANSPORT, PLAIN)),
             at_least=0.6,
@@ -264,8 +269,9 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
         ),
         decide(
             "pretrained-random",
-            "which a move as long in a random direction does not do",
-            seen.values(TWIN + SHIFT, WANTED),
+            "In a pretrained model, a norm-matched random direction does not give the other task's "
+            "answers (share of prompts with unseen instruction and query)",
+            seen.values(RANDOM_MATCHED + SHIFT, WANTED),
             control={"shift": seen.mean(SHIFT, WANTED)},
             at_most=0.05,
             scale=SHARE,
@@ -273,7 +279,8 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
         ),
         decide(
             "pretrained-damage",
-            "and the gate leaves other tasks as they were (accuracy lost)",
+            "In a pretrained model, moving only the states in the source task's cluster leaves "
+            "other tasks unchanged (accuracy lost)",
             seen.values(SHIFT, LOSS),
             control=_others(seen, LOSS, ("shift", NEAR, PLAIN)),
             at_most=0.02,
@@ -282,7 +289,8 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
         ),
         decide(
             "pretrained-against-training",
-            "It does so more often than fine-tuning the last blocks on as many examples",
+            "In a pretrained model, moving states gives more wanted answers than fine-tuning the "
+            "last blocks on as many examples (share of prompts)",
             seen.values(SHIFT, WANTED) - seen.values(PLAIN, WANTED),
             control={
                 "shift": seen.mean(SHIFT, WANTED),
@@ -296,7 +304,8 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
         ),
         decide(
             "pretrained-pull",
-            "The cluster term makes fine-tuning reach more wanted answers from as many examples",
+            "In a pretrained model, fine-tuning with the cluster term gives more wanted answers "
+            "than plain fine-tuning on as many examples (share of prompts)",
             seen.values(PULL, WANTED) - seen.values(PLAIN, WANTED),
             control={"plain": seen.mean(PLAIN, WANTED), "cluster term": seen.mean(PULL, WANTED)},
             at_least=0,
@@ -308,16 +317,16 @@ def _pretrained(seen: Part) -> list[lc.Claim]:
 
 
 def _others(seen: Part, metric: str, methods: tuple[str, ...]) -> dict[str, float]:
-    twins = (TWIN + SHIFT, TWIN + TRANSPORT)
+    randoms = (RANDOM_MATCHED + SHIFT, RANDOM_MATCHED + TRANSPORT)
     return {
         name: seen.mean(name, metric)
-        for name in dict.fromkeys((*methods, *twins, NOTHING))
+        for name in dict.fromkeys((*methods, *randoms, NOTHING))
         if seen.values(name, metric).size
     }
 
 
-def said(scores: pd.DataFrame) -> list[str]:
-    """What the pretrained model generated before and while it was steered, a sentence each."""
+def generated_texts(scores: pd.DataFrame) -> list[str]:
+    """One sentence per text that the pretrained model generated before and while steered."""
     found = where(scores, metric="generated")
     return [
         f"{row.source} answered as {row.target}, prompt ending {_ending(row.prompt)}: "

@@ -12,7 +12,7 @@ from studies.alignment.claims import LOSS, WANTED
 from studies.alignment.methods import MERIT, SUCCESS
 from studies.scores import where
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "synthetic_examples": ["moved", "gate-of-examples", "pull-examples", "fewer-than-training"],
     "synthetic_trade_off": [
@@ -50,7 +50,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
                 color="method",
                 band=None,
                 title=f"Wanted answers from few examples, {name}",
-                caption="Share of prompts with unseen instructions answered as the wanted task"
+                caption="Share of prompts with unseen instructions that get the wanted answer"
                 + ("; learning rates chosen by that share alone." if len(eager) else "."),
                 y_title="wanted answers",
             )
@@ -63,7 +63,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             label="examples",
             title=f"Success against damage, {name}",
             caption="Means over pairs of tasks; numbers are labelled examples.",
-            cost_title="accuracy lost on untouched tasks",
+            cost_title="accuracy lost on other tasks",
             gain_title="wanted answers",
         )
     return found

@@ -1,4 +1,4 @@
-"""What the alignment study compares: moves and trainings made from the same labelled examples."""
+"""Interventions and fine-tunings made from the same labelled examples."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from studies.study import silenced
 
 NOTHING = "nothing"
 SHIFT, TRANSPORT = "shift, members", "transport, members"
-TWIN = "random direction, norm of "
+RANDOM_MATCHED = "random direction, norm of "
 PLAIN, PULL, CONTRAST, HEADS = "training", "training + pull", "training + contrast", "heads only"
 TRAININGS = (PLAIN, PULL, CONTRAST, HEADS)
-# What layers, strengths and learning rates are chosen by: success and damage, or success alone.
+# Criteria for layers, strengths and learning rates: success minus damage, or success alone.
 MERIT, SUCCESS = "merit", "success"
-# Heads alone need larger steps: their learning rates are so many times those of all weights.
+# Heads alone need larger steps: factor of their learning rates over those of all weights.
 HEADS_FASTER = 10
-# How much nearer the wanted than the unwanted mean counts as sure, in their squared distance.
+# Margin of the cluster term, in units of the squared distance between the two means.
 SURE = 0.25
 
 
@@ -47,11 +47,11 @@ class Examples:
     """Labelled examples of answering one task as another.
 
     Attributes:
-        source: the task to be changed.
-        target: the task that it is to be answered as.
+        source: the task that is changed.
+        target: the task whose answers are wanted.
         asked: prompts of the source, with the target's answers.
         shown: prompts of the target, with the same inputs.
-        rows: places of ``asked`` and ``shown`` in the pool they were drawn from.
+        rows: indices of ``asked`` and ``shown`` in the pool they were drawn from.
     """
 
     source: str
@@ -61,10 +61,10 @@ class Examples:
     rows: tuple[np.ndarray, np.ndarray]
 
     def first(self, n: int) -> Examples:
-        """The first ``n``."""
+        """The first ``n`` examples."""
         if n > len(self.asked):
             raise lc.InputError(
-                f"alignment: {n} examples of {self.source!r} as {self.target!r} asked for, but "
+                f"alignment: {n} examples of {self.source!r} as {self.target!r} requested, but "
                 f"there are {len(self.asked)}"
             )
         some = range(n)
@@ -74,7 +74,7 @@ class Examples:
         )
 
     def states(self, acts: xr.Dataset) -> xr.Dataset:
-        """States of both kinds of prompts, from those of the whole pool."""
+        """States of the source and target prompts, taken from those of the pool."""
         return acts.isel(prompt=np.concatenate(self.rows))
 
     @property
@@ -85,7 +85,7 @@ class Examples:
 def draw_examples(
     pool: lc.Prompts, source: str, target: str, n: int, seed: Sequence[int]
 ) -> Examples:
-    """Draw up to ``n`` examples, going round the inputs that both tasks answer, differently.
+    """Draw up to ``n`` examples, cycling over inputs that the two tasks answer differently.
 
     Raises:
         InputError: if a task has no prompt, both are the same, or no input is shared.
@@ -124,7 +124,7 @@ def draw_examples(
 def moves(
     acts: xr.Dataset, members: xr.Dataset, source: str, target: str, *, given: str | None
 ) -> list[Intervention]:
-    """The interventions that examples' states allow, with and without a gate.
+    """Interventions fitted on the examples' states, with and without a gate.
 
     Args:
         acts: states of the examples.
@@ -148,11 +148,11 @@ def moves(
 
 
 def parameters(method: str, acts: xr.Dataset, site: Site, gate: int) -> int:
-    """How many numbers an intervention made of these states consists of, its gate included."""
+    """Number of parameters of an intervention fitted on these states, including its gate."""
     d = select(acts, site).shape[-1]
     inputs, n = len(np.unique(acts["input"].values)), acts.sizes["prompt"] // 2
     moved = {"shift": d, "transport": 2 * inputs * d, "replace by mean": d}
-    # Centre, move, and the two factors of a linear part of at most this rank.
+    # Centre, shift, and the two factors of a linear part of at most this rank.
     moved["linear map"] = 2 * d + 2 * d * min(n, d)
     kind, _, asked = method.partition(", ")
     return moved[kind] + {"": 0, "members": gate, "near": inputs * d + 1}[asked]
@@ -161,7 +161,7 @@ def parameters(method: str, acts: xr.Dataset, site: Site, gate: int) -> int:
 def cluster_term(
     method: str, acts: xr.Dataset, examples: Examples, layer: int, weight: float
 ) -> StateLoss | None:
-    """The further loss of a way of training: of the examples' states at a layer, by input."""
+    """Auxiliary loss of a training method on the examples' states at a layer, by input."""
     if method not in (PULL, CONTRAST):
         return None
     site = Site("resid", layer)
@@ -176,7 +176,7 @@ def cluster_term(
 
 
 def learning_rates(method: str, rates: Sequence[float]) -> list[float]:
-    """The learning rates that a way of training chooses from."""
+    """Candidate learning rates of a training method."""
     return [rate * HEADS_FASTER if method == HEADS else rate for rate in rates]
 
 
@@ -186,7 +186,7 @@ def _means(states: Float[Tensor, "row d"], given: np.ndarray) -> Float[Tensor, "
 
 
 def cluster_heads(acts: xr.Dataset, share: float) -> list[Site]:
-    """The heads whose states cluster best by task, given the input: this share of all."""
+    """The top ``share`` of heads by clustering of their states by task within input."""
     sites = dataset_sites(acts, "head")
     with silenced("probes.clustering.clustering"):
         found = probes.cluster(
@@ -196,13 +196,13 @@ def cluster_heads(acts: xr.Dataset, share: float) -> list[Site]:
     return [Site.parse(name) for name in best]
 
 
-# -- what they do -------------------------------------------------------------------------
+# -- evaluation ---------------------------------------------------------------------------
 
 Readout = Callable[[Tensor, Tensor], Tensor]
 
 
 def against(base: Float[Tensor, "prompt vocab"]) -> Readout:
-    """A readout of the first token and of the KL divergence from the original model, in nats."""
+    """Readout of the first token and of the KL divergence from the original model in nats."""
 
     def read(logits: Tensor, rows: Tensor) -> Tensor:
         now, before = logits.log_softmax(-1), base[rows].to(logits.device)
@@ -213,20 +213,20 @@ def against(base: Float[Tensor, "prompt vocab"]) -> Readout:
 
 
 def log_probabilities(logits: Tensor, _rows: Tensor) -> Tensor:
-    """A readout of the whole distribution of the next token."""
+    """Readout of the log probabilities of the next token."""
     return logits.log_softmax(-1)
 
 
 class Asked:
-    """Prompts on which methods are scored, and what the original model makes of them.
+    """Prompts on which methods are scored, and the original model's predictions for them.
 
     Args:
-        prompts: with rows ``task, input, group``. The group ``seen`` or ``unseen`` says which
-            instructions they have; tasks that are not changed are scored on ``unseen`` ones.
+        prompts: with rows ``task, input, group``. The group ``seen`` or ``unseen`` is that of
+            their instructions; unchanged tasks are scored on ``unseen`` ones.
         base: log probabilities of the next token.
-        able: label of the rows. Success counts where the original model answers right both the
-            prompt and the wanted task's prompt with the same input and this label: elsewhere it
-            would be a question of ability. Unless given, it counts everywhere.
+        able: label of the rows. Success counts only where the original model is right on the
+            prompt and on the target task's prompt with the same input and this label: elsewhere
+            it would measure ability. Unless given, it counts everywhere.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class Asked:
         return np.array([self.known.get((target, x), -1) for x in self.given])
 
     def counted(self, source: str, target: str) -> np.ndarray:
-        """Prompts of the source that the target would answer differently."""
+        """Whether each prompt is of the source and the target's answer differs."""
         wanted = self.wanted(target)
         counted = (self.task == source) & (wanted >= 0) & (wanted != self.own)
         if self.way is None:
@@ -258,7 +258,7 @@ class Asked:
     def rates(
         self, read: Float[Tensor, "prompt 2"], source: str, target: str, shown: set[str]
     ) -> dict[str, float]:
-        """Success on the source's prompts and damage on the others'."""
+        """Success on the source's prompts and damage on the other tasks'."""
         token, divergence = read[:, 0].numpy(), read[:, 1].numpy()
         counts = self.counted(source, target)
         moved = token == self.wanted(target)
@@ -278,9 +278,9 @@ class Asked:
 
 
 def merit(rates: dict[str, float]) -> float:
-    """What layers, strengths and learning rates are chosen by: success minus damage.
+    """Criterion for layers, strengths and learning rates: success minus damage.
 
-    The divergence decides between equals.
+    The divergence breaks ties.
     """
     damage = max(0.0, rates["untouched loss"])
     return rates["wanted, unseen"] - damage - 1e-3 * min(rates["KL"], 1.0)

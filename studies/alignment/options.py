@@ -1,4 +1,4 @@
-"""The options of the study `alignment`, and the words of its tables."""
+"""Options of the study `alignment`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(Study):
-    """Have task A answered as task B: interventions against fine-tuning, success against damage.
+    """Make a model answer task A as task B: interventions against fine-tuning.
 
     Attributes:
         model: native preset to train on the synthetic task.
@@ -22,22 +22,21 @@ class Options(Study):
         n_inputs: inputs shared by the tasks.
         mappings_per_task: inputs each task answers.
         regexes_per_task: regular expressions each task's instructions come from.
-        rows_per_mapping: prompts of each task and input that are asked; half of the strings are
-            for validation.
+        rows_per_mapping: evaluated prompts of each task and input; half of the strings are for
+            validation.
         steps: training steps.
         batch_size: prompts a step of the training.
         lr: peak learning rate of the training.
         pairs: ordered pairs of tasks in each seed.
         examples: numbers of labelled examples.
-        strengths: of the interventions; 1 moves as far as fitted.
+        strengths: of the interventions; 1 is the fitted one.
         finetuning_steps: steps of each fine-tuning.
         batch_examples: examples a step of a fine-tuning.
-        rates: learning rates that each way of fine-tuning may choose from.
+        rates: candidate learning rates of each way of fine-tuning.
         pull_weight: of the cluster term beside the cross-entropy.
         pull_depth: where the cluster term reads the states, as a share of the layers.
         head_share: share of the heads that are trained where only heads are.
-        pretrained: model for the second part, anything `lensclust.load` takes; "none" for no
-            such part.
+        pretrained: model of the second part, anything `lensclust.load` takes; "none" to skip it.
         tasks: word tasks of the natural set, in few-shot prompts under an instruction.
         shots: demonstrations in a prompt.
         pretrained_examples: numbers of labelled examples there; the last is fine-tuned on.
@@ -47,7 +46,7 @@ class Options(Study):
         pretrained_rates: learning rates to choose from.
     """
 
-    title: ClassVar[str] = "one task answered as another: clusters moved, or weights trained"
+    title: ClassVar[str] = "one task answered as another: move clusters, or train weights"
     paper: ClassVar[str] = "Wu & Varshney 2402.12151 (reconstruction and extension)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {
@@ -112,6 +111,6 @@ class Options(Study):
     pretrained_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
 
     def sizes(self) -> dict[str, Any]:
-        """The knobs of the synthetic task."""
+        """Sizes of the synthetic task."""
         names = ("n_tasks", "n_inputs", "mappings_per_task", "regexes_per_task")
         return {name: getattr(self, name) for name in (*names, "rows_per_mapping")}

@@ -1,4 +1,4 @@
-"""The pretrained part: word tasks under an instruction with examples, one answered as another."""
+"""The pretrained part: few-shot word tasks with an instruction, one answered as another."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from studies.alignment.options import Options
 from studies.alignment.scores import (
     Move,
     Rows,
-    Trial,
+    TrainedScores,
     candidates,
     chosen_moves,
     frame,
@@ -46,7 +46,7 @@ from studies.alignment.scores import (
 )
 
 SEEN, UNSEEN = ("imperative", "question"), ("request",)
-# Queries: most make examples, some choose layers and rates, the others are reported.
+# Queries are split: examples, choice of layers and rates, report.
 QUERIES = {"examples": 8, "validation": 4, "reported": 6}
 WORDS_SHOWN = 0.25
 TRIED_ON = 2  # pairs on which learning rates are chosen
@@ -55,7 +55,7 @@ GENERATED, NEW_TOKENS = 5, 4
 
 
 def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
-    """Every ordered pair of the tasks: steered from few examples, and fine-tuned on them."""
+    """Steer and fine-tune every ordered pair of the tasks from few examples."""
     model = lc.load(study.pretrained, progress=False)
     pool, *parts = _parts(study, model)
     pairs = permutations(study.tasks, 2)
@@ -76,21 +76,21 @@ def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
 
 
 def _parts(study: Options, model: TransformerBridge) -> list[lc.Prompts]:
-    """Prompts to draw examples from, to choose by and to report, with different queries."""
+    """Prompts for examples, for choosing and for reporting, with disjoint queries."""
     source = lc.tasks.natural(model.tokenizer, tasks=study.tasks, paraphrases=(*SEEN, *UNSEEN))
     prompts = lc.tasks.icl(
         source, model.tokenizer, shots=study.shots, pool=WORDS_SHOWN, instruction=True
     )
     rows = prompts.rows
     group = np.where(rows["template"].isin(UNSEEN), "unseen", "seen")
-    # Of a draw that is the same for all tasks.
+    # One draw for all tasks.
     place = rows["input"].map({x: i for i, x in enumerate(rows["input"].unique())}).to_numpy()
     bounds = np.cumsum([0, *QUERIES.values()])
     inside = [(place >= a) & (place < b) for a, b in pairwise(bounds)]
     once = (rows["template"] == SEEN[0]).to_numpy()
     unseen = group == "unseen"
     chosen = [inside[0] & ~unseen, inside[1] & once, inside[2] & (unseen | once)]
-    # What layers and rates are chosen by has seen instructions, but counts alike.
+    # Prompts to choose by have seen instructions, but are scored alike.
     labels = ["seen", "unseen", group]
     return [
         replace(prompts, rows=rows.assign(group=label)).take(np.flatnonzero(keep))
@@ -99,13 +99,13 @@ def _parts(study: Options, model: TransformerBridge) -> list[lc.Prompts]:
 
 
 def _counts(asked: Asked, some: Examples) -> bool:
-    """Whether every group of prompts holds some by which success on this pair is measured."""
+    """Whether every group of prompts has some on which success for this pair is measured."""
     counted = asked.counted(some.source, some.target)
     return set(asked.group[counted]) == set(asked.group)
 
 
 def _states(study: Options, model: TransformerBridge, pool: lc.Prompts) -> tuple[Any, float]:
-    """States of the pool where the model is steered, pulled and trained; seconds a prompt."""
+    """States of the pool at the layers that methods use, and seconds per prompt."""
     sites = [*_sites(study, model), Site("resid", _pull_layer(study, model))]
     heads = [
         Site("head", block, head)
@@ -123,12 +123,12 @@ def _sites(study: Options, model: TransformerBridge) -> list[Site]:
 
 
 def _blocks(study: Options, model: TransformerBridge) -> range:
-    """The blocks that are fine-tuned; the first never is."""
+    """Blocks that are fine-tuned; never the first."""
     return range(max(1, model.cfg.n_layers - study.trained_blocks), model.cfg.n_layers)
 
 
 def _pull_layer(study: Options, model: TransformerBridge) -> int:
-    """Half way up the blocks that are fine-tuned."""
+    """The layer in the middle of the fine-tuned blocks."""
     blocks = _blocks(study, model)
     return blocks[0] + (len(blocks) + 1) // 2
 
@@ -141,7 +141,7 @@ def _steered(
     acts: Any,
     reading: float,
 ) -> Rows:
-    """Scores of the interventions, and what the model generates under one of them."""
+    """Scores of the interventions, and texts generated under one of them."""
     examples = [some.first(n) for some in drawn for n in study.pretrained_examples]
     sites = _sites(study, model)
     members = mean_states(acts[["resid"]])
@@ -164,8 +164,8 @@ def _steered(
     rows = measure_moves(model, asked[1], states[1], chosen) + measure_nothing(asked[1], examples)
     most = study.pretrained_examples[-1]
     shown = [m for m in chosen if m.method == SHIFT and len(m.examples.asked) == most]
-    said = [_generated(model, asked[1], move, turn) for turn, move in enumerate(shown[::2])]
-    return rows + said[:GENERATED]
+    texts = [_generated(model, asked[1], move, turn) for turn, move in enumerate(shown[::2])]
+    return rows + texts[:GENERATED]
 
 
 def _trained(
@@ -175,7 +175,7 @@ def _trained(
     asked: list[Asked],
     acts: Any,
 ) -> Rows:
-    """Scores of the ways of fine-tuning; each learning rate is chosen on a few pairs for all."""
+    """Scores of the fine-tunings; each learning rate is chosen on a few pairs for all."""
     blocks = _blocks(study, model)
     heads = cluster_heads(acts, study.head_share)
     frozen = {part: FrozenBlocks.run(model, part.prompts.tokens, blocks[0]) for part in asked}
@@ -186,7 +186,7 @@ def _trained(
     def read(part: Asked) -> Tensor:
         return read_now(model, part, frozen[part])
 
-    def trial(pair: int, method: str, lr: float) -> Trial:
+    def trial(pair: int, method: str, lr: float) -> TrainedScores:
         some = drawn[pair]
         term = cluster_term(
             method, some.states(acts), some, _pull_layer(study, model), study.pull_weight
@@ -216,7 +216,7 @@ def _trained(
 
 
 def _generated(model: TransformerBridge, asked: Asked, move: Move, turn: int) -> dict[str, Any]:
-    """What the model says to one prompt before and while it is steered."""
+    """Text generated from one prompt before and while the model is steered."""
     some = move.examples
     able = asked.counted(some.source, some.target) & (asked.group == "unseen")
     rows = np.flatnonzero(able if able.any() else asked.task == some.source)

@@ -25,9 +25,9 @@ from probes.steering import Intervention
 from studies.alignment.methods import (
     MERIT,
     NOTHING,
+    RANDOM_MATCHED,
     SHIFT,
     TRANSPORT,
-    TWIN,
     Asked,
     Examples,
     merit,
@@ -43,8 +43,8 @@ class Move:
     """An intervention at a site, made from some examples.
 
     Attributes:
-        method: its name without its strength.
-        parameters: numbers it consists of.
+        method: its name without the strength.
+        parameters: number of its parameters.
         task_states: states with a known task that it uses beside the examples.
         seconds: to read the states it uses and to fit it.
     """
@@ -70,12 +70,12 @@ def candidates(
     given: str | None,
     reading: float,
 ) -> Iterator[Move]:
-    """Every method at every site and strength.
+    """All interventions: every method at every site and strength.
 
     Args:
         acts: states of the examples.
-        members: mean states of all tasks, made of ``task_states`` states.
-        reading: seconds that it took to read a state.
+        members: mean states of all tasks, from ``task_states`` states.
+        reading: seconds to read one state.
     """
     gate = sum(int(members[name].sel(layer=sites[0].layer).size) for name in members)
     for intervention in moves(acts, members, examples.source, examples.target, given=given):
@@ -101,10 +101,10 @@ def candidates(
 def steered(
     model: TransformerBridge, asked: Asked, acts: xr.Dataset, made: Sequence[Move]
 ) -> Float[Tensor, "move prompt 2"]:
-    """First token and divergence of each prompt with each move made.
+    """First token and divergence of each prompt under each intervention.
 
-    What a gate leaves alone is not run again: moves of a site that change different prompts
-    share one edit of them all.
+    Prompts that a gate leaves unchanged are not run again: interventions at one site that
+    change different prompts share one forward.
 
     Args:
         acts: the prompts' own states.
@@ -118,7 +118,7 @@ def steered(
         places = list(group)
         after = torch.stack([made[index].intervention.edit_at(site)(before) for index in places])
         changed = (after != before).any(-1)
-        # Which of the moves that change a prompt this one is.
+        # Index of this intervention among those that change the prompt.
         turn = torch.where(changed, changed.cumsum(0), 0)
         for number in range(1, int(turn.max()) + 1):
             found, which = (turn == number).max(0)
@@ -137,12 +137,12 @@ def steered(
 def chosen_moves(
     model: TransformerBridge, asked: Asked, acts: xr.Dataset, made: Sequence[Move]
 ) -> list[Move]:
-    """The moves at the site and strength that serve all pairs of tasks best together.
+    """The interventions at the site and strength best over all pairs of tasks.
 
-    Each method has its own for each number of examples.
+    Chosen separately for each method and number of examples.
 
     Args:
-        asked: prompts to choose by; ``acts`` are their own states.
+        asked: prompts to choose by; ``acts`` are their states.
     """
     values: dict[tuple[str, int], dict[tuple[Site, float], float]] = {}
     for move, read in zip(made, steered(model, asked, acts, made), strict=True):
@@ -159,13 +159,15 @@ def _key(move: Move) -> tuple[str, int]:
 def measure_moves(
     model: TransformerBridge, asked: Asked, acts: xr.Dataset, chosen: Sequence[Move]
 ) -> Rows:
-    """Scores of moves and of random twins of some."""
-    twins = [
-        replace(move, method=TWIN + move.method, intervention=move.intervention.random_twin())
+    """Scores of interventions, and of norm-matched random directions for some."""
+    randoms = [
+        replace(
+            move, method=RANDOM_MATCHED + move.method, intervention=move.intervention.random_twin()
+        )
         for move in chosen
         if move.method in (SHIFT, TRANSPORT)
     ]
-    everything = [*chosen, *twins]
+    everything = [*chosen, *randoms]
     rows: Rows = []
     for move, read in zip(everything, steered(model, asked, acts, everything), strict=True):
         place = {"layer": move.site.layer, "strength": float(move.strength)}
@@ -176,7 +178,7 @@ def measure_moves(
 
 
 def measure_nothing(asked: Asked, examples: Sequence[Examples]) -> Rows:
-    """The original model's scores, beside each number of examples."""
+    """The original model's scores, repeated for each number of examples."""
     cost = {"parameters": 0, "task states": 0, "seconds": 0.0}
     return [
         row
@@ -186,12 +188,12 @@ def measure_nothing(asked: Asked, examples: Sequence[Examples]) -> Rows:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrainedScores:
     """A training at one learning rate.
 
     Attributes:
         merit, success: on the prompts that choose the rate.
-        rows: scores on those that are reported.
+        rows: scores on the reported prompts.
     """
 
     lr: float
@@ -200,7 +202,7 @@ class Trial:
     rows: Rows
 
     def chosen_by(self, name: str) -> Rows:
-        """The scores, said to be chosen by something else."""
+        """The rows with another selection criterion."""
         return [row | {"chosen_by": name} for row in self.rows]
 
 
@@ -213,11 +215,11 @@ def try_training(
     asked: Sequence[Asked],
     *,
     task_states: int,
-) -> Trial:
-    """Train, and score the prompts to choose by and those to report with the trained model.
+) -> TrainedScores:
+    """Train, then score the prompts to choose by and those to report.
 
     Args:
-        train: takes ``lr``; the model is as trained inside the block.
+        train: takes ``lr``; inside the block the model has the trained weights.
         read: first token and divergence of each prompt.
         asked: prompts to choose by, and prompts to report.
     """
@@ -225,13 +227,13 @@ def try_training(
         found, scores = (_rates(part, read(part), examples) for part in asked)
     scores |= {"parameters": done.parameters, "task states": task_states, "seconds": done.seconds}
     rows = _tidy(examples, method, scores, {"lr": lr})
-    return Trial(lr, merit(found), found["wanted, unseen"], rows)
+    return TrainedScores(lr, merit(found), found["wanted, unseen"], rows)
 
 
 def read_now(
     model: TransformerBridge, asked: Asked, frozen: FrozenBlocks | None = None
 ) -> Float[Tensor, "prompt 2"]:
-    """First token and divergence of each prompt, with the weights as they are."""
+    """First token and divergence of each prompt with the current weights."""
     prompts = asked.prompts
     require_one_side(model, prompts.lengths, caller="alignment")
     last = torch.arange(prompts.tokens.shape[1]) == (prompts.lengths - 1)[:, None]
@@ -241,7 +243,7 @@ def read_now(
 
 
 def frame(rows: Rows, **labels: Any) -> pd.DataFrame:
-    """Rows as a table, with labels beside them."""
+    """Rows as a frame with further label columns."""
     return pd.DataFrame(rows).assign(**labels)
 
 

@@ -42,12 +42,12 @@ from studies.alignment.scores import (
 )
 from studies.synthetic_task import trained
 
-# Training prompts of each task and input: to draw examples from, and to ask again.
+# Training prompts of each task and input: for examples, and for evaluation.
 POOL, ASKED_AGAIN = 24, 4
 
 
 def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
-    """Train a model, then have some of its tasks answered as others, in every way."""
+    """Train a model, then align pairs of its tasks with every method."""
     prompts = lc.tasks.sif(**study.sizes(), held_out_regexes=0, seed=seed)
     with one_thread():
         run = trained(study, prompts, seed, folder, n_checkpoints=2)
@@ -59,7 +59,7 @@ def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFr
 
 
 def align(study: Options, model: TransformerBridge, prompts: lc.Prompts, seed: int) -> Rows:
-    """Scores of every method on some pairs of tasks, from every number of examples."""
+    """Scores of every method on some pairs of tasks, for every number of examples."""
     pool, validation, reported = _parts(prompts, study.rows_per_mapping)
     examples = [drawn.first(n) for drawn in _pairs(study, pool, seed) for n in study.examples]
     sites = [Site("resid", layer) for layer in range(1, model.cfg.n_layers + 1)]
@@ -112,10 +112,10 @@ def align(study: Options, model: TransformerBridge, prompts: lc.Prompts, seed: i
 
 
 def _parts(prompts: lc.Prompts, per_mapping: int) -> tuple[lc.Prompts, lc.Prompts, lc.Prompts]:
-    """Training prompts to draw from; prompts to choose by; prompts to report, of other strings."""
+    """Prompts for examples (training), for choosing, and for reporting (other strings)."""
     rows = prompts.rows
     train = (rows["split"] == "train").to_numpy()
-    # The pool and what is asked again hold different prompts, of the same expressions.
+    # The pool and the evaluated training prompts are disjoint, of the same expressions.
     nth = rows[train].sample(frac=1, random_state=0).groupby(["task", "input"]).cumcount()
     nth = nth.reindex(rows.index).to_numpy()
     pool = prompts.take(np.flatnonzero(train & (nth < POOL)))

@@ -1,4 +1,4 @@
-"""What single components would answer, and what a few labels make of them."""
+"""Accuracy of single components, and their reweighting from a few labels."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NOTES = (
     "The source's data files, templates and recipe for prompt selection are not published, and "
     "its models are fifty times larger: claims marked reconstruction test its directions, not "
     "its numbers. The embedding and the biases count as parts of the model, not as components.",
-    "A best or worst component is chosen on one half of the queries and scored on the other, "
-    "both ways; 'same queries' is the source's way, which favours the best of many.",
-    "Labels of a method include the demonstrations, of which there are four, or one a class where "
-    "there are more classes. Intervals of the pretrained model are over seeds of labelled "
+    "The best or worst component is chosen on one half of the queries and scored on the other, "
+    "both ways; 'same queries' is the source's procedure, biased towards the best of many.",
+    "Labels of a method include the demonstrations: four, or one per class if there are more "
+    "classes. Intervals of the pretrained model are over seeds of labelled "
     "examples, means over data sets and templates; queries and templates are the same for all "
-    "seeds, so the intervals do not say how other queries would do.",
-    "Calib+ is the source's script, which may stop long before its loss is least; Calib+ converged "
-    "and vector scaling are minima, with penalties chosen on the folds of reweighting.",
-    "Heads are clustered by task over prompts of different sets under one template; demonstrations "
-    "and label words alone tell the sets apart (the ARI of the words stands beside the claim).",
+    "seeds, so the intervals do not cover the choice of queries.",
+    "Calib+ is the source's script, which may stop long before the minimum of its loss; Calib+ "
+    "converged and vector scaling are minima, with penalties chosen on the folds of reweighting.",
+    "Heads are clustered by task over prompts of different sets with one template; demonstrations "
+    "and label words alone separate the sets (the ARI of the words is a control of the claim).",
 )
 ONE_SEED = "One seed leaves no interval: claims over seeds stay inconclusive."
 NO_MODEL = "No pretrained model was run (--pretrained names one)."
@@ -36,7 +36,7 @@ NO_MODEL = "No pretrained model was run (--pretrained names one)."
 
 class ComponentReweighting(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
+        """Raise InputError for options that leave a claim without a measurement."""
         least = {"templates": 2, "queries": 4, "cluster_queries": 2, "n_tasks": 3}
         least |= {"rows_per_mapping": 4, "n_checkpoints": 3, "permutations": 1}
         for name, number in least.items():
@@ -68,7 +68,7 @@ class ComponentReweighting(Options):
         """Measure each set of texts and each training, then decide the claims."""
         items: list[int | str] = list(context.seeds)
         if self.pretrained != "none":
-            # Downloads happen here, once and in sight, before workers ask for them.
+            # Downloads happen here, once and visibly, before workers need them.
             lc.load(self.pretrained, progress=context.progress)
             for name in self.data:
                 lc.tasks.labelled_texts(name, progress=context.progress)
@@ -95,7 +95,7 @@ class ComponentReweighting(Options):
 def measure(
     study: Options, seeds: tuple[int, ...], item: int | str, folder: Path
 ) -> dict[str, pd.DataFrame]:
-    """One set of texts, the clusters of heads, or one training: the work of one process."""
+    """Measure one set of texts, the clusters of heads, or one training, in one process."""
     if isinstance(item, int):
         from studies.component_reweighting.synthetic import measure_seed
 

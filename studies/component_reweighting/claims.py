@@ -1,4 +1,4 @@
-"""What the scores of single components and of reweighting say: the study's claims."""
+"""The claims on single components and on reweighting."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 DEMONSTRATIONS, EXAMPLES = "seed of demonstrations", "seed of labelled examples"
 KINDS = ("good", "bad", "label-biased")
-# A model is not good yet below this share of its accuracy at the end.
+# Below this share of its final accuracy a model counts as not good yet.
 GOOD = 0.9
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims; those of the pretrained model are left out where there is none."""
+    """Decide the claims; without a pretrained model, only those of the trained models."""
     found = _training(Synthetic(scores))
     if "pretrained" in set(scores["part"]):
         seen = Pretrained(scores)
@@ -39,7 +39,7 @@ def _components(seen: Pretrained) -> list[lc.Claim]:
     shares, untrained = seen.shares(), seen.shares("random weights")
     over: dict[str, Any] = {"unit": DEMONSTRATIONS, **PAPER}
     return [
-        # The source chooses by oracle; ours chooses on other queries.
+        # The source chooses components by oracle; the extension chooses them on other queries.
         *(
             decide(
                 id,
@@ -65,8 +65,8 @@ def _components(seen: Pretrained) -> list[lc.Claim]:
         *(
             decide(
                 id,
-                "and the worst is below chance (accuracy over that of always saying one label, "
-                f"{how})",
+                "The worst single component is below chance (accuracy over that of always giving "
+                f"one label, {how})",
                 seen.relative_to_chance(method),
                 control={
                     "worst component": seen.accuracy(method).mean(),
@@ -84,8 +84,8 @@ def _components(seen: Pretrained) -> list[lc.Claim]:
         ),
         decide(
             "kinds",
-            "Good, bad and label-biased components are all there (share of the rarest of the "
-            "three among heads and MLPs)",
+            "Heads and MLPs include good, bad and label-biased components (share of the rarest of "
+            "the three)",
             shares[list(KINDS)].min(axis=1).to_numpy(),
             control={
                 **{name: shares[name].mean() for name in KINDS},
@@ -107,7 +107,7 @@ def _transfer(seen: Pretrained) -> list[lc.Claim]:
         decide(
             "steady-over-demonstrations",
             "Component accuracies agree more over demonstrations than over templates "
-            "(correlation, one less the other)",
+            "(difference of correlations)",
             alike["demonstrations"] - alike["templates"],
             control=control,
             at_least=0,
@@ -117,7 +117,8 @@ def _transfer(seen: Pretrained) -> list[lc.Claim]:
         ),
         decide(
             "steady-over-twins",
-            "and more over templates that differ in one character than over any two",
+            "Component accuracies agree more over templates that differ in one character than over "
+            "any two templates (difference of correlations)",
             alike["twins"] - alike["templates"],
             control=control,
             at_least=0,
@@ -127,7 +128,7 @@ def _transfer(seen: Pretrained) -> list[lc.Claim]:
         ),
         decide(
             "twins-differ",
-            "though one character of white space changes how often the model is right (mean "
+            "One character of white space in the template changes the model's accuracy (mean "
             "absolute difference)",
             seen.alike("twins", "gap"),
             control={
@@ -149,7 +150,7 @@ def _reweighting(seen: Pretrained) -> list[lc.Claim]:
         own = seen.accuracy(f"reweighting {n}")
         few = seen.accuracy("model")
         for id, method, words in (
-            (f"over-few-shot-{n}", "model", "few-shot prompts without it"),
+            (f"over-few-shot-{n}", "model", "few-shot prompts without reweighting"),
             (f"over-{n}-shot", f"{n}-shot", "as many demonstrations"),
             (f"over-calibration-{n}", f"Calib+ {n}", "calibration (Calib+)"),
             (f"over-prompt-selection-{n}", f"prompt selection {n}", "prompt selection"),
@@ -177,8 +178,8 @@ def _reweighting(seen: Pretrained) -> list[lc.Claim]:
         found.append(_over_matched_calibration(seen, n))
     own = seen.accuracy(f"reweighting {most}")
     for id, variant, statement in (
-        ("labels-matter", "dealt labels", "and it is the labels that do it: right ones beat dealt"),
-        ("converged", "script", "Converged weights beat those of the source's script"),
+        ("labels-matter", "dealt labels", "Reweighting from true labels beats permuted labels"),
+        ("converged", "script", "Converged weights beat the weights of the source's script"),
         ("muted", "free", "Weights that may only mute beat weights that may also invert"),
     ):
         other = seen.accuracy(f"reweighting {most}, {variant}")
@@ -199,7 +200,7 @@ def _reweighting(seen: Pretrained) -> list[lc.Claim]:
 
 
 def _over_matched_calibration(seen: Pretrained, n: int) -> lc.Claim:
-    """Against each of the calibrations that are fitted as reweighting is."""
+    """Reweighting against each calibration that is fitted on the same folds."""
     own = seen.accuracy(f"reweighting {n}")
     others = {f"{name} {n}": seen.accuracy(f"{name} {n}") for name in MATCHED}
     return decide_over_all(
@@ -231,11 +232,11 @@ def _heads(seen: Pretrained) -> lc.Claim:
     within = rank_correlations(heads, "beyond its block", "accuracy beyond", by="data")
     return decide(
         "task-heads",
-        "Heads whose outputs cluster by task are the ones that are right alone (rank correlation "
-        "over heads of ARI with accuracy)",
+        "Heads whose outputs cluster by task are more often right alone (rank correlation over "
+        "heads of ARI with accuracy)",
         rank_correlations(heads, "ari", "accuracy", by="data").to_numpy(),
         control={
-            "with the means of blocks taken out": float(within.mean()),
+            "means of blocks subtracted": float(within.mean()),
             **_top(heads, ["data"]),
             "best ARI of a head": float(heads["ari"].max()),
             "ARI of the words": seen.words(),
@@ -262,8 +263,8 @@ def _training(seen: Synthetic) -> list[lc.Claim]:
     return [
         decide(
             "none-untrained",
-            "Before training no component is right (accuracy of the best, chosen on other "
-            "prompts, above what the input alone allows)",
+            "Before training no component is right (accuracy of the best component, chosen on "
+            "other prompts, above what the input alone allows)",
             best[first].to_numpy() - seen.chance(),
             control={
                 "input alone": seen.chance().mean(),
@@ -278,8 +279,9 @@ def _training(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "components-first",
-            "Components are right before the model is (best component, chosen on other prompts, "
-            "less the model, mean over checkpoints at which the model is not good yet)",
+            "Components are right earlier in training than the model (accuracy of the best "
+            "component, chosen on other prompts, minus the model's, mean over checkpoints at "
+            "which the model is not good yet)",
             _or_open(seen.gain("best component", "model")),
             control={
                 "at the end": (best[last] - model[last]).mean(),
@@ -293,8 +295,8 @@ def _training(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "reweighting-half-trained",
-            f"Reweighting from {most} labels finds what a half-trained model knows (accuracy "
-            "gained over the model, mean over those checkpoints)",
+            f"Reweighting from {most} labels improves a half-trained model (accuracy gained over "
+            "the model, mean over checkpoints at which the model is not good yet)",
             _or_open(seen.gain(f"reweighting {most}", "model")),
             control={
                 **{
@@ -311,8 +313,8 @@ def _training(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "task-heads-trained",
-            "In the trained model, heads whose outputs cluster by task given the input are the "
-            "ones that are right alone (rank correlation over heads)",
+            "In the trained model, heads whose outputs cluster by task within input are more often "
+            "right alone (rank correlation over heads of ARI with accuracy)",
             rank_correlations(heads, "ari", "accuracy", by="seed").to_numpy(),
             control={
                 "untrained model": float(
@@ -329,7 +331,7 @@ def _training(seen: Synthetic) -> list[lc.Claim]:
 
 
 def _top(heads: pd.DataFrame, by: Sequence[str], share: float = 0.1) -> dict[str, float]:
-    """Accuracy of the tenth of heads that clusters best, and of the others."""
+    """Accuracy of the top tenth of heads by clustering, and of the other heads."""
     rank = heads.groupby(list(by))["ari"].rank(ascending=False, method="first", pct=True)
     top = rank <= share
     return {
@@ -339,12 +341,12 @@ def _top(heads: pd.DataFrame, by: Sequence[str], share: float = 0.1) -> dict[str
 
 
 def _or_open(values: np.ndarray) -> np.ndarray:
-    """One missing value where no seed gives any: the claim then stays inconclusive."""
+    """One NaN where no seed gives a value: the claim then stays inconclusive."""
     return values if values.size else np.array([np.nan])
 
 
 class Pretrained:
-    """The scores of the pretrained model as one number a seed: means over sets and templates."""
+    """The pretrained model's scores: one number per seed, the mean over sets and templates."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
         self.scores = where(scores, part="pretrained")
@@ -352,7 +354,7 @@ class Pretrained:
         self.seeds = sorted(int(seed) for seed in own["seed"].unique())
         counted = own[own["method"].str.endswith("-shot")]
         self.labels = sorted({int(name.removesuffix("-shot")) for name in counted["method"]})
-        # Twins are asked with few shots alone: methods are compared without them.
+        # One-character variants of templates have few-shot scores only: methods leave them out.
         self.methods = own[own["template"].isin([*counted["template"].unique(), "all"])]
 
     def accuracy(self, method: str) -> np.ndarray:
@@ -360,7 +362,7 @@ class Pretrained:
         return self._by_seed(where(self.methods, method=method))
 
     def relative_to_chance(self, method: str) -> np.ndarray:
-        """Accuracy over that of always saying one label."""
+        """Accuracy divided by that of always giving one label."""
         rows = where(self.methods, method=method)
         chance = where(self.scores, metric="chance").groupby("data")["value"].mean()
         return self._by_seed(rows.assign(value=rows["value"] / rows["data"].map(chance)))
@@ -369,29 +371,29 @@ class Pretrained:
         return float(where(self.scores, metric="chance").groupby("data")["value"].mean().mean())
 
     def alike(self, method: str, metric: str = "correlation") -> np.ndarray:
-        """Transfer over demonstrations, templates or twins, in the order of the seeds."""
+        """Transfer over demonstrations, templates or one-character variants, by seed."""
         return self._by_seed(where(self.scores, metric=metric, method=method))
 
     def shares(self, method: str = "model") -> pd.DataFrame:
-        """Share of components of each type: a row a seed."""
+        """Share of components of each type, one row per seed."""
         rows = where(self.scores, metric="share", method=method)
         return rows.pivot_table("value", "seed", "type")[[*KINDS, "chance"]]
 
     @property
     def n_components(self) -> int:
-        """Components that were asked alone."""
+        """Number of components that were scored alone."""
         rows = where(self.scores, metric="component accuracy")
         return len(rows[["kind", "block", "head"]].drop_duplicates())
 
     def heads(self) -> pd.DataFrame:
-        """A row a set and head: how well it clusters by task, how right it is, by block."""
+        """One row per set and head: its ARI by task, its accuracy and its block."""
         ari = where(self.scores, metric="ari", method="model").set_index(["block", "head"])["value"]
         own = where(self.scores, metric="component accuracy", kind="head")
         right = own.groupby(["data", "block", "head"])["value"].mean().rename("accuracy")
         return right.reset_index().join(ari.rename("ari"), on=["block", "head"])
 
     def words(self) -> float:
-        """ARI of what the prompts' words alone give away."""
+        """ARI that the prompts' words alone reach."""
         return mean(where(self.scores, metric="ari", method="words")["value"].to_numpy())
 
     def _by_seed(self, rows: pd.DataFrame) -> np.ndarray:
@@ -400,19 +402,19 @@ class Pretrained:
 
 
 class Synthetic:
-    """The scores of the trained models as one number a seed."""
+    """The trained models' scores: one number per seed."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
         self.scores = where(scores, part="synthetic")
         self.steps = sorted(int(step) for step in self.scores["step"].unique())
 
     def accuracy(self, method: str) -> pd.DataFrame:
-        """Accuracy of a method: a row a seed, a column a checkpoint."""
+        """Accuracy of a method, one row per seed and one column per checkpoint."""
         rows = where(self.scores, metric="accuracy", method=method)
         return rows.pivot_table("value", "seed", "step").sort_index()
 
     def gain(self, method: str, over: str) -> np.ndarray:
-        """Accuracy over another's, mean over trained checkpoints at which the model is not good."""
+        """Accuracy gained, mean over trained checkpoints at which the model is not good yet."""
         model = self.accuracy("model")
         early = model.lt(GOOD * model[self.steps[-1]], axis=0)
         early[self.steps[0]] = False
@@ -426,7 +428,7 @@ class Synthetic:
         ].mean().to_numpy()  # fmt: skip
 
     def heads(self, step: int) -> pd.DataFrame:
-        """A row a seed and head: how well it clusters by task, how right it is."""
+        """One row per seed and head: its ARI by task and its accuracy."""
         rows = where(self.scores, step=step)
         keys = ["seed", "block", "head"]
         ari = where(rows, metric=AGREED).set_index(keys)["value"].rename("ari")
@@ -435,5 +437,5 @@ class Synthetic:
 
 
 def mean(values: np.ndarray) -> float:
-    """The mean, missing where there is no value."""
+    """The mean, NaN where there is no value."""
     return float(values.mean()) if values.size else float("nan")

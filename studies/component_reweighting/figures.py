@@ -10,7 +10,7 @@ from lensclust import figures
 from studies.scales import AGREED
 from studies.scores import where
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "kinds": ["kinds", "best-component", "worst-component"],
     "heads": ["best-component", "worst-component"],
@@ -40,14 +40,14 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
         ),
         "trained_heads": figures.head_map(
             where(last, metric="component accuracy", kind="head"),
-            title="Heads of the trained models alone",
+            title="Single heads of the trained models",
             caption="Accuracy on unseen strings, mean over seeds.",
             value_title="accuracy",
         ),
         "trained_clusters": figures.head_map(
             where(last, metric=AGREED),
             title="Heads of the trained models that cluster by task",
-            caption="ARI given the input, mean over seeds.",
+            caption="ARI within input, mean over seeds.",
             value_title="ARI",
         ),
     }
@@ -69,7 +69,7 @@ def _pretrained(scores: pd.DataFrame) -> dict[str, Any]:
             accuracy.sort_values(["data", "method"]),
             name="method",
             facet="data",
-            title="What labels can be used for",
+            title="Uses of labelled examples",
             caption="Accuracy, mean over templates; numbers are labelled examples.",
             value_title="accuracy",
         ),
@@ -83,14 +83,14 @@ def _pretrained(scores: pd.DataFrame) -> dict[str, Any]:
         "head_clusters": figures.head_map(
             where(rows, metric="ari", method="model"),
             title="Heads that cluster by task",
-            caption="ARI of prompts of all sets under one template.",
+            caption="ARI of prompts of all sets with one template.",
             value_title="ARI",
         ),
         "steadiness": figures.bars(
             _means(where(rows, metric="correlation"), by),
             name="method",
             facet="data",
-            title="How steady component accuracies are",
+            title="Stability of component accuracies",
             caption="Correlation over heads and MLPs between two sets of prompts.",
             value_title="correlation",
         ),

@@ -1,4 +1,4 @@
-"""The options of the study `component_reweighting`, and the words of its tables."""
+"""Options of the study `component_reweighting`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(Study):
-    """Score every head and MLP alone, and weigh them anew from a few labelled prompts.
+    """Score every head and MLP alone, and reweight them from a few labelled prompts.
 
-    In a pretrained model with few-shot prompts of classification tasks: how right, how biased
-    and how steady components are over demonstrations and templates; reweighting from few labels
-    against more demonstrations, calibration and prompt selection; whether the heads that
-    cluster by task are the ones that are right. In a model trained on the synthetic task: when
-    components become right, against when the model does.
+    In a pretrained model with few-shot prompts of classification tasks: accuracy, bias and
+    stability of components over demonstrations and templates; reweighting from few labels
+    against more demonstrations, calibration and prompt selection; whether heads that cluster by
+    task are accurate. In a model trained on the synthetic task: whether components become
+    accurate before the model.
 
     Attributes:
-        pretrained: model for the first part, anything `lensclust.load` takes; "none" for no
-            such part.
+        pretrained: model of the first part, anything `lensclust.load` takes; "none" to skip it.
         data: labelled texts, names or anything else `lensclust.tasks.labelled_texts` reads.
-        templates: of each set, the first so many.
+        templates: number of templates of each set, from the first.
         queries: texts to label, of each set.
         labels: numbers of labelled examples, demonstrations included.
-        longest: leave out texts of more characters.
-        cluster_queries: prompts of each set and seed that heads are clustered by task with.
+        longest: maximum number of characters of a text.
+        cluster_queries: prompts of each set and seed for clustering heads by task.
         model: native preset to train for the second part.
         n_tasks: tasks to learn.
         n_inputs: inputs shared by the tasks, and answers.
         mappings_per_task: inputs each task answers.
         regexes_per_task: regular expressions each task's instructions come from.
-        rows_per_mapping: prompts of each task and input that are asked.
+        rows_per_mapping: evaluated prompts of each task and input.
         steps: training steps.
         batch_size: prompts a step.
         lr: peak learning rate.
@@ -45,7 +44,7 @@ class Options(Study):
         permutations: permuted labellings behind each clustering score.
     """
 
-    title: ClassVar[str] = "what heads and MLPs would answer alone, and weighing them anew"
+    title: ClassVar[str] = "accuracy of single heads and MLPs, and their reweighting"
     paper: ClassVar[str] = "Chang, Thomason & Jia 2406.13131 (reconstruction and extension)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {
@@ -82,7 +81,7 @@ class Options(Study):
     default_seeds: ClassVar[int] = 5
 
     pretrained: str = "smollm2-135m-instruct"
-    # The longest texts first, so that no core is left waiting for them.
+    # The longest texts first, so that no core waits for them.
     data: tuple[str, ...] = ("agnews", "subjective", "trec", "sst2")
     templates: int = 3
     queries: int = 48
@@ -102,9 +101,9 @@ class Options(Study):
     permutations: int = 20
 
     def check_classes(self, name: str, n: int) -> None:
-        """Refuse fewer labels or queries than a set of so many classes needs."""
-        # Demonstrations and an example of each class to learn from; two queries, to choose
-        # components on one and score them on the other.
+        """Raise InputError for fewer labels or queries than a set of ``n`` classes needs."""
+        # Demonstrations and one labelled example per class; two queries, one to choose
+        # components on and one to score them on.
         for field, given, needed in (
             ("labels", self.labels[0], max(4, n) + n),
             ("queries", self.queries, 2 * n),
@@ -116,6 +115,6 @@ class Options(Study):
                 )
 
     def sizes(self) -> dict[str, Any]:
-        """The knobs of the synthetic task."""
+        """Sizes of the synthetic task."""
         names = ("n_tasks", "n_inputs", "mappings_per_task", "regexes_per_task")
         return {name: getattr(self, name) for name in (*names, "rows_per_mapping")}

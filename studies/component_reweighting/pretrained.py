@@ -18,14 +18,14 @@ from studies.component_reweighting.options import Options
 from studies.component_reweighting.scores import component_rows, extremes, kind_shares, relearned
 from studies.study import silenced
 
-# One for all sets, so that heads cannot tell tasks apart by it.
+# One template for all sets, so that heads cannot separate tasks by it.
 COMMON = "Text: {input}\nLabel: {label}\n"
 
 Prompted = dict[tuple[str, int], ComponentLogits]
 
 
 def measure_data(study: Options, name: str, seeds: Sequence[int]) -> dict[str, pd.DataFrame]:
-    """Everything about one set of labelled texts."""
+    """All scores of one set of labelled texts."""
     texts = lc.tasks.labelled_texts(name, progress=False)
     study.check_classes(name, len(texts.classes))
     templates = templates_of(texts, study.templates)
@@ -70,7 +70,7 @@ def measure_data(study: Options, name: str, seeds: Sequence[int]) -> dict[str, p
 
 
 def measure_heads(study: Options, seeds: Sequence[int]) -> dict[str, pd.DataFrame]:
-    """How well every head's output clusters by task, under one template for all of them."""
+    """ARI by task of every head's output, with one template for all sets."""
     model = lc.load(study.pretrained, progress=False)
     prompts = joined(
         [
@@ -103,7 +103,7 @@ def measure_heads(study: Options, seeds: Sequence[int]) -> dict[str, pd.DataFram
 
 
 def templates_of(texts: LabelledTexts, n: int) -> list[str]:
-    """The first templates of a set, of twins only the first."""
+    """The first templates of a set, without their one-character variants."""
     second = {b for _, b in texts.twins}
     found = [name for name in texts.templates if name not in second]
     if n > len(found):
@@ -149,12 +149,12 @@ def _transfers(
     twins: Sequence[tuple[str, str]],
     seeds: Sequence[int],
 ) -> Iterator[pd.DataFrame]:
-    """How alike component accuracies are over demonstrations, templates and twins, by seed."""
+    """Agreement of component accuracies over demonstrations and templates, by seed."""
     for place, seed in enumerate(seeds):
         pairs = [("templates", (a, seed), (b, seed)) for a, b in combinations(templates, 2)]
         pairs += [("twins", (a, seed), (b, seed)) for a, b in twins]
         if len(seeds) > 1:
-            # Around the circle, so that every seed is in as many pairs.
+            # Pairs in a circle, so that every seed is in equally many.
             other = seeds[(place + 1) % len(seeds)]
             pairs += [("demonstrations", (a, seed), (a, other)) for a in templates]
         rows = []
@@ -174,7 +174,7 @@ def _methods(
     templates: Sequence[str],
     seeds: Sequence[int],
 ) -> Iterator[pd.DataFrame]:
-    """What reweighting, calibration and prompt selection make of the labelled examples."""
+    """Accuracy of reweighting, calibration and prompt selection from labelled examples."""
     for n_labels in study.labels:
         learnt = {}
         for key, parts in few.items():

@@ -1,4 +1,4 @@
-"""Scores of decomposed prompts: the best and worst of components, and what reweighting gains."""
+"""Scores of decomposed prompts: best and worst components, and gain by reweighting."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jaxtyping import Int
 from probes.components import WRITERS, ComponentLogits, calibrate_many, reweight_many
 
 Row = dict[str, Any]
-# Calibration to convergence, its penalty chosen as reweighting's is.
+# Calibration to convergence, with the penalty chosen as for reweighting.
 MATCHED = {"Calib+ converged": "converged", "vector scaling": "vector scaling"}
 
 
 def halves(parts: ComponentLogits) -> Int[np.ndarray, " prompt"]:
-    """0 or 1 for each prompt, half of each label's prompts either way."""
+    """Half (0 or 1) of each prompt, stratified by label."""
     targets = pd.Series(parts.targets)
     return (targets.groupby(targets).cumcount() % 2).to_numpy()
 
 
 def extremes(parts: ComponentLogits) -> list[Row]:
-    """Accuracy of the model, of its best and of its worst head or MLP, and of guessing.
+    """Accuracy of the model, of its best and worst head or MLP, and of chance.
 
-    A component is chosen on one half of the prompts and scored on the other, both ways; beside
-    it stands what it looks like on the prompts that it was chosen on.
+    A component is chosen on one half of the prompts and scored on the other, both ways; ``same
+    queries`` is its accuracy on the prompts that chose it.
     """
     writers = np.isin(parts.data["kind"].values, WRITERS)
     said = parts.logits.values[:, writers].argmax(-1)
@@ -40,7 +40,7 @@ def extremes(parts: ComponentLogits) -> list[Row]:
         found[f"{name} component"] = float(np.concatenate(apart).mean())
         found[f"{name} component, same queries"] = float(right[:, pick(right.mean(0))].mean())
     rows = [{"metric": "accuracy", "method": name, "value": v} for name, v in found.items()]
-    # The share of the commonest label: what saying one label always can reach.
+    # The share of the commonest label: the best accuracy of a constant answer.
     commonest = np.bincount(parts.targets).max() / len(parts.targets)
     return [*rows, {"metric": "chance", "method": "one label", "value": float(commonest)}]
 
@@ -56,18 +56,18 @@ def kind_shares(parts: ComponentLogits, method: str = "model") -> list[Row]:
 
 
 def component_rows(parts: ComponentLogits) -> pd.DataFrame:
-    """Accuracy of every head and MLP, and how often it says what it says most."""
+    """Accuracy of every head and MLP, and the share of its most frequent prediction."""
     frame = parts.kinds()
     frame = frame[frame["kind"].isin(WRITERS)]
     columns = ["component", "kind", "block", "head", "share", "type"]
     return frame[columns].assign(metric="component accuracy", value=frame["accuracy"])
 
 
-def dealt_labels(parts: ComponentLogits, *, seed: int = 0) -> ComponentLogits:
-    """The same prompts with their right labels dealt anew: what labels that say nothing do."""
+def permuted_labels(parts: ComponentLogits, *, seed: int = 0) -> ComponentLogits:
+    """The same prompts with permuted labels: the null of learning from labels."""
     order = np.random.default_rng(seed).permutation(len(parts.targets))
-    dealt = ("prompt", parts.data["target"].values[order])
-    return replace(parts, data=parts.data.assign_coords(target=dealt))
+    permuted = ("prompt", parts.data["target"].values[order])
+    return replace(parts, data=parts.data.assign_coords(target=permuted))
 
 
 def relearned(
@@ -77,13 +77,13 @@ def relearned(
     *,
     full: bool,
 ) -> list[list[Row]]:
-    """Accuracy on asked prompts after learning from labelled ones: a list of rows a problem.
+    """Accuracy on queries after learning from labelled prompts: a list of rows per problem.
 
     Args:
         learnt: labelled prompts of each problem.
         asked: queries of each problem.
-        n_labels: what the methods are named after.
-        full: with the variants and the control, beside reweighting and calibration.
+        n_labels: number in the methods' names.
+        full: also run the variants and the control of reweighting.
     """
     fits: dict[str, Sequence[Any]] = {
         f"reweighting {n_labels}": reweight_many(learnt),
@@ -94,11 +94,11 @@ def relearned(
         },
     }
     if full:
-        dealt = [dealt_labels(each, seed=place) for place, each in enumerate(learnt)]
+        permuted = [permuted_labels(each, seed=place) for place, each in enumerate(learnt)]
         fits |= {
             f"reweighting {n_labels}, free": reweight_many(learnt, box=False),
             f"reweighting {n_labels}, script": reweight_many(learnt, official=True),
-            f"reweighting {n_labels}, dealt labels": reweight_many(dealt),
+            f"reweighting {n_labels}, dealt labels": reweight_many(permuted),
         }
     return [
         [

@@ -1,4 +1,4 @@
-"""One training on the synthetic task: when components become right, and when the model does."""
+"""One training on the synthetic task: accuracy of components and of the model over it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from studies.synthetic_task import UNSEEN, clustered_prompts, input_only_accurac
 
 
 def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
-    """Train a model, and at every checkpoint score and reweigh its components."""
+    """Train a model; at every checkpoint score and reweight its components."""
     prompts = lc.tasks.sif(**study.sizes(), seed=seed)
     with one_thread():
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
@@ -47,7 +47,7 @@ def _checkpoint(study: Options, model: Any, prompts: lc.Prompts, seed: int) -> p
     order = balanced_order(parts.targets, np.random.default_rng(seed))
     most = study.labels[-1]
     queries = parts.take(order[most:])
-    # What the input alone gives away is all that a component need not read the task for.
+    # Chance is the best answer from the input alone, which needs no reading of the task.
     chance = float(input_only_accuracy(prompts.rows).iloc[0])
     rows = [
         *extremes(queries),

@@ -1,4 +1,4 @@
-"""When and where do task clusters appear while a model learns to follow instructions?"""
+"""When and at which layers do task clusters emerge while a model learns instructions?"""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from studies.study import Context, Findings, check_clusters
 from studies.synthetic_task import LAYER_0, clustered_prompts, task_set
 
 SAME_OUTPUT = (
-    "Tasks that share an input answer it differently here, so given the input a cluster of one "
+    "Tasks that share an input answer it differently here, so within an input a cluster of one "
     "task is also a cluster of one answer; --n-outputs 4 makes tasks share answers."
 )
 
 
 class Emergence(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
+        """Raise InputError for options that leave a claim without a measurement."""
         least = {"n_tasks": 2, "held_out_regexes": 1, "rows_per_mapping": 2, "n_checkpoints": 2}
         for name, number in (least | {"permutations": 1}).items():
             if getattr(self, name) < number:

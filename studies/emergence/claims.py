@@ -1,4 +1,4 @@
-"""What the scores of the emergence study say: its claims and its figures."""
+"""The claims and the figures of the emergence study."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PAPER: dict[str, Any] = {
     "origin": "reconstruction",
 }
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
-_GIVEN = "k-means given the input"
+_GIVEN = "k-means within input"
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "task_over_training": ["rises", "saturates", "embedding-flat", "tracks-accuracy"],
     "task_by_layer": ["clusters", "nearly-all", "deeper", "embedding-flat"],
@@ -38,7 +38,7 @@ SHOWS = {
 
 
 class Curves:
-    """The scores as one number a seed."""
+    """The scores: one number per seed."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
         scored = where(scores, given="input", by="task")
@@ -50,12 +50,12 @@ class Curves:
         self.steps = [int(step) for step in sorted(self.resid["step"].unique())]
 
     def agreed(self, split: str, layer: int, step: int, column: str = "value") -> np.ndarray:
-        """Cross-wording agreement, or with ``null_mean`` that under relabelled wordings."""
+        """Agreement across wordings, or with ``null_mean`` that of permuted wordings."""
         rows = where(self.resid, split=split, layer=layer, step=step)
         return rows.sort_values(by="seed")[column].to_numpy()
 
     def plain(self, split: str, layer: int, step: int, column: str = "value") -> np.ndarray:
-        """ARI, wordings counted in, or its mean where wordings are relabelled."""
+        """ARI including pairs of one wording, or with ``null_mean`` that of permuted wordings."""
         rows = where(self.ari, split=split, layer=layer, step=step)
         return rows.sort_values(by="seed")[column].to_numpy()
 
@@ -64,7 +64,7 @@ class Curves:
         return where(self.resid, split=split, layer=layer).groupby("seed")["value"].max().to_numpy()
 
     def accuracy(self, split: str, column: str = "value") -> np.ndarray:
-        """Final accuracy, or with ``null_mean`` the best that the input alone allows."""
+        """Final accuracy, or with ``null_mean`` the best answer from the input alone."""
         rows = where(self.model, split=split, step=self.steps[-1])
         return rows.sort_values(by="seed")[column].to_numpy()
 
@@ -94,7 +94,7 @@ class Curves:
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims; every value is one seed's."""
+    """Decide the claims; each value is one seed."""
     seen = Curves(scores)
     bottom, top, first, last = seen.layers[0], seen.layers[-1], seen.steps[0], seen.steps[-1]
     middle = min(seen.steps[:-1], key=lambda step: abs(step - last / 2))
@@ -112,7 +112,7 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         decide(
             "rises",
             "Clustering by task rises with training (agreement across wordings, last layer, unseen "
-            "strings, given the input)",
+            "strings, within input)",
             rise,
             control={"untrained model": untrained.mean()} | null,
             at_least=0,
@@ -122,7 +122,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "saturates",
-            "and saturates: less of the rise comes in the second half than of a steady one",
+            "The rise of clustering by task saturates: its second half adds less than that of a "
+            "steady rise (agreement across wordings)",
             (final - seen.agreed(UNSEEN, top, middle)) / np.where(rise == 0, np.nan, rise),
             control={"share of a steady rise": 1 - middle / last},
             at_most=1 - middle / last,
@@ -131,8 +132,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "clusters",
-            "At the end the last layer clusters unseen strings by task (agreement across wordings, "
-            "given the input)",
+            "After training the last layer clusters unseen strings by task (agreement across "
+            "wordings, within input)",
             final,
             control={"untrained model": untrained.mean()} | null,
             at_least=0,
@@ -142,7 +143,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "nearly-all",
-            "and nearly all of them (agreement at least 0.85)",
+            "After training the last layer clusters nearly all unseen strings by task (agreement "
+            "across wordings at least 0.85)",
             final,
             control=null,
             at_least=0.85,
@@ -151,7 +153,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "deeper",
-            "Deeper layers cluster more (rank correlation of agreement across wordings with layer)",
+            "Deeper layers cluster more by task (rank correlation of agreement across wordings "
+            "with layer)",
             seen.with_depth(last),
             control={"untrained model": seen.with_depth(first).mean()},
             at_least=0,
@@ -161,7 +164,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "embedding-flat",
-            "The embedding layer stays flat (largest agreement of layer 0 at any checkpoint)",
+            "The embedding layer does not cluster by task (largest agreement of layer 0 at any "
+            "checkpoint)",
             seen.largest(UNSEEN, bottom),
             control={"wordings relabelled": seen.agreed(UNSEEN, bottom, last, "null_mean").mean()},
             at_most=0.05,
@@ -170,8 +174,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "unseen-strings",
-            "The model answers unseen strings of known expressions (accuracy above the input "
-            "alone)",
+            "The model answers unseen strings of known expressions (accuracy above the best answer "
+            "from the input alone)",
             seen.accuracy(UNSEEN) - seen.accuracy(UNSEEN, "null_mean"),
             control={
                 "accuracy": seen.accuracy(UNSEEN).mean(),
@@ -184,7 +188,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "unseen-strings-all",
-            "and nearly all of them (accuracy at least 0.97)",
+            "The model answers nearly all unseen strings of known expressions (accuracy at least "
+            "0.97)",
             seen.accuracy(UNSEEN),
             control={"best answer from the input alone": seen.accuracy(UNSEEN, "null_mean").mean()},
             at_least=0.97,
@@ -193,7 +198,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "unseen-expressions",
-            "and fails on expressions never trained on (accuracy above the input alone)",
+            "The model fails on expressions never trained on (accuracy above the best answer from "
+            "the input alone)",
             seen.accuracy("new_regex") - seen.accuracy("new_regex", "null_mean"),
             control={
                 "accuracy": seen.accuracy("new_regex").mean(),
@@ -205,8 +211,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "unclustered-expressions",
-            "whose states do not cluster by task as those of unseen strings do (ARI lost; there is "
-            "one expression a task, so that it counts wordings in)",
+            "States of expressions never trained on cluster less by task than those of unseen "
+            "strings (ARI lost; with one expression per task it includes pairs of one wording)",
             kept - never,
             control={
                 "unseen strings": kept.mean(),
@@ -219,8 +225,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "unseen-pairs",
-            "Known expressions are answered also with inputs their task showed only through "
-            "another (accuracy above the input alone)",
+            "Known expressions are answered with inputs that their task showed only with another "
+            "expression (accuracy above the best answer from the input alone)",
             seen.accuracy("new_pair") - seen.accuracy("new_pair", "null_mean"),
             control={
                 "accuracy": seen.accuracy("new_pair").mean(),
@@ -234,7 +240,7 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "tracks-accuracy",
-            "Clustering and accuracy move together over checkpoints (rank correlation)",
+            "Clustering and accuracy rise together over checkpoints (rank correlation)",
             seen.with_accuracy(top),
             control={"layer 0": seen.with_accuracy(bottom).mean()},
             at_least=0,
@@ -244,7 +250,8 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "heads",
-            "Few heads carry it: the best head (chosen on other prompts) above the median head",
+            "Few heads carry the task: the best head, chosen on other prompts, clusters more than "
+            "the median head (agreement across wordings)",
             head - typical,
             control={"median head": typical.mean(), "same head untrained": head_before.mean()},
             at_least=0,
@@ -284,7 +291,7 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
             band=None,
             title="Task or wording: ARI, its null and agreement across wordings",
             caption="ARI counts rows of one expression, which recognition of the expression gives; "
-            "its null deals whole expressions to tasks. Unseen strings, given the input.",
+            "its null permutes whole expressions over tasks. Unseen strings, within input.",
             y_title="agreement",
         ),
         "splits": figures.curves(
@@ -292,7 +299,7 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
             x="step",
             color="split",
             title="The last layer on each split",
-            caption=f"ARI at the last layer, {_GIVEN}; the band deals expressions to tasks.",
+            caption=f"ARI at the last layer, {_GIVEN}; the band permutes expressions over tasks.",
             y_title="ARI",
         ),
         "accuracy": figures.curves(
@@ -308,14 +315,14 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
             where(seen.head, split=UNSEEN, step=last),
             title="Which heads carry the task",
             caption="Agreement across wordings of each head's contribution to the residual stream, "
-            "unseen strings, given the input, after training.",
+            "unseen strings, within input, after training.",
         ),
         "task_and_input": figures.curves(
             together,
             color="by",
             title="All prompts together: task against input",
             caption="k-means over all unseen strings with as many clusters as tasks, after "
-            "training. At the answering token the state is a code of both.",
+            "training. At the answering token the state encodes both.",
             y_title="ARI",
         ),
         "clusters": figures.scatter(
@@ -338,24 +345,24 @@ def pictures(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, Any]:
 
 
 def _beside_null(agreed: pd.DataFrame, ari: pd.DataFrame) -> pd.DataFrame:
-    """ARI, what it is where expressions are dealt to tasks, and agreement across wordings."""
+    """ARI, its mean under permuted expressions, and agreement across wordings."""
     shown = ari["step"].isin(_few(sorted(ari["step"].unique())))
     ari = ari[shown]
     parts = {
         "across wordings": agreed[agreed["step"].isin(ari["step"].unique())],
         "ARI": ari,
-        "ARI, expressions dealt to tasks": ari.assign(value=ari["null_mean"]),
+        "ARI, permuted expressions": ari.assign(value=ari["null_mean"]),
     }
     return pd.concat([rows.assign(score=name) for name, rows in parts.items()])
 
 
 def _few(steps: list[Any]) -> list[Any]:
-    """The first, a middle and the last."""
+    """The first, a middle and the last step."""
     return [steps[0], steps[len(steps) // 2], steps[-1]]
 
 
 def views(scores: pd.DataFrame, states: pd.DataFrame, heads: pd.DataFrame) -> dict[str, View]:
-    """What the page lets its reader explore, by file name."""
+    """The interactive views of the page, by file name."""
     agreed = Curves(scores).resid
     return {
         "clusters": ClusterView.from_frame(
@@ -363,8 +370,8 @@ def views(scores: pd.DataFrame, states: pd.DataFrame, heads: pd.DataFrame) -> di
             labels=LABELS,
             title="The states of unseen strings, by layer and over training",
             caption="Two principal components of each layer at each checkpoint (first seed), "
-            "turned onto those before them by an orthogonal map. A picture is no measure: the "
-            "score is that of k-means in all dimensions, given the input.",
+            "aligned to the previous ones by an orthogonal map. The score is that of k-means in "
+            "all dimensions, within input, not of the picture.",
             scores=where(agreed, split=UNSEEN, seed=0),
             score_name="agreement across wordings",
         ),

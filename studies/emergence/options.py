@@ -1,4 +1,4 @@
-"""The options of the study of emergence, and the words of its tables."""
+"""Options of the study `emergence`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from studies.study import Study
 
-# Heads are chosen on one split and reported on another: the best of many is biased upwards.
+# Heads are chosen on one split and reported on another: the maximum of many is biased upwards.
 CHOOSING = "train"
 
 
@@ -16,7 +16,7 @@ CHOOSING = "train"
 class Options(Study):
     """Train on simplified instruction following and cluster the states at every checkpoint.
 
-    Every seed draws its own tasks, its own model and its own order of batches.
+    Every seed has separate tasks, weights and batches.
 
     Attributes:
         model: native preset to train.
@@ -26,14 +26,14 @@ class Options(Study):
         n_outputs: output tokens, by default as many as inputs: then tasks that share an input
             answer it differently. With fewer, states are scored against the output too.
         regexes_per_task: regular expressions each task's instructions come from.
-        held_out_regexes: further expressions of each task, never trained on: the control.
+        held_out_regexes: expressions of each task that are never trained on: the control.
         rows_per_mapping: prompts of each task and input in each split.
         steps: training steps.
         batch_size: prompts a step.
         lr: peak learning rate.
         n_checkpoints: log-spaced checkpoints, the untrained model included.
         k: clusters; default as many as tasks are present.
-        permutations: permuted labellings behind each score.
+        permutations: permuted labellings per score.
     """
 
     title: ClassVar[str] = "task clusters over training, by layer and head"

@@ -1,4 +1,4 @@
-"""One seed: models trained on the synthetic task, and what is measured of them."""
+"""Train one seed's model on the synthetic task and measure it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from studies.synthetic_task import (
 
 
 def measure(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
-    """Train one seed and score every checkpoint: the work of one process."""
+    """Train one seed and score every checkpoint, in one process."""
     import numpy as np
     import pandas as pd
 
     from lensclust.parallel import one_thread
 
     prompts = task_set(study, seed)
-    # A tiny model gains nothing from a second thread, and one thread is always reproducible.
+    # A tiny model gains nothing from a second thread; one thread is reproducible.
     with one_thread():
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
         held_out = clustered_prompts(prompts, study.rows_per_mapping)
@@ -70,7 +70,7 @@ def measure(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
 def heads_of_last(
     model: Any, acts: Any, prompts: lc.Prompts, scores: pd.DataFrame, study: Options
 ) -> HeadView:
-    """The heads of the last checkpoint, beside their scores at those before."""
+    """Heads of the last checkpoint, with their scores at earlier checkpoints."""
     import numpy as np
 
     from lensclust.tasks.synthetic import vocabulary
@@ -81,7 +81,7 @@ def heads_of_last(
     names = vocabulary(n_inputs=study.n_inputs, n_outputs=study.n_outputs)
     mine = scores[(scores["kind"] == "head") & (scores["split"] == UNSEEN)]
     agreed, last = mine["metric"] == AGREED, mine["step"] == study.steps
-    # Agreement first, from the last checkpoint back; of other scores the last checkpoint alone.
+    # Agreement at all checkpoints, last first; other scores at the last checkpoint only.
     mine = mine[(mine["by"] == "task") & (agreed | last)]
     mine = mine.assign(other=mine["metric"] != AGREED, before=-mine["step"])
     mine = mine.sort_values(["other", "before"], kind="stable")
@@ -98,7 +98,7 @@ def heads_of_last(
 
 
 def training_scores(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:
-    """Accuracy by step and split, beside the best answer that the input alone allows."""
+    """Accuracy by step and split, and that of the best answer from the input alone."""
     chance = input_only_accuracy(prompts.rows)
     return frame.melt(["step", "split"], ["accuracy", "loss"], "metric").assign(
         site="model",
@@ -108,9 +108,9 @@ def training_scores(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:
 
 
 def cluster_scores(acts: Any, study: Options, *, is_last: bool) -> pd.DataFrame:
-    """Clusters by task at every layer on every split, and at every head on unseen strings.
+    """Clustering by task at every layer on every split, and at every head on unseen strings.
 
-    At the last checkpoint the heads are also scored on the split that the best is chosen on.
+    At the last checkpoint heads are also scored on the split that chooses the best head.
     """
     import numpy as np
     import pandas as pd

@@ -1,4 +1,4 @@
-"""What fine-tuning does to attention heads: patterns of activation by task, and their parts."""
+"""How fine-tuning changes the activation patterns of attention heads, by task."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NOTES = (
     "Tasks, models and trainings are a reconstruction, and the models are fifty times smaller than "
     "the source's: directions are tested, not its numbers. Sign constraint, intercept, reference "
     "of the change over samples, and the recipe for choosing examples are not known to us.",
-    "A pattern is measured with the gradient of the loss, so it shrinks as the loss does, whatever "
-    "the heads do. Beside the activations as the source has them ('raw') stands each head's share "
-    "of the pattern's sum ('shares'), which a common factor leaves as it is.",
-    "Each run of a task is tuned with its own batches and measured on its own test prompts, so "
-    "that patterns of one task do not agree because they share prompts.",
+    "A pattern uses the gradient of the loss, so it shrinks with the loss, whatever the heads do. "
+    "Scores are given for the source's activations ('raw') and for each head's share of the "
+    "pattern's sum ('shares'), which a common factor does not change.",
+    "Each run of a task has separate batches and test prompts, so that patterns of one task do not "
+    "agree because of shared prompts.",
     "Mixes of basic tasks are compared at equal numbers of training prompts; their instructions "
     "are equally long. 'Its own examples' sees the scarce prompts as often as the others see both.",
 )
@@ -33,7 +33,7 @@ NO_MODEL = "No pretrained model was run (--pretrained names one)."
 
 class HeadPatterns(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
+        """Raise InputError for options that leave a claim without a measurement."""
         least = {"pretrained_runs": 2, "pretrained_steps": 2, "pretrained_batch": 1, "rank": 0}
         least |= {"measured": 2, "known_moves": 1, "known_maps": 1, "complex_tasks": 1}
         least |= {"controls": 1, "runs": 2, "tuning_steps": 2, "n_checkpoints": 3, "scarce": 2}
@@ -57,12 +57,12 @@ class HeadPatterns(Options):
         prompts_of(self, 0)
 
     def run(self, context: Context) -> Findings:
-        """Tune and measure each seed and each task of the pretrained model, then decide."""
+        """Tune and measure each seed and each task of the pretrained model, then decide claims."""
         items: list[int | str] = list(context.seeds)
         if self.pretrained != "none":
             from studies.head_patterns.pretrained import task_names
 
-            # Downloads happen here, once and in sight, before workers ask for them.
+            # Downloads happen here, once and visibly, before workers need them.
             lc.load(self.pretrained, progress=context.progress)
             if self.texts != "none":
                 lc.tasks.labelled_texts(self.texts, progress=context.progress)
@@ -93,7 +93,7 @@ class HeadPatterns(Options):
 
 
 def measure(study: Options, item: int | str, folder: Path) -> dict[str, pd.DataFrame]:
-    """One seed of the trained models, or one task of the pretrained: the work of one process."""
+    """Measure one seed of the trained models or one pretrained task, in one process."""
     if isinstance(item, int):
         from studies.head_patterns.synthetic import measure_seed
 

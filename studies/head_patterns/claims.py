@@ -1,4 +1,4 @@
-"""What the scores of head patterns say: the study's claims."""
+"""The claims on patterns of head activation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from studies.head_patterns.tuning import AND
 from studies.scales import AGREEMENT, SHARE, SMALL, WEAK
 from studies.scores import where
 
-# What R² by the parts has to be above: none of these knows what the task is made of.
+# Nulls of R² by the parts: none of these uses the parts of the task.
 NULLS = ("parts of other tasks", "controls", "shared", "random", "permuted")
 PAPER: dict[str, Any] = {"source": "Zhao et al., arXiv 2409.15820", "origin": "reconstruction"}
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
@@ -24,7 +24,7 @@ PERMUTATIONS = 999
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims; those of the pretrained model are left out where there is none."""
+    """Decide the claims; without a pretrained model, only those of the trained models."""
     found: list[lc.Claim] = []
     if "pretrained" in set(scores["part"]):
         found += _patterns(Part(scores, "pretrained", "task"), "-pretrained")
@@ -33,7 +33,7 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
 
 
 def _patterns(seen: Part, suffix: str) -> list[lc.Claim]:
-    """Task against seed, concentration, composition and speed, of either part."""
+    """Claims of either part on tasks, concentration, composition and speed."""
     return [*_tasks(seen, suffix), *_composition(seen, suffix), *_speed(seen, suffix)]
 
 
@@ -64,8 +64,9 @@ def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
     return [
         decide(
             f"task-over-seed{suffix}",
-            "After tuning, patterns of two runs are more alike if they were tuned on the same task "
-            "(correlation over heads, same task less other tasks; other prompts, other batches)",
+            "After tuning, patterns of two runs are more alike if both were tuned on the same task "
+            "(correlation over heads, same task minus other tasks; runs differ in prompts and "
+            "batches)",
             gaps["after"].to_numpy(),
             control=control,
             **pairs,
@@ -73,7 +74,8 @@ def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
         ),
         decide(
             f"tuning-separates{suffix}",
-            "and tuning sets tasks further apart than they were (the same after less before)",
+            "Tuning makes patterns of different tasks more distinct (correlation over heads, same "
+            "task minus other tasks, after minus before tuning)",
             (gaps["after"] - gaps["before"]).to_numpy(),
             control={f"gap {stage}": float(gap.mean()) for stage, gap in gaps.items()},
             **pairs,
@@ -81,7 +83,7 @@ def _tasks(seen: Part, suffix: str) -> list[lc.Claim]:
         ),
         decide(
             f"less-concentrated{suffix}",
-            "Tuning spreads the activation over more heads (Gini coefficient, after less before)",
+            "Tuning spreads the activation over more heads (Gini coefficient, after minus before)",
             (gini["after"] - gini["before"]).to_numpy(),
             control={
                 **{f"Gini, {stage}": float(values.mean()) for stage, values in gini.items()},
@@ -105,17 +107,14 @@ def _composition(seen: Part, suffix: str) -> list[lc.Claim]:
     found = []
     for form, id, words, origin in (
         (RAW, "composition", "The change of a complex task's pattern", PAPER),
-        (SHARES, "composition-of-shares", "and so is that of heads' shares of it:", OURS),
+        (SHARES, "composition-of-shares", "The change of heads' shares of the pattern", OURS),
     ):
         own = seen.values(metric="r2_out", method="parts", form=form)
         nulls = pd.DataFrame(
             {name: seen.values(metric="r2_out", method=name, form=form) for name in NULLS}
         )
-        sentence = (
-            f"{words} is a combination of the changes of its basic tasks"
-            if form == RAW
-            else f"{words} a combination of those of its basic tasks"
-        )
+        tasks = "its basic tasks" if form == RAW else "a complex task's basic tasks"
+        sentence = f"{words} is a combination of the changes of {tasks}"
         found.append(
             decide_over_all(
                 f"{id}{suffix}",
@@ -153,8 +152,8 @@ def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
     return [
         decide(
             f"few-samples{suffix}",
-            f"After {FEW:.0%} of the samples a pattern has gone more of its way than in proportion "
-            "(distance to the last)",
+            f"After {FEW:.0%} of the samples a pattern has covered more than that share of its "
+            "change (distance to the last pattern)",
             way["pattern"].to_numpy(),
             control=control,
             at_least=FEW,
@@ -164,7 +163,8 @@ def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
         ),
         decide(
             f"half-way{suffix}",
-            "and half of it or more",
+            f"After {FEW:.0%} of the samples a pattern has covered at least half of its change "
+            "(distance to the last pattern)",
             way["pattern"].to_numpy(),
             control=control,
             at_least=0.5,
@@ -173,7 +173,8 @@ def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
         ),
         decide(
             f"pattern-before-loss{suffix}",
-            "and a larger share of its way than the loss of its own",
+            f"After {FEW:.0%} of the samples a pattern has covered a larger share of its change "
+            "than the loss (difference of shares)",
             _or_open(way["pattern"] - way["loss"]),
             control=control,
             at_least=0,
@@ -185,13 +186,13 @@ def _speed(seen: Part, suffix: str) -> list[lc.Claim]:
 
 
 def _or_open(values: pd.Series) -> np.ndarray:
-    """What is there, or one missing value where nothing is: the claim then stays inconclusive."""
+    """The values that exist, or one NaN where none does: the claim then stays inconclusive."""
     found = values.dropna().to_numpy()
     return found if found.size else np.array([np.nan])
 
 
 class Part:
-    """Scores of one part as one number a seed or, of one model, one a task."""
+    """Scores of one part: one number per seed or, for the pretrained model, per task."""
 
     def __init__(self, scores: pd.DataFrame, part: str, unit: str) -> None:
         self.scores = where(scores, part=part)
@@ -201,14 +202,14 @@ class Part:
             self.over["n_seeds"] = int(where(self.scores, metric="activation")["run"].nunique())
 
     def values(self, **labels: Any) -> pd.Series:
-        """Mean of the rows with these labels by seed or task."""
+        """Mean of the rows with these labels, by seed or task."""
         rows = where(self.scores, **labels)
         return rows.groupby(self.unit)["value"].mean()
 
     def gaps(self, stage: str) -> pd.Series:
-        """Similarity of one task's patterns above that of two tasks', before or after tuning.
+        """Similarity of patterns of one task minus that of two tasks, before or after tuning.
 
-        By seed; of one model by ordered pair of tasks, which share tasks.
+        By seed; for the pretrained model by ordered pair of tasks, which share tasks.
         """
         same = self.values(metric="similarity", method="same task", stage=stage)
         if self.unit != "task":
@@ -218,7 +219,7 @@ class Part:
         return same.reindex(pairs.index, level="task") - pairs
 
     def over_pairs(self, gaps: pd.Series) -> dict[str, Any]:
-        """Units of what `gaps` gives."""
+        """Units of the values of `gaps`."""
         if self.unit != "task":
             return self.over
         pairs = np.array(gaps.index.to_list(), dtype=str)
@@ -229,7 +230,7 @@ class Part:
 
 
 def applications(seen: Part) -> list[lc.Claim]:
-    """Mixes of basic tasks, and choices of prompts, by what they are worth to a scarce task."""
+    """Claims on mixes of basic tasks and choices of prompts before a scarce task."""
     gained = {
         name: seen.values(metric="accuracy", method=name)
         for name in (FITTED, EVEN, RANDOM, PARTS, OWN, SIMILAR, DRAWN, LEAST)
@@ -247,8 +248,8 @@ def applications(seen: Part) -> list[lc.Claim]:
     found = [
         decide(
             id,
-            f"Before a scarce complex task, basic tasks mixed by fitted coefficients are worth "
-            f"more than {words} (accuracy gained)",
+            f"Training on basic tasks mixed by fitted coefficients before a scarce complex task "
+            f"gives higher accuracy than {words} (accuracy gained)",
             (gained[FITTED] - gained[other]).to_numpy(),
             control=mixes,
             at_least=0,
@@ -260,14 +261,14 @@ def applications(seen: Part) -> list[lc.Claim]:
         for id, other, words in (
             ("fitted-over-even", EVEN, "an even mix"),
             ("fitted-over-random", RANDOM, "a random mix"),
-            ("fitted-over-none", OWN, "none of them, the scarce prompts seen as often instead"),
+            ("fitted-over-none", OWN, "the scarce prompts alone, seen as often instead"),
         )
     ]
     found.append(
         decide(
             "similar-examples",
-            "Public prompts whose patterns are most like the scarce task's are worth more than "
-            "prompts drawn at random (accuracy gained)",
+            "Training on public prompts whose patterns are most like the scarce task's gives "
+            "higher accuracy than on prompts drawn at random (accuracy gained)",
             (gained[SIMILAR] - gained[DRAWN]).to_numpy(),
             control={
                 **{name: accuracy[name] for name in (SIMILAR, DRAWN, LEAST)},
@@ -284,7 +285,7 @@ def applications(seen: Part) -> list[lc.Claim]:
 
 
 def _share_of_parts(seen: Part) -> float:
-    """How much of the fitted mix are the tasks that the complex one is made of."""
+    """Share of the complex task's parts in the fitted mix."""
     rows = where(seen.scores, metric="coefficient")
     own = [
         method in parts.split(AND)
@@ -294,7 +295,7 @@ def _share_of_parts(seen: Part) -> float:
 
 
 def clusters(seen: Part) -> lc.Claim:
-    """Growing heads against heads that cluster, with each layer's heads permuted as the null."""
+    """Growth of heads against their clustering; the null permutes heads within layers."""
     heads = where(seen.scores, metric=["ari", "growth"]).pivot_table(
         "value", ["seed", "block", "head"], "metric"
     )
@@ -309,8 +310,8 @@ def clusters(seen: Part) -> lc.Claim:
     null = np.mean(nulls, axis=0)
     return decide(
         "growing-heads-cluster",
-        "Heads whose share of the activation grows as the model is tuned on all basic tasks are "
-        "those whose outputs cluster by task then (rank correlation over heads of a layer)",
+        "Heads whose share of the activation grows in tuning on all basic tasks cluster more by "
+        "task afterwards (rank correlation over heads within layers)",
         np.array(inside),
         control={
             "heads permuted within layers": float(null.mean()),

@@ -14,7 +14,7 @@ from studies.scores import where
 BASES = ("parts", "parts of other tasks", "controls", "shared", "random", "permuted")
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "alike": ["task-over-seed*", "tuning-separates*"],
     "growth": ["less-concentrated*", "growing-heads-cluster*"],
@@ -38,7 +38,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             _learned(where(shown, metric="learned")),
             name="method",
             facet="part",
-            title="What tuning teaches",
+            title="Accuracy before and after tuning",
             caption="Accuracy on test prompts, mean over tasks and runs.",
             value_title="accuracy",
         ),
@@ -46,7 +46,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             _means(_staged(where(shown, metric="similarity")), ["part", "method"]),
             name="method",
             facet="part",
-            title="Patterns of two runs",
+            title="Similarity of patterns of two runs",
             caption="Correlation over heads; runs differ in batches and prompts.",
             value_title="correlation",
         ),
@@ -54,7 +54,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             _ordered(_means(where(shown, metric="r2_out", form=RAW), ["part", "method"]), BASES),
             name="method",
             facet="part",
-            title="A complex task's change by those of others",
+            title="A complex task's change as a combination of other tasks' changes",
             caption="R² over held-out layers.",
             value_title="R²",
         ),
@@ -64,15 +64,15 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             color="method",
             facet="part",
             band=None,
-            title="How soon patterns and loss are where they end",
-            caption="Share of the way, mean over tasks and runs.",
-            y_title="share of the way",
+            title="Speed of patterns and loss",
+            caption="Share of the change to the last checkpoint, mean over tasks and runs.",
+            y_title="share of the change",
         ),
         "applications": figures.bars(
             _ordered(arms, _arms(own)),
             name="method",
-            title="What to train on before a scarce complex task",
-            caption="Accuracy on it, mean over tasks; all at equal numbers of prompts.",
+            title="Training before a scarce complex task",
+            caption="Accuracy on the complex task, mean over tasks; equal numbers of prompts.",
             value_title="accuracy",
         ),
         "growth": figures.head_map(
@@ -114,7 +114,7 @@ def _staged(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ordered(rows: pd.DataFrame, order: Any) -> pd.DataFrame:
-    """In the order given: the measurement comes first, figures colour it."""
+    """Rows in the given order: figures colour the first series."""
     kept = where(rows, method=list(order))
     return kept.assign(method=pd.Categorical(kept["method"], list(order))).sort_values("method")
 

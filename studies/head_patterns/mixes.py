@@ -1,7 +1,7 @@
-"""Using patterns: which basic tasks, or which of their prompts, to train on before a scarce task.
+"""Applications of patterns: mixes of basic tasks, or of prompts, before a scarce task.
 
-All arms end with the same tuning on the same scarce prompts of the complex task. Before it, each
-but one trains on as many prompts of the basic tasks and controls, mixed or chosen in its own way.
+All arms end with the same tuning on the same scarce prompts of the complex task. Before it, all
+but one train on equally many prompts of basic tasks and controls, mixed or chosen by the arm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FITTED, EVEN, RANDOM, PARTS, OWN = (
     "fitted mix", "even mix", "random mix", "parts alone", "its own examples",
 )  # fmt: skip
 SIMILAR, DRAWN, LEAST = "most similar", "drawn at random", "least similar"
-# Public prompts of each task, and the share of all of them that is chosen.
+# Public prompts of each task, and the chosen share of all of them.
 PUBLIC, CHOSEN = 64, 0.25
 
 
@@ -36,7 +36,7 @@ def applications(
     patterns: pd.DataFrame,
     seed: int,
 ) -> pd.DataFrame:
-    """Accuracy on the complex tasks after each arm, and heads of the evenly trained model."""
+    """Accuracy on complex tasks after each arm, and heads of the model of the even mix."""
     simple = [task for task in tasks if task.kind != COMPLEX]
     rng = np.random.default_rng([seed, 11])
     mix = Mixes(simple, study.mixed, rng)
@@ -67,7 +67,7 @@ def applications(
 
 
 class Mixes:
-    """Draws of prompts of several tasks, so many of each."""
+    """Draws of prompts of several tasks, by number per task."""
 
     def __init__(self, tasks: Sequence[Task], n: int, rng: np.random.Generator) -> None:
         self.n = n
@@ -79,7 +79,7 @@ class Mixes:
         ]
 
     def of(self, shares: Sequence[float]) -> lc.Prompts:
-        """So many prompts, by the shares of the tasks; each task's in one order, again if few."""
+        """Prompts by the shares of the tasks, each task's in a fixed order, repeated if few."""
         counts = spread_counts(shares, self.n)
         places = [np.resize(o, n) for o, n in zip(self.orders, counts, strict=True) if n]
         return self.pool.take(np.concatenate(places))
@@ -93,10 +93,10 @@ def _fitted(
     simple: Sequence[Task],
     seed: int,
 ) -> dict[str, float]:
-    """Share of each simple task in the change that the scarce prompts alone make.
+    """Share of each simple task in the change of the pattern by the scarce prompts.
 
-    Nothing else of the complex task is known, so the pattern is that of the same prompts. Where
-    no coefficient is above 0, all tasks have the same share.
+    The pattern is measured on the same prompts, since no others of the complex task are known.
+    Where no coefficient is above 0, all tasks have the same share.
     """
     change = pattern_change(
         model,
@@ -107,7 +107,7 @@ def _fitted(
         seed=seed,
     )
     bases = {task.name: basis[task.name] for task in simple}
-    # Coefficients alone are wanted: nulls are drawn where the composition is judged.
+    # Only coefficients are needed: nulls are drawn where the composition is tested.
     found = probes.compose(change, bases, nonnegative=True, nulls=2, seed=seed)
     try:
         return {str(name): float(share) for name, share in found.shares().items()}
@@ -122,7 +122,7 @@ def _choices(
     simple: Sequence[Task],
     rng: np.random.Generator,
 ) -> dict[str, lc.Prompts]:
-    """Public prompts by how alike their own patterns are to that of the scarce ones."""
+    """Public prompts chosen by the similarity of their patterns to the scarce prompts'."""
     pool = joined([task.train.take(rng.permutation(len(task.train))[:PUBLIC]) for task in simple])
     target = probes.head_activation(model, scarce).pattern.values
     alike = alike_to(probes.head_activation(model, pool).values.values, target)
@@ -161,7 +161,7 @@ def _tuned(
     options: dict[str, Any] = {"lr": study.tuning_lr, "checkpoints": 2, "progress": False}
     steps = study.tuning_steps
     if before is None:
-        # As many prompts as the others see, all of them scarce ones.
+        # As many prompts as in the other arms, all of them scarce ones.
         steps += round(study.mixed / own["batch_size"])
         run = lc.finetune(model, scarce, steps=steps, evaluate=test, **own, **options)
     else:
@@ -194,7 +194,7 @@ def _heads(
     basics: Sequence[Task],
     seed: int,
 ) -> pd.DataFrame:
-    """Of each head: how its share of the activation grows, and how it clusters by task then."""
+    """Growth of each head's share of the activation, and its clustering by task after."""
     run = lc.finetune(
         model,
         before,

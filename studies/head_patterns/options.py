@@ -1,4 +1,4 @@
-"""The options of the study `head_patterns`, and the words of its tables."""
+"""Options of the study `head_patterns`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -19,31 +19,30 @@ BASIC, COMPLEX, CONTROL = "basic", "complex", "control"
 class Options(Study):
     """Tune a model on basic tasks, on tasks composed of them and on controls; compare its heads.
 
-    A model trained here knows moves and maps of short sequences; it is tuned on others, on
-    composites of these, and on controls. The attention of a pretrained model is tuned on word
-    tasks, arithmetic, and two of each in a row.
+    A model is trained on moves and maps of short sequences, then tuned on other ones, on their
+    composites and on controls. The attention of a pretrained model is tuned on word tasks,
+    arithmetic and compositions of the two.
 
     Attributes:
-        pretrained: model for the second part, anything `lensclust.load` takes; "none" for no
-            such part.
+        pretrained: model of the second part, anything `lensclust.load` takes; "none" to skip it.
         pretrained_runs: tunings of each of its tasks: its first seeds.
         pretrained_steps: tuning steps.
         pretrained_batch: prompts a step.
         pretrained_lr: learning rate of the attention weights.
-        rank: of adapters (LoRA) beside them that are tuned in their place, which need the extra
-            ``peft`` and about ten times the learning rate; 0 for none.
-        measured: test prompts of each run that its patterns are measured on.
-        texts: labelled texts that are a control task, a name as `lensclust.tasks.classification`
-            takes; "none" for no such control.
+        rank: of LoRA adapters that are tuned instead, with the extra ``peft`` and about ten
+            times the learning rate; 0 for none.
+        measured: test prompts of each run for its patterns.
+        texts: labelled texts of a control task, a name as `lensclust.tasks.classification` takes;
+            "none" to skip it.
         model: native preset to train.
         n_layers: its blocks.
         n_heads: heads of a block.
         width: symbols of an input.
         n_symbols: different symbols.
-        known_moves: moves that the model is trained on before it is tuned.
-        known_maps: maps likewise; so are a composite for each of them.
+        known_moves: moves that the model is trained on before tuning.
+        known_maps: maps that it is trained on before tuning, and composites of moves and maps.
         complex_tasks: composites to tune on, each of a new move and a new map.
-        controls: further new moves and maps, parts of none of these.
+        controls: new moves and maps that are parts of no composite.
         steps: steps of the training before.
         batch_size: prompts a step, of all trainings.
         lr: peak learning rate of the training before.
@@ -51,12 +50,12 @@ class Options(Study):
         tuning_steps: steps of each.
         tuning_lr: learning rate of each.
         n_checkpoints: of each tuning, log-spaced, the model before it included.
-        scarce: prompts of the complex task that the applications tune on.
-        mixed: prompts of basic tasks that they tune on before.
-        permutations: draws behind each null.
+        scarce: prompts of the complex task in the applications.
+        mixed: prompts of basic tasks before them.
+        permutations: draws of each null.
     """
 
-    title: ClassVar[str] = "patterns of head activation, and what fine-tuning does to them"
+    title: ClassVar[str] = "patterns of head activation, and their change in fine-tuning"
     paper: ClassVar[str] = "Zhao et al. 2409.15820 (reconstruction and extension)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {

@@ -1,4 +1,4 @@
-"""One task of the pretrained model: word tasks, arithmetic, two of each in a row, and controls."""
+"""One task of the pretrained model: words, arithmetic, compositions of two, and controls."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ import lensclust as lc
 from lensclust.parallel import one_thread
 from lensclust.tasks.words import AFTER
 from studies.head_patterns.options import BASIC, COMPLEX, CONTROL, Options
-from studies.head_patterns.tuning import Task, dealt_out, tuned_patterns
+from studies.head_patterns.tuning import Task, split_tests, tuned_patterns
 
 WORDS = ("plural", "upper_case")
 NUMBERS = ("add", "multiply")
 OTHER = "french"
 TEMPLATES = ("imperative", "question")
-# Of the words, so many are only asked; of the texts, so many are tuned on.
+# Words held out for tests; texts to tune on.
 TEST_WORDS, TRAINED_TEXTS = 8, 64
 LONGEST_TEXT = 80
-# In the names of attention's weights, whatever the architecture.
+# Parts of the names of attention weights, in all architectures.
 ATTENTION = r"attn|attention"
 
 
 def task_names(study: Options) -> list[str]:
-    """The tasks, the parts of a composite task before it."""
+    """Names of the tasks; the parts of a composite task come before it."""
     composites = [AFTER.join(parts[::-1]) for parts in (WORDS, NUMBERS)]
     return [*WORDS, *NUMBERS, *composites, OTHER, *([study.texts] if study.texts != "none" else [])]
 
 
 def measure_task(study: Options, name: str) -> dict[str, pd.DataFrame]:
-    """Tune the pretrained model on one task and measure its patterns meanwhile."""
+    """Tune the pretrained model on one task and measure its patterns at checkpoints."""
     model = lc.load(study.pretrained, progress=False)
     tuned: dict[str, Any] = {"only": ATTENTION}
     if study.rank:
         tuned = {"lora": lc.Lora(rank=study.rank, targets=("q", "k", "v", "o"))}
-    # Workers share the cores: two threads each would only wait for one another.
+    # Workers share the cores: a second thread each would only wait.
     with one_thread():
         scores = tuned_patterns(
             model,
@@ -55,7 +55,7 @@ def measure_task(study: Options, name: str) -> dict[str, pd.DataFrame]:
 
 
 def task_of(study: Options, name: str, tokenizer: Any) -> Task:
-    """The prompts of a task, to tune on and to measure by."""
+    """Prompts of a task for tuning and for measuring."""
     last, _, first = name.partition(AFTER)
     parts = (first, last) if first else ()
     if last in NUMBERS:
@@ -67,12 +67,12 @@ def task_of(study: Options, name: str, tokenizer: Any) -> Task:
     else:
         prompts = _words(lc.tasks.natural(tokenizer, tasks=[name], paraphrases=TEMPLATES))
     kind = COMPLEX if first else BASIC if name in (*WORDS, *NUMBERS) else CONTROL
-    tests = dealt_out(prompts.where(split="test"), study.pretrained_runs, study.measured)
+    tests = split_tests(prompts.where(split="test"), study.pretrained_runs, study.measured)
     return Task(name, kind, parts, prompts.where(split="train"), tests)
 
 
 def _words(prompts: lc.Prompts) -> lc.Prompts:
-    """The last words are only asked, the same for every task."""
+    """Prompts with the last words as the test split, the same for every task."""
     words = prompts.rows["input"].drop_duplicates().iloc[-TEST_WORDS:]
     return _split(prompts, lambda rows: rows["input"].isin(words).to_numpy())
 

@@ -1,4 +1,4 @@
-"""From patterns of single runs to how alike, how concentrated, how fast, and of what composed."""
+"""Similarity, concentration, speed and composition, from the patterns of single runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from studies.scores import where
 
 Row = dict[str, Any]
 RAW, SHARES = "raw", "shares"
-# "Few" samples: this share of those seen in the end.
+# "Few" samples: this share of all training samples.
 FEW = 0.1
 
 
 def derived(scores: pd.DataFrame, *, permutations: int) -> pd.DataFrame:
-    """A row a number, by part, seed and task, from the activations of all runs.
+    """Derived scores by part, seed and task, one row each, from activations of all runs.
 
     Args:
-        permutations: draws behind each null.
+        permutations: draws of each null.
     """
     tables = []
     for (part, seed), rows in scores[scores["task"].notna()].groupby(["part", "seed"]):
@@ -56,12 +56,11 @@ def learned(rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def separation(found: xr.DataArray, permutations: int) -> Iterator[Row]:
-    """Correlation over heads of patterns of different runs: of one task, and of two tasks.
+    """Correlation over heads of patterns of different runs, of one task and of two tasks.
 
-    The similarity of each pair of tasks stands apart (``other`` names the second). Beside the
-    two, before and after tuning, stands what 'one task' gives where the runs' tasks
-    are dealt anew; ``identified`` is the share of runs whose most similar pattern of another run
-    is that of the same task.
+    Each pair of tasks also has a row (``other`` names the second). The null ``dealt``, before
+    and after tuning, is 'one task' with the tasks permuted within each run; ``identified`` is
+    the share of runs whose most similar pattern of another run is of the same task.
     """
     tasks, runs = found.sizes["task"], found.sizes["run"]
     same = np.tile(np.eye(tasks, dtype=bool), (runs, runs))
@@ -70,14 +69,14 @@ def separation(found: xr.DataArray, permutations: int) -> Iterator[Row]:
     for stage, place in (("before", 0), ("after", -1)):
         patterns = found.isel(step=place).transpose("run", "task", "block", "head").values
         alike = np.corrcoef(patterns.reshape(runs * tasks, -1))
-        dealt = [alike[:, order] for order in _dealt(tasks, runs, permutations, rng)]
+        permuted = [alike[:, order] for order in _permuted(tasks, runs, permutations, rng)]
         nearest = np.where(apart, alike, -np.inf).argmax(1) % tasks
         for task, name in enumerate(found["task"].values):
             own = np.arange(task, runs * tasks, tasks)
             means = {
                 "same task": alike[own][(same & apart)[own]].mean(),
                 "other tasks": alike[own][(~same & apart)[own]].mean(),
-                "dealt": np.mean([other[own][(same & apart)[own]].mean() for other in dealt]),
+                "dealt": np.mean([other[own][(same & apart)[own]].mean() for other in permuted]),
             }
             for method, value in means.items():
                 yield _row(name, "similarity", method, value, stage=stage)
@@ -88,18 +87,18 @@ def separation(found: xr.DataArray, permutations: int) -> Iterator[Row]:
             yield _row(name, "identified", "model", (nearest[own] == task).mean(), stage=stage)
 
 
-def _dealt(
+def _permuted(
     tasks: int, runs: int, permutations: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Places of runs and tasks with each run's tasks in another order."""
+    """Indices of runs and tasks, with the tasks permuted within each run."""
     for _ in range(permutations):
         yield np.concatenate([run * tasks + rng.permutation(tasks) for run in range(runs)])
 
 
 def concentration(found: xr.DataArray) -> Iterator[Row]:
-    """Gini coefficient and its like, before and after, mean over runs.
+    """Gini coefficient and other concentrations before and after tuning, mean over runs.
 
-    ``noise`` is how far two runs differ before tuning, where prompts alone tell them apart.
+    ``noise`` is the difference of two runs before tuning, which differ in prompts alone.
     """
     ends = found.isel(step=[0, -1]).transpose("task", "step", "run", "block", "head")
     values = ends.values.reshape(*ends.shape[:3], -1)
@@ -112,10 +111,10 @@ def concentration(found: xr.DataArray) -> Iterator[Row]:
 
 
 def speed(found: xr.DataArray, rows: pd.DataFrame) -> Iterator[Row]:
-    """Share of the way to the end that is done after a tenth of the samples, mean over runs.
+    """Share of the total change after a tenth of the samples, mean over runs.
 
     Of a pattern: 1 - d(t) / d(0), with d the distance to the last, Euclidean ('pattern') or one
-    minus the correlation ('correlation'); of the loss: how much of its fall is done.
+    minus the correlation ('correlation'); of the loss: the share of its decrease.
     """
     loss = where(rows, metric="loss").set_index(["task", "run", "step"])["value"].sort_index()
     samples = where(rows, metric="loss").groupby("step")["samples"].first().sort_index()
@@ -137,12 +136,12 @@ def speed(found: xr.DataArray, rows: pd.DataFrame) -> Iterator[Row]:
 
 
 def _way(distance: np.ndarray) -> np.ndarray:
-    """Share of the way done; missing where the way is no way at all."""
+    """Share of the total change; NaN where there is no change."""
     return 1 - distance / distance[0] if distance[0] > 0 else np.full(len(distance), np.nan)
 
 
 def composition(found: xr.DataArray, tasks: pd.DataFrame, permutations: int) -> Iterator[Row]:
-    """R² of each complex task's change by those of its parts, and by what should not do."""
+    """R² of each complex task's change by its parts' changes, and by the nulls."""
     shares = found / found.sum(["block", "head"])
     controls = [str(name) for name in tasks.index[tasks["kind"] == CONTROL]]
     parts = {
@@ -156,7 +155,7 @@ def composition(found: xr.DataArray, tasks: pd.DataFrame, permutations: int) -> 
             for name, own in parts.items():
                 other = [part for task, some in parts.items() if task != name for part in some]
                 bases = {"parts": own, "parts of other tasks": other[:2], "controls": controls}
-                # What tuning does to any task must not hold the parts themselves.
+                # The change shared by all tasks leaves out the parts.
                 rest = [values for task, values in change.items() if task not in (name, *own)]
                 shared = np.mean(rest, axis=0)
                 yield from _fits(name, change, bases, shared, form, permutations, int(run))

@@ -1,4 +1,4 @@
-"""One seed of the trained models: tuned on moves, maps, composites of them, and controls."""
+"""One seed of the trained models: tuned on moves, maps, their composites and controls."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import lensclust as lc
 from lensclust.parallel import one_thread
 from studies.head_patterns.mixes import applications
 from studies.head_patterns.options import BASIC, COMPLEX, CONTROL, Options
-from studies.head_patterns.tuning import Task, dealt_out, tuned_patterns
+from studies.head_patterns.tuning import Task, split_tests, tuned_patterns
 from studies.synthetic_task import trained
 
-# Test prompts of each run; these are cheap, so more than of the pretrained model.
+# Test prompts of each run: cheap, so more than for the pretrained model.
 MEASURED = 64
-# Training strings of a task, all of one length: prompts cost the same whatever their task.
+# Training strings of a task, all of one length: prompts of all tasks cost the same.
 STRINGS, LENGTH = 192, 7
 
 
 def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
-    """Train a model on what it is to know, tune it on each task, then try the applications."""
+    """Train a model on the known tasks, tune it on each new task, run the applications."""
     prompts = prompts_of(study, seed)
     tasks = tasks_of(study, prompts)
     new = {task.name for task in tasks}
@@ -61,7 +61,7 @@ def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFr
 
 
 def prompts_of(study: Options, seed: int) -> lc.Prompts:
-    """Prompts of all tasks: known ones with every composite of them, and new ones."""
+    """Prompts of all tasks: known ones with their composites, and new ones."""
     moves, maps = study.known_moves, study.known_maps
     further = study.complex_tasks + study.controls
     known = [(a, b) for a in range(moves) for b in range(maps)]
@@ -95,7 +95,7 @@ def tasks_of(study: Options, prompts: lc.Prompts) -> list[Task]:
             kind,
             parts,
             prompts.where(task=name, split="train"),
-            dealt_out(prompts.where(task=name, split="test"), study.runs, MEASURED),
+            split_tests(prompts.where(task=name, split="test"), study.runs, MEASURED),
         )
         for name, (kind, parts) in kinds.items()
     ]

@@ -1,4 +1,4 @@
-"""Tuning a model on one task, with its pattern of head activation over the samples it has seen."""
+"""Tune a model on one task and follow its pattern of head activation over samples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformer_lens.model_bridge import TransformerBridge
 import lensclust as lc
 import probes
 
-# Between the names of a composite task's parts, in the column ``parts``.
+# Separates the names of a composite task's parts in the column ``parts``.
 AND = " & "
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is tuned on, and test prompts for each run.
+    """Training prompts of a task, and test prompts for each run.
 
     Attributes:
         kind: ``basic``, ``complex`` or ``control``.
@@ -37,15 +37,15 @@ class Task:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What rows of this task are marked with."""
+        """Label columns of this task's rows."""
         return {"task": self.name, "kind": self.kind, "parts": AND.join(self.parts)}
 
 
-def dealt_out(prompts: lc.Prompts, runs: int, most: int) -> tuple[lc.Prompts, ...]:
-    """Test prompts for each run, at most so many each, alike in their expressions or templates."""
+def split_tests(prompts: lc.Prompts, runs: int, most: int) -> tuple[lc.Prompts, ...]:
+    """Disjoint test prompts for each run, at most ``most``, balanced over templates."""
     nth = prompts.rows.groupby("template").cumcount().to_numpy()
     places = [np.flatnonzero(nth % runs == run) for run in range(runs)]
-    # Spread over the templates, which follow one another.
+    # Strided, since the prompts of a template are consecutive.
     spread = [own[np.linspace(0, len(own) - 1, min(most, len(own))).astype(int)] for own in places]
     return tuple(prompts.take(own) for own in spread)
 
@@ -53,12 +53,12 @@ def dealt_out(prompts: lc.Prompts, runs: int, most: int) -> tuple[lc.Prompts, ..
 def tuned_patterns(
     model: TransformerBridge, task: Task, *, seed: int, **options: Any
 ) -> pd.DataFrame:
-    """Patterns, loss and accuracy of a task at each checkpoint of each run; a row a number.
+    """Patterns, loss and accuracy of a task at each checkpoint of each run, as tidy rows.
 
-    The model is as it was afterwards.
+    The model is unchanged afterwards.
 
     Args:
-        seed: of the batches, together with the number of the run.
+        seed: of the batches, with the index of the run.
         options: of `lensclust.finetune`.
     """
     tables: list[pd.DataFrame] = []
@@ -81,7 +81,7 @@ def tuned_patterns(
 
 
 def measured(model: TransformerBridge, prompts: lc.Prompts) -> pd.DataFrame:
-    """A row a head: its activation by these prompts."""
+    """Activation of each head by these prompts, one row per head."""
     found = probes.head_activation(model, prompts)
     return found.frame[["block", "head", "value"]].assign(metric="activation")
 
@@ -100,7 +100,7 @@ def _seed(seed: int, run: int) -> int:
 
 
 def changes(scores: pd.DataFrame, *, run: int | None = None) -> dict[str, np.ndarray]:
-    """Task -> pattern at its last checkpoint minus that at its first, mean over runs or of one."""
+    """Task -> last minus first pattern, mean over runs or of one run."""
     found = stack(scores)
     ends = found.isel(step=-1) - found.isel(step=0)
     ends = ends.mean("run") if run is None else ends.sel(run=run)
@@ -116,7 +116,7 @@ def stack(scores: pd.DataFrame) -> Any:
 
 
 def spread_counts(shares: Sequence[float], n: int) -> list[int]:
-    """Whole numbers that sum to ``n`` and are as near to the shares of it as can be.
+    """Integers that sum to ``n`` and are as near to its shares as possible.
 
     >>> spread_counts([0.5, 0.25, 0.25], 6)
     [3, 2, 1]

@@ -1,4 +1,4 @@
-"""What demonstrations change inside a model, and whether what it answers hangs on that."""
+"""How demonstrations change states and attention, and whether answers depend on it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 from studies.icl_representations.options import LINES, PERSONA, QUESTIONS, READING, WORDS, Options
 
 NOTES = (
-    "Of the source's methods its abstracts and reviews could be read, not its body: prompts, "
-    "pooling, correlations and statistics are ours, and no number here is to be compared with "
-    "one there. Its models are a hundred to five hundred times larger.",
-    "Measured at the token that is about to answer, whose last states nearly are the answer: "
-    "claims give the lower half of the layers beside all of them.",
-    "Links between changes are rank correlations over prompts. 'Controlled' takes out template, "
-    "condition and lengths; intervals resample items, p permutes whole items and is corrected "
-    "over layers by the largest of them. A link that is there before and not after is marked "
-    "as vanished.",
+    "Only the abstracts and reviews of the source were available: prompts, pooling, correlations "
+    "and statistics are ours, and numbers are not comparable with the source's. Its models are a "
+    "hundred to five hundred times larger.",
+    "States are those of the last token, which in the last layers nearly encode the answer: "
+    "claims give the lower half of the layers beside all layers.",
+    "Links between changes are rank correlations over prompts. 'Controlled' partials out "
+    "template, condition and lengths; intervals resample items, p permutes whole items and is "
+    "corrected over layers by the maximum. A link that is significant without control only is "
+    "marked as vanished.",
     "Interval and verdict of a claim are over seeds: other people, activities, lines and "
     "demonstrations, the same model and wordings.",
 )
@@ -32,8 +32,8 @@ ONE_SEED = "One seed leaves no interval: claims over seeds stay inconclusive."
 
 class ICLRepresentations(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
-        # Of two names and two activities, lengths of prompts may tell all that is asked.
+        """Raise InputError for options that leave a claim without a measurement."""
+        # With two names and two activities, prompt lengths may give away the answer.
         least = {"shots": 2, "names": 3, "activities": 2, "slopes": 2, "intercepts": 2}
         least |= {"persona_names": 2, "persona_activities": 2, "templates": 1}
         least |= {"vector_shots": 2, "top_heads": 1, "layer_stride": 1, "permutations": 2}
@@ -53,7 +53,7 @@ class ICLRepresentations(Options):
             raise lc.InputError(
                 f"word_shots={self.word_shots}: expected two rising numbers or more"
             )
-        # Half of the words may be shown, the other half asked: to make vectors, and to test them.
+        # Half of the words are demonstrations, half queries: to make vectors and to test them.
         half = len(words()) // 2
         if not 3 <= self.word_queries <= half // 2:
             raise lc.InputError(f"word_queries={self.word_queries}: expected 3 to {half // 2}")
@@ -68,8 +68,8 @@ class ICLRepresentations(Options):
         check_sizes(self)
 
     def run(self, context: Context) -> Findings:
-        """Measure questions and words of each seed, then decide the claims."""
-        # The download happens here, once and in sight, before workers ask for it.
+        """Measure questions and word tasks of each seed, then decide the claims."""
+        # The download happens here, once and visibly, before workers need it.
         model = lc.load(self.model, progress=context.progress)
         if model.tokenizer is None:
             raise lc.InputError(f"model={self.model!r}: has no tokenizer, needed for questions")
@@ -92,7 +92,7 @@ class ICLRepresentations(Options):
 
 
 def measure(study: Options, part: str, folder: Path) -> dict[str, pd.DataFrame]:
-    """One task's questions, or the words, of one seed: the work of one process."""
+    """Measure one task's questions, or the word tasks, of one seed, in one process."""
     import pandas as pd
 
     from studies.icl_representations.questions import measure_questions

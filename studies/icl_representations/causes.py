@@ -1,8 +1,8 @@
-"""Do answers follow the states and the attention that demonstrations change?
+"""Causal effects of states and attention that demonstrations change on answers.
 
-A prompt's own state, taken from behind demonstrations, brings its answer along, so it proves
-little. The mean state of other items in the same wording cannot know the answer: what it adds,
-beyond the same mean without demonstrations, is what demonstrations leave in one position.
+A prompt's own state after demonstrations holds its answer, so patching it is weak evidence. The
+mean state of other items in the same wording does not hold the answer: its effect beyond that of
+the same mean without demonstrations is what demonstrations leave in one position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def measure_causes(
     acts: Mapping[str, xr.Dataset],
     seed: int,
 ) -> pd.DataFrame:
-    """Log probability of the right answer's first token, gained by each change (nats, mean)."""
+    """Log probability of the right answer's first token gained by each edit (nats, mean)."""
     right = torch.from_numpy(first_answers(variants[NONE]))
 
     def confidence(
@@ -58,7 +58,7 @@ def _patched(
     confidence: Readout,
     before: Mapping[str, Tensor],
 ) -> list[dict[str, object]]:
-    """One position: the last state of each prompt replaced, layer by layer."""
+    """Effect of replacing the last state of each prompt, layer by layer."""
     strangers = _strangers(variants[NONE].rows)
     layers = chosen_layers(model, study.layer_stride)
     found = []
@@ -101,7 +101,7 @@ def _strangers(rows: pd.DataFrame) -> Float[Tensor, "prompt prompt"]:
 def _cut(
     model: TransformerBridge, prompts: lc.Prompts, confidence: Readout, before: Tensor, seed: int
 ) -> list[dict[str, object]]:
-    """The query sees the demonstrations' answers no more; or as many other tokens of them."""
+    """Effect of attention knockout from the query to the demonstrations' answers or controls."""
     spans = prompts.spans or {}
     place = torch.arange(prompts.tokens.shape[1])
 
@@ -110,7 +110,7 @@ def _cut(
         return (place >= start[:, None]) & (place < stop[:, None])
 
     shown = torch.stack([within(name) for name in spans if name.startswith("shown_")]).any(0)
-    # The first token is where attention rests that is needed nowhere: never hidden by chance.
+    # The first token is an attention sink: the random control never hides it.
     rest = within("demonstrations") & ~shown & (place > 0)
     rng = np.random.default_rng([seed, 4])
     others = torch.zeros_like(rest)
@@ -130,6 +130,6 @@ def _cut(
 
 
 def chosen_layers(model: TransformerBridge, stride: int) -> list[int]:
-    """Every so many layers of the residual stream, the last one included."""
+    """Every ``stride``-th layer of the residual stream, and the last."""
     last = model.cfg.n_layers
     return sorted({*range(0, last + 1, stride), last})

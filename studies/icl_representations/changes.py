@@ -1,4 +1,4 @@
-"""What demonstrations change: alignment, decodability, attention, and what goes along with it."""
+"""Changes by demonstrations: alignment, decodability, attention, and their links."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from studies.icl_representations.prompts import KINDS
 from studies.scores import where
 from studies.study import silenced
 
-# A name (an intercept) each, up to so many.
+# Folds: one name (or intercept) each, up to this number.
 FOLDS = 5
 PENALTY = 1e-2
 BOUNDS = (0.025, 0.975)
@@ -30,9 +30,9 @@ NEVER = 0.05
 def alignment(
     study: Options, acts: xr.Dataset, task: str, seed: int, *, both: bool = False
 ) -> pd.DataFrame:
-    """Fit of each component's hypothesis by layer, lengths and wordings left in and taken out.
+    """RSA of each component's hypothesis by layer, with and without nuisances partialled out.
 
-    With ``both`` features are standardised over prompts, and left as they are.
+    With ``both``, features are standardised over prompts, and also unchanged.
     """
     kind = KINDS[task]
     components = (kind.answer, *kind.others)
@@ -66,7 +66,7 @@ def pooled_alignment(
     task: str,
     seed: int,
 ) -> list[pd.DataFrame]:
-    """The same of states pooled over the query, in every way the source may have meant."""
+    """The same for states pooled over the query, in every reading of the source."""
     found = []
     for name in (NONE, SHOWN):
         pooled = lc.pooled(
@@ -78,7 +78,7 @@ def pooled_alignment(
 
 
 def decodability(study: Options, acts: xr.Dataset, task: str, seed: int) -> pd.DataFrame:
-    """Accuracy by layer of a probe for the answer, tested on names (intercepts) it has not seen."""
+    """Accuracy by layer of a probe for the answer on held-out names (intercepts)."""
     kind = KINDS[task]
     groups = kind.others[0]
     reduced, share = in_their_span(acts)
@@ -100,10 +100,10 @@ def decodability(study: Options, acts: xr.Dataset, task: str, seed: int) -> pd.D
 
 
 def in_their_span(acts: xr.Dataset) -> tuple[xr.Dataset, float]:
-    """States in an orthonormal basis of what they span, and its share of all dimensions.
+    """States in an orthonormal basis of their span, and its share of all dimensions.
 
-    A ridge probe finds the same there, in a fraction of the time, if its penalty, which is in
-    units of the mean eigenvalue over dimensions, takes this share.
+    A ridge probe gives the same result there in a fraction of the time if its penalty, which is
+    in units of the mean eigenvalue over dimensions, is multiplied by this share.
     """
     x = acts["resid"].isel(position=0).transpose("layer", "prompt", "d_model").values
     left, size, _ = np.linalg.svd(x.astype(np.float64), full_matrices=False)
@@ -117,7 +117,7 @@ def _folds(acts: xr.Dataset, task: str) -> int:
 
 
 def log_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean log ratios by layer; what block b attends to enters the states of layer b + 1."""
+    """Mean log ratios by layer; attention of block b enters the states of layer b + 1."""
     rows = frame[frame["heads"] == "mean"]
     return pd.DataFrame(
         {
@@ -141,7 +141,7 @@ def all_links(
     task: str,
     seed: int,
 ) -> list[pd.DataFrame]:
-    """Changes of states and attention against changes of the answer, prompt by prompt."""
+    """Links of changes of states and attention with changes of the answer over prompts."""
     rows = variants[NONE].rows
     behaviour = (answered[SHOWN]["confidence"] - answered[NONE]["confidence"]).to_numpy()
     covariates = pd.DataFrame(
@@ -196,10 +196,10 @@ def all_links(
 
 
 def own_alignment(acts: xr.Dataset, label: str) -> Float[np.ndarray, "layer prompt"]:
-    """How much more alike a prompt is to those of its own label than to the others.
+    """Similarity of each prompt to prompts of its label minus that to other labels.
 
-    Mean cosine with the others of the same template and label less that with those of the
-    template and other labels; features are standardised over prompts first.
+    Mean cosine with other prompts of the same template and label minus that with prompts of the
+    same template and other labels; features are standardised over prompts first.
     """
     values, template = acts[label].values, acts["template"].values
     same = values[:, None] == values
@@ -223,7 +223,7 @@ def _over_conditions(
     behaviour: Float[np.ndarray, " prompt"],
     rows: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Means of templates and conditions: what is left of a link between them."""
+    """Means of templates and conditions, for links between them."""
     by = ["template", *(["condition"] if "condition" in rows else [])]
     groups = [np.asarray(part) for part in rows.groupby(by, sort=False).indices.values()]
     return pd.DataFrame(
@@ -250,16 +250,16 @@ def link(
     permutations: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Rank correlation of each layer's change with that of behaviour, covariates in and out.
+    """Rank correlation of each layer's change with that of behaviour, raw and controlled.
 
     Args:
-        change, behaviour: what changes, of every prompt; a layer with a missing value is NaN.
-        items: every item has as many prompts, in the same order of wordings and conditions.
+        change, behaviour: changes of every prompt; a layer with a missing value gives NaN.
+        items: every item has equally many prompts, in the same order of wordings and conditions.
         covariates: numbers, and names (a column each).
 
     Returns:
         Two rows a layer (its index): ``metric`` (``link``), ``layer, controlled, value, low,
-        high, p, p_corrected, vanished`` (there at 5 % with covariates left in, and not without).
+        high, p, p_corrected, vanished`` (significant at 5 % raw and not controlled).
     """
     order = np.argsort(items, kind="stable")
     blocks = order.reshape(len(np.unique(items)), -1)
@@ -269,7 +269,7 @@ def link(
     dummies = pd.get_dummies(covariates, dtype=float).to_numpy()
     tables = []
     for controlled, design in ((False, constant), (True, np.hstack([constant, dummies]))):
-        # An orthonormal basis: covariates may be constant or repeat each other.
+        # An orthonormal basis: covariates may be constant or collinear.
         left, size, _ = np.linalg.svd(design, full_matrices=False)
         basis = left[:, size > size[0] * 1e-9]
 
@@ -279,10 +279,10 @@ def link(
         x, y = rest(ranks), rest(goal)
         value = _correlation(x, y)
         rng = np.random.default_rng([seed, int(controlled)])
-        dealt = np.empty((permutations, len(y)))
+        permuted = np.empty((permutations, len(y)))
         for turn in range(permutations):
-            dealt[turn, blocks.ravel()] = y[rng.permutation(blocks).ravel()]
-        null = np.abs(np.stack([_correlation(x, each) for each in rest(dealt)], axis=1))
+            permuted[turn, blocks.ravel()] = y[rng.permutation(blocks).ravel()]
+        null = np.abs(np.stack([_correlation(x, each) for each in rest(permuted)], axis=1))
         drawn = rng.integers(len(blocks), size=(permutations, len(blocks)))
         resampled = np.stack(
             [_correlation(x[:, r], y[r]) for r in (blocks[d].ravel() for d in drawn)]
@@ -317,9 +317,9 @@ def link(
 def _correlation(
     x: Float[np.ndarray, "layer prompt"], y: Float[np.ndarray, " prompt"]
 ) -> Float[np.ndarray, " layer"]:
-    """Pearson's, NaN where one of the two does not vary."""
+    """Pearson's correlation, NaN where one of the two is constant."""
     x, y = x - x.mean(1, keepdims=True), y - y.mean()
     length = np.linalg.norm(x, axis=1) * np.linalg.norm(y)
-    # What is left of a column that the covariates explain is rounding.
+    # The residual of a column that the covariates explain is rounding.
     flat = length < 1e-9 * len(y) ** 2
     return np.where(flat, np.nan, x @ y / np.where(flat, 1, length))

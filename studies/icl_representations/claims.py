@@ -1,4 +1,4 @@
-"""What the scores of questions and words say: the study's claims."""
+"""The claims on questions and words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POOLED: dict[str, Labels] = {
     for how in ("max", "mean")
     for words in ("", ", standardised")
 }
-# Smallest differences that matter, by what is measured.
+# Smallest differences that matter, by measure.
 SMALLEST: dict[str, Labels] = {
     "alignment": {"margin": SMALL, "scale": AGREEMENT.gain},
     "decodability": {"margin": SMALL, "scale": SHARE.gain},
@@ -43,9 +43,9 @@ WORDING = {
     PERSONA: "who does what behind a persona",
 }
 LINKS = {
-    "alignment": "alignment with the answer's hypothesis",
+    "alignment": "alignment with the hypothesis of the answer",
     "decodability": "decodability of the answer",
-    "attention ratio": "attention on what is relevant",
+    "attention ratio": "attention to the relevant part",
 }
 
 
@@ -62,11 +62,11 @@ def claims(scores: pd.DataFrame) -> list[lc.Claim]:
 
 
 def vanished(scores: pd.DataFrame) -> list[str]:
-    """A sentence on the links that are gone once wording and length are taken out."""
+    """A sentence on the links that vanish once wording and length are partialled out."""
     rows = where(scores, metric="link", controlled=False)
     rows = rows[rows["p_corrected"] <= 0.05]
     if rows.empty:
-        return ["No link between prompts is there at 5 % in any layer, controlled or not."]
+        return ["No link between prompts is significant at 5 % in any layer, controlled or not."]
     counts = rows.groupby(["task", "method"], sort=False)["vanished"].agg(["sum", "size"])
     found = [
         f"{method} in {task}: {int(gone)} of {total}"
@@ -74,10 +74,12 @@ def vanished(scores: pd.DataFrame) -> list[str]:
         if gone
     ]
     if not found:
-        return ["No link between prompts vanishes with template, condition and lengths taken out."]
+        return [
+            "No link between prompts vanishes once template, condition and lengths are controlled."
+        ]
     return [
-        "Links between prompts that vanish with template, condition and lengths taken out "
-        f"(layers of seeds, of those that had one): {'; '.join(found)}."
+        "Links between prompts that vanish once template, condition and lengths are controlled "
+        f"(layers of seeds, of those with a link): {'; '.join(found)}."
     ]
 
 
@@ -85,7 +87,7 @@ def _behaviour(seen: Questions) -> list[lc.Claim]:
     found = []
     for task in KINDS:
         control = {
-            "wrongly dealt answers": mean(seen.gain("confidence", task, WRONG)),
+            "shuffled answers": mean(seen.gain("confidence", task, WRONG)),
             "right, none": mean(seen.behaviour("right", task, NONE)),
             "right, shown": mean(seen.behaviour("right", task, SHOWN)),
         }
@@ -119,7 +121,8 @@ def _behaviour(seen: Questions) -> list[lc.Claim]:
     found.append(
         decide(
             "right-demonstrations",
-            "and right ones more than those whose answers are dealt wrongly (mean over tasks)",
+            "Demonstrations with right answers make the right answer more probable than "
+            "demonstrations with shuffled answers (log probability, nats, mean over tasks)",
             right - wrong,
             control={"right": mean(right), "wrong": mean(wrong)},
             at_least=0,
@@ -138,8 +141,8 @@ def _changes(seen: Questions) -> list[lc.Claim]:
             (
                 "alignment",
                 "alignment",
-                f"States line up more with the hypothesis of the {answer} behind demonstrations "
-                "(Spearman, length and wording taken out",
+                f"Demonstrations align states more with the hypothesis of the {answer} (Spearman, "
+                "length and wording partialled out",
                 {"hypothesis": answer, "controlled": True, "method": "answer"},
                 {
                     "left in": {"hypothesis": answer, "controlled": False, "method": "answer"},
@@ -149,16 +152,16 @@ def _changes(seen: Questions) -> list[lc.Claim]:
             (
                 "decodability",
                 "decodability",
-                f"The {answer} can be decoded better behind demonstrations (balanced accuracy on "
-                f"{KINDS[task].others[0]}s not seen",
+                f"Demonstrations make the {answer} more decodable (balanced accuracy on unseen "
+                f"{KINDS[task].others[0]}s",
                 {},
                 {},
             ),
             (
                 "attention",
                 "log ratio",
-                "Attention shifts to what is relevant behind demonstrations (log ratio to what is "
-                "not",
+                "Demonstrations shift attention to the relevant part of the query (log ratio to "
+                "the irrelevant part",
                 {"method": "attention"},
                 {"weighted by values": {"method": "value"}},
             ),
@@ -169,7 +172,7 @@ def _changes(seen: Questions) -> list[lc.Claim]:
             }
             control["lower half"] = mean(seen.change(metric, task, lower=True, **labels))
             if id != "attention":
-                control["wrongly dealt answers"] = mean(seen.change(metric, task, WRONG, **labels))
+                control["shuffled answers"] = mean(seen.change(metric, task, WRONG, **labels))
             for name in (NONE, SHOWN):
                 table = seen.by_layer(metric, task, name, **labels)
                 control[f"level, {name}"] = mean(seen.over_layers(table))
@@ -194,8 +197,8 @@ def _changes(seen: Questions) -> list[lc.Claim]:
     found.append(
         decide(
             "name-over-activity",
-            "Behind a persona, demonstrations move states towards the hypothesis of the name more "
-            "than towards that of the activity, though the answer is an activity",
+            "With a persona, demonstrations align states with the hypothesis of the name more than "
+            "with that of the activity, which is the answer (difference of changes, Spearman)",
             closer[PERSONA]["name"] - closer[PERSONA]["activity"],
             control={
                 **{name: mean(values) for name, values in closer[PERSONA].items()},
@@ -234,8 +237,8 @@ def _links(seen: Questions) -> list[lc.Claim]:
         found.append(
             decide(
                 f"link-{method.replace(' ', '-')}",
-                f"Prompts whose {what} grows are those whose right answer becomes more probable "
-                "(rank correlation, wording and lengths taken out, mean over layers and two tasks)",
+                f"Prompts whose {what} grows more gain more probability of the right answer (rank "
+                "correlation, wording and lengths partialled out, mean over layers and two tasks)",
                 np.mean([seen.over_layers(own[task]) for task in both], axis=0),
                 control=control,
                 at_least=0,
@@ -247,8 +250,8 @@ def _links(seen: Questions) -> list[lc.Claim]:
         found.append(
             decide(
                 f"conditions-{method.replace(' ', '-')}",
-                f"Wordings and personas in which {what} grows are those in which the right answer "
-                "becomes more probable (correlation, means of tasks taken out, mean over layers)",
+                f"Wordings and personas in which {what} grows more gain more probability of the "
+                "right answer (correlation, means of tasks subtracted, mean over layers)",
                 seen.over_conditions(method),
                 control={"over prompts": found[-1].estimate},
                 at_least=0,
@@ -262,7 +265,7 @@ def _links(seen: Questions) -> list[lc.Claim]:
 
 def _causes(seen: Questions) -> list[lc.Claim]:
     shown, none = seen.patched("others, shown"), seen.patched("others, none")
-    # A mean that only does less harm than another brings nothing.
+    # A mean state that only does less harm than another adds nothing.
     brought = shown - none.clip(lower=0)
     layers = elsewhere_best(brought)
     cuts = {
@@ -271,14 +274,14 @@ def _causes(seen: Questions) -> list[lc.Claim]:
     return [
         decide(
             "one-position",
-            "The last state behind demonstrations, averaged over prompts that ask something else, "
-            "makes the right answer more probable in a prompt without any (log probability "
-            "gained over nothing put in, or over the same mean without demonstrations if that is "
+            "The last state of prompts with demonstrations, averaged over other questions, makes "
+            "the right answer more probable in a prompt without demonstrations (log probability "
+            "gained over no patch, or over the same mean without demonstrations if that gains "
             "more; at the layer best in other seeds)",
             at_layers(brought, layers),
             control={
                 "demonstrations": mean(seen.gap()),
-                "over nothing put in": mean(at_layers(shown, layers)),
+                "over no patch": mean(at_layers(shown, layers)),
                 "the mean without": mean(at_layers(none, layers)),
                 "own state": mean(at_layers(seen.patched("own, shown"), layers)),
                 "own state, put back": mean(at_layers(seen.patched("own, none"), layers)),
@@ -290,8 +293,8 @@ def _causes(seen: Questions) -> list[lc.Claim]:
         ),
         decide(
             "answers-seen",
-            "The question draws on the demonstrations' answers more than on as many other tokens "
-            "of them (log probability lost when they are out of sight, one less the other)",
+            "The query uses the demonstrations' answers more than as many other tokens of them "
+            "(log probability lost by attention knockout, difference)",
             cuts["other tokens"] - cuts["answers"],
             control={
                 "demonstrations": mean(seen.gap()),

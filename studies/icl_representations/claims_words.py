@@ -1,4 +1,4 @@
-"""What the scores of word tasks say: neighbours, vectors, and clusters across kinds of prompt."""
+"""Claims on word tasks: neighbours, vectors, and clusters across kinds of prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from studies.icl_representations.words import BOTH, SHOWN, TOLD
 from studies.scales import AGREEMENT, SHARE, SMALL, WEAK
 from studies.scores import rank_correlations
 
-# Few words are asked: six of each of six tasks.
+# Few words are queried: six of each of six tasks.
 OF_WORDS = share(of=36)
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 
@@ -41,8 +41,9 @@ def word_claims(words: Words) -> list[lc.Claim]:
         vectors.append(
             decide(
                 name.replace(" ", "-"),
-                f"A {name} makes a query without instruction or demonstrations answered as the "
-                f"task asks (accuracy over its control, {control}; words it was not made from)",
+                f"A {name} makes the model do the task on a query without instruction or "
+                f"demonstrations (accuracy above its control, {control}; words unseen by the "
+                "vector)",
                 own - other,
                 control={
                     name: mean(own),
@@ -60,8 +61,8 @@ def word_claims(words: Words) -> list[lc.Claim]:
     return [
         decide(
             "neighbours",
-            "Tasks and numbers of demonstrations whose prompts have neighbours of their own task "
-            "are answered better (rank correlation of neighbours' accuracy, mean over layers, "
+            "Where prompts have nearest neighbours of their own task, the model is more accurate "
+            "(rank correlation over tasks and shots of neighbours' accuracy, mean over layers, "
             "with the model's)",
             rank_correlations(near, "value", "behaviour", by="seed").to_numpy(),
             control={
@@ -85,13 +86,14 @@ def word_claims(words: Words) -> list[lc.Claim]:
         *vectors,
         decide(
             "one-cluster",
-            "A task that is told and the same task that is shown lie together (share of prompts "
-            "nearest to their task's mean of the other kind, over swapped names, mean over layers)",
+            "An instructed task and the same task by demonstrations lie together (share of "
+            "prompts nearest to their task's mean of the other kind, above permuted names, mean "
+            "over layers)",
             np.mean(list(across.values()), axis=0) - chance,
             control={
                 **{name: mean(values) for name, values in across.items()},
                 **{
-                    f"{name}, kinds' means taken out": mean(words.nearest(name, centred=True))
+                    f"{name}, kinds' means subtracted": mean(words.nearest(name, centred=True))
                     for name in across
                 },
                 "swapped names": chance,
@@ -105,7 +107,8 @@ def word_claims(words: Words) -> list[lc.Claim]:
         ),
         decide(
             "kinds-apart",
-            "though the kinds lie apart: tasks are found better with the kinds' means taken out",
+            "Subtracting the means of the kinds of prompt brings the same task closer together "
+            "(share of prompts nearest to their task's mean of the other kind, gained)",
             np.mean(
                 [words.nearest(name, centred=True) - values for name, values in across.items()],
                 axis=0,
@@ -118,8 +121,8 @@ def word_claims(words: Words) -> list[lc.Claim]:
         ),
         decide(
             "sharper",
-            "Demonstrations behind an instruction make tasks lie further apart (silhouette, "
-            "gained over the instruction alone, mean over layers)",
+            "Demonstrations after an instruction separate tasks more (silhouette, gained over the "
+            "instruction alone, mean over layers)",
             sharper,
             control={
                 **{kind: mean(words.silhouette(kind)) for kind in (TOLD, SHOWN, BOTH)},

@@ -12,7 +12,7 @@ from studies.icl_representations.prompts import KINDS
 from studies.icl_representations.words import TESTED
 from studies.scores import where
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "behaviour": ["behaviour-*", "right-demonstrations"],
     "alignment": ["alignment-*"],
@@ -44,8 +44,7 @@ def _questions(rows: pd.DataFrame) -> dict[str, Any]:
             facet="task",
             title="Right answers with and without demonstrations",
             caption="Log probability of the answer (of an activity: its first token), mean over "
-            "wordings and conditions; "
-            "'wrong' shows answers dealt to other questions.",
+            "wordings and conditions; 'wrong': demonstrations with shuffled answers.",
             value_title="nats",
         ),
         "alignment": figures.curves(
@@ -55,7 +54,7 @@ def _questions(rows: pd.DataFrame) -> dict[str, Any]:
             color="variant",
             facet="task",
             title="Alignment with the hypothesis of the answer",
-            caption="Spearman's rho, lengths and wordings taken out, at the last token.",
+            caption="Spearman's rho, lengths and wordings partialled out, at the last token.",
             y_title="rho",
         ),
         "decodability": figures.curves(
@@ -63,15 +62,15 @@ def _questions(rows: pd.DataFrame) -> dict[str, Any]:
             color="variant",
             facet="task",
             title="Decodability of the answer",
-            caption="Balanced accuracy of a ridge probe on names (intercepts) it has not seen.",
+            caption="Balanced accuracy of a ridge probe on held-out names (intercepts).",
             y_title="accuracy",
         ),
         "attention": figures.curves(
             _layers(where(rows, metric="log ratio", method="attention"), ["variant"]),
             color="variant",
             facet="task",
-            title="Attention on what is relevant",
-            caption="Log ratio to what is not, of the last token, within the query; the band: "
+            title="Attention to the relevant part",
+            caption="Log ratio to the irrelevant part, last token, within the query; the band: "
             "random spans.",
             y_title="log ratio",
         ),
@@ -81,23 +80,23 @@ def _questions(rows: pd.DataFrame) -> dict[str, Any]:
             facet="task",
             band=None,
             title="Changes of states and attention against changes of answers",
-            caption="Partial rank correlation over prompts, wording, condition and lengths taken "
-            "out.",
+            caption="Partial rank correlation over prompts, controlled for wording, condition and "
+            "lengths.",
             y_title="correlation",
         ),
         "patching": figures.curves(
             where(rows, metric="patched")[["seed", "layer", "method", "value"]],
             color="method",
             band=None,
-            title="One state put in at the last token",
-            caption="Log probability of the right answer gained; 'others' is a mean over prompts "
-            "that ask something else, 'own, none' goes into the prompt with demonstrations.",
+            title="One state patched at the last token",
+            caption="Log probability of the right answer gained; 'others' is a mean over other "
+            "questions, 'own, none' is patched into the prompt with demonstrations.",
             y_title="nats",
         ),
         "cuts": figures.bars(
             where(rows, metric="cut")[["seed", "method", "value"]],
             name="method",
-            title="Demonstrations out of the question's sight",
+            title="Attention knockout from the query to demonstrations",
             caption="Change of the right answer's log probability with tokens hidden.",
             value_title="nats",
         ),
@@ -112,7 +111,7 @@ def _words(rows: pd.DataFrame) -> dict[str, Any]:
             _means(near, ["seed", "shots", "layer"], ["value", "null_mean"]).assign(null_std=0.0),
             color="shots",
             title="Neighbours of the same task, by number of demonstrations",
-            caption="Accuracy of a vote of nearest neighbours with other words, mean over tasks.",
+            caption="Accuracy of the vote of nearest neighbours with other words, mean over tasks.",
             y_title="accuracy",
         ),
         "kinds": figures.curves(
@@ -120,17 +119,17 @@ def _words(rows: pd.DataFrame) -> dict[str, Any]:
                 ["seed", "layer", "method", "value", "null_mean", "null_std"]
             ],
             color="method",
-            title="Told or shown: the same task in one place?",
+            title="Instructed or demonstrated: the same task in one place?",
             caption="Share of prompts nearest to their task's mean of the other kind of prompt; "
-            "the band: means with names swapped.",
+            "the band: means with permuted names.",
             y_title="share",
         ),
         "vectors": figures.curves(
             _means(vectors, ["seed", "method", "layer"]),
             color="method",
             band=None,
-            title="Task and function vectors in prompts that say nothing of the task",
-            caption="Accuracy on words that they were not made from, mean over tasks.",
+            title="Task and function vectors in prompts without the task",
+            caption="Accuracy on words unseen by the vectors, mean over tasks.",
             y_title="accuracy",
         ),
     }

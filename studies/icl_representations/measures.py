@@ -1,4 +1,4 @@
-"""Scores of questions and words, by seed: what claims are decided from."""
+"""Scores of questions and words by seed, for the claims."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Questions:
 
     @classmethod
     def of(cls, scores: pd.DataFrame) -> Questions:
-        """Those in the scores of a run."""
+        """Select them from the scores of a run."""
         return cls(where(scores, part=QUESTIONS))
 
     @property
     def half(self) -> float:
-        """The layers up to here are the lower half."""
+        """The last layer of the lower half."""
         return float(self.scores["layer"].max()) / 2
 
     def behaviour(self, metric: str, task: str, variant: str) -> BySeed:
@@ -38,13 +38,13 @@ class Questions:
         return rows.groupby("seed")["value"].mean().to_numpy()
 
     def gain(self, metric: str, task: str, variant: str = SHOWN) -> BySeed:
-        """What demonstrations add to behaviour."""
+        """Change of behaviour by demonstrations."""
         return self.behaviour(metric, task, variant) - self.behaviour(metric, task, NONE)
 
     def change(
         self, metric: str, task: str, variant: str = SHOWN, *, lower: bool = False, **labels: Any
     ) -> BySeed:
-        """What demonstrations add to a score by layer, mean over layers (or the lower half)."""
+        """Change of a score by demonstrations, mean over layers (or the lower half)."""
         own, none = (self.by_layer(metric, task, each, **labels) for each in (variant, NONE))
         return self.over_layers(own - none, lower=lower)
 
@@ -66,7 +66,7 @@ class Questions:
     def over_conditions(self, method: str) -> BySeed:
         """Correlation, over wordings and conditions of all tasks, of change and behaviour.
 
-        The means of tasks are taken out of both; then the mean over layers.
+        The means of tasks are subtracted from both; then the mean over layers.
         """
         rows = where(self.scores, metric="condition change", method=method)
         own = rows[["value", "behaviour"]]
@@ -78,17 +78,17 @@ class Questions:
         return found.groupby("seed").mean().to_numpy()
 
     def causes(self, metric: str, method: str) -> BySeed:
-        """Effect of a cut."""
+        """Effect of an edit."""
         rows = where(self.scores, metric=metric, method=method)
         return rows.sort_values("seed")["value"].to_numpy()
 
     def patched(self, method: str) -> pd.DataFrame:
-        """Effect of putting in a state ``(seed, layer)``."""
+        """Effect of patching a state ``(seed, layer)``."""
         rows = where(self.scores, metric="patched", method=method)
         return rows.pivot_table("value", "seed", "layer")
 
     def gap(self) -> BySeed:
-        """What demonstrations add, where causes were looked for."""
+        """Effect of demonstrations in the prompts of the causal measures."""
         return where(self.scores, metric="gap").sort_values("seed")["value"].to_numpy()
 
 
@@ -100,11 +100,11 @@ class Words:
 
     @classmethod
     def of(cls, scores: pd.DataFrame) -> Words:
-        """Those in the scores of a run."""
+        """Select them from the scores of a run."""
         return cls(where(scores, part=WORDS))
 
     def accuracy(self, kind: str) -> BySeed:
-        """Of the prompts of one kind."""
+        """Accuracy on the prompts of one kind."""
         rows = where(self.scores, metric="word accuracy", variant=kind)
         return rows.sort_values("seed")["value"].to_numpy()
 
@@ -115,7 +115,7 @@ class Words:
         return rows.groupby(by)[["value", "null_mean", "behaviour"]].mean().reset_index()
 
     def silhouette(self, kind: str) -> BySeed:
-        """Mean over layers."""
+        """Silhouette, mean over layers."""
         rows = where(self.scores, metric="silhouette", variant=kind)
         return rows.groupby("seed")["value"].mean().to_numpy()
 
@@ -125,9 +125,9 @@ class Words:
         return rows.groupby("seed")[column].mean().to_numpy()
 
     def vector(self, method: str, *, like: str | None = None) -> BySeed:
-        """Accuracy on queries that it was not made from, mean over tasks.
+        """Accuracy of a vector on held-out queries, mean over tasks.
 
-        At the layer that is best on the others, for this method or the one it is a control of.
+        At the layer that is best on the other queries, for this method or the one it controls.
         """
         rows = where(self.scores, metric="vector")
         own = where(rows, method=method, variant=TESTED)
@@ -142,7 +142,7 @@ class Words:
 def elsewhere_best(effect: pd.DataFrame) -> dict[Any, Any]:
     """Seed -> the layer whose effect is largest in the mean of the other seeds.
 
-    The layer of a single seed would be its own best, so it is none.
+    A single seed has no such layer.
     """
     if len(effect) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""The options of the study `icl_representations`, and the words of its tables."""
+"""Options of the study `icl_representations`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ if TYPE_CHECKING:
 
 
 QUESTIONS, WORDS = "questions", "words"
-# What is asked questions about.
+# The tasks of the questions.
 READING, LINES, PERSONA = "reading_comprehension", "linear_regression", "prompt_injection"
-# What stands before a query: nothing, demonstrations, or such whose answers are dealt wrongly.
+# Before a query: nothing, demonstrations, or demonstrations with shuffled answers.
 NONE, SHOWN, WRONG = "none", "shown", "wrong"
 
 
 @dataclass(frozen=True)
 class Options(Study):
-    """Ask with and without demonstrations, and compare states, attention and answers.
+    """Query with and without demonstrations; compare states, attention and answers.
 
-    Three tasks in which the answer stands in, or follows from, one part of the text beside
-    another part that does not matter: who does what, points on lines, and the first behind a
-    persona that may order to lie. And word tasks that are told, shown or both.
+    Three tasks whose answer follows from one part of the text, beside an irrelevant part: who
+    does what, points on lines, and the first after a persona that may order to lie. And word
+    tasks by instruction, by demonstrations or both.
 
     Attributes:
         model: anything `lensclust.load` takes, with a tokenizer.
         shots: demonstrations in a prompt that has some.
-        names: people that are asked about, each with every activity.
-        activities: that are asked for.
-        slopes: of the lines that are asked, each with every intercept.
-        intercepts: of those lines.
-        persona_names: people that are asked about behind a persona.
-        persona_activities: that are asked for there.
-        templates: wordings of a question, the first so many.
+        names: people in the questions, each with every activity.
+        activities: in the questions.
+        slopes: of the lines, each with every intercept.
+        intercepts: of the lines.
+        persona_names: people in the questions with a persona.
+        persona_activities: in the questions with a persona.
+        templates: number of wordings of a question, from the first.
         word_tasks: tasks over words, by name.
         word_shots: numbers of demonstrations of a word task.
-        word_queries: words asked of each task.
+        word_queries: query words of each task.
         vector_shots: demonstrations that task and function vectors are made from.
         top_heads: heads in a function vector.
-        layer_stride: patch every so many layers.
-        permutations: labellings or items permuted behind each score.
+        layer_stride: stride of the patched layers.
+        permutations: permutations of labels or items per score.
     """
 
-    title: ClassVar[str] = "what demonstrations change in states and attention, and in answers"
+    title: ClassVar[str] = "changes of states, attention and answers by demonstrations"
     paper: ClassVar[str] = "Yousefi et al. 2310.00313 (reconstruction and extension)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {

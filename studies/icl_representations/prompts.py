@@ -1,4 +1,4 @@
-"""What is asked of a model, and how it answers: prompts and behaviour of the three tasks."""
+"""Prompts of the three tasks, and the model's behaviour on them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NEW_TOKENS = 6
 
 @dataclass(frozen=True)
 class Kind:
-    """What is asked of one task's states.
+    """Components of one task's prompts.
 
     Attributes:
-        answer: the component that the answer is.
-        others: components that are in the text, too.
-        graded: the components are numbers.
+        answer: the component that is the answer.
+        others: other components in the text.
+        graded: whether the components are numbers.
     """
 
     answer: str
@@ -51,7 +51,7 @@ KINDS = {
 
 
 def check_sizes(study: Options) -> None:
-    """Refuse sizes for which there are no prompts (InputError), before a model is loaded."""
+    """Raise InputError for sizes without prompts, before a model is loaded."""
     most = len(data()["templates"])
     if study.templates > most:
         raise lc.InputError(f"templates={study.templates}: expected at most {most}")
@@ -62,14 +62,14 @@ def check_sizes(study: Options) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     for task in KINDS:
         source, options = _source(study, task)
-        # One wording of each item: sizes are refused alike, in a fraction of the time.
+        # One wording of each item: the same checks in a fraction of the time.
         options |= {"templates": options["templates"][:1]}
         options |= {"conditions": ["none"]} if task == PERSONA else {}
         source(PreTrainedTokenizerFast(tokenizer_object=words), shots=study.shots, **options)
 
 
 def variants_of(study: Options, tokenizer: Any, task: str, seed: int) -> dict[str, lc.Prompts]:
-    """The same queries behind nothing, behind demonstrations, and behind wrongly dealt ones."""
+    """The same queries with no, right and shuffled demonstrations."""
     source, options = _source(study, task)
     options["seed"] = seed
     both = source(tokenizer, shots=(0, study.shots), **options)
@@ -78,7 +78,7 @@ def variants_of(study: Options, tokenizer: Any, task: str, seed: int) -> dict[st
 
 
 def _source(study: Options, task: str) -> tuple[Callable[..., lc.Prompts], dict[str, Any]]:
-    """What makes a task's prompts, and the study's sizes for it."""
+    """The function that makes a task's prompts, and the study's sizes for it."""
     if task == LINES:
         sizes: dict[str, Any] = {"slopes": study.slopes, "intercepts": study.intercepts}
         known = list(TEMPLATES)
@@ -86,16 +86,16 @@ def _source(study: Options, task: str) -> tuple[Callable[..., lc.Prompts], dict[
         prefix = "persona_" if task == PERSONA else ""
         sizes = {name: getattr(study, f"{prefix}{name}") for name in ("names", "activities")}
         known = list(data()["templates"])
-    # Points on lines come in fewer wordings than the others.
+    # Points on lines have fewer wordings than the other tasks.
     return getattr(lc.tasks, task), {**sizes, "templates": known[: study.templates]}
 
 
 def answered(
     model: TransformerBridge, prompts: lc.Prompts, *, whole: bool
 ) -> tuple[xr.Dataset, pd.DataFrame]:
-    """States, and how each prompt is answered: by the whole answer, or by its first token.
+    """States and answers of each prompt, scored by the whole answer or its first token.
 
-    Activities begin with a token of their own, numbers do not.
+    Activities have different first tokens, numbers do not.
     """
     right = torch.from_numpy(first_answers(prompts))
     other = torch.tensor([tokens[0] for tokens in _others(model, prompts)]) if not whole else right
@@ -123,7 +123,7 @@ def answered(
 
 
 def _others(model: TransformerBridge, prompts: lc.Prompts) -> list[list[int]]:
-    """Token ids of the activity that somebody else does."""
+    """Token ids of another person's activity."""
     ids = [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths, strict=True)]
     return [
         continuation(model.tokenizer, prompts.text(row), ids[row], f" {text}")
@@ -148,10 +148,10 @@ def behaviour(
 def states_and_answers(
     model: TransformerBridge, prompts: lc.Prompts, readout: Readout
 ) -> tuple[xr.Dataset, Float[Tensor, "prompt value"]]:
-    """The residual stream at the last token, as `extract` gives it, and what ``readout`` reads.
+    """The residual stream at the last token, as from `extract`, and the readout of answers.
 
     Args:
-        readout: as in `lensclust.inference.answers`, a row of numbers a prompt.
+        readout: as in `lensclust.inference.answers`, one row of numbers per prompt.
     """
     sites = resolve(model, "resid")
     names = [hook_name(model, site) for site in sites]

@@ -1,4 +1,4 @@
-"""Questions with and without demonstrations: everything that is measured of one seed."""
+"""All scores of one seed's questions with and without demonstrations."""
 
 from __future__ import annotations
 

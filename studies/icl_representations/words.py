@@ -1,4 +1,4 @@
-"""Word tasks told, shown or both: neighbours, clusters across kinds of prompt, and vectors."""
+"""Word tasks by instruction, demonstrations or both: neighbours, clusters and vectors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from studies.study import silenced
 
 TOLD, SHOWN, BOTH = "told", "shown", "told and shown"
 PARAPHRASES = 2
-# As few-shot prompts end, so that the token that answers is the same in all kinds.
+# The ending of few-shot prompts, so that the answering token is the same in all kinds.
 LAYOUT = "{instruction}\n{input} ->"
 NEIGHBOURS = 5
 FITTED, TESTED = "fitted", "tested"
@@ -60,7 +60,7 @@ def _right(model: TransformerBridge, prompts: lc.Prompts) -> np.ndarray:
 def _neighbours(
     study: Options, model: TransformerBridge, source: lc.Prompts, seed: int
 ) -> list[pd.DataFrame]:
-    """Do a prompt's nearest neighbours do its task, and is it answered right, by shots."""
+    """Accuracy of nearest neighbours' tasks and of the model, by shots."""
     found = []
     for shots in study.word_shots:
         prompts = _shown(study, model, source, seed, shots=shots)
@@ -83,7 +83,7 @@ def _neighbours(
 def _kinds(
     study: Options, model: TransformerBridge, source: lc.Prompts, seed: int
 ) -> list[pd.DataFrame]:
-    """Instructions, demonstrations and both, of the same tasks and queries, in one space."""
+    """Prompts by instruction, demonstrations and both, of the same tasks and queries."""
     shots = study.word_shots[-1]
     prompts = {
         SHOWN: _shown(study, model, source, seed, shots=shots),
@@ -128,7 +128,7 @@ def _centred(acts: xr.Dataset) -> xr.Dataset:
 
 
 def _against_names(near: pd.DataFrame, task: np.ndarray, n: int, seed: int) -> pd.DataFrame:
-    """Share of prompts nearest to their own task's mean, beside that where means swap names."""
+    """Share of prompts nearest to their task's mean, and its null of permuted names."""
     names = np.unique(task)
     codes = {name: code for code, name in enumerate(names)}
     rng = np.random.default_rng([seed, 5])
@@ -153,21 +153,21 @@ def _against_names(near: pd.DataFrame, task: np.ndarray, n: int, seed: int) -> p
 def _vectors(
     study: Options, model: TransformerBridge, source: lc.Prompts, task: str, seed: int
 ) -> pd.DataFrame:
-    """Task vectors and function vectors in prompts that neither tell nor show the task.
+    """Task and function vectors in prompts without instruction or demonstrations.
 
-    They are made from half of the queries and applied to both: the layer is chosen on the half
-    they are made from and reported on the other.
+    They are made from one half of the queries and applied to both halves: the layer is chosen on
+    that half and reported on the other.
     """
     own = source.where(task=task)
     n = study.word_queries
     options = {"shots": study.vector_shots, "queries": 2 * n}
-    real, dealt = (
+    real, shuffled = (
         _shown(study, model, own, seed, shuffled=wrong, **options) for wrong in (False, True)
     )
     fitted = np.arange(len(real)) < n
     made = real.take(np.flatnonzero(fitted))
     vector = probes.function_vector(
-        model, made, dealt.take(np.flatnonzero(fitted)), top=study.top_heads
+        model, made, shuffled.take(np.flatnonzero(fitted)), top=study.top_heads
     )
     function = vector.intervention()
     layers = chosen_layers(model, study.layer_stride)

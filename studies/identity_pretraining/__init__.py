@@ -1,7 +1,7 @@
-"""Does it help to learn the names of tasks before the tasks?
+"""Does learning to name tasks first help to learn the tasks?
 
-The sizes of the default follow trials on seeds 100 and 101, which no run with fewer seeds reports:
-tasks that a model trained from scratch learns slowly and never perfectly, in a quarter of an hour.
+The default sizes were chosen on seeds 100 and 101, which no run with fewer seeds reports: a model
+trained from scratch learns these tasks slowly and never perfectly, in a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SEARCHED = ("identity", "scratch")
 
 class IdentityPretraining(Options):
     def check(self) -> None:
-        """Refuse what cannot be trained, or would leave a claim without a measurement."""
+        """Raise InputError for options that cannot be trained or leave a claim unmeasured."""
         least = {"n_layers": 1, "n_tasks": 2, "regexes_per_task": 2, "held_out_regexes": 1}
         least |= {"rows_per_mapping": 2, "naming_steps": 1, "task_steps": 2, "batch_size": 1}
         least |= {"warmup": 1, "evaluate_every": 1, "search_seeds": 1}
@@ -54,7 +54,7 @@ class IdentityPretraining(Options):
             task_set(replace(self, n_tasks=n_tasks), 0)
 
     def run(self, context: Context) -> Findings:
-        """Train every arm of every seed, sweep and search, then decide the claims over seeds."""
+        """Train every arm of every seed, the sweep and the search, then decide the claims."""
         import pandas as pd
 
         from studies.identity_pretraining.arms import measure
@@ -76,7 +76,7 @@ class IdentityPretraining(Options):
 
 
 def parts(study: Options, seeds: tuple[int, ...]) -> list[Part]:
-    """All that is to be trained, the longest first."""
+    """All trainings, the longest first."""
     here = (study.n_layers, study.n_tasks)
     return [
         *(Part("arms", seed, *here, (1.0,), ARMS) for seed in seeds),

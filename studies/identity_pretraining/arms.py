@@ -1,4 +1,4 @@
-"""What the arms of `identity_pretraining` train on, and what is measured of them."""
+"""Training data and measures of the arms of `identity_pretraining`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 
 def measure(study: Options, part: Part, folder: Path) -> dict[str, pd.DataFrame]:
-    """Train the arms of one part; score accuracies, and clusters where all arms are compared.
+    """Train the arms of one part; score accuracy, and clusters where all arms are compared.
 
-    Nothing is kept in ``folder`` but what is returned: a part is minutes.
+    ``folder`` holds only the returned frames: a part takes minutes.
     """
     import pandas as pd
 
@@ -51,7 +51,7 @@ def measure(study: Options, part: Part, folder: Path) -> dict[str, pd.DataFrame]
 
     prompts = task_set(replace(study, n_tasks=part.n_tasks), part.seed)
     n_ctx = required_sizes(prompts)["n_ctx"]
-    # One vocabulary for all arms, and so the same weights before training.
+    # One vocabulary for all arms, and therefore the same initial weights.
     d_vocab = first_name(prompts) + part.n_tasks
     config = native_config("sif-small", n_layers=part.n_layers, n_ctx=n_ctx, d_vocab=d_vocab)
     tables, weights, done = [], {}, {}
@@ -129,13 +129,13 @@ def plan(study: Options, prompts: lc.Prompts, share: float, seed: int) -> dict[s
 def clusters_of(
     study: Options, model: TransformerBridge, prompts: lc.Prompts, seed: int
 ) -> np.ndarray:
-    """The names that the model's last layer gives."""
+    """Names from clusters of the model's last layer."""
     n_tasks = prompts.rows["task"].nunique()
     return own_names(model, prompts, k=n_tasks, layer=int(model.cfg.n_layers), seed=seed)
 
 
 def accuracies(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:
-    """Accuracy by step and split; for the task beside the best that the input alone allows."""
+    """Accuracy by step and split; for the task with the best answer from the input alone."""
     chance = input_only_accuracy(reported(prompts).rows)
     return frame.rename(columns={"accuracy": "value"}).assign(
         metric="accuracy",
@@ -144,7 +144,7 @@ def accuracies(frame: pd.DataFrame, prompts: lc.Prompts) -> pd.DataFrame:
 
 
 def cluster_scores(study: Options, prompts: lc.Prompts, stages: list[Stage]) -> pd.DataFrame:
-    """Clusters by task at every layer and checkpoint, on unseen strings given the input."""
+    """Clustering by task at every layer and checkpoint, on unseen strings within input."""
     import pandas as pd
 
     unseen = clustered_prompts(prompts, study.rows_per_mapping).where(split=UNSEEN)
@@ -161,7 +161,7 @@ def cluster_scores(study: Options, prompts: lc.Prompts, stages: list[Stage]) -> 
 
 
 def agreement(study: Options, prompts: lc.Prompts, stages: list[Stage], seed: int) -> pd.DataFrame:
-    """How well the names that a half-trained model gave the training rows are the tasks (ARI)."""
+    """ARI with the tasks of the names that a half-trained model gives the training rows."""
     import pandas as pd
     from sklearn.metrics import adjusted_rand_score
 

@@ -1,4 +1,4 @@
-"""What the scores of the identity pre-training study say: claims and notes."""
+"""The claims and notes of the identity pre-training study."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ CLUSTERED: dict[str, Any] = {"at_least": 0, "margin": SMALL, "scale": AGREEMENT.
 # A tenth of a halving of the examples, some 7 % of them.
 HALVINGS = 0.1
 THRESHOLDS = (0.5, 0.9, 0.97)
-# What is equal in a comparison -> the column that counts it.
+# Budget that a comparison equates -> the column that counts it.
 TOTAL, OF_TASK = "all steps", "steps of the task"
 BUDGETS = {TOTAL: "step", OF_TASK: "task_step"}
 _CONDITION = ["purpose", "n_layers", "n_tasks", "share", "seed"]
 
 
 def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[lc.Claim]:
-    """Decide the claims; every value is one seed's.
+    """Decide the claims; each value is one seed.
 
     Args:
-        interval: steps between two accuracies: a smaller difference is none.
+        interval: steps between two evaluations: a smaller difference counts as none.
     """
     seen = Runs(scores, table)
     data = {arm: seen.by_share(arm).drop(columns=1.0).mean(axis=1).to_numpy() for arm in COMPARED}
@@ -82,8 +82,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
             for claim in (
                 sooner(
                     f"sooner-{threshold:g}",
-                    f"Naming tasks first saves steps to {threshold:g} of unseen strings at equal "
-                    "total steps",
+                    f"Naming tasks first saves steps to accuracy {threshold:g} on unseen strings "
+                    "against training from scratch (equal total steps)",
                     "identity",
                     "scratch",
                     threshold=threshold,
@@ -91,7 +91,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
                 ),
                 sooner(
                     f"sooner-{threshold:g}-than-shuffled",
-                    f"and against shuffled names, as many steps of both phases ({threshold:g})",
+                    f"Naming tasks first saves steps to accuracy {threshold:g} on unseen strings "
+                    "against shuffled names (equal steps of both phases)",
                     "identity",
                     "shuffled",
                     threshold=threshold,
@@ -99,7 +100,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
                 ),
                 sooner(
                     f"sooner-{threshold:g}-in-phase-2",
-                    f"and against training from scratch at equal steps of phase 2 ({threshold:g})",
+                    f"Naming tasks first saves steps to accuracy {threshold:g} on unseen strings "
+                    "against training from scratch (equal steps of phase 2)",
                     "identity",
                     "scratch",
                     threshold=threshold,
@@ -110,63 +112,75 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         higher(
             "higher",
-            "Final accuracy on unseen strings is above that from scratch at equal total steps",
+            "Naming tasks first raises final accuracy on unseen strings above training from "
+            "scratch (equal total steps)",
         ),
-        higher("higher-in-phase-2", "and at equal steps of phase 2", budget=OF_TASK),
-        # No threshold leaves a run uncounted here.
+        higher(
+            "higher-in-phase-2",
+            "Naming tasks first raises final accuracy on unseen strings above training from "
+            "scratch (equal steps of phase 2)",
+            budget=OF_TASK,
+        ),
+        # Without a threshold every run counts.
         throughout(
             "higher-throughout",
-            "Accuracy on unseen strings, on average over training, is above that from scratch at "
-            "equal total steps (steps of naming count as none right)",
+            "Naming tasks first raises mean accuracy over training on unseen strings above "
+            "training from scratch (equal total steps; steps of naming count as 0)",
         ),
         throughout(
             "higher-throughout-than-shuffled",
-            "and above that after shuffled names, as many steps of both phases",
+            "Naming tasks first raises mean accuracy over training on unseen strings above "
+            "shuffled names (equal steps of both phases)",
             "identity",
             "shuffled",
         ),
         throughout(
             "higher-throughout-phase-2",
-            "and above that from scratch on average over equal steps of phase 2",
+            "Naming tasks first raises mean accuracy over training on unseen strings above "
+            "training from scratch (equal steps of phase 2)",
             budget=OF_TASK,
         ),
         sooner(
             "after-instruction",
-            "Naming the task after the instruction alone saves steps to 0.9 (equal total steps)",
+            "Naming the task right after the instruction saves steps to accuracy 0.9 against "
+            "training from scratch (equal total steps)",
             "instruction",
             "scratch",
         ),
         sooner(
             "auxiliary",
-            "A head that names the task beside the answer saves steps to 0.9 (equal total steps)",
+            "An auxiliary head that names the task saves steps to accuracy 0.9 against training "
+            "from scratch (equal total steps)",
             "auxiliary",
             "scratch",
         ),
         throughout(
             "auxiliary-throughout",
-            "and so is accuracy on average over training",
+            "An auxiliary head that names the task raises mean accuracy over training above "
+            "training from scratch (equal total steps)",
             "auxiliary",
             "scratch",
             **OURS,
         ),
         sooner(
             "own-clusters",
-            "Names from a half-trained model's own clusters save steps to 0.9 (equal total steps)",
+            "Names from a half-trained model's own clusters save steps to accuracy 0.9 against "
+            "training from scratch (equal total steps)",
             "own clusters",
             "scratch",
             more={"ARI of those names": seen.names.mean()},
         ),
         sooner(
             "true-names",
-            "The true names save steps to 0.9 over wrong names of whole expressions: it is the "
-            "task, not the language, that has to be named",
+            "True names save steps to accuracy 0.9 against names permuted over whole expressions "
+            "(equal total steps)",
             "identity",
             "regrouped",
         ),
         decide(
             "pairs",
-            "Naming first helps with inputs a known expression was never shown with (accuracy "
-            "above that from scratch, equal total steps)",
+            "Naming tasks first raises accuracy on new pairs of known expression and input above "
+            "training from scratch (equal total steps)",
             pairs["identity"] - pairs["scratch"],
             control={"identity": pairs["identity"].mean(), "scratch": pairs["scratch"].mean()},
             **GAIN,
@@ -174,7 +188,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         decide(
             "auxiliary-pairs",
-            "and so does a head that names the task beside the answer",
+            "An auxiliary head that names the task raises accuracy on new pairs of known "
+            "expression and input above training from scratch (equal total steps)",
             pairs["auxiliary"] - pairs["scratch"],
             control={"auxiliary": pairs["auxiliary"].mean(), "scratch": pairs["scratch"].mean()},
             **GAIN,
@@ -182,7 +197,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         decide(
             "unknown-expressions",
-            "Naming does not help with expressions never trained on (accuracy above scratch)",
+            "Naming tasks first does not help with expressions never trained on (accuracy above "
+            "training from scratch)",
             never["identity"] - never["scratch"],
             control={arm: value.mean() for arm, value in never.items()},
             at_most=0.05,
@@ -192,7 +208,7 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         decide(
             "named-clusters",
             "Naming alone makes states cluster by task (agreement across wordings at the last "
-            "layer, above shuffled)",
+            "layer, above shuffled names)",
             seen.named("identity") - seen.named("shuffled"),
             control={
                 "true names": seen.named("identity").mean(),
@@ -203,8 +219,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         decide(
             "clusters-last",
-            "and those clusters last through phase 2 (lowest agreement in it, less half of that "
-            "before)",
+            "Clusters from naming last through phase 2 (lowest agreement in phase 2 minus half of "
+            "that before)",
             seen.lowest_after("identity") - seen.named("identity") / 2,
             control={
                 "after naming": seen.named("identity").mean(),
@@ -215,8 +231,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         decide(
             "clusters-at-the-end",
-            "At the end the last layer clusters more than from scratch (agreement across wordings, "
-            "equal total steps)",
+            "After naming tasks first the last layer clusters more by task at the end than after "
+            "training from scratch (agreement across wordings, equal total steps)",
             seen.ended("identity") - seen.ended("scratch"),
             control={arm: seen.ended(arm).mean() for arm in ARMS},
             **CLUSTERED,
@@ -224,8 +240,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         decide(
             "few-examples",
-            "Naming first helps where examples are few (final accuracy above scratch, mean over "
-            "the shares below all, equal total steps)",
+            "Naming tasks first helps where examples are few (final accuracy above training from "
+            "scratch, mean over the shares below 1, equal total steps)",
             data["identity"] - data["scratch"],
             control={arm: value.mean() for arm, value in data.items()},
             **GAIN,
@@ -233,7 +249,8 @@ def claims(scores: pd.DataFrame, table: pd.DataFrame, *, interval: int) -> list[
         ),
         decide(
             "fewer-examples",
-            "and fewer examples are needed for an accuracy of 0.5 (halvings against scratch)",
+            "Naming tasks first needs fewer examples for an accuracy of 0.5 (halvings against "
+            "training from scratch)",
             np.log2(needed["scratch"] / needed["identity"]),
             control={f"share, {arm}": value.mean() for arm, value in needed.items()},
             at_least=0,
@@ -269,7 +286,7 @@ def _sooner(
         seen.saved(threshold, arm, control, budget),
         control=beside | (more or {}),
         at_least=0,
-        # Less than the distance of two measurements is no difference, either way.
+        # A difference below the distance of two evaluations counts as none, either way.
         margin=float(interval),
         scale=Scale(-float(cap), float(cap), float(interval)),
         source=source,
@@ -278,7 +295,7 @@ def _sooner(
 
 
 def notes(decided: Sequence[lc.Claim], table: pd.DataFrame) -> list[str]:
-    """What the reader must not miss, where it does not help among it."""
+    """Caveats for the reader of the page, including where naming does not help."""
     by_verdict = {
         verdict: [claim.id for claim in decided if claim.verdict == verdict]
         for verdict in ("contradicted", "negligible", "inconclusive")
@@ -289,18 +306,18 @@ def notes(decided: Sequence[lc.Claim], table: pd.DataFrame) -> list[str]:
     return [
         "The paper's sizes and hyper-parameters are not known to us: tasks, model, training and "
         "what a name is are a reconstruction, so directions are tested, not values.",
-        "Sizes, and how a model's own clusters are found, follow trials on seeds 100 and 101, not "
-        "reported here: training from scratch was to be slow and not to become perfect. They were "
+        "Sizes, and the way a model's own clusters are found, were chosen on seeds 100 and 101, "
+        "not reported here, so that training from scratch is slow and never perfect. They were "
         "not chosen for a claim to hold.",
-        f"Steps to a threshold are restricted: a run that does not reach it counts with the whole "
-        f"budget ({caps[TOTAL]} of {TOTAL}, {caps[OF_TASK]} of {OF_TASK}), and how many do reach "
-        "it stands beside every estimate. Where none does the claim stays inconclusive.",
-        f"Where it does not help: contradicted are {_listed(by_verdict['contradicted'])}; "
-        f"negligible are {_listed(by_verdict['negligible'])}; undecided are "
-        f"{_listed(by_verdict['inconclusive'])}.",
+        "Steps to a threshold are restricted: a run that does not reach it counts with the whole "
+        f"budget ({caps[TOTAL]} of {TOTAL}, {caps[OF_TASK]} of {OF_TASK}). Every estimate gives "
+        "the number of runs that reach it; where none does the claim stays inconclusive.",
+        f"Claims that naming helps which do not hold: contradicted: "
+        f"{_listed(by_verdict['contradicted'])}; negligible: {_listed(by_verdict['negligible'])}; "
+        f"inconclusive: {_listed(by_verdict['inconclusive'])}.",
         _search(table),
         "With a share of the examples every task and input keeps at least one, and phase 1 still "
-        "names all training instructions: names are taken to be cheap, answers dear.",
+        "names all training instructions: names are assumed cheap, answers expensive.",
         LAYER_0,
     ]
 
@@ -325,17 +342,17 @@ def _search(table: pd.DataFrame) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in words, as long as it has to be."""
+    """A share as a percentage with three significant digits."""
     return f"{100 * share:.3g} %"
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a run, split, ``budget`` and metric.
+    """One row per run, split, ``budget`` and metric.
 
-    The budget, ``of`` so many steps, is what all arms have: all steps, or those of phase 2.
+    The budget, ``of`` steps, is what all arms share: all steps, or those of phase 2.
     Metrics: ``final accuracy``; ``mean accuracy`` over the budget, where steps before the task
-    count as zero; and ``steps to T``, restricted: the whole budget where T is not reached, which
-    ``reached`` tells.
+    count as zero; and ``steps to T``, restricted: the whole budget where T is not reached
+    (column ``reached``).
     """
     runs = where(scores, metric="accuracy", kind=TASK)
     found = []
@@ -369,7 +386,7 @@ def _within(run: pd.DataFrame, column: str, cap: int) -> list[dict[str, Any]]:
 
 
 class Runs:
-    """The scores as one number a seed."""
+    """The scores: one number per seed."""
 
     def __init__(self, scores: pd.DataFrame, table: pd.DataFrame) -> None:
         self.table = table
@@ -389,13 +406,13 @@ class Runs:
     def gain(
         self, metric: str, arm: str, control: str, budget: str = TOTAL, **labels: Any
     ) -> np.ndarray:
-        """A metric of one arm above another's."""
+        """A metric of one arm minus another's."""
         return self.value(metric, arm, budget, **labels) - self.value(
             metric, control, budget, **labels
         )
 
     def saved(self, threshold: float, arm: str, control: str, budget: str) -> np.ndarray:
-        """Steps an arm needs less than another; NaN if no run of either gets there."""
+        """Steps that an arm saves over another; NaN if no run of either reaches the threshold."""
         metric = f"steps to {threshold:g}"
         reached = [self.reached(threshold, each, budget) for each in (arm, control)]
         fewer = -self.gain(metric, arm, control, budget)
@@ -422,7 +439,7 @@ class Runs:
         return rows.groupby("seed")["value"].last().to_numpy()
 
     def by_share(self, arm: str) -> pd.DataFrame:
-        """Final accuracy at equal total steps: a row a seed, a column a share of the examples."""
+        """Final accuracy at equal total steps, by seed (rows) and share of examples (columns)."""
         rows = where(
             self.table,
             metric="final accuracy",
@@ -434,20 +451,20 @@ class Runs:
         return rows.pivot(index="seed", columns="share", values="value")
 
     def examples_to(self, threshold: float, arm: str) -> np.ndarray:
-        """Share of the examples at which final accuracy is so high, on a logarithmic scale.
+        """Share of the examples at which final accuracy reaches ``threshold``, on a log scale.
 
-        Interpolated between the shares; the least or the largest of them where the accuracy is
+        Interpolated between the shares; the smallest or the largest share where the accuracy is
         higher or lower throughout.
         """
         table = self.by_share(arm)
         shares = np.log2(table.columns.to_numpy(dtype=float))
-        # More examples never need more: noise that says so is taken out before reading off.
+        # More examples never lower accuracy: curves are made monotone before reading off.
         rising = np.maximum.accumulate(table.to_numpy(), axis=1)
         return np.array([2 ** np.interp(threshold, row, shares) for row in rising])
 
 
 def conditions(table: pd.DataFrame) -> pd.DataFrame:
-    """Final accuracy of named above from-scratch models in the search, a row a run and budget."""
+    """Gain in final accuracy of naming over scratch in the search, per run and budget."""
     rows = where(table, purpose="search", split=UNSEEN, metric="final accuracy")
     keys = ["n_layers", "n_tasks", "share", "seed", "budget"]
     arms = rows.pivot(index=keys, columns="arm", values="value")

@@ -1,4 +1,4 @@
-"""What the identity pre-training study shows: its figures, a map of conditions among them."""
+"""The figures of the identity pre-training study, including a map of conditions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from studies.synthetic_task import UNSEEN
 _CELL = 52
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "steps_to_threshold": [
         "sooner-*",
@@ -77,7 +77,7 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             color="arm",
             band=None,
             title="Accuracy on unseen strings, all steps counted",
-            caption="Lines begin where the arm first trains the task; the rate is constant.",
+            caption="Lines begin where the arm first trains the task; constant learning rate.",
             y_title="accuracy",
         ),
         "accuracy_in_phase_2": figures.curves(
@@ -85,8 +85,8 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             x=OF_TASK,
             color="arm",
             band=None,
-            title="Accuracy on unseen strings, steps of the task alone counted",
-            caption="What learning the names cost is left out.",
+            title="Accuracy on unseen strings, only steps of the task counted",
+            caption="Steps of naming are not counted.",
             y_title="accuracy",
         ),
         "steps_to_threshold": figures.bars(
@@ -94,7 +94,7 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             name="arm",
             facet="metric",
             title="Steps to an accuracy on unseen strings",
-            caption="All steps counted; a run that does not get there counts with all it has.",
+            caption="All steps counted; a run that does not reach it counts with the whole budget.",
             value_title="steps",
         ),
         "final_accuracy": figures.bars(
@@ -111,7 +111,7 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             color="layer",
             facet="arm",
             title="Clustering by task over all steps, by layer",
-            caption="Agreement across wordings on unseen strings, k-means given the input.",
+            caption="Agreement across wordings on unseen strings, k-means within input.",
             y_title="agreement across wordings",
         ),
         "examples": figures.curves(
@@ -122,7 +122,7 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             band=None,
             title="How many answered examples are needed",
             caption="Final accuracy on unseen strings by share of the examples of phase 2, at "
-            "equal steps of either kind.",
+            "equal steps of both kinds.",
             y_title="accuracy",
         ),
         "conditions": condition_map(
@@ -133,15 +133,15 @@ def pictures(scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
             y="layers",
             facet="panel",
             title="Where naming tasks first helps",
-            caption="Final accuracy on unseen strings of models that named tasks first, less "
-            "that of models trained from scratch.",
+            caption="Final accuracy on unseen strings of models that name tasks first minus that "
+            "of models trained from scratch.",
             value_title="accuracy gained",
         ),
     }
 
 
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of the arms, the measurement first."""
+    """Rows in the order of the arms."""
     return frame.sort_values("arm", key=lambda arm: arm.map(ARMS.index), kind="stable")
 
 
@@ -156,9 +156,9 @@ def condition_map(
     caption: str,
     value_title: str,
 ) -> Picture:
-    """Means over seeds of a difference by two conditions, one panel a value of a third.
+    """Map of a difference (mean over seeds) by two conditions, one panel per value of a third.
 
-    Zero is the middle of the colours, so that a null result looks like one.
+    Zero is the middle of the colour scale.
 
     Raises:
         ValueError: if a column is missing, no row is left, or a cell has several rows of a seed.

@@ -1,4 +1,4 @@
-"""The options of the study `identity_pretraining`, and the words of its tables."""
+"""Options of the study `identity_pretraining`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMPARED = ("identity", "shuffled", "scratch")
 
 @dataclass(frozen=True)
 class Options(Study):
-    """Train models that first learn to name the task, and models that do not, on the same tasks.
+    """Train models that learn to name the task first, and models from scratch, on the same tasks.
 
-    The learning rate is constant after its warm-up, so that a run read at a step is the run that
-    was ended there: one run from scratch is the control at equal total steps and, read earlier,
-    at equal steps of the task.
+    The learning rate is constant after its warm-up, so that a run evaluated at a step equals one
+    that ends there: one run from scratch is the control at equal total steps and, at an earlier
+    step, at equal steps of the task.
 
     Attributes:
         n_layers: blocks of the model, which is otherwise the preset "sif-small".
@@ -28,25 +28,25 @@ class Options(Study):
         n_inputs: inputs shared by the tasks.
         mappings_per_task: inputs each task answers.
         regexes_per_task: regular expressions each task's instructions come from.
-        held_out_regexes: further expressions of each task, never trained on: the control.
+        held_out_regexes: expressions of each task that are never trained on: the control.
         strings_per_regex: training instructions of an expression.
-        rows_per_mapping: prompts of each task and input in each split that is not trained on.
-        naming_steps: steps of phase 1, in which the task is named.
-        task_steps: steps of phase 2, in which it is done.
+        rows_per_mapping: prompts of each task and input in each evaluation split.
+        naming_steps: steps of phase 1, in which the model names the task.
+        task_steps: steps of phase 2, in which it does the task.
         batch_size: prompts a step.
         lr: learning rate.
         warmup: steps at the start of each phase in which it rises.
         evaluate_every: steps between two accuracies; "steps to reach" are as exact as this.
-        layer: blocks behind the state that the auxiliary head names the task from.
-        weight: of the auxiliary head's loss beside that of the language model.
+        layer: layer whose state the auxiliary head names the task from.
+        weight: of the auxiliary head's loss, added to that of the language model.
         shares: of the examples of phase 2, beside all of them; at least one example of each task
             and input is left. Phase 1 names all instructions in any case.
         search_layers: depths of the models in the search for conditions.
         search_tasks: numbers of tasks in it.
         search_shares: shares of the examples in it.
-        search_seeds: the first so many of the seeds repeat it.
+        search_seeds: number of seeds that repeat the search, from the first.
         n_checkpoints: checkpoints of each phase that are clustered.
-        permutations: permuted labellings behind each clustering.
+        permutations: permuted labellings per clustering score.
     """
 
     title: ClassVar[str] = "learning the names of tasks before the tasks"
@@ -117,7 +117,7 @@ class Options(Study):
 
 @dataclass(frozen=True)
 class Part:
-    """Trainings of one seed that share their tasks: the work of one process."""
+    """Trainings of one seed that share their tasks, run in one process."""
 
     purpose: str
     seed: int

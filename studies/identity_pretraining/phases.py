@@ -1,8 +1,8 @@
-"""Training in phases: one that names the task, one that does it, in any order.
+"""Training in phases: naming the task and doing it, in any order.
 
-Phase 1 shows prompts without their answers and asks for a token that names the task, a further
-id of the vocabulary. Which names those are makes the arms of `identity_pretraining`: the true
-ones, shuffled ones, or those that k-means gives to a model's own states.
+Phase 1 trains on prompts without answers to predict a token that names the task, an additional id
+of the vocabulary. Arms of `identity_pretraining` differ in these names: true ones, shuffled ones,
+or those from k-means on a model's own states.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 NAMING, TASK = "naming", "task"
 _REPORTED = 2
 After = Literal["input", "instruction"]
-# What a phase trains on may depend on the model that enters it.
+# The prompts of a phase may depend on the model at its start.
 Content = Callable[["TransformerBridge | None"], lc.Prompts]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps on the prompts that ``content`` gives for the model so far.
+    """A phase: steps on the prompts that ``content`` gives for the current model.
 
     Attributes:
-        name: tells it from the other phases of one seed that follow the same phases.
+        name: unique among phases of one seed with the same preceding phases.
         kind: ``"naming"`` or ``"task"``.
-        content: the prompts with their answers, splits and all.
+        content: the prompts with answers and splits.
         auxiliary: a second answer beside the loss.
     """
 
@@ -51,7 +51,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stage:
-    """A checkpoint within the phases: steps of all phases and steps of the task alone so far."""
+    """A checkpoint, with the steps so far of all phases and of the task alone."""
 
     kind: str
     step: int
@@ -68,15 +68,16 @@ def train_in_phases(
     done: dict[tuple[str, ...], TrainingRun],
     **options: Any,
 ) -> tuple[pd.DataFrame, list[Stage]]:
-    """Train phase after phase, each from the weights of the last, at a constant rate.
+    """Train the phases in order, each from the weights of the last, at a constant rate.
 
-    Every phase warms up over ``warmup`` steps with a fresh optimizer. At a constant rate the run
-    read at any step is the run that ended there, so one run serves for every comparison.
+    Every phase warms up over ``warmup`` steps with a new optimizer. At a constant rate a run
+    evaluated at any step equals one that ends there, so one run serves all comparisons.
 
     Args:
         warmup: steps.
-        report: the prompts to report accuracy on, of those a phase is given.
-        done: trainings by the names of the phases so far; filled, and read where arms begin alike.
+        report: selects the prompts to report accuracy on from those of a phase.
+        done: trainings by the names of the phases so far; filled, and reused by arms with the same
+            first phases.
         options: of `lensclust.train`, the same in every phase.
 
     Returns:
@@ -127,10 +128,10 @@ def train_in_phases(
 def naming_prompts(
     prompts: lc.Prompts, names: Int[np.ndarray, " prompt"], *, after: After = "input"
 ) -> lc.Prompts:
-    """The prompts answered by the names, numbers 0, 1, ... as ids behind the vocabulary.
+    """The prompts with names as answers: numbers 0, 1, ... as ids after the vocabulary.
 
-    With ``after="instruction"`` a prompt ends before its input. Only the answers change with the
-    names, so that arms that differ in their names see the same batches.
+    With ``after="instruction"`` a prompt ends before its input. Names change only the answers, so
+    that arms with different names see the same batches.
 
     >>> from lensclust.training import required_sizes
     >>> prompts = lc.tasks.sif(n_tasks=3, n_inputs=4, mappings_per_task=3)
@@ -152,7 +153,7 @@ def naming_prompts(
 
 
 def first_name(prompts: lc.Prompts) -> int:
-    """The first token id behind the vocabulary of prompts and answers."""
+    """The first token id after the vocabulary of prompts and answers."""
     return required_sizes(prompts)["d_vocab"]
 
 
@@ -160,9 +161,9 @@ def first_name(prompts: lc.Prompts) -> int:
 
 
 def with_share(prompts: lc.Prompts, share: float, rng: np.random.Generator) -> lc.Prompts:
-    """The prompts with so much of the training rows of each task and input, one at least.
+    """The prompts with a share of the training rows of each task and input, at least one.
 
-    Smaller shares are parts of larger ones drawn with the same ``rng``.
+    Smaller shares are subsets of larger ones drawn with the same ``rng``.
     """
     rows = prompts.rows[["split", "task", "input"]].assign(order=rng.permutation(len(prompts)))
     places = rows.groupby(["split", "task", "input"])["order"]
@@ -171,7 +172,7 @@ def with_share(prompts: lc.Prompts, share: float, rng: np.random.Generator) -> l
 
 
 def reported(prompts: lc.Prompts) -> lc.Prompts:
-    """The prompts that accuracy is reported on: all unseen strings, some of each other split."""
+    """Prompts for reported accuracy: all unseen strings, and some of each other split."""
     rows = prompts.rows
     nth = rows.groupby(["split", "task", "input"]).cumcount()
     kept = (rows["split"] == UNSEEN) | (nth < _REPORTED)
@@ -182,7 +183,7 @@ def reported(prompts: lc.Prompts) -> lc.Prompts:
 
 
 def shuffled_names(rows: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndarray, " prompt"]:
-    """Each split's task numbers in random order: as many of each, and of no use."""
+    """Task numbers shuffled within each split."""
     names = rows["task"].to_numpy(dtype=np.int64).copy()
     for _, index in rows.groupby("split", sort=False).indices.items():
         names[index] = rng.permutation(names[index])
@@ -190,27 +191,27 @@ def shuffled_names(rows: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndarr
 
 
 def regrouped_names(rows: pd.DataFrame, rng: np.random.Generator) -> Int[np.ndarray, " prompt"]:
-    """Whole expressions dealt out to other tasks: a language has one name, but a wrong one.
+    """Names with whole expressions permuted over tasks: one wrong name per expression.
 
-    Trained expressions are dealt among themselves, so each name keeps as many of them.
+    Trained expressions are permuted among themselves, so that each name keeps their number.
     """
     owners = rows.drop_duplicates("template")[["template", "task", "split"]]
     trained = (owners["split"] == "train").to_numpy()
-    dealt = owners["task"].to_numpy(dtype=np.int64).copy()
+    permuted = owners["task"].to_numpy(dtype=np.int64).copy()
     for group in (trained, ~trained):
-        dealt[group] = rng.permutation(dealt[group])
-    names = dict(zip(owners["template"], dealt, strict=True))
+        permuted[group] = rng.permutation(permuted[group])
+    names = dict(zip(owners["template"], permuted, strict=True))
     return rows["template"].map(names).to_numpy(dtype=np.int64)
 
 
 def own_names(
     model: TransformerBridge, prompts: lc.Prompts, *, k: int, layer: int, seed: int
 ) -> Int[np.ndarray, " prompt"]:
-    """The cluster of each instruction among the model's own states, as numbers below ``k``.
+    """Cluster of each instruction's state in the model, as numbers below ``k``.
 
-    The state at the answering token is a code of task and input: so each input's mean is taken
-    out, and what is left is averaged over the prompts of one instruction. k-means is fitted on
-    the training instructions; no task, answer or expression is read.
+    The state at the answering token encodes task and input: each input's mean is subtracted, and
+    the residual is averaged over the prompts of one instruction. k-means is fitted on the
+    training instructions, without tasks, answers or expressions.
     """
     import pandas as pd
     from sklearn.cluster import KMeans
@@ -221,10 +222,10 @@ def own_names(
     is_train = (prompts.rows["split"] == "train").to_numpy()
     means = states[is_train].groupby(inputs[is_train]).mean()
     centred = states - means.loc[inputs].to_numpy()
-    # Training instructions are described by their training prompts alone.
+    # States of training instructions come from their training prompts alone.
     known = centred[is_train].groupby(instructions[is_train]).mean()
     others = centred[~is_train].groupby(instructions[~is_train]).mean()
-    restarts: Any = 4  # scikit-learn's annotation knows its default alone
+    restarts: Any = 4  # scikit-learn's annotation allows only its default
     found = KMeans(k, n_init=restarts, random_state=seed).fit(known.to_numpy())
     names = dict(zip(others.index, found.predict(others.to_numpy()), strict=True))
     names |= dict(zip(known.index, found.predict(known.to_numpy()), strict=True))

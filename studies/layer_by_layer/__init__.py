@@ -1,4 +1,4 @@
-"""Which layers of a model of many tasks hold what a model of one task learned?"""
+"""Which layers of a model of many tasks share representations with a model of one task?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from studies.layer_by_layer.synthetic import measure
 
 class LayerByLayer(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
+        """Raise InputError for options that leave a claim without a measurement."""
         least = {"n_layers": 6, "n_tasks": 2, "specialists": 2, "mappings_per_task": 2}
         for name, number in (least | {"rows_per_mapping": 2, "specialist_steps": 1}).items():
             if getattr(self, name) < number:
@@ -43,15 +43,15 @@ class LayerByLayer(Options):
             shows=SHOWS,
             notes=[
                 "The paper tunes one language model of 32 layers on instructions; these are small "
-                "models trained from nothing on a synthetic task. Directions are tested, not "
-                "layers, and what is said of the paper's ranges of layers is at second hand.",
+                "models trained from scratch on a synthetic task. Directions are tested, not "
+                "layers; the paper's ranges of layers are cited at second hand.",
                 "Claims are decided from debiased CKA, 0 on average for unrelated states; plain "
                 "CKA, the paper's, is in the figures and scores.",
                 "A task has few expressions here, so the p of CKA over their relabellings cannot "
                 "be small: no claim rests on it.",
                 "Within one task the input alone gives the answer, so specialists need not read "
-                "instructions: what they share with the model of all tasks is a code of inputs "
-                "and answers.",
+                "instructions: they share a code of inputs and answers with the model of all "
+                "tasks.",
             ],
             provenance={"weights": dict(found["weights"].itertuples(index=False))},
         )

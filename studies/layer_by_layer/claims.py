@@ -1,4 +1,4 @@
-"""What the comparison of models says: where its curves break, its claims and its figures."""
+"""Change points, claims and figures of the comparison of models layer by layer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 DECIDING = "cka_debiased"
 TOGETHER = "all seeds together"
-# Models that were never trained have curves with breaks too: what training adds is placed.
+# Untrained models' curves break too: change points are those of the gain over them.
 GAIN = "model of all tasks, above the untrained"
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "*cka*": ["holds", "own-task", "not-all", "lower-shared"],
     "transitions": ["transition", "early"],
@@ -35,11 +35,11 @@ SHOWS = {
 
 
 def transitions(scores: pd.DataFrame) -> pd.DataFrame:
-    """Where each pair's curves break: a row a seed and pair, and one for all seeds together.
+    """Change points of each pair's curves: one row per seed and pair, and one for all seeds.
 
-    So do those of the model of all tasks less those of the untrained model. The tasks of a seed
-    are curves that share their breaks. Layer 0 is left out: it holds no
-    computation. ``value`` is the number of breaks, ``first`` and ``last`` their layers.
+    Also of the model of all tasks minus the untrained model. The curves of a seed's tasks share
+    their breaks. Layer 0 is left out: it holds no computation. ``value`` is the number of breaks,
+    ``first`` and ``last`` their layers.
     """
     rows = where(scores, metric=DECIDING)
     by_pair = {
@@ -71,7 +71,7 @@ def transitions(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 class Curves:
-    """The scores as one number a seed, means over tasks."""
+    """The scores: one number per seed, the mean over tasks."""
 
     def __init__(self, scores: pd.DataFrame, places: pd.DataFrame) -> None:
         self.cka = where(scores, metric=DECIDING)
@@ -89,12 +89,12 @@ class Curves:
         return self.layers[len(self.layers) // 2 :]
 
     def fall(self, pair: str) -> np.ndarray:
-        """CKA in the lowest third of the layers, the embedding left out, less the highest."""
+        """CKA in the lowest third of the layers (without the embedding) minus the highest third."""
         third = max(1, (len(self.layers) - 1) // 3)
         return self.mean(pair, self.layers[1 : 1 + third]) - self.mean(pair, self.layers[-third:])
 
     def lowest_accuracy(self) -> np.ndarray:
-        """Of the models of a seed that were trained on the task that is asked."""
+        """Lowest accuracy of the seed's models on tasks they were trained on."""
         rows = where(self.accuracies, pair=["specialist", MULTI, CEILING])
         return rows.groupby("seed")["value"].min().to_numpy(dtype=float)
 
@@ -107,7 +107,7 @@ class Curves:
 
 
 def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims; every value is one seed's."""
+    """Decide the claims; each value is one seed."""
     seen = Curves(scores, places)
     multi, ceiling, other, floor = (seen.mean(pair, seen.upper) for pair in PAIRS)
     shuffled = seen.mean(MULTI, seen.upper, "null_mean").mean()
@@ -126,8 +126,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "holds",
-            "A model of all tasks holds what specialists learned (CKA with a specialist over its "
-            "task, upper half of the layers, above that of an untrained model)",
+            "A model of all tasks represents a task like a specialist of it (CKA on the task's "
+            "prompts, upper half of the layers, above that of an untrained model)",
             multi - floor,
             control={
                 MULTI: multi.mean(),
@@ -142,8 +142,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "own-task",
-            "It is the task that they share: the model of all tasks is more like the specialist "
-            "of the task than the specialist of another task is",
+            "The model of all tasks is more like the specialist of a task than the specialist of "
+            "another task is (CKA, upper half of the layers)",
             multi - other,
             control={MULTI: multi.mean(), OTHER: other.mean(), UNTRAINED: floor.mean()},
             at_least=0,
@@ -153,7 +153,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "not-all",
-            "and not all of it: two specialists of one task are more alike still",
+            "Two specialists of one task are more alike than the model of all tasks is to a "
+            "specialist (CKA, upper half of the layers)",
             ceiling - multi,
             control={CEILING: ceiling.mean(), MULTI: multi.mean()},
             at_least=0,
@@ -163,8 +164,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "lower-shared",
-            "Lower layers are shared, higher ones are not (CKA with the specialist, lowest third "
-            "of the layers less highest)",
+            "Lower layers are shared more than higher ones (CKA of the model of all tasks with the "
+            "specialist, lowest third of the layers minus highest)",
             seen.fall(MULTI),
             control={pair: seen.fall(pair).mean() for pair in (CEILING, OTHER, UNTRAINED)},
             at_least=0,
@@ -174,8 +175,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "transition",
-            "Layers fall into ranges with transitions between them (breaks in the curve of CKA "
-            "with the specialist, above that of an untrained model)",
+            "Layers form ranges with transitions between them (breaks in the curve of CKA of the "
+            "model of all tasks with the specialist, above that of an untrained model)",
             seen.breaks(GAIN),
             control=counted | {TOGETHER: seen.together("value")},
             at_least=1,
@@ -183,8 +184,8 @@ def claims(scores: pd.DataFrame, places: pd.DataFrame) -> list[lc.Claim]:
         ),
         decide(
             "early",
-            "The first transition lies in the lower half (its layer, as a share of the depth, "
-            "of the seeds that have one)",
+            "The first transition lies in the lower half of the layers (its layer as a share of "
+            "the depth, over the seeds that have one)",
             broken if broken.size else [np.nan],
             control={
                 "share of seeds with one": broken.size / depth.size,
@@ -207,7 +208,7 @@ def pictures(scores: pd.DataFrame, places: pd.DataFrame) -> dict[str, Any]:
         name: figures.curves(
             where(over_tasks, metric=name),
             color="pair",
-            title=f"Likeness to a specialist, {title}",
+            title=f"Similarity to a specialist, {title}",
             caption="CKA with a specialist over its task, same layer, mean over tasks.",
             y_title=title,
         )

@@ -1,4 +1,4 @@
-"""The options of the study `layer_by_layer`, and the words of its tables."""
+"""Options of the study `layer_by_layer`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     pass
 
 
-# What is held against the first specialist of a task, over that task's prompts.
+# Models compared with the first specialist of a task, on that task's prompts.
 MULTI = "model of all tasks"
 CEILING = "second specialist"
 OTHER = "specialist of another task"
@@ -24,14 +24,14 @@ PAIRS = (MULTI, CEILING, OTHER, UNTRAINED)
 class Options(Study):
     """Train one model on all tasks and two on each of some, and compare them layer by layer.
 
-    Every seed draws its own tasks; no two models begin with the same weights or see the same
-    batches, so what they share is what the tasks make of them.
+    Every seed draws separate tasks; no two models share initial weights or batches, so that what
+    they share comes from the tasks.
 
     Attributes:
         model: native preset to train.
         n_layers: its blocks.
         n_tasks: tasks of the model of all tasks.
-        specialists: tasks that get two models of their own.
+        specialists: number of tasks with two specialist models each.
         n_inputs: inputs shared by the tasks.
         mappings_per_task: inputs each task answers.
         regexes_per_task: regular expressions each task's instructions come from.
@@ -42,7 +42,7 @@ class Options(Study):
         lr: peak learning rate.
     """
 
-    title: ClassVar[str] = "a model of many tasks against models of one, layer by layer"
+    title: ClassVar[str] = "a model of many tasks against models of one task, layer by layer"
     paper: ClassVar[str] = "Zhao, Ziser & Cohen 2410.20008 (MOSSA, reconstruction)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {

@@ -1,4 +1,4 @@
-"""One seed: models trained on the synthetic task, and what is measured of them."""
+"""Train one seed's models on the synthetic task and compare them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ UNSEEN = "new_string"
 
 
 def measure(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFrame]:
-    """Train the models of one seed and compare them: the work of one process."""
+    """Train the models of one seed and compare them, in one process."""
     import pandas as pd
 
     from lensclust.parallel import one_thread
 
     prompts = task_set(study, seed)
     tasks = range(study.specialists)
-    # Two specialists a task, and the model of all tasks: each with a seed of its own.
+    # Two specialists per task, and the model of all tasks, each with a separate seed.
     first = seed * (2 * study.specialists + 1)
     with one_thread():
         run = _train(study, prompts, first, folder / "all")
@@ -75,7 +75,7 @@ def task_set(study: Options, seed: int) -> lc.Prompts:
 
 
 def compare(specialist: Any, others: Mapping[str, Any], prompts: lc.Prompts) -> pd.DataFrame:
-    """CKA of each model with the specialist, layer with the same layer, and all accuracies."""
+    """CKA of each model with the specialist at the same layer, and all accuracies."""
     import pandas as pd
 
     from lensclust.inference import answers

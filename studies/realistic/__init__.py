@@ -14,7 +14,7 @@ from studies.study import Context, Findings, check_clusters
 
 class Realistic(Options):
     def check(self) -> None:
-        """Refuse what can be refused before a model is loaded."""
+        """Raise InputError for unusable options before a model is loaded."""
         if self.permutations < 2:
             raise lc.InputError(f"permutations={self.permutations}: expected at least 2")
         for name, value in {"inputs": self.inputs, "control_inputs": self.control_inputs}.items():
@@ -77,7 +77,7 @@ class Realistic(Options):
             controls.append(acts)
         tables, sources = zip(*measured, strict=True)
         scores = pd.concat(tables, ignore_index=True)
-        # Which neighbours are right prompt by prompt, where it is reported.
+        # Whether each prompt's neighbour is right, at the reported site.
         read = [own, words, *controls]
         places = [each for each in sources if each.name in (MODEL, WORDS, RANDOM)]
         near = pd.concat([neighbours(self, a, s) for a, s in zip(read, places, strict=True)])
@@ -91,7 +91,7 @@ class Realistic(Options):
                 attention,
                 given=given,
                 labels=("task", "template", "input"),
-                title="The heads, by how well what they add clusters by task",
+                title="Heads by the clustering of their outputs by task",
             )
         return Findings(
             scores=scores,

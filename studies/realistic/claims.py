@@ -1,4 +1,4 @@
-"""What the scores of the realistic study say: its claims, notes and figures."""
+"""The claims, notes and figures of the realistic study."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 MODEL, WORDS, RANDOM = "model", "bag of tokens", "random weights"
 HELD_OUT, HELD_OUT_WORDS = "model, held-out wordings", "bag of tokens, held-out wordings"
 _NEAR = (MODEL, WORDS, RANDOM)
-# A baseline this close to the model leaves little to be explained by the model.
+# With a baseline this close to the model, the model explains little.
 HIGH_BASELINE = 0.5
-# So many points a page still moves at once.
+# Points that a page can still animate at once.
 MOST_POINTS = 800
 
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "task_by_layer": ["clusters", "above-*", "deeper", "held-out-*"],
     "neighbours": ["paraphrase-neighbours", "neighbours-above-words"],
@@ -42,7 +42,7 @@ SHOWS = {
 
 
 class Evidence:
-    """Agreement across wordings of each source, at sites that other groups chose."""
+    """Agreement across wordings of each source, at sites chosen on other groups."""
 
     def __init__(self, sources: Sequence[Source], given: str) -> None:
         self.given = given
@@ -57,15 +57,15 @@ class Evidence:
 
     @property
     def sites(self) -> dict[str, str]:
-        """Where the model's groups are reported."""
+        """Site at which each of the model's groups is reported."""
         return chosen_sites(self.of(MODEL)[0].groups, AGREED)
 
     def by_template(self) -> Redrawn:
-        """How far the same partitions follow sentence shapes."""
+        """Agreement of the same partitions with the sentence template."""
         return redrawn(self.of(MODEL)[0], self.sites, by="template")
 
     def held_out(self) -> tuple[Redrawn, Redrawn]:
-        """Model and words on wordings that took no part in anything, layers from the others."""
+        """Model and words on held-out wordings, at layers chosen on the other wordings."""
         (model,), (words,) = self.of(HELD_OUT), self.of(HELD_OUT_WORDS)
         return redrawn(model, self.sites), redrawn(words, chosen_sites(words.groups, AGREED))
 
@@ -90,7 +90,7 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
     found = [
         decide(
             "clusters",
-            f"States cluster by task (agreement across wordings, best layer, given the {given})",
+            f"States cluster by task (agreement across wordings, best layer, within {given})",
             seen.model.mean(),
             control={
                 "wordings relabelled": float(null["null_mean"].mean()),
@@ -104,8 +104,8 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
         ),
         decide(
             "above-wording",
-            "beyond the words of the instruction: agreement above that of the bag of tokens (which "
-            "counts as no less than chance)",
+            "States cluster by task beyond the words of the instruction (agreement across wordings "
+            "above that of the bag of tokens, which counts as at least chance)",
             seen.model.above(seen.words),
             control={MODEL: model, WORDS: words},
             at_least=0,
@@ -115,8 +115,8 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
         ),
         decide(
             "above-random-weights",
-            "and beyond what the architecture alone does: above that of random weights (no less "
-            "than chance)",
+            "States cluster by task beyond what the architecture alone does (agreement across "
+            "wordings above that of random weights, which counts as at least chance)",
             seen.model.above(seen.random),
             control={
                 f"{MODEL}, the same {given}s": float(seen.model.of(seen.random.names).value.mean()),
@@ -130,7 +130,8 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
         *_neighbours(scores, near, n_seeds),
         decide(
             "deeper",
-            "Deeper layers cluster more (rank correlation of agreement across wordings with layer)",
+            "Deeper layers cluster more by task (rank correlation of agreement across wordings "
+            "with layer)",
             with_depth(seen.of(MODEL)[0]).mean(),
             control={RANDOM: float(with_depth(seen.of(RANDOM)[0]).value.mean())},
             at_least=0,
@@ -144,8 +145,8 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
         found += [
             decide(
                 "held-out-wordings",
-                "Wordings that were written without looking at any model's scores cluster by task "
-                "as well (layer chosen on the others)",
+                "Held-out wordings, written without looking at any model's scores, cluster by task "
+                "(agreement across wordings, layer chosen on the other wordings)",
                 held.mean(),
                 control={"the other wordings": model, WORDS: float(plain.value.mean())},
                 at_least=0,
@@ -155,7 +156,8 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
             ),
             decide(
                 "held-out-above-wording",
-                "beyond their words",
+                "Held-out wordings cluster by task beyond their words (agreement across wordings "
+                "above that of the bag of tokens)",
                 held.above(plain),
                 control={MODEL: float(held.value.mean()), WORDS: float(plain.value.mean())},
                 at_least=0,
@@ -170,8 +172,9 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
         found.append(
             decide(
                 "not-template",
-                "The clusters are tasks, not sentence shapes: agreement with the task above that "
-                "with the template (no less than chance)",
+                "Clusters follow the task more than the sentence template (agreement across "
+                "wordings with the task above that with the template, which counts as at least "
+                "chance)",
                 seen.model.above(template),
                 control={MODEL: model, "template": float(template.value.mean())},
                 at_least=0,
@@ -185,7 +188,8 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
         found.append(
             decide(
                 "heads",
-                "A single head's output clusters by task beyond the words (best head)",
+                "A single head's output clusters by task beyond the words (best head, agreement "
+                "across wordings above that of the bag of tokens)",
                 head.above(seen.words),
                 control={"best head": float(head.value.mean()), WORDS: words, "best layer": model},
                 at_least=0,
@@ -198,7 +202,7 @@ def claims(scores: pd.DataFrame, seen: Evidence, near: pd.DataFrame) -> list[lc.
 
 
 def _neighbours(scores: pd.DataFrame, near: pd.DataFrame, n_seeds: int) -> list[lc.Claim]:
-    """Whether neighbours have the task, over what chance and the words give."""
+    """Claims that neighbours share the task, above chance and above the words."""
     chance = float(where(scores, metric="1nn_accuracy", source=MODEL)["null_mean"].mean())
     own = where(near, source=MODEL).set_index("prompt")
     words = where(near, source=WORDS).set_index("prompt")["value"].loc[own.index]
@@ -227,8 +231,9 @@ def _neighbours(scores: pd.DataFrame, near: pd.DataFrame, n_seeds: int) -> list[
         ),
         decide(
             "neighbours-above-words",
-            "and more often than by its words (accuracy above that of the bag of tokens, no less "
-            "than chance)",
+            "A prompt's nearest neighbour with another paraphrase has the same task more often "
+            "than by words (accuracy above that of the bag of tokens, which counts as at least "
+            "chance)",
             (own["value"] - words).to_numpy(),
             **shared,
             **OURS,
@@ -237,7 +242,7 @@ def _neighbours(scores: pd.DataFrame, near: pd.DataFrame, n_seeds: int) -> list[
 
 
 def notes(scores: pd.DataFrame, seen: Evidence) -> list[str]:
-    """What the reader must know before believing the picture."""
+    """Caveats of the scores, for the reader of the page."""
     given = seen.given
     mean = {
         MODEL: float(seen.model.value.mean()),
@@ -245,7 +250,7 @@ def notes(scores: pd.DataFrame, seen: Evidence) -> list[str]:
         RANDOM: float(seen.random.value.mean()),
     }
     said = [
-        f"Agreement across wordings at the best layer, given the {given}: "
+        f"Agreement across wordings at the best layer, within {given}: "
         f"{', '.join(f'{name} {value:.2f}' for name, value in mean.items())}; words by tf-idf, the "
         f"layer chosen on the other half of the {given}s."
     ]
@@ -253,12 +258,12 @@ def notes(scores: pd.DataFrame, seen: Evidence) -> list[str]:
         if mean[source] > HIGH_BASELINE * mean[MODEL]:
             said.append(
                 f"The {source} baseline is high: {mean[source]:.2f} against {mean[MODEL]:.2f} for "
-                "the model. Prompts of one task share words here, so these clusters alone prove "
-                "little."
+                "the model. Prompts of one task share words here, so these clusters alone are weak "
+                "evidence."
             )
     said.append(
-        f"Intervals draw {given}s and wordings anew, clusters as they were found. Random weights "
-        "read fewer prompts, so their neighbours come from fewer."
+        f"Intervals resample {given}s and wordings and keep the clusters. Random weights read "
+        "fewer prompts, so their neighbours come from fewer."
     )
     if HELD_OUT in seen.names:
         said.append(
@@ -284,7 +289,7 @@ def pictures(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, An
         "task_by_layer": figures.curves(
             _level(layers),
             color="source",
-            title=f"Clustering by task, given the {given}",
+            title=f"Clustering by task, within {given}",
             caption="Agreement across wordings by layer, beside the words alone, random weights "
             "and, where there are, held-out wordings.",
             y_title="agreement across wordings",
@@ -293,7 +298,7 @@ def pictures(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, An
             _level(where(scores, metric="1nn_accuracy")),
             color="source",
             band=None,
-            title="Is the nearest neighbour of another paraphrase of the same task?",
+            title="Does the nearest neighbour with another paraphrase have the same task?",
             caption="1-nearest-neighbour task accuracy (cosine), neighbours with another template.",
             y_title="accuracy",
         ),
@@ -317,22 +322,22 @@ def pictures(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, An
             heads,
             title="Which heads carry the task",
             caption="Agreement across wordings of each head's contribution to the residual stream, "
-            f"given the {given}.",
+            f"within {given}.",
         )
     return found
 
 
 def views(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, ClusterView]:
-    """What the page lets its reader explore, by file name."""
+    """The interactive views of the page, by file name."""
     groups = list(dict.fromkeys(acts[given].values.tolist()))
     largest = max(1, int(pd.Series(acts[given].values).value_counts().max()))
     shown = groups[: max(1, MOST_POINTS // largest)]
     part = acts.isel(prompt=np.flatnonzero(np.isin(acts[given].values, shown)))
     agreed = where(scores, metric=AGREED, kind="resid", by="task", given=given, source=MODEL)
     caption = (
-        f"Two principal components of each layer, turned onto those of the layer before by an "
-        f"orthogonal map; {part.sizes['prompt']:,} of {acts.sizes['prompt']:,} prompts. A picture "
-        f"is no measure: the score is that of k-means in all dimensions, given the {given}."
+        f"Two principal components of each layer, aligned to those of the layer before by an "
+        f"orthogonal map; {part.sizes['prompt']:,} of {acts.sizes['prompt']:,} prompts. The score "
+        f"is that of k-means in all dimensions, within {given}, not of the picture."
     )
     return {
         "clusters": probes.cluster_map(part).view(
@@ -346,14 +351,14 @@ def views(scores: pd.DataFrame, acts: xr.Dataset, given: str) -> dict[str, Clust
 
 
 def _level(rows: pd.DataFrame) -> pd.DataFrame:
-    """Draw a source that has one layer only (the words) as a level line over all layers."""
+    """Draw a source with one layer (the words) as a horizontal line over all layers."""
     depth = rows.groupby("source")["layer"].transform("nunique")
     flat = [rows.loc[depth == 1].assign(layer=layer) for layer in sorted(rows["layer"].unique())]
     return pd.concat([rows.loc[depth > 1], *flat], ignore_index=True)
 
 
 def _planes(acts: xr.Dataset, agreed: pd.DataFrame, given: str) -> pd.DataFrame:
-    """The states of one group at six depths, the best layer among them."""
+    """The states of one group at six depths, including the best layer."""
     last, best = int(agreed["layer"].max()), int(agreed.nlargest(1, "value")["layer"].iloc[0])
     layers = sorted({*np.linspace(0, last, 5).round().astype(int).tolist(), best})
     part = acts.isel(prompt=np.flatnonzero(acts[given].values == acts[given].values[0]))

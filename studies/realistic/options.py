@@ -1,4 +1,4 @@
-"""The options of the study `realistic`, and the words of its tables."""
+"""Options of the study `realistic`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FOLDER_INPUTS = 10
 class Options(Study):
     """Cluster a pretrained model's states by task, against wording and random weights.
 
-    On the project's own set every input stands under every task, so states are clustered given
-    the input. On a folder of instruction_induction inputs differ by task, so prompts are
-    clustered in folds that hold each instruction once.
+    In the project's own set every input occurs with every task, so states are clustered within
+    input. In a folder of instruction_induction inputs differ by task, so prompts are clustered
+    in folds that hold each instruction once.
 
     Attributes:
         model: anything `lensclust.load` takes.
@@ -29,7 +29,7 @@ class Options(Study):
         control_inputs: how many of them the random-weights model reads too.
         heads: cluster every head as well as every layer.
         k: clusters; default as many as there are tasks.
-        permutations: permuted labellings behind each score.
+        permutations: permuted labellings per score.
     """
 
     title: ClassVar[str] = "task clusters in a pretrained model, against wording and chance"

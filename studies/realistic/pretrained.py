@@ -19,10 +19,10 @@ from studies.realistic.options import FOLDER_INPUTS, Options
 
 
 def prompts_of(study: Options, tokenizer: Any, *, held_out: bool = False) -> lc.Prompts:
-    """The task set, with texts and a ``fold`` that holds every instruction once.
+    """Prompts of the task set, with texts and folds that hold every instruction once.
 
     Folds run along the diagonals of instruction and input, so that the prompts of one task
-    in one fold differ in both. ``held_out`` asks for the own set's other wordings.
+    in one fold differ in both. ``held_out`` gives the own set's held-out wordings.
     """
     if study.data is None:
         found = lc.tasks.natural(tokenizer, inputs=study.inputs, chat=study.chat, held_out=held_out)
@@ -42,7 +42,7 @@ def prompts_of(study: Options, tokenizer: Any, *, held_out: bool = False) -> lc.
 def read_states(
     study: Options, model: Any, prompts: lc.Prompts, sites: list[str], context: Context, name: str
 ) -> xr.Dataset:
-    """Activations in the run directory, so that a killed run does not read them again."""
+    """Activations, stored in the run directory so that a killed run can resume."""
     store = context.out / f"{name}.zarr"
     return lc.extract(
         model, prompts, sites, store=store, resume=True, progress=context.progress
@@ -52,7 +52,7 @@ def read_states(
 def measure(
     study: Options, acts: xr.Dataset, source: str, given: str, context: Context, seed: int = 0
 ) -> tuple[pd.DataFrame, Source]:
-    """Scores of one source of states, and by group with the partitions behind them."""
+    """Scores of one source of states, in total and by group, with their partitions."""
     import pandas as pd
 
     from studies.realistic.units import Source
@@ -89,12 +89,12 @@ def measure(
 
 
 def apart(study: Options) -> list[str]:
-    """What neighbours must not share: a folder's inputs belong to one task each."""
+    """Labels that neighbours must not share; a folder's inputs belong to one task each."""
     return ["template"] if study.data is None else ["template", "input"]
 
 
 def neighbours(study: Options, acts: xr.Dataset, source: Source) -> pd.DataFrame:
-    """Whether each prompt's neighbour has its task, at the site that other groups chose."""
+    """Whether each prompt's neighbour has its task, at the site chosen on other groups."""
     import pandas as pd
 
     from studies.realistic.units import chosen_sites

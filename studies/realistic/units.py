@@ -1,9 +1,9 @@
-"""Scores at the best layer, and what they are when inputs and wordings are drawn anew.
+"""Scores at the best layer, with a bootstrap over inputs and wordings.
 
-The best of many sites is biased upwards on the data that chose it: here no group of prompts takes
-part in choosing its own site. Intervals are over groups (inputs) and over wordings, which are
-crossed: both are drawn with replacement, wordings within their tasks, the same ones for every
-source of states, so that differences are of the same draws.
+The best of many sites is biased upwards on the data that chose it: here no group of prompts helps
+to choose its own site. Intervals are over groups (inputs) and wordings, which are crossed: both
+are drawn with replacement, wordings within tasks, the same for every source of states, so that
+differences are paired.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DRAWS = 500
 
 @dataclass(frozen=True)
 class Source:
-    """Scores of one source of states, by group, and the partitions behind them.
+    """Scores of one source of states, by group, with their partitions.
 
     Attributes:
         name: of the model, the words or a control.
@@ -49,7 +49,7 @@ class Source:
 
 
 def chosen_sites(groups: pd.DataFrame, metric: str, *, kind: str = "resid") -> dict[str, str]:
-    """Site of each group, chosen by the mean score of the other half of the groups.
+    """Site of each group, chosen by the mean score over the other half of the groups.
 
     >>> rows = [{"metric": "ari", "kind": "resid", "by": "task", "group": group, "site": site,
     ...          "value": value} for group, site, value in
@@ -69,16 +69,16 @@ def chosen_sites(groups: pd.DataFrame, metric: str, *, kind: str = "resid") -> d
 
 @dataclass(frozen=True)
 class Redrawn:
-    """Agreement across wordings of each group, as it is and as it is in each draw.
+    """Agreement across wordings of each group, observed and in each bootstrap draw.
 
     Attributes:
         value: ``(group)``.
-        draws: ``(draw, group)``, wordings drawn anew.
+        draws: ``(draw, group)``, with resampled wordings.
         counts: ``(draw, group)``, how often a group was drawn.
         names: of the groups.
         n: units of the rarer kind, for the degrees of freedom.
         widened: factor of the variance: drawing k units with replacement gives (k - 1) / k of it.
-        scale: its step is that of one wording which is read otherwise, at every input.
+        scale: with the step of one wording that clusters otherwise, at every input.
     """
 
     value: Float[np.ndarray, " group"]
@@ -90,17 +90,17 @@ class Redrawn:
     scale: Scale
 
     def mean(self) -> Mean:
-        """Over groups, with an interval over groups and wordings."""
+        """The mean over groups, with an interval over groups and wordings."""
         drawn = (self.counts * self.draws).sum(1) / np.maximum(self.counts.sum(1), 1)
         error = drawn[self.counts.sum(1) > 0].std(ddof=1) * math.sqrt(self.widened)
         return estimate_of(float(self.value.mean()), float(error), self.n, scale=self.scale)
 
     def above(self, other: Redrawn, *, least: float = 0.0) -> Mean:
-        """The difference to another source in the same groups and draws.
+        """The difference from another source over the same groups and draws.
 
         Args:
-            least: a mean of the other's below it counts as so much: what scores below chance
-                leaves no more to be explained than chance does.
+            least: a lower mean of the other counts as this value: a score below chance leaves no
+                more to explain than chance.
         """
         shared = [name for name in self.names if name in other.names]
         own, its = (each.of(shared) for each in (self, other))
@@ -113,7 +113,7 @@ class Redrawn:
         return estimate_of(float(own.value.mean()) - its_mean, error, own.n, scale=own.scale.gain)
 
     def of(self, names: Sequence[str]) -> Redrawn:
-        """Some of the groups."""
+        """The groups with these names."""
         at = [self.names.index(name) for name in names]
         fewest = min(self.n, len(at))
         return replace(
@@ -135,7 +135,7 @@ def redrawn(
     wording: str = "instruction",
     seed: int = 0,
 ) -> Redrawn:
-    """Agreement across wordings at each group's site, under draws of groups and wordings.
+    """Agreement across wordings at each group's site, with bootstrap draws.
 
     Args:
         sites: group -> site.
@@ -189,7 +189,7 @@ def over_seeds(parts: Sequence[Redrawn]) -> Redrawn:
 
 
 def agreed_at(sources: Sequence[Source], *, kind: str = "resid", **options: Any) -> Redrawn:
-    """Agreement of one source (of all its seeds) at sites that other groups chose."""
+    """Agreement of one source (over all its seeds) at sites chosen on other groups."""
     return over_seeds(
         [
             redrawn(source, chosen_sites(source.groups, AGREED, kind=kind), **options)
@@ -199,7 +199,7 @@ def agreed_at(sources: Sequence[Source], *, kind: str = "resid", **options: Any)
 
 
 def with_depth(source: Source) -> Redrawn:
-    """Rank correlation of agreement with layer in each group, under the same draws."""
+    """Rank correlation of agreement with layer in each group, over the same draws."""
     groups = where(source.groups, metric=AGREED, by="task", kind="resid")
     sites = groups.sort_values("layer")["site"].drop_duplicates()
     names = sorted(groups["group"].unique())
@@ -213,7 +213,7 @@ def with_depth(source: Source) -> Redrawn:
 
 
 def _with_place(values: np.ndarray) -> np.ndarray:
-    """Spearman's rho of values with their place along the first axis; 0 where they are level."""
+    """Spearman's rho of values with their index on the first axis; 0 where constant."""
     ranks = rankdata(values, axis=0) - (len(values) + 1) / 2
     place = np.arange(len(values)) - (len(values) - 1) / 2
     size = np.sqrt((ranks**2).sum(0) * (place**2).sum())

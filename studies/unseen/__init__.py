@@ -1,4 +1,4 @@
-"""Do task clusters help with instances never trained on, and do they cause the answers?"""
+"""Do task clusters predict and cause the answers to unseen instances?"""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from studies.unseen.options import Options
 
 NOTES = (
     "The paper's sizes, splits and causal checks are not known to us: claims marked "
-    "reconstruction give its words our operationalisation, extensions are ours.",
+    "reconstruction are our operationalisation of its statements, extensions are ours.",
     "Layers are chosen on one half of the prompts and reported on the other; intervals of the "
     "synthetic task are over seeds, those of the pretrained model over ordered pairs of tasks.",
-    "An erasure's random subspace holds as much of the variance of the states that both are fitted "
-    "on; its reassigned labels are tasks permuted over whole expressions. Accuracy below the best "
-    "answer from the input alone counts as that, of the erasure and of its control.",
+    "An erasure's random subspace removes as much variance from the states that both are fitted "
+    "on; its reassigned labels are tasks permuted over whole expressions. For the erasure and its "
+    "control, accuracy below the best answer from the input alone counts as that.",
 )
 ONE_SEED = "One seed leaves no interval: claims over seeds stay inconclusive."
 NO_MODEL = "No pretrained model was run (--pretrained names one)."
@@ -29,7 +29,7 @@ NO_MODEL = "No pretrained model was run (--pretrained names one)."
 
 class Unseen(Options):
     def check(self) -> None:
-        """Refuse what would leave a claim without a measurement."""
+        """Raise InputError for options that leave a claim without a measurement."""
         from lensclust.tasks.words import task_names
 
         least = {"n_tasks": 3, "held_out_regexes": 1, "rows_per_mapping": 2, "permutations": 1}
@@ -48,7 +48,7 @@ class Unseen(Options):
         """Train and measure each seed, run the pretrained model, then decide the claims."""
         items: list[int | str] = list(context.seeds)
         if self.pretrained != "none":
-            # The longest item first, so that no core is left waiting for it.
+            # The longest item first, so that no core waits for it.
             items.insert(0, "pretrained")
         found = context.sweep(partial(measure, self), items, "part")
         from studies.unseen.claims import claims
@@ -71,7 +71,7 @@ class Unseen(Options):
 
 
 def measure(study: Options, item: int | str, folder: Path) -> dict[str, pd.DataFrame]:
-    """One seed of the synthetic task, or the pretrained model: the work of one process."""
+    """Measure one seed of the synthetic task, or the pretrained model, in one process."""
     if item == "pretrained":
         from studies.unseen.pretrained import measure_pretrained
 

@@ -1,4 +1,4 @@
-"""What the scores of the study of unseen instances say: its claims."""
+"""The claims of the study of unseen instances."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OURS: dict[str, Any] = {"source": "this project", "origin": "extension"}
 MEMBER = "another member"
 RANDOM = "as much variance in random directions"
 PERMUTED = "tasks permuted over whole expressions"
-# Fewer prompts than this inside or outside their cluster say nothing about a checkpoint.
+# A checkpoint counts only with this many prompts both inside and outside their cluster.
 FEWEST = 5
 
 
 def claims(scores: pd.DataFrame) -> list[lc.Claim]:
-    """Decide the claims: values are seeds', for the pretrained model ordered pairs of tasks'."""
+    """Decide the claims; each value is one seed, or one ordered pair of tasks (pretrained)."""
     found = _prediction(Synthetic(scores)) + _cause(Synthetic(scores))
     if "pretrained" in set(scores["part"]):
         found += _in_a_pretrained_model(Pretrained(scores))
@@ -55,7 +55,7 @@ def _prediction(seen: Synthetic) -> list[lc.Claim]:
         decide(
             "nearest-centroid",
             "The nearest training centroid names the task of unseen strings (share of prompts "
-            "above that of the untrained model, last layer, given the input)",
+            "above that of the untrained model, last layer, within input)",
             inside - untrained,
             control={
                 "share": inside.mean(),
@@ -85,8 +85,8 @@ def _prediction(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "margin",
-            "and the further inside, the more often (AUC of the margin for right answers, middle "
-            "layer, mean over checkpoints)",
+            "Prompts further inside their task's cluster are answered right more often (AUC of the "
+            "margin for right answers, middle layer, mean over checkpoints)",
             _or_open(seen.margin(UNSEEN, middle)),
             control={"no information": 0.5, "layer 0": _mean(seen.margin(UNSEEN, 0))},
             at_least=0.5,
@@ -99,15 +99,15 @@ def _prediction(seen: Synthetic) -> list[lc.Claim]:
 
 
 def _wrong_cluster(seen: Synthetic) -> list[lc.Claim]:
-    """Pairs of expression and input that were never trained together, where there are any."""
+    """Claims on pairs of expression and input never trained together, if there are any."""
     inside = seen.final("membership", "new_pair", seen.top)
     if not inside.size:
         return []
     return [
         decide(
             "new-pairs-elsewhere",
-            "Pairs of expression and input never trained together cluster by task and are yet "
-            "answered wrongly: their states lie in other tasks' clusters (share outside their own)",
+            "States of pairs of expression and input never trained together lie in other tasks' "
+            "clusters (share of prompts outside their own task's cluster)",
             1 - inside,
             control={
                 "unseen strings": 1 - seen.final("membership", UNSEEN, seen.top).mean(),
@@ -127,14 +127,14 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
         "another member": seen.moved(MEMBER).mean(),
         "global shift, best layer": seen.moved("shift").mean(),
         "random direction, same norm": _mean(_random(seen, "transport")),
-        "means of dealt labels, same norm": _mean(_dealt(seen, "transport")),
+        "means of shuffled labels, same norm": _mean(_shuffled(seen, "transport")),
     }
     early = seen.moved("shift", INSTRUCTION) - _random(seen, "shift", INSTRUCTION)
     return [
         decide(
             "transport",
-            "A prompt moved to another task's cluster is answered as that task (share of "
-            "answers, best layer, cluster of its input)",
+            "A prompt moved to another task's cluster gets that task's answer (share of answers, "
+            "best layer, cluster within input)",
             transport,
             control=others,
             at_least=0.95,
@@ -143,7 +143,8 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "random-moves",
-            "which a move as long in a random direction does not do",
+            "A norm-matched random direction does not give the target task's answer (share of "
+            "answers, best layer)",
             _random(seen, "transport"),
             control={"transport": transport.mean()},
             at_most=0.05,
@@ -152,8 +153,8 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "input-conditional",
-            "and one direction for all inputs does less often (transport minus global shift, "
-            "each at its best layer)",
+            "A move within input gives more target answers than one direction for all inputs "
+            "(transport minus global shift, each at its best layer)",
             transport - seen.moved("shift"),
             control={"transport": transport.mean(), "shift": seen.moved("shift").mean()},
             at_least=0,
@@ -193,8 +194,8 @@ def _cause(seen: Synthetic) -> list[lc.Claim]:
         ),
         decide(
             "instruction-end",
-            "The task can be moved at the end of the instruction already (target answers beyond "
-            "those of a random direction, best layer)",
+            "A move at the end of the instruction changes the task (target answers above those of "
+            "a norm-matched random direction, best layer)",
             early,
             control={
                 "shift": seen.moved("shift", INSTRUCTION).mean(),
@@ -215,12 +216,14 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
     return [
         decide(
             "pretrained-shift",
-            "In a pretrained model, one task's mean state put in place of another's makes it do "
-            "the other task (target answers, best layer, queries the means have not seen)",
+            "In a pretrained model, shifting states from one task's mean to another's gives the "
+            "other task's answers (share of answers, best layer, queries unseen by the means)",
             moved,
             control={
                 "random direction, same norm": seen.at_best(nothing).mean(),
-                "means of dealt labels, same norm": seen.at_best(_name(seen.moves, MEANS)).mean(),
+                "means of shuffled labels, same norm": seen.at_best(
+                    _name(seen.moves, MEANS)
+                ).mean(),
                 "another member": seen.at_best(MEMBER).mean(),
             },
             at_least=0.6,
@@ -229,7 +232,8 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
         ),
         decide(
             "pretrained-random",
-            "which a move as long in a random direction does not do",
+            "In a pretrained model, a norm-matched random direction does not give the other task's "
+            "answers (share of answers, best layer)",
             seen.at_best(nothing),
             control={"shift": moved.mean()},
             at_most=0.05,
@@ -238,8 +242,8 @@ def _in_a_pretrained_model(seen: Pretrained) -> list[lc.Claim]:
         ),
         decide(
             "pretrained-layers",
-            "Layer for layer, moving works where states cluster (rank correlation over layers of "
-            "target answers with ARI given the query)",
+            "In a pretrained model, moves work at the layers at which states cluster (rank "
+            "correlation over layers of target answers with ARI within query)",
             seen.with_clusters("ari"),
             control={
                 "with accuracy of the nearest neighbour": _mean(seen.with_clusters("1nn_accuracy")),
@@ -261,7 +265,7 @@ def _random(seen: Synthetic, like: str, position: str = ANSWER) -> np.ndarray:
     return seen.moved(f"random direction, norm of {like}", position, best=like)
 
 
-def _dealt(seen: Synthetic, like: str) -> np.ndarray:
+def _shuffled(seen: Synthetic, like: str) -> np.ndarray:
     return seen.moved(f"{MEANS}, norm of {like}", best=like)
 
 
@@ -270,7 +274,7 @@ def _name(rows: pd.DataFrame, start: str) -> str:
 
 
 def _or_open(values: np.ndarray) -> np.ndarray:
-    """One missing value where no seed gives any: the claim then stays inconclusive."""
+    """One NaN where no seed gives a value: the claim then stays inconclusive."""
     return values if values.size else np.array([np.nan])
 
 
@@ -279,7 +283,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 class Synthetic:
-    """The scores of the trained models as one number a seed."""
+    """The trained models' scores: one number per seed."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
         self.scores = where(scores, part="synthetic")
@@ -311,9 +315,9 @@ class Synthetic:
         return rank_correlations(both, "value_accuracy", "value", by="seed").to_numpy()
 
     def inside_minus_outside(self, split: str, layer: int) -> np.ndarray:
-        """Accuracy of prompts in their task's cluster minus that of the others, within checkpoints.
+        """Accuracy of prompts inside their task's cluster minus outside, within checkpoints.
 
-        Differences of single checkpoints are weighted as Mantel and Haenszel weigh strata.
+        Checkpoints are combined with the Mantel-Haenszel weights of strata.
         """
         rows = where(self.scores, split=split, layer=layer)
         table = rows.pivot_table("value", ["seed", "step"], "metric", dropna=False)
@@ -326,7 +330,7 @@ class Synthetic:
         return (total / weight.groupby("seed").sum().replace(0, np.nan)).dropna().to_numpy()
 
     def margin(self, split: str, layer: int) -> np.ndarray:
-        """Mean over checkpoints of the AUC with which the margin tells right answers."""
+        """AUC of the margin for right answers, mean over checkpoints."""
         rows = where(self.scores, split=split, layer=layer, metric="margin AUC")
         rows = rows[rows["step"] > 0].dropna(subset="value")
         return rows.groupby("seed")["value"].mean().to_numpy()
@@ -334,7 +338,7 @@ class Synthetic:
     def moved(
         self, method: str, position: str = ANSWER, metric: str = "target", best: str | None = None
     ) -> np.ndarray:
-        """Rate at the layer where ``best`` moves most answers of the other half of the prompts."""
+        """Rate at the layer where ``best`` is highest on the other half of the prompts."""
         rows = where(self.scores, position=position)
         chosen = where(rows, fold="choose", metric="target", method=best or method)
         layer = chosen.loc[chosen.groupby("seed")["value"].idxmax()].set_index("seed")["layer"]
@@ -342,9 +346,9 @@ class Synthetic:
         return rows.loc[rows["layer"] == layer.reindex(rows.index), "value"].to_numpy()
 
     def erased(self, method: str, control: str = SUBSPACE) -> np.ndarray:
-        """Accuracy lost by an erasure at the middle layer, beyond that lost by its control.
+        """Accuracy lost by an erasure at the middle layer minus that lost by its control.
 
-        Below chance an accuracy counts as chance, on either side: what is lost further is not
+        On both sides an accuracy below chance counts as chance: a further loss is not one of
         knowledge of the task.
         """
         rows = where(self.scores, metric="accuracy left", position=ANSWER, fold="report")
@@ -353,18 +357,18 @@ class Synthetic:
         return (floored[f"{method}, {control}"] - floored[method]).to_numpy()
 
     def left(self, method: str, metric: str = "accuracy left") -> float:
-        """Accuracy left after an erasure at the middle layer, or another score of it."""
+        """Accuracy (or another metric) after an erasure at the middle layer."""
         rows = where(self.scores, metric=metric, position=ANSWER, fold="report")
         return float(where(rows, layer=self.middle, method=method)["value"].mean())
 
     def chance(self) -> pd.Series:
-        """By seed, how often the best answer from the input alone is right on unseen strings."""
+        """Accuracy of the best answer from the input alone on unseen strings, by seed."""
         rows = where(self.scores, metric="accuracy", split=UNSEEN, step=self.steps[-1])
         return rows.set_index("seed")["null_mean"]
 
 
 class Pretrained:
-    """The scores of the pretrained model as one number an ordered pair of tasks."""
+    """The pretrained model's scores: one number per ordered pair of tasks."""
 
     def __init__(self, scores: pd.DataFrame) -> None:
         self.scores = where(scores, part="pretrained")
@@ -372,12 +376,12 @@ class Pretrained:
 
     @property
     def pairs(self) -> np.ndarray:
-        """Source and target of each value, in their order."""
+        """Source and target of each value, in order."""
         pairs = where(self.moves, metric="target", method="shift")[["source", "target"]]
         return pairs.drop_duplicates().sort_values(["source", "target"]).to_numpy(dtype=str)
 
     def at_best(self, method: str, best: str = "shift") -> np.ndarray:
-        """Rate at the layer where ``best`` moves most, chosen on the other half of the queries."""
+        """Rate at the layer where ``best`` is highest on the other half of the queries."""
         found = []
         rows = where(self.moves, metric="target")
         for fold, other in (("0", "1"), ("1", "0")):
@@ -388,7 +392,7 @@ class Pretrained:
         return (weighted / both["n"].groupby([both["source"], both["target"]]).sum()).to_numpy()
 
     def with_clusters(self, metric: str, source: str = "model") -> np.ndarray:
-        """Rank correlation over layers of moved answers with a clustering score, by pair."""
+        """Rank correlation over layers of target answers with a clustering score, by pair."""
         score = where(self.scores, metric=metric, method=source).set_index("layer")["value"]
         rows = where(self.moves, metric="target", method="shift")
         rows = rows.assign(

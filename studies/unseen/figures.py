@@ -1,4 +1,4 @@
-"""The figures of the study of unseen instances, and what its page lets the reader explore."""
+"""The figures and interactive views of the study of unseen instances."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from studies.scores import where
 from studies.synthetic_task import LABELS, UNSEEN
 from studies.unseen.options import ANSWER, INSTRUCTION
 
-# Which claims a figure shows.
+# Claims that each figure shows.
 SHOWS = {
     "membership": ["nearest-centroid", "membership-*", "tracks-accuracy"],
     "inside_and_outside": ["margin", "new-pairs-elsewhere", "nearest-centroid"],
@@ -26,17 +26,16 @@ SHOWS = {
 
 
 def views(scores: pd.DataFrame, states: pd.DataFrame) -> dict[str, ClusterView]:
-    """What the page lets its reader explore, by file name."""
+    """The interactive views of the page, by file name."""
     agreed = where(scores, metric=AGREED, split=UNSEEN, seed=0, part="synthetic")
     return {
         "clusters": ClusterView.from_frame(
             states,
             labels=("answered", *LABELS),
-            title="Unseen strings by layer and over training, and how they are answered at the end",
+            title="Unseen strings by layer and over training, and their answers after training",
             caption="Two principal components of each layer at each checkpoint (first seed), "
-            "turned onto those before them by an orthogonal map. Answered: after training. A "
-            "picture is no measure: the score is that of k-means in all dimensions, given the "
-            "input.",
+            "aligned to the previous ones by an orthogonal map. Answers are those after training. "
+            "The score is that of k-means in all dimensions, within input, not of the picture.",
             scores=agreed,
             score_name="agreement across wordings",
         )
@@ -54,7 +53,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             color="method",
             band=None,
             title="States moved to another task's cluster",
-            caption="Share of answers that the other task gives; unseen strings, answering token.",
+            caption="Share of the other task's answers; unseen strings, answering token.",
             y_title="target answers",
         ),
         "moved_early": figures.curves(
@@ -62,16 +61,16 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             color="method",
             band=None,
             title="Moved at the end of the instruction",
-            caption="Share of answers that the other task gives; the input is not read yet there.",
+            caption="Share of the other task's answers, before the input is read.",
             y_title="target answers",
         ),
         "erased": figures.curves(
             where(last, metric="accuracy left", position=ANSWER, fold="report"),
             color="method",
             band=None,
-            title="What is left when task identity is erased",
+            title="Accuracy left when task identity is erased",
             caption="Accuracy on unseen strings after LEACE at one layer, answering token; the "
-            "random subspace holds as much variance, reassigned labels are tasks permuted over "
+            "random subspace removes as much variance, reassigned labels are tasks permuted over "
             "expressions.",
             y_title="accuracy",
         ),
@@ -80,7 +79,7 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             color="split",
             band=None,
             title="Is the nearest training centroid the right one?",
-            caption="Share of prompts, given the input, after training.",
+            caption="Share of prompts, within input, after training.",
             y_title="in own cluster",
         ),
         "inside_and_outside": figures.curves(
@@ -106,15 +105,15 @@ def pictures(scores: pd.DataFrame) -> dict[str, Any]:
             color="method",
             band=None,
             title="Few-shot word tasks moved into each other",
-            caption="Share of answers that the other task gives, mean over ordered pairs.",
+            caption="Share of the other task's answers, mean over ordered pairs.",
             y_title="target answers",
         )
         found["pretrained_clusters"] = figures.curves(
             where(theirs, metric=["ari", "1nn_accuracy"], method="model"),
             color="metric",
             title="Where few-shot prompts cluster by task",
-            caption="ARI given the query, and accuracy of the nearest neighbour with another "
-            "query; bands: permuted labels.",
+            caption="ARI within query, and accuracy of the nearest neighbour with another query; "
+            "bands: permuted labels.",
             y_title="score",
         )
     return found

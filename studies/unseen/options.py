@@ -1,4 +1,4 @@
-"""The options of the study `unseen`, and the words of its tables."""
+"""Options of the study `unseen`, and the names in its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUBSPACE, REASSIGNED = "random subspace", "reassigned labels"
 
 @dataclass(frozen=True)
 class Options(Study):
-    """Predict and move the answers of unseen instances by the cluster their states lie in.
+    """Predict and change the answers to unseen instances by the clusters of their states.
 
     On the synthetic task, at every checkpoint: clustering, the nearest training centroid and
     accuracy on four splits. After training: states moved between clusters and clusters erased,
@@ -32,24 +32,23 @@ class Options(Study):
         n_inputs: inputs shared by the tasks.
         mappings_per_task: inputs each task answers.
         regexes_per_task: regular expressions each task's instructions come from.
-        held_out_regexes: further expressions of each task, never trained on: the control.
+        held_out_regexes: expressions of each task that are never trained on: the control.
         rows_per_mapping: prompts of each task and input in each split.
         steps: training steps.
         batch_size: prompts a step.
         lr: peak learning rate.
-        n_checkpoints: log-spaced checkpoints, the untrained model included; at least 4, or a
-            rank correlation over them says nothing.
-        permutations: permuted labellings behind each clustering score.
+        n_checkpoints: log-spaced checkpoints, the untrained model included; at least 4, for a
+            rank correlation over them.
+        permutations: permuted labellings per clustering score.
         rounds: other tasks that each prompt is moved to.
-        pretrained: model for the few-shot part, anything `lensclust.load` takes; "none" for no
-            such part.
+        pretrained: model of the few-shot part, anything `lensclust.load` takes; "none" to skip it.
         tasks: word tasks of the natural set.
         shots: demonstrations in a prompt.
-        draws: sets of demonstrations for each query, two at least: one alone is no cluster.
-        layer_stride: every how many layers of the pretrained model states are moved.
+        draws: sets of demonstrations per query, at least two to form a cluster.
+        layer_stride: stride of the layers of the pretrained model at which states are moved.
     """
 
-    title: ClassVar[str] = "what task clusters do for unseen instances: prediction and cause"
+    title: ClassVar[str] = "task clusters and unseen instances: prediction and cause"
     paper: ClassVar[str] = "Wu & Varshney 2402.12151 (reconstruction and extension)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {
@@ -101,7 +100,7 @@ class Options(Study):
     layer_stride: int = 2
 
     def sizes(self) -> dict[str, Any]:
-        """The knobs of the synthetic task."""
+        """Sizes of the synthetic task."""
         names = ("n_tasks", "n_inputs", "mappings_per_task", "regexes_per_task")
         names += ("held_out_regexes", "rows_per_mapping")
         return {name: getattr(self, name) for name in names}

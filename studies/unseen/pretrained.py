@@ -1,4 +1,4 @@
-"""The pretrained part: word tasks shown by examples, moved into each other layer by layer."""
+"""The pretrained part: few-shot word tasks, moved into each other layer by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import probes
 from lensclust.inference import answers
 from lensclust.models import Site
 from probes.design import first_answers, mean_states
-from probes.steering import Intervention, Moves, dealt, first_token, interchange, shift
+from probes.steering import (
+    Intervention,
+    Moves,
+    first_token,
+    interchange,
+    shift,
+    with_shuffled_labels,
+)
 from studies.study import silenced
 from studies.unseen.options import MEANS, Options
 
@@ -19,8 +26,8 @@ from studies.unseen.options import MEANS, Options
 def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
     """Cluster the last token's states of few-shot prompts and move them between tasks.
 
-    The queries are halved: means are fitted on the states of one half and move those of the
-    other, then the other way round, so every moved prompt asks what the means have not seen.
+    The queries are halved: means are fitted on one half and move states of the other, both ways,
+    so that no moved prompt has a query that its means include.
     """
     model = lc.load(study.pretrained, progress=False)
     source = lc.tasks.natural(model.tokenizer, tasks=study.tasks)
@@ -43,7 +50,7 @@ def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
             )
     acts = lc.extract(model, prompts, "resid", progress=False)
     tables = [accuracy, _clusters(acts, "model"), _clusters(probes.bag_of_tokens(prompts), "words")]
-    # A task is moved only where it is done, and only to what would be done with that query.
+    # Only pairs of prompts that the model answers right in both tasks are moved.
     answered = prompts.take(np.flatnonzero(right))
     doable = {
         pair: int(token)
@@ -74,8 +81,8 @@ def measure_pretrained(study: Options) -> dict[str, pd.DataFrame]:
 
 
 def _moves(fitted: xr.Dataset) -> Moves:
-    """The move between two tasks by their mean states, and its controls."""
-    means, controls = mean_states(fitted), mean_states(dealt(fitted, given="input"))
+    """The shift between two tasks' mean states, and its controls."""
+    means, controls = mean_states(fitted), mean_states(with_shuffled_labels(fitted, given="input"))
 
     def moves(source: str, target: str) -> list[Intervention]:
         real = shift(means, source, target)
@@ -86,7 +93,7 @@ def _moves(fitted: xr.Dataset) -> Moves:
 
 
 def _clusters(acts: xr.Dataset, method: str) -> pd.DataFrame:
-    """Do states cluster by task: given the query, and does a neighbour with another query tell?"""
+    """Clustering by task within query, and nearest neighbours with another query."""
     with silenced("probes.clustering.clustering"):
         found = probes.cluster(acts, permutations=20, kinds="resid", jobs=1).frame
     near = probes.nearest_neighbour(acts, apart="input", kinds="resid", permutations=20)

@@ -1,4 +1,4 @@
-"""One seed of the synthetic part: clusters predict the answers of unseen prompts, and move them."""
+"""One seed of the synthetic part: clusters predict and change answers to unseen prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from probes.design import first_answers, mean_states
 from probes.patching.replay import replay
 from probes.steering import (
     Intervention,
-    dealt,
     erase,
     erase_random,
     erase_reassigned,
@@ -31,6 +30,7 @@ from probes.steering import (
     interchange,
     shift,
     transport,
+    with_shuffled_labels,
 )
 from studies.scales import AGREED
 from studies.study import silenced
@@ -50,7 +50,7 @@ def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFr
     prompts = lc.tasks.sif(**study.sizes(), seed=seed)
     with one_thread():
         run = trained(study, prompts, seed, folder, n_checkpoints=study.n_checkpoints)
-        # Centroids come from training prompts, the first of each task and input.
+        # Centroids are those of the first training prompts of each task and input.
         known = _first(prompts.where(split="train"), 2 * study.rows_per_mapping)
         spread = _spread(prompts.where(split="train"), 2 * study.rows_per_mapping)
         asked = clustered_prompts(prompts, study.rows_per_mapping)
@@ -79,7 +79,7 @@ def measure_seed(study: Options, seed: int, folder: Path) -> dict[str, pd.DataFr
 def _followed(
     followed: Sequence[tuple[int, Any]], prompts: lc.Prompts, answered: np.ndarray
 ) -> pd.DataFrame:
-    """Unseen strings in two dimensions, by checkpoint and layer, and how they end: right or not."""
+    """Unseen strings in two dimensions, by checkpoint and layer, with the final answer."""
     states = states_over_training(followed, prompts)
     return states.assign(answered=np.tile(answered, len(states) // len(answered)))
 
@@ -91,7 +91,7 @@ def _first(prompts: lc.Prompts, n: int) -> lc.Prompts:
 
 
 def _spread(prompts: lc.Prompts, n: int) -> lc.Prompts:
-    """As many prompts of each task and input, of all its expressions in turn."""
+    """``n`` prompts of each task and input, cycling over its expressions."""
     nth = prompts.rows.groupby(["task", "input", "template"]).cumcount()
     in_turn = prompts.rows.iloc[np.argsort(nth.to_numpy(), kind="stable")]
     place = in_turn.groupby(["task", "input"]).cumcount()
@@ -105,7 +105,7 @@ def _checkpoint(
 ) -> tuple[pd.DataFrame, xr.Dataset, np.ndarray]:
     """Accuracy, clustering and nearest centroid on each split at one checkpoint.
 
-    With the states that they come from, and which prompts are answered right.
+    Also returns the states, and whether each prompt is answered right.
     """
     right = answers(model, asked, first_token).numpy() == first_answers(asked)
     chance = input_only_accuracy(asked.rows)
@@ -117,7 +117,7 @@ def _checkpoint(
         rows = np.flatnonzero(asked.rows["split"] == split)
         with silenced(
             "probes.clustering.clustering"
-        ):  # layer 0 cannot hold clusters: that is a score of 0
+        ):  # layer 0 cannot hold clusters: its score is 0
             found = probes.cluster(
                 states.isel(prompt=rows), permutations=permutations, jobs=1
             ).frame
@@ -133,7 +133,7 @@ def _checkpoint(
 
 
 def _prediction(near: pd.DataFrame, right: np.ndarray) -> pd.DataFrame:
-    """Does the nearest centroid tell whether the answer will be right? A row a layer and metric."""
+    """Prediction of right answers by the nearest centroid: one row per layer and metric."""
     found = []
     for layer, rows in near.groupby("layer"):
         correct = right[rows["prompt"]]
@@ -153,10 +153,10 @@ def _prediction(near: pd.DataFrame, right: np.ndarray) -> pd.DataFrame:
 
 
 class _Fit:
-    """States of known prompts at one position, and the moves between their tasks.
+    """States of known prompts at one position, and the interventions fitted on them.
 
-    Erasures are fitted on prompts spread over expressions: what they remove is then the task and
-    not one expression of it, and whole expressions can be reassigned within an input.
+    Erasures are fitted on prompts spread over expressions: they then remove the task and not one
+    expression of it, and whole expressions can be reassigned within an input.
     """
 
     def __init__(self, model: Any, known: lc.Prompts, spread: lc.Prompts, at: str) -> None:
@@ -167,16 +167,18 @@ class _Fit:
         self.spread = lc.extract(model, spread, "resid", at=at, progress=False)
         self.everywhere = mean_states(self.states)
         self.conditional = mean_states(self.states, given=self.given)
-        self.dealt = mean_states(dealt(self.states, given=self.given), given=self.given)
+        self.shuffled = mean_states(
+            with_shuffled_labels(self.states, given=self.given), given=self.given
+        )
 
     def moves(self, source: str, target: str) -> Sequence[Intervention]:
-        """The move between two tasks and its controls."""
+        """The interventions between two tasks, and their controls."""
         plain = shift(self.everywhere, source, target)
         if self.given is None:
-            real, control = plain, shift(self.dealt, source, target, name=MEANS)
+            real, control = plain, shift(self.shuffled, source, target, name=MEANS)
         else:
             real = transport(self.conditional, source, target)
-            control = transport(self.dealt, source, target, name=MEANS)
+            control = transport(self.shuffled, source, target, name=MEANS)
         return [
             *dict.fromkeys([real, plain]),
             real.random_twin(),
@@ -193,7 +195,7 @@ def _moves(
     at: str,
     seed: int,
 ) -> list[pd.DataFrame]:
-    """Move and erase at every layer, on one half of the prompts and then on the other."""
+    """Intervene at every layer, on one half of the prompts and then on the other."""
     fit = _Fit(model, known, spread, at)
     half = unseen.rows.groupby(["task", "input"]).cumcount() % 2
     tables = []
@@ -213,8 +215,8 @@ def _moves(
 def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit, seed: int) -> pd.DataFrame:
     """Accuracy left after task identity is erased at a layer, and after each control.
 
-    With the variance that each removes of the states it was fitted on (within input, where it is
-    fitted within each).
+    Also the share of variance that each removes from the states it was fitted on (within input
+    where it is fitted within input).
     """
     ways = {"erase": None} | ({} if fit.given is None else {"erase given input": fit.given})
     states = lc.extract(model, prompts, "resid", at=fit.at, progress=False)
@@ -248,13 +250,13 @@ def _erasures(model: Any, prompts: lc.Prompts, fit: _Fit, seed: int) -> pd.DataF
 def _removed(
     before: torch.Tensor, after: torch.Tensor, acts: xr.Dataset, given: str | None
 ) -> float:
-    """Mean squared distance by which states are moved, over their variance within conditions."""
+    """Mean squared distance of edited from original states, over variance within conditions."""
     of = np.zeros(len(before), dtype=int)
     if given is not None:
         of = np.unique(acts[given].values.astype(str), return_inverse=True)[1]
     exact = before.double()
     means = torch.stack([exact[of == value].mean(0) for value in range(of.max() + 1)])
     total = (exact - means[of]).square().sum()
-    if total <= 1e-12 * exact.square().sum():  # rounding alone tells states apart
+    if total <= 1e-12 * exact.square().sum():  # states differ by rounding alone
         return float("nan")
     return float((after.double() - exact).square().sum() / total)

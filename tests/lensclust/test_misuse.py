@@ -194,7 +194,7 @@ others = {
     "make them with mean_states(acts, given='input')": lambda: probes.transport(
         probes.mean_states(acts4), "a", "b"
     ),
-    "6 positions given, but a batch of 2 was run: a function that runs batches of its own "
+    "6 positions given, but a batch of 2 was run: a function that batches by itself "
     "needs one index for all rows, or 'all'": lambda: inside(
         lambda: probes.head_activation(model, six, progress=False)
     ),

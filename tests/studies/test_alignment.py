@@ -23,7 +23,7 @@ from lensclust.training.temporary import finetuned
 from probes.design.pairs import first_answers
 from studies.alignment import Alignment
 from studies.alignment import scores as alignment_scores
-from studies.alignment.claims import LOSS, WANTED, Part, claims, said, table
+from studies.alignment.claims import LOSS, WANTED, Part, claims, generated_texts, table
 from studies.alignment.figures import pictures
 from studies.alignment.methods import (
     HEADS,
@@ -31,11 +31,11 @@ from studies.alignment.methods import (
     NOTHING,
     PLAIN,
     PULL,
+    RANDOM_MATCHED,
     SHIFT,
     SUCCESS,
     TRAININGS,
     TRANSPORT,
-    TWIN,
     Asked,
     draw_examples,
 )
@@ -47,7 +47,7 @@ NUMBERS = (1, 4, 16, 64)
 TASKS = ("plural", "past", "upper_case")
 METHODS = (
     NOTHING, "shift", "transport", "transport, near", SHIFT, TRANSPORT,
-    TWIN + SHIFT, TWIN + TRANSPORT, *TRAININGS,
+    RANDOM_MATCHED + SHIFT, RANDOM_MATCHED + TRANSPORT, *TRAININGS,
 )  # fmt: skip
 
 Rule = Callable[[str, int], float]
@@ -258,7 +258,7 @@ def test_examples_that_cannot_be_had_are_one_clear_line(pair: tuple[str, str], m
     with pytest.raises(lc.InputError, match=message) as caught:
         draw_examples(prompts_of(ABC), *pair, 4, [0])
     assert "\n" not in str(caught.value)
-    with pytest.raises(lc.InputError, match="9 examples of 'a' as 'b' asked for, but there are 4"):
+    with pytest.raises(lc.InputError, match="9 examples of 'a' as 'b' requested, but there are 4"):
         draw_examples(prompts_of(ABC), "a", "b", 4, [0]).first(9)
 
 
@@ -314,7 +314,13 @@ def test_the_command_runs_resumes_and_writes_the_table(tmp_path):
     assert {claim["verdict"] for claim in found} == {"inconclusive"}  # one pair, no interval
     scores = pd.read_parquet(out / "scores.parquet")
     rows = scores[scores["part"] == "table, synthetic"]
-    assert set(rows["method"]) >= {NOTHING, SHIFT, TRANSPORT, TWIN + TRANSPORT, *TRAININGS}
+    assert set(rows["method"]) >= {
+        NOTHING,
+        SHIFT,
+        TRANSPORT,
+        RANDOM_MATCHED + TRANSPORT,
+        *TRAININGS,
+    }
     assert set(rows["examples"]) == {1, 4}
     assert "No pretrained model was run" in (out / "report.html").read_text()
     before = (out / "claims.json").read_bytes()
@@ -342,7 +348,7 @@ def test_a_learnt_model_is_moved_as_wanted_and_left_as_it_was(learnt):
     assert found[TRANSPORT, WANTED] > 0.9
     assert found[TRANSPORT, LOSS] < 0.05
     assert found["transport", LOSS] > found[TRANSPORT, LOSS] + 0.1
-    assert found[TWIN + TRANSPORT, WANTED] < 0.3
+    assert found[RANDOM_MATCHED + TRANSPORT, WANTED] < 0.3
     assert found[NOTHING, WANTED] < 0.1
     assert found[HEADS, "parameters"] < found[PLAIN, "parameters"]
 
@@ -481,14 +487,14 @@ def test_the_pretrained_part_scores_every_method_on_every_pair(tmp_path):
     assert set(rates[rates["examples"] == 4]["method"]) >= {
         NOTHING,
         SHIFT,
-        TWIN + SHIFT,
+        RANDOM_MATCHED + SHIFT,
         *TRAININGS,
     }
     assert (scores[scores["method"] == NOTHING].query("metric == @LOSS")["value"] == 0).all()
     assert set(rates["layer"].dropna()) <= {2, 4}
     # One learning rate for a method, chosen on a few pairs.
     assert (rates.dropna(subset="lr").groupby("method")["lr"].nunique() == 1).all()
-    sentences = said(scores)
+    sentences = generated_texts(scores)
     assert 1 <= len(sentences) <= 5
     assert all("while steered" in sentence for sentence in sentences)
     both = pd.concat([world().query("part == 'synthetic'"), scores], ignore_index=True)

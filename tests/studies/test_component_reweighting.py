@@ -21,7 +21,7 @@ from probes.components.component_logits import ComponentLogits
 from studies.component_reweighting import ComponentReweighting, measure
 from studies.component_reweighting.claims import claims
 from studies.component_reweighting.figures import pictures
-from studies.component_reweighting.scores import MATCHED, dealt_labels, extremes, relearned
+from studies.component_reweighting.scores import MATCHED, extremes, permuted_labels, relearned
 from studies.scales import AGREED
 
 SEEDS, DATA, TEMPLATES, STEPS = range(5), ("a", "b", "c"), ("one", "two"), (0, 50, 200, 800)
@@ -276,7 +276,7 @@ def test_the_best_of_many_ignorant_components_is_at_chance_on_other_queries():
 def test_dealt_labels_are_the_same_labels_in_another_order():
     targets = np.repeat([0, 1, 2], 8)
     parts = planted(np.ones((24, 3), dtype=bool), targets, 3)
-    dealt = dealt_labels(parts)
+    dealt = permuted_labels(parts)
     assert sorted(dealt.targets) == sorted(targets)
     assert (dealt.targets != targets).any()
     xr.testing.assert_equal(dealt.logits.drop_vars("target"), parts.logits.drop_vars("target"))

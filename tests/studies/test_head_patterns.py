@@ -24,7 +24,7 @@ from studies.head_patterns.figures import pictures
 from studies.head_patterns.mixes import Mixes, alike_to
 from studies.head_patterns.scores import composition, concentration, derived, separation, speed
 from studies.head_patterns.synthetic import prompts_of, tasks_of
-from studies.head_patterns.tuning import Task, dealt_out, spread_counts
+from studies.head_patterns.tuning import Task, split_tests, spread_counts
 from tests.tiny import byte_tokenizer
 
 SEEDS, RUNS, SAMPLES = range(5), range(2), (0, 10, 100)
@@ -352,7 +352,7 @@ def test_likeness_is_the_correlation_with_the_target():
 def test_runs_are_dealt_prompts_of_every_template():
     rows = pd.DataFrame({"template": ["a"] * 10 + ["b"] * 10, "input": range(20)})
     prompts = lc.Prompts.from_token_lists([[1]] * 20, rows)
-    dealt = dealt_out(prompts, 2, 4)
+    dealt = split_tests(prompts, 2, 4)
     assert [len(part) for part in dealt] == [4, 4]
     assert not set(dealt[0].rows["input"]) & set(dealt[1].rows["input"])
     assert all(set(part.rows["template"]) == {"a", "b"} for part in dealt)

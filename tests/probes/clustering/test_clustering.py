@@ -169,7 +169,7 @@ def test_identical_states_score_zero_with_one_reason(recwarn):
     [
         ({"by": "mood"}, "label 'mood' is not in these activations: give"),
         ({"given": "mood"}, "label 'mood'"),
-        ({"k": 25}, "k=25 clusters asked for, but at most 24 rows"),
+        ({"k": 25}, "k=25 clusters requested, but at most 24 rows"),
         ({"k": 1}, "k=1, expected at least 2"),
         ({"permutations": 0}, "permutations=0, expected at least 1"),
         ({"kinds": []}, "kinds: none given"),

@@ -237,7 +237,7 @@ def test_repeats_give_the_mean_of_their_scores_their_ceiling_and_crossnobis():
         repeats="template",
         permutations=99,
     )
-    assert found.notes[0] == "nuisance 'template' is the same for all pairs: nothing to take out"
+    assert found.notes[0] == "nuisance 'template' is the same for all pairs: left out"
     assert "single rows trade labels" in found.notes[1]
     assert (found.frame["n"] == NAMES * ACTIVITIES).all()
     rows = found.frame.set_index(["distance", "compare"])
