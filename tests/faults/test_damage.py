@@ -440,7 +440,7 @@ def test_a_cached_model_of_an_earlier_version_or_another_pin(tmp_path: Path) -> 
         read_cached(tmp_path)
     # Without digests, there is no place in two layers for the weights of the third.
     (cached / DIGESTS).unlink()
-    with pytest.raises(lc.InputError, match=r"9 weights that its config.json has no place for"):
+    with pytest.raises(lc.InputError, match=r"9 weights that its config.json does not define"):
         read_cached(tmp_path)
     hf_model("llama").save_pretrained(cached)
     seal_folder(cached, {TINY.member: "1" * 64})

@@ -120,8 +120,8 @@ def test_blocks_without_attention_have_no_heads() -> None:
     assert acts.layer.values.tolist() == [0, 1, 2, 3, 4]
     for sites, message in (
         ("z 1.0", "'z' in blocks 0, 3 alone"),
-        (["attn_out", "mlp_out"], "one array cannot hold these places"),
-        (["head 0.0", "mlp_out 1"], "one array cannot hold these places"),
+        (["attn_out", "mlp_out"], "one array cannot hold these sites"),
+        (["head 0.0", "mlp_out 1"], "one array cannot hold these sites"),
         ("head 3.4", "heads 0..3"),
     ):
         with pytest.raises(lc.InputError, match=message) as caught:
