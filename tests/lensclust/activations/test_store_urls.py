@@ -189,7 +189,7 @@ def test_unusable_urls_are_one_line(model, tmp_path, bucket):
         with pytest.raises(lc.InputError, match=said) as caught:
             lc.extract(model, some_prompts(6), "resid 2", store=wrong)
         assert "\n" not in str(caught.value)
-    with pytest.raises(lc.InputError, match="where workers cannot write"):
+    with pytest.raises(lc.InputError, match="expected a folder or URL"):
         lc.extract_with_ray("native:sif-small", some_prompts(6), "resid 2", store="memory://a")
     given = UPath("memory://other/a", some="option")
     assert as_place(given).storage_options["some"] == "option"
