@@ -134,9 +134,7 @@ def composed(
     for place, (task, kind, move_name, map_name, move, table) in enumerate(tasks):
         labels = {"task": task, "kind": kind, "move": move_name, "map": map_name}
         own = languages[place * regexes_per_task : (place + 1) * regexes_per_task]
-        for pair in _instructions_and_inputs(
-            task, own, width, n_symbols, inputs_per_string, pairing
-        ):
+        for pair in _pairs(task, own, width, n_symbols, inputs_per_string, pairing):
             given = pair.pop("given")
             output = [table[given[i]] for i in move]
             rows.append({**labels, **pair, "input": _spelled(given), "output": _spelled(output)})
