@@ -21,7 +21,7 @@ from lensclust.models.devices import brought_in
 from lensclust.models.native import config_from_json, config_to_json, native_bridge_with
 from lensclust.models.parameters import WRAPPED
 from lensclust.models.wrapping import keep_up
-from lensclust.storage import read_content, read_sealed, save_sealed, tensors_digest
+from lensclust.storage import read_checksummed, read_content, save_checksummed, tensors_digest
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path
         content = json.dumps({"config": config, "metadata": metadata}, default=_plain_number)
     except (TypeError, AttributeError) as error:
         raise InputError(f"save_checkpoint: metadata must be JSON: {error}") from error
-    save_sealed(path, HEADER, json.loads(content), weights)
+    save_checksummed(path, HEADER, json.loads(content), weights)
     return path
 
 
@@ -125,7 +125,7 @@ def load_checkpoint(path: str | Path) -> TransformerBridge:
         InputError: as :func:`read_metadata`, or if weights and configuration disagree.
     """
     path = Path(path)
-    content, weights = read_sealed(path, HEADER)
+    content, weights = read_checksummed(path, HEADER)
     config = config_from_json(json.dumps(content.get("config")), where=str(path))
     return native_bridge_with(config, weights, name=str(path))
 
@@ -178,7 +178,7 @@ def checkpoint_series(folder: str | Path) -> pd.DataFrame:
         [
             {"step": steps[path], "path": path, "fingerprint": tensors_digest(weights.items())}
             for path in paths
-            for _, weights in [read_sealed(path, HEADER)]
+            for _, weights in [read_checksummed(path, HEADER)]
         ]
     ).sort_values("step", ignore_index=True)
     duplicates = report_repeats(

@@ -43,7 +43,7 @@ from lensclust.models import (
 )
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
-from lensclust.storage import digest_of, save_sealed, writing
+from lensclust.storage import digest_of, save_checksummed, writing
 from lensclust.training.data import content_digest
 from lensclust.training.lora import Adapters, Lora
 from lensclust.training.runs import HEADER, ChosenWeights, FinetuningRun, Tuned, TunedCheckpoint
@@ -195,7 +195,7 @@ def finetune(
                     with writing(f"finetune: {str(folder)!r}"):
                         content = {"step": step, "samples": samples[step]}
                         content |= {"training": digest_of(knobs)}
-                        save_sealed(checkpoint_path(folder, step), HEADER, content, moved)
+                        save_checksummed(checkpoint_path(folder, step), HEADER, content, moved)
             if folder is not None and is_new and (step in at or step % save_every == 0):
                 content = {"step": step, "knobs": knobs, "scores": scores, "losses": losses}
                 moving = {n: p for n, p in tuned.parameters.items() if p in optimizer.state}

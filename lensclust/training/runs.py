@@ -23,7 +23,7 @@ from lensclust.models import (
     native_bridge_with,
     restored_afterwards,
 )
-from lensclust.storage import read_sealed, tensors_digest
+from lensclust.storage import read_checksummed, tensors_digest
 from lensclust.training.lora import Adapters
 
 HEADER = "lensclust-finetuning"
@@ -147,7 +147,7 @@ class TunedCheckpoint:
         Raises:
             InputError: if the file is gone or damaged.
         """
-        return read_sealed(self.path, HEADER)[1] if self.path is not None else self.held or {}
+        return read_checksummed(self.path, HEADER)[1] if self.path is not None else self.held or {}
 
 
 @dataclass(frozen=True, eq=False)

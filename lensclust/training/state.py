@@ -21,11 +21,11 @@ from lensclust.storage import (
     created,
     digest_of,
     locked,
+    read_checksummed,
     read_content,
-    read_sealed,
     remove_partial,
     require_name,
-    save_sealed,
+    save_checksummed,
     writing,
 )
 
@@ -89,7 +89,7 @@ def open_folder(
     known = (folder / _STATE).exists()
     try:
         if known:
-            done, held = read_sealed(folder / _STATE, _HEADER)
+            done, held = read_checksummed(folder / _STATE, _HEADER)
     except InputError as error:
         raise InputError(f"{caller}: cannot resume from {error}") from error
     changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
@@ -144,7 +144,7 @@ def save_state(
             held[f"{key}/{name}"] = moment.detach().cpu().contiguous()
     # Replaced atomically: a kill leaves the old state or the new one, never half of one.
     with writing(f"{caller}: {str(folder)!r}"):
-        save_sealed(folder / _STATE, _HEADER, content, held)
+        save_checksummed(folder / _STATE, _HEADER, content, held)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -61,10 +61,10 @@ from lensclust.storage import (
     ZARR_2,
     Place,
     as_place,
+    created_atomically,
     flush,
-    held,
-    made_whole,
-    vacant,
+    is_free,
+    locked_place,
     writing,
     zarr_store,
 )
@@ -136,9 +136,9 @@ def fill(
             another process writes to it; if it is damaged or not writable.
     """
     what = f"store {path}"
-    with held(path, what):
+    with locked_place(path, what):
         with damage_named(path):
-            is_new = vacant(path)
+            is_new = is_free(path)
         if is_new:
             with damage_named(path), writing(what):
                 _create(path, frame.assign({ROW_KEYS: ("prompt", keys)}), shard)
@@ -211,7 +211,7 @@ def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
     for name, label in layout.variables.items():
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
-    with made_whole(path) as building:
+    with created_atomically(path) as building:
         # Arrays of activations are created without rows and grow: nothing is written yet.
         without_rows = layout[measured].drop_vars(layout.coords).isel(prompt=slice(0))
         for mode, part in (("w", without_rows), ("a", layout.drop_vars(measured))):
