@@ -1,4 +1,4 @@
-"""Where, when and how a causal language model holds the identity of the task it was asked to do.
+"""Where, when and how a causal language model represents the identity of its task.
 
 Names are imported on first use (``__init__.pyi`` lists them), so that ``import lensclust`` and
 ``lensclust --help`` do not wait for torch.

@@ -29,7 +29,7 @@ from .models import fingerprint as fingerprint
 from .models import load as load
 from .models import release as release
 
-# Prompts whose task is known
+# Prompts with known tasks
 from .prompts import Prompts as Prompts
 from .results import Claim as Claim
 

@@ -1,8 +1,8 @@
-"""Arguments of public functions, checked by the kinds that their signatures name.
+"""Checks of arguments of public functions, by the types in their signatures.
 
-What is checked alike everywhere is checked here: what is no model, prompts or activations, None
-where there is no "none", a single name or number where a list is wanted, text where a number is,
-and fractions, NaN and infinity where a whole number is.
+Checked here, for all functions: objects that are not models, prompts or activations, None where it
+is not allowed, a single name or number instead of a list, text instead of a number, and fractions,
+NaN and infinity instead of a whole number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBER: Any = Real
 _WHOLE: Any = Integral
 _LEAST = {"seed": 0, "shard": 1, "batch_tokens": 1}
 MODELS = ("TransformerLensModel", "TransformerBridge")
-# What an argument has to be, by the name of its class.
+# Class name -> description of an expected argument.
 CLASSES = {
     "Dataset": "activations: the dataset that lensclust.extract(model, prompts, sites) returns",
     "DataFrame": "a pandas frame",
@@ -39,17 +39,17 @@ CLASSES = {
 }
 MEANS = "mean states: the dataset that probes.mean_states(acts) returns"
 ELEMENTS = {"str": "texts", "float": "numbers", "int": "whole numbers", "tuple": "pairs"}
-# What may be None though it does not say so itself.
+# Types that may be None although the name does not say so.
 MAY_BE_NONE = ("None", "Any", "Label", "Units", "bool")
-# What is between these is one of the kinds of a union.
+# Separators of the types in a union.
 _BAR = re.compile(r"\s*\|\s*(?![^\[]*\])")
 
 
 def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
-    """A function whose arguments are checked before it begins, by what its signature says.
+    """Decorator: check a function's arguments by its signature before it runs.
 
-    One text or number where only a list of them is wanted counts as a list of one. A ``seed`` is
-    not negative and has 64 bits, a ``shard`` and a batch have something in them.
+    One text or number counts as a list of one if only a list is allowed. A ``seed`` must be
+    non-negative and have 64 bits, a ``shard`` and a batch must not be empty.
 
     >>> @checked_arguments
     ... def draw(*, names: Sequence[str] = (), draws: int = 1, share: float = 0.5):
@@ -85,15 +85,15 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
 
 
 def require_hooked(model: Any, *, caller: str) -> None:
-    """Refuse what is no hooked model: what was given, and what to do.
+    """Refuse an object that is not a hooked model.
 
     Raises:
-        InputError: in the name of ``caller``.
+        InputError: starts with ``caller``; says what was given and what to do.
     """
     from transformer_lens.model_protocol import TransformerLensModel
     from transformers import PreTrainedModel
 
-    # What peft wraps, and TransformerLens' own modules, have some of the attributes of one.
+    # Models wrapped by peft, and TransformerLens' modules, have some of a model's attributes.
     bare = isinstance(model, PreTrainedModel) or type(model).__module__.startswith("peft.")
     if bare or not isinstance(model, TransformerLensModel):
         raise InputError(f"{caller}: {_instead_of_a_model(model, caller)}")
@@ -117,7 +117,7 @@ def _instead_of_a_model(given: Any, caller: str) -> str:
 
 
 def require_prompts(caller: str, given: Any, *, name: str = "prompts") -> None:
-    """Refuse what is no `Prompts`: what was given, and what makes them.
+    """Refuse an object that is not `Prompts`; the error says how to make them.
 
     >>> require_prompts("extract", "What is 2 + 2?")
     Traceback (most recent call last):
@@ -133,7 +133,7 @@ Prompts.from_texts(texts, rows, model.tokenizer)
 
 
 class _Wanted:
-    """What one parameter takes."""
+    """The allowed types of one parameter."""
 
     def __init__(self, caller: str, parameter: inspect.Parameter) -> None:
         self.caller, self.name, self.default = caller, parameter.name, parameter.default
@@ -143,15 +143,15 @@ class _Wanted:
         self.whole = "int" in self.kinds and not {"float", "bool"} & {*self.kinds}
 
     def taken(self, value: Any) -> Any:
-        """The argument, as the function gets it.
+        """The checked argument, as it is passed to the function.
 
         Raises:
-            InputError: if it is of none of the kinds.
+            InputError: if it has none of the allowed types.
         """
         if value is self.default:
             return value
         if isinstance(value, str):
-            value = str(value)  # numpy's own texts show their type in every message
+            value = str(value)  # the repr of numpy texts includes their type
         if self.name == "dtype" and "str" in self.kinds:
             value = _dtype_name(value)
         if value is None and any(kind in MAY_BE_NONE for kind in self.kinds):
@@ -172,7 +172,7 @@ class _Wanted:
         raise InputError(self._misfit(value))
 
     def _fits(self, value: Any) -> bool:
-        """Whether a value is of one of the kinds, as far as can be told here."""
+        """Whether a value has one of the allowed types, as far as is known here."""
         if value is None:
             return not any(map(_words, self.kinds))
         return _is_one_of(self.kinds, value)
@@ -203,7 +203,7 @@ class _Wanted:
 
 
 def _is_one_of(kinds: Sequence[str], value: Any) -> bool:
-    """Whether a value is of one of the kinds; of those that nobody knows here, everything is."""
+    """Whether a value has one of the types; unknown types allow any value."""
     return any(_is(kind, value) for kind in kinds)
 
 
@@ -219,7 +219,7 @@ def _is(kind: str, value: Any) -> bool:
     if name == "tuple":
         each = inside[:-1].split(", ")
         return len(value) == len(each) and all(map(_is, each, value))
-    # Of many texts the function says which one is none.
+    # In a list of texts, the function itself names the wrong one.
     if (name == "Sequence" or inside.startswith("tuple")) and isinstance(value, (list, tuple)):
         return all(_is_one_of(_BAR.split(inside[:-1]), each) for each in value)
     return True
@@ -230,20 +230,20 @@ def _classes(value: Any) -> set[str]:
 
 
 def _is_function(value: Any, arguments: int = 0) -> bool:
-    """Whether a value is a function; of so many arguments, where its signature tells."""
-    if not callable(value) or hasattr(value, "parameters"):  # a model can be called, too
+    """Whether a value is a function, with this number of arguments if it has a signature."""
+    if not callable(value) or hasattr(value, "parameters"):  # a model is callable, too
         return False
     try:
         inspect.signature(value).bind(*[None] * arguments)
     except TypeError:
         return not arguments
-    except ValueError:  # some of those that are written in C have none
+    except ValueError:  # some C functions have no signature
         return True
     return True
 
 
 def _dtype_name(given: Any) -> Any:
-    """A number type of torch or numpy by its name, as ``"float16"``; all else as it is."""
+    """The name of a torch or numpy dtype, such as ``"float16"``; other values unchanged."""
     name = str(given).removeprefix("torch.")
     if type(given).__name__ == "dtype":
         return name

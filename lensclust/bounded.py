@@ -1,7 +1,7 @@
-"""Functions that run in a process of their own, which the system bounds in time and memory.
+"""Functions that run in a separate process with limited time and memory.
 
-For programs that come with data, such as the template of a chat or a figure's specification: no
-bound inside Python ends a single operation that takes all time or memory there is.
+For programs that come with data, such as a chat template or a figure's specification: no limit
+inside Python can stop a single operation that takes all time or memory.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PROGRAM = (
 
 
 class Bounded:
-    """A function, called in a process that starts with the first call and ends with this one.
+    """A function in a process that starts with the first call and ends with this process.
 
     Args:
-        module, name: where the function is. It takes and gives what JSON can hold.
-        seconds: what a call may take.
-        memory: bytes that the process may take for a call, beyond what it began with. Bounded
-            where the system can do that (Linux).
-        needs: modules that the function imports: what that takes is not the call's.
+        module, name: location of the function. Its arguments and result must be JSON values.
+        seconds: time limit of a call.
+        memory: memory limit of a call in bytes, beyond the process's initial memory; only on
+            systems that support it (Linux).
+        needs: modules that the function imports, which do not count against the limits.
 
     >>> Bounded("posixpath", "join", seconds=10, memory=2**29)("a", "b")
     'a/b'
@@ -54,15 +54,14 @@ class Bounded:
         atexit.register(self.end)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function gives.
+        """Call the function and return its result.
 
         Raises:
-            InputError: with the first line of what the function raises, or what it takes too
-                much of.
+            InputError: with the first line of the function's error, or the exceeded limit.
         """
         order = json.dumps(arguments, default=str)
         with self.lock:
-            if self.owner != os.getpid():  # after a fork it is another's
+            if self.owner != os.getpid():  # after a fork it belongs to another process
                 self.process, self.owner = self._start(), os.getpid()
             try:
                 self.process.stdin.write(order + "\n")
@@ -70,7 +69,7 @@ class Bounded:
                 answer = self.process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
-            except BaseException:  # interrupted: the answer must not be taken for the next one's
+            except BaseException:  # interrupted: a late answer must not go to the next call
                 self.end()
                 raise
             if not answer:
@@ -100,19 +99,19 @@ class Bounded:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # ctrl-C is for the process that waits
+            start_new_session=True,  # ctrl-C is for the waiting process
         )
 
 
 def serve(module: str, name: str, seconds: int, memory: int, *needs: str) -> None:
-    """What the process does: a line in, a line out, until there is no one to ask."""
+    """Main loop of the process: one line in, one line out, until its input is closed."""
     function = getattr(import_module(module), name)
     for need in needs:
         import_module(need)
     alarm = signal.alarm if _LATE else lambda seconds: 0
     if _LATE:
         signal.signal(_LATE, signal.SIG_DFL)
-    with suppress(ImportError, OSError, ValueError, TypeError):  # not every system bounds it
+    with suppress(ImportError, OSError, ValueError, TypeError):  # not every system supports it
         import resource
 
         begun = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -125,7 +124,7 @@ def serve(module: str, name: str, seconds: int, memory: int, *needs: str) -> Non
             found = function(*json.loads(line))
         except MemoryError:
             reason = f"it takes more than {memory // 2**20} MiB"
-        except Exception as error:  # whatever somebody's program raises
+        except Exception as error:  # the program may raise anything
             reason = (str(error)[:300].splitlines() or [type(error).__name__])[0]
         print(json.dumps([found, reason]), flush=True)
         alarm(0)

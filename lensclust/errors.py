@@ -1,11 +1,11 @@
-"""The one error a user's input can cause, how text is shown, and the bounds of counts."""
+"""The error for invalid user input, escaping of text, and checks of counts."""
 
 from numbers import Integral
 from typing import Any
 
 
 def shown(text: object) -> str:
-    r"""A text on one line of a terminal: what cannot be printed is escaped.
+    r"""A text on one line of a terminal, with unprintable characters escaped.
 
     >>> print(shown("a\x1b[31m\nb"))
     a\x1b[31m\nb
@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 def check_counts(caller: str, *, least: int = 1, **counts: Any) -> None:
-    """Refuse counts that are no whole numbers or too small; None stands for a default.
+    """Refuse counts that are not whole numbers or too small; None stands for a default.
 
     Raises:
         InputError: names the count.

@@ -1,4 +1,4 @@
-"""`probes` and `studies` of this distribution, also where a user's file has one of these names."""
+"""Imports of `probes` and `studies`, also if a user's file has one of these names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _log = logging.getLogger("lensclust")
 
 NAMES = ("probes", "studies")
 _HOME = Path(__file__).resolve().parent.parent
-# Ours, where another module has the name.
+# Our packages whose names other modules have taken.
 _FOUND: dict[str, ModuleType] = {}
 
 
 def in_the_way(name: str) -> Path | None:
-    """The file that ``import name`` finds instead of our package; None where it finds ours."""
+    """The file that ``import name`` finds instead of our package; None if it finds ours."""
     if not _file(name).is_file():
         return None
     loaded = sys.modules.get(name)
@@ -34,7 +34,7 @@ def in_the_way(name: str) -> Path | None:
 
 
 def report() -> None:
-    """Say in a line of the log which files are found in the place of our packages."""
+    """Log the files that are imported instead of our packages."""
     for name in NAMES:
         if (file := in_the_way(name)) is not None:
             _log.warning(
@@ -49,7 +49,7 @@ def report() -> None:
 def own(name: str) -> ModuleType:
     """Our package of this name.
 
-    Where another module has it, ours is loaded whole, and the name left to the other.
+    If another module has the name, ours is loaded completely, and the name stays with the other.
 
     >>> own("probes").__name__
     'probes'
@@ -62,7 +62,7 @@ def own(name: str) -> ModuleType:
 
 
 def missing(module: str, name: str) -> AttributeError:
-    """The error for a name that one of our packages does not have, and where it may be meant.
+    """The error for a missing name of one of our packages, with a suggestion.
 
     >>> str(missing("lensclust", "cluster"))
     "module 'lensclust' has no attribute 'cluster': it is probes.cluster"
@@ -86,7 +86,7 @@ def _offered(package: str) -> list[str]:
 
 
 def put_first() -> None:
-    """In a process of our own: have our packages found before all others."""
+    """In a process of lensclust, import our packages before all others."""
     if any(in_the_way(name) is not None for name in NAMES):
         sys.path.insert(0, str(_HOME))
         for key in [key for key in sys.modules if _top(key) in NAMES]:
@@ -99,7 +99,7 @@ def _load_ours() -> None:
     try:
         for name in NAMES:
             _FOUND[name] = import_module(name)
-            # Every one: what is imported inside a function is found by its full name later.
+            # All modules: later imports inside functions find them by their full names.
             for module in walk_packages(_FOUND[name].__path__, f"{name}."):
                 import_module(module.name)
     finally:

@@ -1,4 +1,4 @@
-"""Independent calls spread by joblib, over whatever backend the caller has chosen."""
+"""Parallel independent calls with joblib, on the backend that the caller has chosen."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lensclust.processes import end_with
 def in_parallel(calls: Iterable[Any], *, jobs: int) -> Iterable[Any]:
     """Results of `joblib.delayed` calls, in their order.
 
-    Inside ``joblib.parallel_config(backend="ray")`` or ``"dask"`` the calls are spread over that
-    cluster. Results come one by one as they are ready; Ray's backend cannot do that and gives
-    them all at the end. Worker processes of this machine end with this process.
+    Inside ``joblib.parallel_config(backend="ray")`` or ``"dask"`` the calls run on that cluster.
+    Results are yielded as they are ready; Ray's backend cannot do that and returns all at the end.
+    Worker processes of this machine end with this process.
 
     >>> from joblib import delayed
     >>> list(in_parallel((delayed(abs)(n) for n in (-1, 2)), jobs=1))
@@ -37,7 +37,7 @@ def in_parallel(calls: Iterable[Any], *, jobs: int) -> Iterable[Any]:
     if jobs == 0:
         raise InputError("jobs: expected a number of processes, or -1 for all, given 0")
     if any(in_the_way(name) is not None for name in NAMES):
-        jobs = 1  # a worker process would import what has the name of our packages
+        jobs = 1  # a worker would import the module with our package's name
     backend, _ = get_active_backend()
     gradual = getattr(backend, "supports_return_generator", False)
     options: dict[str, Any] = {}
@@ -65,14 +65,14 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def ray_session() -> Iterator[Any]:
-    """The module ``ray``, connected; what was started here ends with the block.
+    """The module ``ray``, connected; a session that is started here ends with the block.
 
-    A session of the caller's (``ray.init``) is used as it is. Otherwise Ray looks for a cluster
-    (``RAY_ADDRESS``, then one that ``ray start`` left on this machine), and if there is none
-    starts one on this machine, without its dashboard.
+    An existing session of the caller (``ray.init``) is used. Otherwise Ray looks for a cluster
+    (``RAY_ADDRESS``, then one of ``ray start`` on this machine), and if there is none starts one
+    on this machine, without dashboard.
 
     Raises:
-        InputError: if Ray is not installed, or there is no cluster where it was told to look.
+        InputError: if Ray is not installed, or there is no cluster at the given address.
     """
     try:
         import ray
@@ -88,7 +88,7 @@ def ray_session() -> Iterator[Any]:
         reason = str(error).splitlines()[0]
         raise InputError(f"ray: there is no cluster to connect to: {reason}") from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process as if it had failed
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler exits as a failure
     try:
         yield ray
     finally:
@@ -97,10 +97,10 @@ def ray_session() -> Iterator[Any]:
 
 @contextmanager
 def sweeps_on_ray() -> Iterator[None]:
-    """Inside the block, sweeps (whatever goes through joblib) run on a Ray cluster.
+    """Context in which sweeps (all calls through joblib) run on a Ray cluster.
 
-    Each item is done by a process on any of the nodes; ``jobs=-1`` is one for each of their
-    CPUs. What items write must lie on a file system that all nodes see.
+    Each item runs in a process on any node; ``jobs=-1`` means one per CPU. Files that items write
+    must be on a file system shared by all nodes.
 
     Raises:
         InputError: as `ray_session`.

@@ -1,4 +1,4 @@
-"""`probes` under the name that is looked for first: ``from lensclust.probes import steer``."""
+"""Alias of `probes`: ``from lensclust.probes import steer``."""
 
 from __future__ import annotations
 

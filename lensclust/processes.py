@@ -1,7 +1,7 @@
-"""Processes that end when they should: by a signal, or with their parent.
+"""Processes that end by a signal, or with their parent.
 
-Run as a program, ``python processes.py PARENT MODULE [argument ...]`` is a module's command that
-ends when the process PARENT has.
+``python processes.py PARENT MODULE [argument ...]`` runs a module's command and ends with the
+process PARENT.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Seconds between two looks at whether the parent lives.
+# Seconds between two checks of whether the parent is alive.
 _INTERVAL = 0.5
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: whatever cleans up after an interrupt cleans up after this."""
+    """Raised at SIGTERM, so that handlers of an interrupt clean up."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block SIGTERM raises `Terminated` where ctrl-C raises KeyboardInterrupt.
+    """Context in which SIGTERM raises `Terminated`, as ctrl-C raises KeyboardInterrupt.
 
-    Python ignores what is raised while it finalizes an object: such a signal is sent once more.
+    Python ignores exceptions while it finalizes an object: such a signal is sent again.
     """
     on_main_thread = threading.current_thread() is threading.main_thread()
     if not on_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -40,7 +40,7 @@ def interruptible() -> Iterator[None]:
 
     def again(lost: Any) -> None:
         if lost.exc_type in numbers and hasattr(signal, "pthread_kill"):
-            # A real signal: it wakes a main thread that waits by now.
+            # A real signal, which wakes a waiting main thread.
             resent = [threading.main_thread().ident, numbers[lost.exc_type]]
             threading.Timer(0.05, signal.pthread_kill, resent).start()
         else:
@@ -60,7 +60,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after its parent has ended, however that came."""
+    """End this process soon after its parent has ended, for whatever reason."""
 
     def look() -> None:
         while os.getppid() == parent:
@@ -71,12 +71,12 @@ def end_with(parent: int) -> None:
 
 
 def following(module: str) -> list[str]:
-    """The beginning of a command that runs a module for no longer than this process lives."""
+    """The start of a command that runs a module and ends with this process."""
     return [sys.executable, __file__, str(os.getpid()), module]
 
 
 if __name__ == "__main__":
-    # The modules beside this file are not to be found by their bare names.
+    # Modules in this folder must not be importable by their bare names.
     sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     end_with(int(sys.argv[1]))
     del sys.argv[:2]

@@ -1,4 +1,4 @@
-"""Progress bars for work longer than a moment; silent where nobody watches."""
+"""Progress bars for longer work; silent without a terminal or notebook."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from rich.progress import (
 from rich.text import Text
 
 T = TypeVar("T")
-# Seconds that work must last before a bar appears.
+# Seconds before a bar appears.
 DELAY = 1.0
-# One bar at a time: work inside other work that is shown is part of it.
+# One bar at a time: nested work is part of the outer bar.
 _SHOWN = threading.Lock()
 
 
 class _Rate(ProgressColumn):
-    """Items a second, or seconds an item where there are fewer than one."""
+    """Items per second, or seconds per item if there are fewer than one."""
 
     def render(self, task: Task) -> Text:
         return Text(rate(task.finished_speed or task.speed), style="progress.data.speed")
 
 
 def rate(speed: float | None) -> str:
-    """Items a second in words.
+    """Items per second as text.
 
     >>> rate(None), rate(1234.5), rate(2.5), rate(0.1)
     ('', '1,234/s', '2.5/s', '10 s each')
@@ -95,7 +95,7 @@ def progress_bar(
 
 
 def followed(title: str, items: Sequence[T], *, enabled: bool = True) -> Iterator[T]:
-    """Each item in turn, a bar counting them.
+    """Yield each item, with a progress bar.
 
     >>> list(followed("sites", ["resid 0", "resid 1"], enabled=False))
     ['resid 0', 'resid 1']
@@ -108,7 +108,7 @@ def followed(title: str, items: Sequence[T], *, enabled: bool = True) -> Iterato
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Inside, nothing shows a bar."""
+    """Context without progress bars."""
     ours = _SHOWN.acquire(blocking=False)
     try:
         yield

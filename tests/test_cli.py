@@ -161,7 +161,7 @@ def test_claims_are_readable_at_any_width_and_without_colour(width):
         (["run", "emergence", "--engine", "a\x1b[31mb"], r"invalid choice 'a\x1b[31mb'"),
         (["extract", "--model", "m"], "Missing from lensclust extract: --tasks"),
         ([*EXTRACT, "--out", "o", "--batch-tokens", "0"], "batch_tokens=0, expected at least 1"),
-        ([*EXTRACT, "--out", "memory://o"], "is gone when this command has ended"),
+        ([*EXTRACT, "--out", "memory://o"], "is in memory, expected a folder or URL"),
         ([*EXTRACT, "--out", "reference://o/a"], "names no place"),
         (["run", "emergence", "--n-tasks", "0"], "n_tasks"),
         (["run", "emergence", "--preset", "smoke", "--k", "99"], "k=99: expected 2 to "),

@@ -1,4 +1,4 @@
-"""Activations: reading them from a model, as datasets in memory or in a store."""
+"""Activations: extraction from a model into datasets in memory or in a store."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-# Reading a dataset of activations: its sites, one site's values, its labels
+# Access to a dataset of activations: its sites, one site's values, its labels
 from .dataset import VARIABLES as VARIABLES
 from .dataset import WITHOUT as WITHOUT
 from .dataset import dataset_kinds as dataset_kinds
@@ -15,18 +15,18 @@ from .dataset import site_values as site_values
 from .dataset import stored_values as stored_values
 from .dataset import with_labels as with_labels
 
-# One pass over prompts: activations at chosen sites and positions, labelled, in xarray
+# Extraction of activations at chosen sites and positions into a labelled xarray dataset
 from .extraction import extract as extract
 
-# Activations pooled over a span of tokens: one state a prompt, reduced inside the hook
+# Activations pooled over a span of tokens: one state per prompt
 from .pooling import pooled as pooled
 
-# Extraction spread over processes and machines: replicas of a model, each writing its shards
+# Extraction on a Ray cluster: replicas of a model, each writing shards
 from .ray import extract_with_ray as extract_with_ray
 
 # The dataset that `lensclust.extract` fills: dimensions, labels and provenance
 from .skeleton import rectangle as rectangle
 from .skeleton import template as template
 
-# Reading a store: only what is finished, and nothing that does not match its checksum
+# Reading a store: finished rows only, verified by checksum
 from .store.reading import open_activations as open_activations

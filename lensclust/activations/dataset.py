@@ -1,4 +1,4 @@
-"""Reading a dataset of activations: its sites, one site's values, its labels."""
+"""Access to a dataset of activations: its sites, one site's values, its labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lensclust.prompts import MISSING, label_texts
 
 log = logging.getLogger(__name__)
 
-# Which variable of the dataset holds a kind of site, and the name of its layer axis.
+# Kind of site -> variable of the dataset, and the name of its layer axis.
 VARIABLES = {
     "resid": ("resid", "layer"),
     "resid_mid": ("resid_mid", "block"),
@@ -27,7 +27,7 @@ VARIABLES = {
     "attn_out": ("attn_out", "block"),
     "mlp_out": ("mlp_out", "block"),
 }
-# Options that may name no label.
+# Options that may be None.
 WITHOUT = ("given", "groups", "control", "per", "within", "apart")
 
 
@@ -37,7 +37,7 @@ def head_residual(
 ) -> Float[xr.DataArray, "prompt position block head d_model"]:
     """Each head's contribution to the residual stream, ``z @ W_O``, from stored ``z``.
 
-    Times what the block multiplies it by, where it does (Granite).
+    Includes the block's factor, if there is one (Granite).
 
     ``n_heads`` times larger than ``z``: select positions and blocks first. The attention
     output is the sum over heads plus ``b_O``.
@@ -54,7 +54,7 @@ def head_residual(
     if read not in (None, now):
         raise InputError(
             f"head_residual: the activations were read with weights {read[:8]}, the model has "
-            f"{now[:8]} now; expected the model as it was read"
+            f"{now[:8]} now; expected the model unchanged"
         )
     frame = head_frame(acts)
     w_o = np.stack(
@@ -66,7 +66,7 @@ def head_residual(
     if read is None and not _of(frame, w_o):  # a concatenation may have dropped the attributes
         raise InputError(
             "head_residual: the activations were read with other W_O than the model's; expected "
-            "the model as it was read"
+            "the model unchanged"
         )
     weights = xr.DataArray(w_o, dims=("block", "head", "d_head", "d_model"))
     found = xr.dot(acts["z"].astype(np.float32), weights, dim="d_head").rename("head_residual")
@@ -74,7 +74,7 @@ def head_residual(
 
 
 def head_frame(acts: xr.Dataset, site: Site | None = None) -> xr.DataArray:
-    """What heads' ``z`` is multiplied by to have the geometry of what they add, of all or of one.
+    """The matrix that gives ``z`` the geometry of heads' contributions, of all heads or of one.
 
     ``xr.concat`` repeats it for every prompt; the repeated axis is dropped.
 
@@ -96,23 +96,23 @@ def head_frame(acts: xr.Dataset, site: Site | None = None) -> xr.DataArray:
 
 
 def _of(frame: xr.DataArray, w_o: np.ndarray) -> bool:
-    """Whether a frame keeps the lengths and angles that these output weights make."""
+    """Whether a head frame preserves the lengths and angles under these output weights."""
     rows = frame.transpose("block", "head", "d_head", "rank").values
     made, kept = (each @ each.swapaxes(-1, -2) for each in (w_o, rows))
     return made.shape == kept.shape and np.allclose(made, kept, rtol=1e-3, atol=1e-3 * made.max())
 
 
 def site_values(acts: xr.Dataset, site: Site, *, position: str | None = None) -> np.ndarray:
-    """Activations of one site, ``(prompt, d)``, in coordinates that keep its geometry.
+    """Activations of one site, ``(prompt, d)``, in coordinates that preserve its geometry.
 
-    Heads come as ``z @ head_frame``, which has the distances of their contributions to the
-    residual stream; all other sites come as they are.
+    Heads are returned as ``z @ head_frame``, which has the distances of their contributions to
+    the residual stream; all other sites unchanged.
 
     Raises:
-        InputError: if the dataset does not hold the site, or several positions and none named,
-            or if a prompt's activations are not finite.
+        InputError: if the dataset does not hold the site, it holds several positions and none is
+            named, or a prompt's activations are not finite.
     """
-    # In memory as if never transposed: sums along an axis depend on it in their last digit.
+    # Memory layout as if never transposed: the last digit of sums along an axis depends on it.
     values = np.ascontiguousarray(stored_values(acts, site, position=position), dtype=np.float32)
     if site.kind != "head":
         return values
@@ -184,14 +184,14 @@ def dataset_sites(acts: xr.Dataset, kinds: str | Sequence[str] | None = None) ->
 
 
 def require_axes(acts: xr.Dataset, *variables: str) -> None:
-    """Refuse what is no dataset of activations, and one that lost an axis on the way.
+    """Refuse an object that is not a dataset of activations, or has lost an axis.
 
     Args:
-        acts: what a caller was given.
-        variables: which of its variables are looked at; all that it holds unless given.
+        acts: the object to check.
+        variables: the variables to check; all by default.
 
     Raises:
-        InputError: says what is missing and how to keep it.
+        InputError: names the missing axis and how to keep it.
 
     >>> axes = ("prompt", "position", "layer", "d_model")
     >>> require_axes(xr.Dataset({"resid": (axes, np.ones((1, 1, 1, 1)))}).isel(layer=0))
@@ -247,10 +247,10 @@ def label_columns(acts: xr.Dataset) -> dict[str, np.ndarray]:
 def labelled(
     call: str, acts: xr.Dataset, **options: str | Sequence[str] | None
 ) -> tuple[Int[np.ndarray, " row"], list[str]]:
-    """The prompts that have all the labels that a call names, and a note on those that do not.
+    """The prompts with all labels that a call names, and a note on those without.
 
     Args:
-        call: name of the function, for errors.
+        call: function name used in error messages.
         acts: activations.
         options: the call's option -> the label, or labels, that it names; None for none.
 
@@ -286,7 +286,7 @@ def labelled(
 
 
 def with_labels(call: str, acts: xr.Dataset, **options: str | Sequence[str] | None) -> xr.Dataset:
-    """`labelled` as a dataset, for results that have no place for notes: they are logged."""
+    """`labelled` as a dataset; the notes are logged."""
     rows, notes = labelled(call, acts, **options)
     for note in notes:
         log.warning("%s: %s", call, note)

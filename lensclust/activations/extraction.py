@@ -1,7 +1,7 @@
-"""One pass over prompts: activations at chosen sites and positions, labelled, in xarray.
+"""Extraction of activations at chosen sites and positions into a labelled xarray dataset.
 
-Prompts are read shard by shard (`lensclust.activations.reader`), into memory or into a store that a
-killed run can continue.
+Prompts are read shard by shard (`lensclust.activations.reader`), into memory or into a store that
+can be resumed after a kill.
 """
 
 from __future__ import annotations
@@ -41,54 +41,53 @@ def extract(
 ) -> xr.Dataset:
     """Read activations at named positions of every prompt in one pass.
 
-    Where a prompt of a shard is 256 tokens long or longer, no attention matrix is made, if the
-    model's own code can do without, gives the same up to rounding (tried once), and no hook
-    looks at a part of attention but ``z``.
+    If a prompt of a shard has 256 tokens or more, attention runs without materialising its
+    matrix, provided that the model's code supports it, the results agree up to rounding (checked
+    once), and no hook is on a part of attention other than ``z``.
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to run; its ``rows`` become coordinates of ``prompt``.
+        prompts: the prompts to run; their ``rows`` become coordinates of ``prompt``.
         sites: ``"resid"``, ``"head"``, ``"attn_out"``, ``"mlp_out"``, ``"resid_mid"``, ``"z"``
-            (all of a kind that there are: a hybrid has heads in its attention blocks alone), one
-            place (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list. Single heads are read as
+            (all existing sites of a kind: a hybrid has heads in its attention blocks only), one
+            site (``"resid 5"``, ``"head 3.12"``), a `Site`, or a list. Single heads are read as
             the smallest block x head rectangle that holds them.
         at: read positions (`Prompts.position`), one or several.
         batch_tokens: upper bound of a batch's size, padding included; default 2,048 on a CPU
-            (larger batches leave its caches) and 16,384 elsewhere.
-        shard: prompts read between two writes; inside a shard they are sorted as it suits, so
-            prompts that begin alike should not be farther apart than this.
-        share_prefixes: compute what prompts of a shard have in common at their beginning once,
-            where the model has a key/value cache and an estimate says that it pays (print
-            `lensclust.plan_prefixes`). Equal to running all in full up to rounding.
-        dtype: numpy type of what is kept.
+            (larger batches exceed its caches) and 16,384 elsewhere.
+        shard: prompts read between two writes; they are sorted within a shard, so prompts with a
+            common prefix should not be farther apart than this.
+        share_prefixes: compute common prefixes of a shard's prompts once, if the model has a
+            key/value cache and the estimated cost is lower (print `lensclust.plan_prefixes`).
+            Equal to running all in full up to rounding.
+        dtype: numpy type of the stored activations.
         store: folder of a zarr store to write to instead of memory, or its URL
-            (``s3://bucket/a``; `lensclust.storage.locations` says what a URL cannot give: see that
-            only one process writes to it).
-        resume: continue a store that a killed run left behind. One that was finished with these
-            very prompts (tokens, labels, spans and answers) is opened and left as it is; one that
-            holds others beside them is refused.
+            (``s3://bucket/a``; a URL has no lock: make sure that only one process writes to it,
+            see `lensclust.storage.locations`).
+        resume: continue a store whose writing was interrupted. One that was finished with exactly
+            these prompts (tokens, labels, spans and answers) is opened unchanged; one that holds
+            other prompts too is refused.
         append: add these prompts to a finished store with the same model, tokenizer and sites, and
-            return all that it holds. Prompts that are in it already are refused: they would leak
-            from one fold into another. With ``resume`` as well, what an earlier call added is
-            not added again.
+            return all its prompts. Prompts that are already in it are refused: they would leak
+            from one fold into another. With ``resume`` as well, prompts that an earlier call
+            added are not added again.
         progress: show a bar.
 
     Returns:
         Dataset with ``resid (prompt, position, layer, d_model)`` (layer 0 = embeddings, layer
         l = after block l-1), ``z (prompt, position, block, head, d_head)``, and ``attn_out``,
-        ``mlp_out``, ``resid_mid (prompt, position, block, d_model)``, as asked for. With
-        ``head``, ``head_frame (block, head, d_head, rank)`` lets distances between heads'
-        contributions be taken in ``z`` (`lensclust.models.head_frames`). Attributes hold the
-        provenance. With ``store`` the dataset is read lazily from disk. Parts that
-        were read of one model are joined by ``xr.concat(parts, "prompt",
-        data_vars="minimal")``. xarray keeps the attributes of the first part alone: keep the
-        activations of several models apart.
+        ``mlp_out``, ``resid_mid (prompt, position, block, d_model)``, as requested. With
+        ``head``, ``head_frame (block, head, d_head, rank)`` allows distances between heads'
+        contributions to be computed from ``z`` (`lensclust.models.head_frames`). Attributes hold
+        the provenance. With ``store`` the dataset is read lazily from disk. Join parts read from
+        one model with ``xr.concat(parts, "prompt", data_vars="minimal")``. xarray keeps only the
+        attributes of the first part: keep the activations of several models separate.
 
     Raises:
         InputError: if a site or position does not exist, no rectangle holds the sites (heads of
-            different sizes, kinds that lie in different blocks), a prompt is longer than the
-            context, a label has the name of a variable or axis, or the store holds something
-            else, or is finished and ``append`` is not set.
+            different sizes, kinds in different blocks), a prompt is longer than the context, a
+            label has the name of a variable or axis, or the store holds something else, or is
+            finished and ``append`` is not set.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")

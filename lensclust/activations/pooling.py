@@ -1,7 +1,7 @@
-"""Activations pooled over a span of tokens: one state a prompt, reduced inside the hook.
+"""Activations pooled over a span of tokens: one state per prompt.
 
-Of a layer's states only the reduced ones leave the hook, so memory grows with prompts as that of
-`lensclust.extract` does, not with tokens. Prompts run in full: no prefix is shared.
+States are pooled inside the hook, so memory grows with prompts, as in `lensclust.extract`, not
+with tokens. Prompts run in full: no prefix is shared.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _last(values: Tensor, member: Tensor, n: int) -> Tensor:
     return values[_reduced("amax")(order, member, n)]
 
 
-# Values of tokens, the prompt of each, the number of prompts -> a value a prompt.
+# Values of tokens, the prompt of each, the number of prompts -> one value per prompt.
 POOLS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "max": _reduced("amax"),
     "mean": _reduced("mean"),
@@ -66,14 +66,14 @@ def pooled(
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to run; its ``rows`` become coordinates of ``prompt``.
+        prompts: the prompts to run; their ``rows`` become coordinates of ``prompt``.
         sites: as in `lensclust.extract`.
         span: one of the prompts' spans, or ``"prompt"`` for all tokens, a beginning-of-sequence
             token included.
-        how: ``max`` (of each feature over the tokens), ``mean`` or ``last``, one or several. Of
-            heads it is ``z`` that is pooled, so its maximum is not that of the contributions.
+        how: ``max`` (of each feature over the tokens), ``mean`` or ``last``, one or several. For
+            heads ``z`` is pooled, so its maximum is not that of the contributions.
         batch_tokens: upper bound of a batch's size, as in `lensclust.extract`.
-        dtype: numpy type of what is kept; reduced in float32, or in float64 where that is kept.
+        dtype: numpy type of the result; pooled in float32, or in float64 if that is the result's.
         progress: show a bar.
 
     Returns:
@@ -112,13 +112,13 @@ def pooled(
             found = reader.read_spans(prompts, index, starts[index], stops[index], advance)
             for name, values in found.values().items():
                 if values.dtype == np.float16 and not np.isfinite(values).all():
-                    raise InputError(f"pooled: {name!r} does not fit float16; keep it as float32")
+                    raise InputError(f"pooled: {name!r} overflows float16; give dtype='float32'")
                 out[name][rows.start : rows.stop] = values
     return frame.assign({name: (frame[name].dims, value) for name, value in out.items()})
 
 
 class _SpanReader(BatchReader):
-    """Reads all tokens of each prompt's span, and keeps what the pools make of them."""
+    """Reads all tokens of each prompt's span, and keeps the pooled values."""
 
     pools: Sequence[Callable[[Tensor, Tensor, int], Tensor]] = ()
 
@@ -138,7 +138,7 @@ class _SpanReader(BatchReader):
             row = torch.arange(len(rows)).repeat_interleave(sizes)
             before = sizes.cumsum(0) - sizes
             place = torch.arange(len(row)) + (starts[rows] - before)[row]
-            # The token's prompt stands in the place of the slot: `_keep` needs it from 0 on.
+            # The slot is the token's prompt, numbered from 0 as `_keep` needs it.
             self._gather(
                 torch.stack([row, place, rows[row], row], dim=1),
                 lambda hooks, tokens=tokens: self.model.run_with_hooks(
@@ -150,7 +150,7 @@ class _SpanReader(BatchReader):
         return HostCopy(buffers)
 
     def _keep(self, buffer: Tensor, into: Tensor, slot: Tensor, layer: int, values: Tensor) -> None:
-        # A batch holds whole prompts, so nothing is left to add to later.
+        # A batch holds complete prompts, so each pool is final.
         n = int(slot[-1]) + 1
         rows = _last(into, slot, n)
         wide = values.to(torch.float64 if buffer.dtype == torch.float64 else torch.float32)

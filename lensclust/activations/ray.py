@@ -1,11 +1,11 @@
-"""Extraction spread over processes and machines: replicas of a model, each writing its shards.
+"""Extraction on a Ray cluster: replicas of a model, each writing shards.
 
-The process that asks holds the store's lock, lays the store out and notes that it is complete;
-it loads no model and no activations pass through it. Every worker (a Ray actor: one GPU, or so
-many CPUs) loads the model itself and writes shards of rows, disjoint regions, into the store. It
-is given few shards ahead of its work, so that a worker that dies (its process, its machine)
-leaves little undone: another is given those, and one is started in its place. A shard's bits
-depend on its own prompts, the threads and the kind of processor, not on who computes it.
+The calling process holds the store's lock, creates the store and marks it as complete; it loads
+no model, and no activations pass through it. Every worker (a Ray actor: one GPU, or ``threads``
+CPUs) loads the model and writes shards of rows, which are disjoint regions of the store. Its
+queue is short, so that a worker that dies (its process, its machine) leaves few shards: they go
+to another worker, and a new one is started. A shard's bits depend on its prompts, the number of
+threads and the kind of processor, not on the worker.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from lensclust.storage import Place, as_place
 
 log = logging.getLogger(__name__)
 
-# Shards that a worker has been given: the one it works on, and the next.
+# Length of a worker's queue: the current shard, and the next.
 AHEAD = 2
-# Workers that one shard, or starting, may bring down before it is held to be at fault.
+# Workers that may die at one shard, or at starting, before it counts as the cause.
 DEATHS = 3
-# Seconds without news after which it is looked whether any machine has room for a worker.
+# Seconds without a result after which the cluster is checked for room for a worker.
 PATIENCE = 10.0
 
 
@@ -66,19 +66,19 @@ def extract_with_ray(
 ) -> xr.Dataset:
     """Read activations as `extract` does, by several replicas of a model on a Ray cluster.
 
-    The store ends with the same bits as that of one process with as many threads on the same
-    kind of processor, whichever workers die on the way.
+    The store is bit-identical to that of one process with as many threads on the same kind of
+    processor, even if workers die.
 
     Args:
-        source: what `load` takes, but no bridge: every worker loads it anew. A path must lead
-            to the same files on all nodes.
-        prompts: what to run; see `Prompts`.
-        sites: what to read, as in `extract`.
-        store: folder of the zarr store, on a file system that all nodes see, or its URL.
+        source: as in `load`, but not a bridge: every worker loads it. A path must lead to the
+            same files on all nodes.
+        prompts: the prompts to run; see `Prompts`.
+        sites: sites to read, as in `extract`.
+        store: folder of the zarr store, on a file system shared by all nodes, or its URL.
         workers: replicas of the model; default as many as the cluster has room for, at most
-            one a shard.
-        threads: CPU threads of a worker, and the CPUs it takes of the cluster where that has no
-            GPUs; default the threads of this process.
+            one per shard.
+        threads: CPU threads of a worker, and the CPUs it takes of a cluster without GPUs; default
+            the threads of this process.
         loading: options of `load`, such as ``{"dtype": torch.bfloat16}``. With
             ``{"device": "cpu"}`` workers take no GPU.
         at, batch_tokens, shard, share_prefixes, dtype, resume, append, progress: as in `extract`.
@@ -98,7 +98,7 @@ def extract_with_ray(
     check_counts("extract", workers=workers, threads=threads, shard=shard)
     require_prompts("extract", prompts)
     if isinstance(source, TransformerBridge):
-        raise InputError("extract: a bridge cannot be sent to workers; give what it is loaded from")
+        raise InputError("extract: a bridge cannot be sent to workers; give the source of `load`")
     if isinstance(source, (str, Path)) and Path(source).exists():
         source = str(Path(source).absolute())
     options = {
@@ -109,29 +109,29 @@ def extract_with_ray(
     }
     place = as_place(store).absolute()
     if isinstance(place, UPath) and place.protocol == "memory":
-        raise InputError(f"store {store}: lies in this process, where workers cannot write")
+        raise InputError(f"store {store}: is in this process's memory, expected a folder or URL")
     count = threads or torch.get_num_threads()
-    order = _Order(source, dict(loading or {}), count, prompts, sites, options)
+    order = _Task(source, dict(loading or {}), count, prompts, sites, options)
     shards = len(shard_ranges(0, len(prompts), shard))
     with ray_session() as ray:
-        crew = _Crew(ray, order, workers, shards)
+        pool = _WorkerPool(ray, order, workers, shards)
         try:
             return on_disk.fill(
                 place,
-                crew.frame(),
-                lambda destination, missing: crew.write(destination, missing, progress=progress),
+                pool.frame(),
+                lambda destination, missing: pool.write(destination, missing, progress=progress),
                 keys=prompts.row_digests(),
                 shard=shard,
                 resume=resume,
                 append=append,
             )
         finally:
-            crew.dismiss()
+            pool.stop()
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What every worker is told."""
+class _Task:
+    """The task that is sent to every worker."""
 
     source: Any
     loading: Mapping[str, Any]
@@ -142,10 +142,10 @@ class _Order:
 
 
 class _Replica:
-    """The model in a process of its own (a Ray actor)."""
+    """The model in a separate process (a Ray actor)."""
 
-    def prepare(self, order: _Order) -> tuple[xr.Dataset, dict[str, Any]]:
-        """Load the model; returns the dataset to be filled, with shapes in place of zeros."""
+    def prepare(self, order: _Task) -> tuple[xr.Dataset, dict[str, Any]]:
+        """Load the model; return the dataset to be filled, with shapes instead of values."""
         torch.set_num_threads(order.threads)
         model = load(order.source, progress=False, **order.loading)
         self.reader = ShardReader(model, order.prompts, order.sites, **order.options)
@@ -156,44 +156,44 @@ class _Replica:
 
     def write(self, destination: Destination, rows: range) -> None:
         if self.destination is None or self.destination != destination:
-            self.destination = destination  # kept, for it holds the store open
+            self.destination = destination  # kept, because it holds the store open
         for _, values in self.reader.read([rows], lambda _: None):
             self.destination.put(rows, values)
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A replica, and the shards it was given, the oldest first."""
+    """A replica and its queue of shards, the oldest first."""
 
     actor: Any
     given: dict[Any, range] = field(default_factory=dict)
 
 
-class _Crew:
-    """Workers that are hired, given shards, replaced when they die, and dismissed."""
+class _WorkerPool:
+    """Worker pool: starts workers, assigns shards, replaces dead workers, and stops them."""
 
-    def __init__(self, ray: Any, order: _Order, workers: int | None, shards: int) -> None:
+    def __init__(self, ray: Any, order: _Task, workers: int | None, shards: int) -> None:
         self.ray, self.threads = ray, order.threads
         self.starting: dict[Any, _Worker] = {}
         self.ready: list[_Worker] = []
         self.outline: tuple[xr.Dataset, dict[str, Any]] | None = None
-        # By the shard that a worker was at; None while it started.
+        # Number of deaths by the worker's shard; None while it started.
         self.deaths: Counter[range | None] = Counter()
         on_cpu = str(order.loading.get("device", "")).startswith("cpu")
         has_gpus = ray.cluster_resources().get("GPU", 0) >= 1 and not on_cpu
         self.needs = {"GPU": 1, "CPU": 1} if has_gpus else {"CPU": order.threads}
         try:
             self.order = ray.put(order)
-        except Exception as error:  # whatever the objects in it raise when they are pickled
+        except Exception as error:  # pickling may raise anything
             kind = type(order.source).__name__
             raise InputError(f"extract: a {kind} cannot be sent to workers: {error}") from error
         for _ in range(min(self._require_room() if workers is None else workers, shards)):
-            self._hire()
+            self._start()
 
     def frame(self) -> xr.Dataset:
-        """What the first worker that is ready says is to be filled."""
+        """The dataset to be filled, from the first worker that is ready."""
         while self.outline is None:
-            self._hear(deque(), lambda _: None)
+            self._poll(deque(), lambda _: None)
         outline, shapes = self.outline
         zeros = {
             name: (dims, np.broadcast_to(dtype.type(0), shape))
@@ -202,39 +202,39 @@ class _Crew:
         return outline.assign(zeros)
 
     def write(self, destination: Destination, missing: Sequence[range], *, progress: bool) -> None:
-        """Have every missing shard written."""
+        """Have the workers write every missing shard."""
         waiting = deque(missing)
         total = sum(len(rows) for rows in missing)
         try:
             with progress_bar("extract", total, enabled=progress) as advance:
                 while waiting or any(worker.given for worker in self.ready):
-                    self._hand_out(waiting, destination)
-                    self._hear(waiting, advance)
+                    self._assign(waiting, destination)
+                    self._poll(waiting, advance)
         finally:
-            # Before the lock goes: nobody writes to a store that is no longer held.
-            self.dismiss()
+            # Before the lock is released: no worker may write to an unlocked store.
+            self.stop()
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         for worker in [*self.starting.values(), *self.ready]:
             self.ray.kill(worker.actor)
         self.starting, self.ready = {}, []
 
-    def _hire(self) -> None:
+    def _start(self) -> None:
         options = {"num_cpus": self.needs["CPU"], "num_gpus": self.needs.get("GPU", 0)}
         replica = self.ray.remote(_Replica).options(scheduling_strategy="SPREAD", **options)
         worker = _Worker(replica.remote())
         self.starting[worker.actor.prepare.remote(self.order)] = worker
 
-    def _hand_out(self, waiting: deque[range], destination: Destination) -> None:
-        # All a first shard before any a second.
+    def _assign(self, waiting: deque[range], destination: Destination) -> None:
+        # Every worker gets a first shard before any gets a second.
         for ahead in range(AHEAD):
             for worker in self.ready:
                 if waiting and len(worker.given) <= ahead:
                     rows = waiting.popleft()
                     worker.given[worker.actor.write.remote(destination, rows)] = rows
 
-    def _hear(self, waiting: deque[range], advance: Callable[..., None]) -> None:
-        """Wait for one answer: a worker that is ready, a shard that is written, or a death."""
+    def _poll(self, waiting: deque[range], advance: Callable[..., None]) -> None:
+        """Wait for one event: a worker that is ready, a shard that is written, or a death."""
         awaited = {ref: worker for worker in self.ready for ref in worker.given} | self.starting
         answered, _ = self.ray.wait(list(awaited), timeout=PATIENCE)
         if not answered and not self.ready:
@@ -244,17 +244,17 @@ class _Crew:
             try:
                 answer = self.ray.get(ref)
             except self.ray.exceptions.RayTaskError as error:
-                # What the worker raised, as if it had been raised here.
+                # Raise the worker's error here.
                 raise (error.cause if isinstance(error.cause, Exception) else error) from error
             except self.ray.exceptions.RayError as error:
                 self._replace(worker, waiting, error)
                 continue
             if self.starting.pop(ref, None):
-                self._welcome(worker, answer)
+                self._register(worker, answer)
             else:
                 advance(len(worker.given.pop(ref)))
 
-    def _welcome(self, worker: _Worker, outline: tuple[xr.Dataset, dict[str, Any]]) -> None:
+    def _register(self, worker: _Worker, outline: tuple[xr.Dataset, dict[str, Any]]) -> None:
         if self.outline is None:
             self.outline = outline
         first, other = self.outline[0].attrs, outline[0].attrs
@@ -277,12 +277,12 @@ class _Crew:
         waiting.extendleft(reversed(worker.given.values()))
         self.starting = {ref: each for ref, each in self.starting.items() if each is not worker}
         self.ready = [each for each in self.ready if each is not worker]
-        # It may live on where nobody can reach it.
+        # It may still run on an unreachable node.
         self.ray.kill(worker.actor)
-        self._hire()
+        self._start()
 
     def _require_room(self) -> int:
-        """The number of workers that all nodes can hold; an error if none."""
+        """The number of workers for which the nodes have room; an error if none."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         room = sum(
             min(int(node.get(kind, 0) // number) for kind, number in self.needs.items())

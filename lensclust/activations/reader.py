@@ -1,10 +1,9 @@
-"""Reading shards of prompts: forwards that end at the last wanted site, gathered in its hooks.
+"""Reading shards of prompts with hooks, in forwards that stop at the last requested site.
 
-The forward ends as soon as the last wanted site has fired; only the wanted positions are
-copied, inside the hook, into a buffer allocated beforehand, so that memory holds one batch of
-the model's own activations and the rows that are kept. Of prompts that begin alike each distinct
-token is run once (`lensclust.inference.prefix_sharing.sharing`), and for long ones no attention
-matrix is made (`lensclust.inference.fused_attention`), where the model allows it and where it pays.
+Hooks copy only the requested positions into preallocated buffers, so that memory holds one batch
+of the model's activations and the rows that are kept. Where the model allows it and it is faster,
+common prefixes run once (`lensclust.inference.prefix_sharing.sharing`), and long prompts run
+without an attention matrix (`lensclust.inference.fused_attention`).
 """
 
 from __future__ import annotations
@@ -43,28 +42,28 @@ from lensclust.models import (
 from lensclust.prompts import Prompts
 
 DTYPES = ("float16", "float32", "float64")
-# Tokens of a prompt from which on attention matrices take a fifth of a forward's time.
+# Prompt length at which attention matrices take a fifth of a forward's time.
 LONG = 256
 
 
 class _AllSitesRead(Exception):
-    """Raised inside a hook to end a forward that has nothing left to give."""
+    """Raised inside a hook to stop a forward after the last requested site."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """Right-padded prompts, and the tokens of each that are wanted."""
+class _Requested:
+    """Right-padded prompts, and the requested tokens of each."""
 
     tokens: Int[Tensor, "row token"]
     lengths: Int[Tensor, " row"]
     positions: Int[Tensor, "row position"]
 
-    def take(self, rows: Int[Tensor, " some"]) -> _Asked:
-        return _Asked(self.tokens[rows], self.lengths[rows], self.positions[rows])
+    def take(self, rows: Int[Tensor, " some"]) -> _Requested:
+        return _Requested(self.tokens[rows], self.lengths[rows], self.positions[rows])
 
 
 class ShardReader:
-    """What was asked of a model, held against it and its prompts, and read shard by shard.
+    """Reads requested activations shard by shard, after checking the request.
 
     Args are those of `lensclust.extract`; ``frame`` is the dataset to be filled, over zeros that
     take no memory.
@@ -113,7 +112,7 @@ class ShardReader:
         for rows, values in arrived((rows, self._begin(rows, advance)) for rows in shards):
             for name, value in values.items():
                 if value.dtype == np.float16 and not np.isfinite(value).all():
-                    raise InputError(f"extract: {name!r} does not fit float16; keep it as float32")
+                    raise InputError(f"extract: {name!r} overflows float16; give dtype='float32'")
             yield rows, values
 
     @torch.no_grad()
@@ -123,7 +122,7 @@ class ShardReader:
 
 
 class BatchReader:
-    """Runs batches and gathers the wanted positions of the wanted sites in the hooks."""
+    """Runs batches and gathers the requested positions and sites in hooks."""
 
     def __init__(
         self,
@@ -144,7 +143,7 @@ class BatchReader:
             index = frame[axis].values.tolist().index(site.layer)
             heads = None
             if variable == "z":
-                # On the device once: an upload in a hook would hold up every layer.
+                # Uploaded once: an upload in a hook would delay every layer.
                 heads = torch.tensor(frame["head"].values, device=self.device)
             self.targets[hook_name(model, site)] = (variable, index, heads)
         self.sharing = None
@@ -162,18 +161,20 @@ class BatchReader:
         positions: Int[Tensor, "row position"],
         advance: Callable[..., None],
     ) -> HostCopy:
-        """Activations of one shard on their way to the host: variable -> the shard's rows."""
+        """Activations of one shard, being copied to the host: variable -> the shard's rows."""
         buffers = self._buffers(len(index))
-        asked = _Asked(prompts.tokens[index], prompts.lengths[index], positions)
-        with self._fused(asked):
-            packing = self.sharing and self.sharing.plan(asked.tokens, asked.lengths, positions)
-            if packing is None or not self._read_shared(packing, asked, buffers, advance):
-                self._read_in_full(asked, buffers, advance)
+        requested = _Requested(prompts.tokens[index], prompts.lengths[index], positions)
+        with self._fused(requested):
+            packing = self.sharing and self.sharing.plan(
+                requested.tokens, requested.lengths, positions
+            )
+            if packing is None or not self._read_shared(packing, requested, buffers, advance):
+                self._read_in_full(requested, buffers, advance)
         return HostCopy(buffers)
 
-    def _fused(self, asked: _Asked) -> AbstractContextManager[Any]:
-        """The model's own fused attention, if a prompt is long."""
-        model, longest = self.model, int(asked.lengths.max())
+    def _fused(self, requested: _Requested) -> AbstractContextManager[Any]:
+        """The model's fused attention, if a prompt is long."""
+        model, longest = self.model, int(requested.lengths.max())
         if longest < LONG or not isinstance(model, TransformerBridge):
             return nullcontext()
         return fused_attention(model, longest, hooks=self.targets)
@@ -189,12 +190,12 @@ class BatchReader:
         }
 
     def _read_in_full(
-        self, asked: _Asked, buffers: Mapping[str, Tensor], advance: Callable[..., None]
+        self, requested: _Requested, buffers: Mapping[str, Tensor], advance: Callable[..., None]
     ) -> None:
-        for rows in batches(self.model, asked.lengths, self.batch_tokens):
-            longest = int(asked.lengths[rows].max())
-            tokens = upload(asked.tokens[rows, :longest], self.device)
-            places = asked.positions[rows]
+        for rows in batches(self.model, requested.lengths, self.batch_tokens):
+            longest = int(requested.lengths[rows].max())
+            tokens = upload(requested.tokens[rows, :longest], self.device)
+            places = requested.positions[rows]
             row, slot = torch.meshgrid(
                 torch.arange(len(rows)), torch.arange(places.shape[1]), indexing="ij"
             )
@@ -211,7 +212,7 @@ class BatchReader:
     def _read_shared(
         self,
         packing: Packing,
-        asked: _Asked,
+        requested: _Requested,
         buffers: Mapping[str, Tensor],
         advance: Callable[..., None],
     ) -> bool:
@@ -229,7 +230,7 @@ class BatchReader:
             """States of every layer and position ``(position, layer, ...)``."""
             row = packing.farthest
             alone = self._buffers(1)
-            self._read_in_full(asked.take(torch.tensor([row])), alone, lambda _: None)
+            self._read_in_full(requested.take(torch.tensor([row])), alone, lambda _: None)
             for name, expected in alone.items():
                 yield buffers[name][row].flatten(2), expected[0].flatten(2)
 
@@ -239,13 +240,13 @@ class BatchReader:
         return False
 
     def _keep(self, buffer: Tensor, into: Tensor, slot: Tensor, layer: int, values: Tensor) -> None:
-        """Put what was read at each wanted token where it belongs."""
+        """Store the values of each requested token in its row of the buffer."""
         buffer[into, slot, layer] = values.to(buffer)
 
     def _gather(
         self, wanted: Int[Tensor, "read 4"], forward: Forward, buffers: Mapping[str, Tensor]
     ) -> None:
-        """Copy what is wanted of a forward (row, place, prompt, slot) into the buffers."""
+        """Copy requested tokens (row, place, prompt, slot) of a forward into the buffers."""
         awaited = set(self.targets)
         row, place, into, slot = upload(wanted, self.device).unbind(1)
 

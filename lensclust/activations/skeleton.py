@@ -28,7 +28,7 @@ from lensclust.models import (
 from lensclust.models.added_code import added_code
 from lensclust.prompts import Prompts
 
-# What a label cannot be called, whichever of these an extraction has and a store adds.
+# Names that a label cannot have, because an extraction or a store may use them.
 RESERVED = {
     *("prompt", "position", "layer", "block", "head", "d_model", "d_head", "rank", "head_frame"),
     *(variable for variable, _ in VARIABLES.values()),
@@ -39,7 +39,7 @@ LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch")
 
 
 def rectangle(model: TransformerLensModel, sites: Sequence[Site]) -> list[Site]:
-    """The sites, and what else lies in the block x kind rectangle that an array has to be.
+    """The sites, completed to the block x kind rectangle of an array.
 
     Raises:
         InputError: if there is no such rectangle: a block lacks a kind, or heads differ in size.
@@ -55,8 +55,8 @@ def rectangle(model: TransformerLensModel, sites: Sequence[Site]) -> list[Site]:
             resolve(model, missing)
     except InputError as error:
         raise InputError(
-            f"extract: one array cannot hold these places, as {error}; read kinds that lie in "
-            "different blocks one by one"
+            f"extract: one array cannot hold these sites, as {error}; read kinds in different "
+            "blocks one by one"
         ) from None
     sizes = {block: held[block].d_head for block in blocks}
     if any(site.head is not None for site in others) and len(set(sizes.values())) > 1:
@@ -74,7 +74,7 @@ def template(
     positions: Sequence[str],
     dtype: np.dtype,
 ) -> xr.Dataset:
-    """The dataset over zeros that take no memory."""
+    """The dataset with labels and provenance, over zeros that take no memory."""
     places: dict[str, set[int]] = {"layer": set(), "block": set(), "head": set()}
     for site in sites:
         places[VARIABLES[site.kind][1]].add(site.layer)

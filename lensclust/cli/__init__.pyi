@@ -1,2 +1,2 @@
-# The ``lensclust`` command: arguments in, one line out where they are unusable
+# Entry point of the ``lensclust`` command
 from .command import main as main

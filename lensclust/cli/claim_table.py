@@ -13,19 +13,19 @@ from rich.text import Text
 if TYPE_CHECKING:
     from lensclust.results import Claim
 
-# Colour never stands alone.
+# Colour is always repeated by text.
 _LOOKS = {
     "supported": ("✓ supported", "green"),
     "negligible": ("≈ negligible", "cyan"),
     "contradicted": ("✗ contradicted", "red"),
     "inconclusive": ("? inconclusive", "yellow"),
 }
-# A narrower terminal has one claim below the other instead of columns.
+# Below this width claims are printed one below the other instead of in columns.
 _WIDE = 120
 
 
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
-    """Print claims as a table, or one below the other where columns would be too narrow."""
+    """Print claims as a table, or one below the other if the terminal is narrow."""
     tally = Text("  ").join(
         Text(f"{_LOOKS[verdict][0]}: {count}", style=_LOOKS[verdict][1])
         for verdict in _LOOKS

@@ -1,6 +1,6 @@
-"""The ``lensclust`` command: arguments in, one line out where they are unusable.
+"""The ``lensclust`` command; unusable arguments give a one-line error.
 
-Nothing heavy is imported until a command needs it, so that ``--help`` answers at once.
+Heavy modules are imported only when a command needs them, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``lensclust`` command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     own_packages.put_first()
-    # A worker that has grown is replaced between two jobs, which loky tells as if it had failed.
+    # loky replaces a worker that uses much memory, and warns as if it had failed.
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
     try:
         with interruptible():
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(UNUSABLE, str(error))
     except OSError as error:
         place = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
-        # A path that can name nothing was given so.
+        # An invalid path is the user's input.
         unusable = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         return _end(UNUSABLE if unusable else FAILED, f"{error.strerror or error}{place}")
     except KeyboardInterrupt as error:
@@ -120,7 +120,7 @@ def _run(given: list[str]) -> int:
 
 
 def _run_options(study: Any, given: list[str]) -> tuple[RunOptions, Any]:
-    """How to run, and the study with its fields as given."""
+    """Options of the run, and the study with the given fields."""
     preset, command = _preset(given, study), _command(study)
     # The preset sets the defaults, so it must be known before the options are read.
     default = command(RunOptions(preset=preset), study(**study.presets[preset]))
@@ -163,7 +163,7 @@ def _extract(given: list[str]) -> int:
     if isinstance(place, Path):
         require_place(place)
     elif place.protocol == "memory":
-        raise InputError(f"extract: --out {options.out} is gone when this command has ended")
+        raise InputError(f"extract: --out {options.out} is in memory, expected a folder or URL")
     loading: dict[str, Any] = {
         "device": None if options.device is None else found_device(options.device),
         "dtype": options.model_dtype and getattr(torch, options.model_dtype),
@@ -175,7 +175,7 @@ def _extract(given: list[str]) -> int:
     arguments |= {"store": place, "resume": options.resume, "append": options.append}
     arguments |= {"progress": not options.quiet}
     if options.engine == "ray":
-        del model  # the workers load their own
+        del model  # each worker loads the model
         arguments |= {"workers": options.workers, "threads": options.threads, "loading": loading}
         acts = lc.extract_with_ray(options.model, prompts, options.sites, **arguments)
     else:
@@ -205,7 +205,7 @@ def _doctor(given: list[str]) -> int:
         return DONE
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, state in examine(options.model).items():
-        table.add_row(*map(Text, (name, state)))  # plain: "[peft]" is no markup
+        table.add_row(*map(Text, (name, state)))  # plain text: "[peft]" is not markup
     Console().print(table)
     return DONE
 
@@ -231,14 +231,14 @@ OPTIONS: dict[str, Any] = {
 
 
 def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
-    """Options from words.
+    """Parse options from command-line arguments.
 
     Raises:
-        InputError: what is wrong with the words, without the frame that tyro draws around it.
+        InputError: tyro's message, without the frame around it.
     """
     box, columns = io.StringIO(), os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*given}:
-        os.environ["COLUMNS"] = "100000"  # no line is broken
+        os.environ["COLUMNS"] = "100000"  # no line breaks
     try:
         with redirect_stderr(box):
             return tyro.cli(kind, args=given, prog=f"lensclust {command}", **keywords)
@@ -249,7 +249,7 @@ def _parse(kind: Any, given: list[str], command: str, **keywords: Any) -> Any:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-    # A title, and what is wrong up to the next line without words.
+    # The message: a title, and lines up to the next one without words.
     rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
     text = "\n".join(row if row.strip("╰╯─-") else "" for row in rows).strip()
     reason = text.partition("\n\n")[0].split("\n")
@@ -272,16 +272,16 @@ def _usage() -> str:
 
 
 def _load_studies() -> dict[str, Any]:
-    """Every study that packages here offer; one that cannot be loaded is said, and left out.
+    """All studies of installed packages; those that cannot be loaded are reported and skipped.
 
     Raises:
-        InputError: if there is none left.
+        InputError: if none can be loaded.
     """
     studies, failures = {}, []
     for point in sorted(entry_points(group="lensclust.studies"), key=lambda point: point.name):
         try:
             studies[point.name] = point.load()
-        except Exception as error:  # whatever somebody's package raises
+        except Exception as error:  # a third-party package may raise anything
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             failures.append(f"study {point.name!r} ({point.value}) cannot be loaded: {said}")
     if not studies:
@@ -293,7 +293,7 @@ def _load_studies() -> dict[str, Any]:
 
 
 def _sweeps(engine: str) -> AbstractContextManager[None]:
-    """Where sweeps run inside the block."""
+    """Context that selects where sweeps run."""
     if engine == "local":
         return nullcontext()
     from lensclust.parallel import sweeps_on_ray
@@ -302,7 +302,7 @@ def _sweeps(engine: str) -> AbstractContextManager[None]:
 
 
 def _preset(given: list[str], study: Any) -> str:
-    """The preset named among the options, before they are parsed."""
+    """The preset in the options, before they are parsed."""
     named = RunOptions.preset
     for index, word in enumerate(given):
         if word == "--preset" and index + 1 < len(given):

@@ -1,4 +1,4 @@
-"""Completion of the command in bash and zsh: a script made from the studies that are installed."""
+"""Completion of the command in bash and zsh: a script made from the installed studies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SHELLS = ("bash", "zsh")
 
 
 def completion(shell: str, commands: Mapping[str, Any], studies: Mapping[str, Any]) -> str:
-    """A script to be evaluated by a shell: ``eval "$(lensclust completion bash)"``.
+    """A completion script for a shell: ``eval "$(lensclust completion bash)"``.
 
-    It holds the words of every command, study, preset and option, so that no Python starts when
-    the tab key is pressed; where no word fits, files are offered.
+    It contains the words of every command, study, preset and option, so that the tab key starts no
+    Python; if no word matches, files are offered.
 
     Args:
         shell: ``bash`` or ``zsh``.
-        commands: name -> the dataclass of its options, or None where it has none.
+        commands: name -> the dataclass of its options, or None if it has none.
         studies: name -> study class.
 
     Raises:
@@ -39,7 +39,7 @@ def completion(shell: str, commands: Mapping[str, Any], studies: Mapping[str, An
 
 
 def _options(kind: Any) -> list[str]:
-    """Long options of a dataclass, as they are spelled on the command line."""
+    """Long options of a dataclass, as on the command line."""
     if kind is None:
         return ["--help"]
     names = [f"--{each.name.replace('_', '-')}" for each in fields(kind)]

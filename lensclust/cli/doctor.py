@@ -1,4 +1,4 @@
-"""What will work on this machine and with this model, tried rather than assumed."""
+"""Diagnosis of a machine and a model by running small tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lensclust.models import KINDS, PINS, blocks_of, cache_folder, described, re
 from lensclust.runs import machine
 
 EXTRAS = {"peft": "peft", "ray": "ray", "umap": "umap"}
-# The prompts that an estimate is made from.
+# The prompts on which an estimate is based.
 _ROWS, _LENGTH = 4, 64
 EDITS = {
     "residual stream": "blocks.{}.hook_resid_post",
@@ -33,7 +33,7 @@ def examine(source: Any = None) -> dict[str, str]:
     """Versions and devices; with a model, its sites, which edits take effect, and prefixes.
 
     Args:
-        source: anything `lensclust.load` takes, or None for the machine alone.
+        source: anything `lensclust.load` takes, or None for the machine only.
 
     >>> report = examine("native:sif-small")
     >>> report["edit head outputs"], report["site resid_mid"]
@@ -66,7 +66,7 @@ def _extra(module: str, name: str) -> str:
 
 
 def _downloads() -> dict[str, str]:
-    """Which pinned downloads are there already, and how much room there is for others."""
+    """Which pinned downloads are cached, and the free space for others."""
     folder = cache_folder()
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(above).free / 1e9
@@ -82,7 +82,7 @@ def _downloads() -> dict[str, str]:
 
 
 def _shape(model: TransformerBridge) -> str:
-    """How many blocks, and heads of a block; blocks without attention have none."""
+    """Number of blocks, and of heads per block; blocks without attention have none."""
     blocks = blocks_of(model)
     heads = sorted({block.heads for block in blocks if block.heads})
     without = sum(not block.heads for block in blocks)
@@ -93,7 +93,7 @@ def _shape(model: TransformerBridge) -> str:
 
 
 def _try_site(model: TransformerBridge, kind: str) -> str:
-    """Can this kind be read, and in which blocks?"""
+    """Whether this kind of site can be read, and in which blocks."""
     try:
         sites = resolve(model, kind)
     except InputError as error:
@@ -112,7 +112,7 @@ def _some_tokens(model: TransformerBridge) -> torch.Tensor:
 
 
 def _try_gradient(model: TransformerBridge) -> str:
-    """Does a gradient reach the residual stream of block 0?"""
+    """Whether a gradient reaches the residual stream of block 0."""
     size = blocks_of(model)[0].d_model
     # Not the same everywhere: a norm takes a constant out again.
     nudge = torch.randn(size, generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def _try_gradient(model: TransformerBridge) -> str:
 
 @torch.no_grad()
 def _estimate(model: TransformerBridge) -> dict[str, str]:
-    """Time and room for the residual streams of 1,000 prompts, from a few of them."""
+    """Estimated time and space for the residual streams of 1,000 prompts, from a few of them."""
     length = min(_LENGTH, model.cfg.n_ctx or _LENGTH)
     tokens = torch.arange(_ROWS * length, device=model.cfg.device).view(_ROWS, length)
     tokens = tokens % model.cfg.d_vocab
@@ -154,7 +154,7 @@ def _devices() -> list[str]:
 
 @torch.no_grad()
 def _try_edit(model: TransformerBridge, hook: str) -> str:
-    """Does zeroing this tensor, in the first block that has it, change the logits?"""
+    """Whether zeroing this tensor, in the first block that has it, changes the logits."""
     there = [b for b in range(len(blocks_of(model))) if hook.format(b) in model.hook_dict]
     if not there:
         return "no such hook"

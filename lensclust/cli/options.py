@@ -1,4 +1,4 @@
-"""What each command may be asked: its options, their defaults, and what ``--help`` says of them."""
+"""Options of each command: names, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class RunOptions:
 
     Attributes:
         preset: smoke (seconds), default (minutes on two cores) or paper (for a GPU).
-        seeds: number of independent repetitions; default the study's own.
+        seeds: number of independent repetitions; default that of the study.
         out: run directory; default runs/STUDY-PRESET.
         resume: continue a run that was interrupted.
         jobs: worker processes; -1 uses all cores.
         engine: local (processes on this machine) or ray (seeds, checkpoints and sites on all
-            nodes of a Ray cluster; the run directory must lie on a file system that they see).
+            nodes of a Ray cluster; the run directory must be on a shared file system).
         quiet: no progress bars.
     """
 
@@ -50,11 +50,11 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Show a run in the browser while it works, on this machine alone; its page at the end.
+    """Show a run in the browser while it works, on this machine only; its page at the end.
 
     Attributes:
         run: a run directory, finished or not.
-        port: where to listen; 0 takes any that is free.
+        port: port to listen on; 0 for any free one.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -69,17 +69,17 @@ class ExtractOptions:
         model: anything `lensclust.load` takes: native:sif-small, smollm2-135m-instruct, a
             directory, a hub id, a GGUF file, a checkpoint.
         out: the store's folder, or its URL such as s3://bucket/a.
-        sites: what to read: resid, head, attn_out, mlp_out, or places such as "resid 5".
+        sites: sites to read: resid, head, attn_out, mlp_out, or single ones such as "resid 5".
         at: read positions: answer, instruction_end, ...
         batch_tokens: upper bound of a batch's size, padding included; default by device.
-        share_prefixes: compute what prompts have in common at their beginning once.
-        dtype: numpy type of what is kept.
+        share_prefixes: compute common prefixes of prompts once.
+        dtype: numpy type of the stored activations.
         device: where the model runs, such as cuda:1; default an accelerator if there is one.
-        model_dtype: of the model's weights; default float32, or a checkpoint's own.
+        model_dtype: of the model's weights; default float32, or that of a checkpoint.
         resume: continue a store that was interrupted.
-        append: add these prompts to a finished store; refused where it holds one of them.
+        append: add these prompts to a finished store; refused if it holds one of them.
         engine: local (this process) or ray (replicas of the model on all nodes of a Ray cluster,
-            one GPU each where there are GPUs; the store must lie on a file system that they see).
+            one GPU each if there are GPUs; the store must be on a shared file system).
         workers: replicas of the model (ray); default as many as there is room for.
         threads: CPU threads of a replica (ray); default those of this process.
         quiet: no progress bars.
@@ -109,7 +109,7 @@ class DoctorOptions:
 
     Attributes:
         model: a model to examine; anything `lensclust.load` takes.
-        json: for machines.
+        json: print JSON.
     """
 
     model: str | None = None
@@ -118,4 +118,4 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """What studies there are, which paper each follows, and what each preset costs."""
+    """List the studies, the paper that each follows, and the cost of each preset."""

@@ -1,10 +1,10 @@
-"""Tidy frame -> Altair chart -> files, with neither a browser nor a network.
+"""Figures: tidy frame -> Altair chart -> files, without browser or network.
 
-Every chart carries a title, a caption and a description (its alternative text), spells its data
-inside itself in rounded numbers, and draws the null or the baseline beside the measurement.
-Colours are told apart by colour-blind readers and never stand alone: shape repeats them.
-Pictures stay small: repeated seeds become one line with its range, and what has more points
-than pixels is averaged (lines) or thinned (scatter, which then says so).
+Every chart has a title, a caption and a description (its alternative text), contains its data in
+rounded numbers, and shows the null or the baseline beside the measurement. Colours are
+distinguishable for colour-blind readers and always repeated by shape.
+Figures stay small: repeated seeds become one line with its range; more points than pixels are
+averaged (lines) or thinned (scatter plots, with a note).
 """
 
 import lazy_loader

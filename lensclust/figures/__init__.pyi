@@ -1,28 +1,28 @@
 # Bars: a measurement against its baselines
 from .bar_charts import bars as bars
 
-# A tidy frame made ready to be drawn: checked, averaged over seeds, thinned, and inlined
+# Preparation of a tidy frame for a figure: checks, means over seeds, thinning, inlining
 from .data import inline as inline
 from .data import over_seeds as over_seeds
 from .data import require_columns as require_columns
 
-# How results show themselves in a notebook: a sentence, a small table and a still picture
+# Display of results in a notebook: a sentence, a small table and a static figure
 from .display import Shown as Shown
 from .display import as_html as as_html
 
-# From a column to an axis, a colour, a shape or a tooltip
+# Encodings of columns: axes, colours, shapes, tooltips
 from .encodings import panel_names as panel_names
 from .encodings import panels as panels
 from .encodings import seed_tips as seed_tips
 from .encodings import tip as tip
 
-# From a chart to its files, with neither a browser nor a network
+# Saving of charts, without browser or network
 from .files import render_svg as render_svg
 from .files import save as save
 from .files import specification as specification
 from .files import stack as stack
 
-# Heat maps: one cell a head
+# Heat maps: one cell per head
 from .heat_maps import head_map as head_map
 
 # Lines: a metric by layer or by training step
@@ -31,7 +31,7 @@ from .line_charts import curves as curves
 # Scatter plots: states in two dimensions
 from .scatter_plots import scatter as scatter
 
-# The look: colours, shapes and theme, and the words that travel with a picture
+# Style of figures: colours, shapes, theme, titles and captions
 from .style import NULL_LABEL as NULL_LABEL
 from .style import PALETTE as PALETTE
 from .style import SHAPES as SHAPES
@@ -39,5 +39,5 @@ from .style import Picture as Picture
 from .style import finish as finish
 from .style import how_to_read as how_to_read
 
-# Trade-offs: what each method gains against what it costs
+# Trade-offs: gain against cost of each method
 from .trade_offs import trade_off as trade_off

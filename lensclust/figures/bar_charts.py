@@ -24,7 +24,7 @@ def bars(
     caption: str,
     value_title: str | None = None,
 ) -> Picture:
-    """A measurement against its baselines: one bar a condition, its value written beside it.
+    """A measurement against its baselines: one bar per condition, labelled with its value.
 
     The first condition of the frame is the measurement and is coloured; the others are grey.
     A line spans the lowest to the highest seed.
@@ -35,8 +35,8 @@ def bars(
             at each bar.
 
     Raises:
-        InputError: if a column is missing, no row is left, or a condition has several rows of
-            a seed.
+        InputError: if a column is missing, no row is left, or a condition has several rows for
+            one seed.
 
     >>> frame = pd.DataFrame({"condition": ["best layer", "bag of tokens"], "value": [0.7, 0.68]})
     >>> chart = bars(frame, title="ARI", caption="The baseline is high.")
@@ -48,7 +48,7 @@ def bars(
     order = list(dict.fromkeys(frame[name].astype(str)))
     data = pd.DataFrame({"name": means[name].astype(str), "value": means[value]})
     data["low"], data["high"], data["seeds"] = means["low"], means["high"], means["seeds"]
-    # The number stands outside bar and range, on the side the bar points to.
+    # The number is outside bar and range, on the side to which the bar points.
     data["end"] = np.maximum(data["high"], 0.0)
     if facet:
         data["panel"] = panel_names(means[facet])

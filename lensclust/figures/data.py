@@ -1,6 +1,6 @@
-"""A tidy frame made ready to be drawn: checked, averaged over seeds, thinned, and inlined.
+"""Preparation of a tidy frame for a figure: checks, means over seeds, thinning, inlining.
 
-What a column is (numbers or names) is said by its dtype alone: "0" to "9" are names.
+Only its dtype decides whether a column holds numbers or names: "0" to "9" are names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from lensclust.errors import InputError
 
-_MAX_POSITIONS = 400  # positions on a line: about one a pixel
+_MAX_POSITIONS = 400  # positions on a line: about one per pixel
 _MAX_POINTS = 3000  # points of a scatter, over all its panels
 
 
@@ -39,7 +39,7 @@ def over_seeds(
 ) -> pd.DataFrame:
     """Means over seeds of ``columns``, with the range of ``value`` and the number of seeds.
 
-    Numeric keys come out sorted, others in the order of the frame.
+    Numeric keys are sorted, others in the order of the frame.
     """
     kept = frame.dropna(subset=[value, *keys])
     if kept.empty:
@@ -63,7 +63,7 @@ def over_seeds(
 
 
 def thin_lines(data: pd.DataFrame, groups: list[str], *, logarithmic: bool) -> pd.DataFrame:
-    """Average what falls on the same pixel, where there are more positions than pixels."""
+    """Average points on the same pixel, if there are more positions than pixels."""
     x = data["x"].astype(float)
     if x.nunique() <= _MAX_POSITIONS:
         return data
@@ -76,7 +76,7 @@ def thin_lines(data: pd.DataFrame, groups: list[str], *, logarithmic: bool) -> p
 
 
 def thin_points(frame: pd.DataFrame, facet: str | None) -> tuple[pd.DataFrame, str]:
-    """At most ``_MAX_POINTS`` rows, equally many a panel, and a sentence if rows were left out."""
+    """At most ``_MAX_POINTS`` rows, equally many per panel, and a note if rows were dropped."""
     panels = frame[facet].nunique() if facet else 1
     limit = max(1, _MAX_POINTS // max(1, panels))
     shuffled = frame.iloc[np.random.default_rng(0).permutation(len(frame))]
@@ -90,7 +90,7 @@ def thin_points(frame: pd.DataFrame, facet: str | None) -> tuple[pd.DataFrame, s
 
 
 def inline(data: pd.DataFrame) -> alt.InlineData:
-    """Data inside the chart: six significant digits, and no limit on the number of rows."""
+    """Data inside the chart: six significant digits, without a limit on the number of rows."""
     columns = [[_plain(item) for item in data[name].tolist()] for name in data]
     names = [str(name) for name in data]
     rows = [

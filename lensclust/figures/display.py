@@ -1,6 +1,6 @@
-"""How results show themselves in a notebook: a sentence, a small table and a still picture.
+"""Display of results in a notebook: a sentence, a small table and a static figure.
 
-The picture is drawn here, so that it appears without a network and stays in the notebook's file.
+The figure is rendered here, so that it appears without a network and is saved in the notebook.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MOST_ROWS, _MOST_COLUMNS = 10, 12
 
 
 def as_html(said: str, *tables: pd.DataFrame, picture: Any = None) -> str:
-    """A sentence, the first rows of tables, and an Altair chart as a still picture.
+    """HTML of a sentence, the first rows of tables, and an Altair chart as a static figure.
 
     >>> html = as_html("<b>", pd.DataFrame({"site": ["<i>"], "value": [0.25]}))
     >>> "&lt;b&gt;" in html, "<td>&lt;i&gt;</td>" in html
@@ -38,14 +38,14 @@ def as_html(said: str, *tables: pd.DataFrame, picture: Any = None) -> str:
 
 
 class Shown:
-    """Base of results: a notebook shows what ``repr`` says, the highest rows and the plot."""
+    """Base class of results: a notebook shows their ``repr``, the highest rows and the plot."""
 
     def _repr_html_(self) -> str:
         plot = getattr(self, "plot", None)
         return as_html(repr(self), *self._tables(), picture=plot() if plot else None)
 
     def _tables(self) -> tuple[pd.DataFrame, ...]:
-        """What is worth reading first; by default the rows of ``frame`` with the highest value."""
+        """The tables to show; by default the rows of ``frame`` with the highest value."""
         frame: pd.DataFrame = getattr(self, "frame")  # noqa: B009  (a result may have none)
         given = frame.dropna(axis=1, how="all").drop(columns=["kind"], errors="ignore")
         return (given.sort_values("value", ascending=False) if "value" in given else given,)

@@ -1,4 +1,4 @@
-"""From a column to an axis, a colour, a shape or a tooltip."""
+"""Encodings of columns: axes, colours, shapes, tooltips."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def x_axis(values: pd.Series, name: str, *, narrow: bool) -> alt.X:
         axis = alt.Axis(title=name, labelAngle=-30)
         return alt.X(field="x", type="ordinal", sort=order, axis=axis)
     if name == "step":
-        # A plain logarithm has no place for step 0; the linear part ends at the first real step.
+        # A logarithm excludes step 0; the linear part of the axis ends at the first positive step.
         positive = values[values > 0]
         unit = float(positive.min()) if len(positive) else 1.0
         ticks = _log_ticks(float(values.min()), unit, float(values.max()))
@@ -80,7 +80,7 @@ def cycled(values: pd.Series, choices: Sequence[str]) -> alt.Scale:
 
 
 def null_fill(field: str) -> alt.Fill:
-    """Grey, with a legend entry of its own; ``field`` holds ``NULL_LABEL`` in the rows drawn."""
+    """Grey, with a separate legend entry; ``field`` holds ``NULL_LABEL`` in the drawn rows."""
     scale = alt.Scale(domain=[NULL_LABEL], range=["#888888"])
     legend = alt.Legend(title=None, symbolType="square", symbolOpacity=0.6, symbolStrokeWidth=0)
     return alt.Fill(field=field, type="nominal", scale=scale, legend=legend)
@@ -93,7 +93,7 @@ def null_band(x: alt.X, low: alt.Y, high: alt.Y2) -> alt.Chart:
 
 
 def panel_names(column: pd.Series) -> pd.Series:
-    """Text for the head of a panel: a bare number needs the name of its column."""
+    """Titles of panels; numbers are prefixed with the name of their column."""
     return (
         column.map(lambda item: f"{column.name} {item:g}")
         if is_number(column)
@@ -102,14 +102,14 @@ def panel_names(column: pd.Series) -> pd.Series:
 
 
 def panel_order(column: pd.Series) -> pd.Index:
-    """Row order in which panels come sorted if they are numbers, as given otherwise."""
+    """Row order that sorts numeric panels and keeps the order of others."""
     return column.sort_values(kind="stable").index if is_number(column) else column.index
 
 
 def panels(
     chart: alt.Chart | alt.LayerChart, data: pd.DataFrame, *, size: tuple[int, int] | None
 ) -> Picture:
-    """One panel a value of ``panel``, if the data have that column."""
+    """One panel per value of ``panel``, if the data have that column."""
     names = list(dict.fromkeys(data["panel"])) if "panel" in data else []
     if not names:
         return chart.properties(width=size[0], height=size[1]) if size else chart
@@ -119,7 +119,7 @@ def panels(
         chart = chart.properties(width=int(size[0] * ratio), height=int(size[1] * ratio))
     header = alt.Header(title=None)
     panel = alt.Facet(field="panel", type="nominal", sort=names, header=header)
-    # The data stand at the top of a facet, and only there.
+    # A facet holds its data at the top level only.
     inline = chart.data
     chart.data = alt.Undefined
     return chart.facet(facet=panel, columns=columns, data=inline)

@@ -1,4 +1,4 @@
-"""From a chart to its files, with neither a browser nor a network."""
+"""Saving of charts, without browser or network."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lensclust.errors import InputError
 from lensclust.figures.style import Picture
 from lensclust.storage import write_atomically
 
-# What only the whole picture may have; the look is the same in every chart.
+# Keys that only the top level of a figure may have; the style is the same in every chart.
 _LOOK = ("$schema", "background", "config", "padding")
 _WORDS = ("description", "usermeta")
 
 
 def save(chart: Picture, folder: str | Path, name: str) -> Path:
-    """Write ``name.vl.json`` (interactive) and ``name.svg`` (still); return the SVG's path.
+    """Write ``name.vl.json`` (interactive) and ``name.svg`` (static); return the SVG's path.
 
-    Both are written whole or not at all, and the same data give the same bytes.
+    Each file is written atomically, and the same data give the same bytes.
 
     Raises:
         InputError: if ``name`` is not a plain file name.
@@ -49,7 +49,7 @@ def save(chart: Picture, folder: str | Path, name: str) -> Path:
 
 
 def specification(chart: Picture) -> dict[str, Any]:
-    """The Vega-Lite JSON of a chart, the same for the same chart in every process.
+    """The Vega-Lite JSON of a chart, deterministic across processes.
 
     >>> import pandas as pd
     >>> from lensclust.figures import bars
@@ -60,14 +60,14 @@ def specification(chart: Picture) -> dict[str, Any]:
     """
     with alt.data_transformers.enable("default", max_rows=None):
         spec = chart.to_dict()
-    # Altair numbers the views in the order in which the process made them.
+    # Altair numbers views in the order in which the process created them.
     names = dict.fromkeys(re.findall(r'"(view_\w+)"', json.dumps(spec)))
     stable = {name: f"view_{index}" for index, name in enumerate(names)}
     return renamed(spec, stable)
 
 
 def render_svg(spec: dict[str, Any]) -> str:
-    """A Vega-Lite specification as SVG text, with stable ids and without any network.
+    """Render a Vega-Lite specification as SVG, with stable ids and without network.
 
     >>> import pandas as pd
     >>> from lensclust.figures import bars
@@ -84,13 +84,13 @@ def render_svg(spec: dict[str, Any]) -> str:
         return match[1] + new
 
     svg = re.sub(r"""(\bid="|url\(#)((?:clip|gradient_)\d+)""", renumber, svg)
-    # Vega gives the description to the element around the picture, which a file has not.
+    # Vega puts the description on the element around the figure, which a file lacks.
     description = str(spec.get("description", ""))
     return svg.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)
 
 
 def renamed(node: Any, names: dict[str, str]) -> Any:
-    """``node`` with the names of views and selections replaced where a specification keeps them."""
+    """``node`` with views and selections renamed."""
     if isinstance(node, list):
         return [renamed(item, names) for item in node]
     if not isinstance(node, dict):
@@ -107,9 +107,9 @@ def renamed(node: Any, names: dict[str, str]) -> Any:
 
 
 def stack(charts: Sequence[Picture]) -> Picture:
-    """Charts below each other, each with its own title, scales, legends and selection.
+    """Stack charts vertically, each with separate title, scales, legends and selection.
 
-    Captions and alternative texts follow each other, once each.
+    Captions and alternative texts are concatenated without duplicates.
 
     Raises:
         InputError: if there is no chart.
@@ -123,8 +123,8 @@ def stack(charts: Sequence[Picture]) -> Picture:
     """
     if not charts:
         raise InputError("stack: no chart given, expected at least one")
-    # Altair's own vconcat takes selections of one name for one selection, and fails on panels
-    # of layers (altair 6.3), so the parts are put together as specifications.
+    # Altair's vconcat merges selections with the same name, and fails on panels of layers
+    # (altair 6.3), so the parts are joined as specifications.
     parts = [_own_names(specification(chart), index) for index, chart in enumerate(charts)]
     datasets, params = {}, []
     for part in parts:
@@ -150,7 +150,7 @@ def stack(charts: Sequence[Picture]) -> Picture:
 
 
 def _own_names(spec: dict[str, Any], index: int) -> dict[str, Any]:
-    """``spec`` with views and selections that no other chart of the stack has."""
+    """``spec`` with names of views and selections that are unique in the stack."""
     held = spec.get("params", [])
     names = {name for param in held for name in (param["name"], *param.get("views", []))}
     return renamed(spec, {name: f"{name}_{index}" for name in names})

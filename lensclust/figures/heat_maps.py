@@ -1,4 +1,4 @@
-"""Heat maps: one cell a head."""
+"""Heat maps: one cell per head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def head_map(
     """A heat map of every head: block (or layer) down, head across; means over seeds.
 
     Raises:
-        InputError: if a column is missing, no row is left, or a head has several rows of a seed.
+        InputError: if a column is missing, no row is left, or a head has several rows for a seed.
 
     >>> frame = pd.DataFrame({"block": [0, 0, 1, 1], "head": [0, 1, 0, 1],
     ...                       "value": [0.0, 0.1, 0.7, 0.2]})

@@ -39,18 +39,18 @@ def curves(
     caption: str,
     y_title: str | None = None,
 ) -> Picture:
-    """A metric by layer or by training step, over the band of its permuted-label null.
+    """A metric by layer or by training step, with the band of its permuted-label null.
 
-    Rows that differ only in ``seed`` become one line, the mean, in a ribbon from the lowest to
-    the highest seed. The grey band is null mean ± 2 sd (averaged over seeds); where several
-    lines share a panel it reaches around all their nulls.
+    Rows that differ only in ``seed`` become one line, the mean, with a ribbon from the lowest to
+    the highest seed. The grey band is null mean ± 2 sd (averaged over seeds); if several lines
+    share a panel, it covers all their nulls.
 
     Args:
-        x: numeric or text column along the axis; ``step`` gets a logarithmic axis that holds 0.
-        color: one line a value. Numbers (steps, layers) get an ordered colour ramp, anything
+        x: numeric or text column along the axis; ``step`` gets a logarithmic axis with 0.
+        color: one line per value. Numbers (steps, layers) get an ordered colour ramp, anything
             else a nominal palette with a shape each.
         band: columns with the mean and standard deviation of the null, None without one.
-        facet: one panel a value.
+        facet: one panel per value.
 
     Raises:
         InputError: if a column is missing, no row is left, or rows differ in something that is
@@ -104,7 +104,7 @@ def curves(
     measured = alt.Chart().transform_filter("datum.part === 'line'")
     line = measured.mark_line(strokeWidth=2, aria=False).encode(x=horizontal, y=vertical)
     ribbon = measured.mark_area(opacity=0.18, aria=False).encode(x=horizontal, y=low, y2=high)
-    # A point wide enough to be hit by a pointer, also where the line is too dense for marks.
+    # A point wide enough for a pointer, also where the line is too dense for marks.
     shown = 0.9 if data["x"].nunique() <= 60 else 0.0
     point = measured.mark_point(filled=True, size=36, aria=False).encode(
         x=horizontal, y=vertical, tooltip=tooltip, opacity=alt.value(shown)

@@ -27,10 +27,10 @@ def scatter(
     title: str,
     caption: str,
 ) -> Picture:
-    """The clusters in two dimensions, one panel a layer, each panel on its own scales.
+    """Clusters in two dimensions, one panel per layer, each panel with separate scales.
 
-    Without ``shape`` the shape repeats the colour, so forty labels stay apart. Axes have no
-    numbers: a projection has no units.
+    Without ``shape`` the shape repeats the colour, so forty labels are distinguishable. Axes have
+    no numbers: a projection has no units.
 
     Args:
         tooltip: further columns to show under the pointer.
@@ -62,11 +62,11 @@ def scatter(
     if facet:
         data = data.loc[panel_order(shown[facet])]
 
-    # Colours follow the order of the frame, not of what thinning left of it.
+    # Colours follow the order of the full frame, not of the thinned one.
     encoding = series(kept[color], color, field="color")
     if shape:
         if kept[color].nunique() > len(PALETTE) and not numbers:
-            # Colour stands alone here, so no colour may come twice.
+            # Colour is not repeated by shape here, so no colour may occur twice.
             domain = list(dict.fromkeys(kept[color].astype(str)))
             encoding["color"].scale = alt.Scale(domain=domain, scheme="tableau20")
         encoding["shape"] = alt.Shape(

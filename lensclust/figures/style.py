@@ -1,4 +1,4 @@
-"""The look: colours, shapes and theme, and the words that travel with a picture."""
+"""Style of figures: colours, shapes, theme, titles and captions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pandas as pd
 
 Picture = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart
 
-# Okabe & Ito (2008) without black and yellow, which one of the two backgrounds swallows.
-# Eight colours and five shapes are coprime: forty labels before a pair comes back.
+# Okabe & Ito (2008) without black and yellow, which are invisible on one of the two backgrounds.
+# Eight colours and five shapes are coprime: forty labels before a pair repeats.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#A05A2C")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 NULL_LABEL = "permuted labels ± 2 sd"
@@ -44,13 +44,13 @@ THEME: dict[str, Any] = {
     "view": {"stroke": "#dddddd"},
     "text": {"color": "#333333"},
     "rule": {"color": "#333333"},
-    # The last step is the one to see, so it is the dark end (the page turns this for dark mode).
+    # The last step is the most visible, so it is dark (the page inverts this in dark mode).
     "range": {"ordinal": {"scheme": "viridis", "extent": [0.9, 0.05]}},
 }
 
 
 def how_to_read(mark: str, seeds: pd.Series, band: tuple[str, str] | None) -> str:
-    """What mean, range and grey stand for: a picture alone does not say."""
+    """Explanation of mean, range and grey band."""
     most = int(seeds.max())
     sentences = []
     if most > 1:
@@ -62,10 +62,10 @@ def how_to_read(mark: str, seeds: pd.Series, band: tuple[str, str] | None) -> st
 
 
 def finish(chart: Picture, title: str, caption: str, *, summary: str, reading: str = "") -> Picture:
-    """Title, alternative text and the look; the caption travels with the chart for the page.
+    """Add title, alternative text and theme; the caption is stored in the chart for the page.
 
-    ``reading`` says how to read the marks (and which are not drawn), ``summary`` what a reader
-    who cannot see them would want to know first.
+    ``reading`` explains the marks (and which are not drawn), ``summary`` starts the alternative
+    text.
     """
     heading = alt.TitleParams(text=textwrap.wrap(title, 70) or [""])
     sentences = [text.rstrip(". ") + "." for text in (title, caption, reading, summary) if text]
@@ -75,7 +75,7 @@ def finish(chart: Picture, title: str, caption: str, *, summary: str, reading: s
         title=heading,
         description=" ".join(sentences),
         background="white",
-        # Room at the sides for a reader whose font is wider than the one measured.
+        # Room at the sides in case the reader's font is wider than the measured one.
         padding={"left": 14, "right": 28, "top": 8, "bottom": 8},
         usermeta={"caption": caption, "title": title},
     ).configure(**THEME)

@@ -1,4 +1,4 @@
-"""Trade-offs: what each method gains against what it costs."""
+"""Trade-offs: gain against cost of each method."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def trade_off(
     cost_title: str | None = None,
     gain_title: str | None = None,
 ) -> Picture:
-    """Gain over cost, a point a row; a line joins the points that no other one beats in both.
+    """Gain over cost, one point per row; a line joins the points on the Pareto front.
 
     Args:
         cost: numeric column, less is better.
         gain: numeric column, more is better.
-        color: one colour and shape a value.
+        color: one colour and shape per value.
         label: column written beside the points, such as a number of examples.
-        facet: one panel a value, each with a front of its own.
+        facet: one panel per value, each with a separate front.
 
     Raises:
         InputError: if a column is missing or no row is left.
@@ -75,7 +75,7 @@ def trade_off(
     tooltip = [tip("line", color), *([tip("label", label)] if label else [])]
     tooltip += [tip("x", names[0], ".3f"), tip("y", names[1], ".3f")]
     front = alt.Chart().transform_filter("datum.front")
-    # One step a point: nothing between two of them has been measured.
+    # A step function, since nothing is measured between two points.
     line = front.mark_line(
         color="#999999", strokeDash=[4, 3], interpolate="step-after", aria=False
     ).encode(x=across, y=up, order=alt.Order(field="x", type="quantitative"))
@@ -109,7 +109,7 @@ def trade_off(
 
 
 def unbeaten(cost: pd.Series, gain: pd.Series) -> pd.Series:
-    """Which points no other one beats: less cost and more gain, or as much of one of them."""
+    """The Pareto front: points that no other point dominates in cost and gain."""
     x, y = cost.to_numpy(), gain.to_numpy()
     as_good = (x[:, None] <= x) & (y[:, None] >= y)
     better = as_good & ((x[:, None] < x) | (y[:, None] > y))

@@ -1,4 +1,4 @@
-"""Running prompts through a model: checks, partial forwards, readouts, answers."""
+"""Running prompts through a model: checks, partial forwards, readouts, answer scores."""
 
 import lazy_loader
 

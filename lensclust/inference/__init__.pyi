@@ -4,30 +4,30 @@ from .answer_scores import greedy_texts as greedy_texts
 from .answer_scores import score_answers as score_answers
 from .answer_scores import split_names as split_names
 
-# Whether prompts fit a model: checked once, at the door of whatever runs them
+# Checks that prompts are compatible with a model
 from .checks import require_answers as require_answers
 from .checks import require_fits as require_fits
 from .checks import require_model as require_model
 from .checks import require_one_side as require_one_side
 
-# Functions that take gradients, also where their caller has switched gradients off
+# Functions that compute gradients even if the caller has disabled them
 from .gradients import with_gradients as with_gradients
 
-# Edits of the state between attention and MLP, carried on by the residual stream
+# Edits of the state between attention and MLP that reach the residual stream
 from .middle_states import require_editable as require_editable
 
-# Forwards that run only what they must: blocks that have changed, logits that are read
+# Partial forwards: changed blocks and requested logits only
 from .partial_forwards import FrozenBlocks as FrozenBlocks
 from .partial_forwards import scored_logits as scored_logits
 
-# What a model answers: any readout of the logits at the last token of its prompts
+# Readouts of the logits at the last token of prompts
 from .readouts import Readout as Readout
 from .readouts import States as States
 from .readouts import answers as answers
 from .readouts import answers_with_states as answers_with_states
 from .readouts import one_a_row as one_a_row
 
-# Copies between the host and a device that run beside the device's own work
+# Asynchronous copies between host and device
 from .transfers import HostCopy as HostCopy
 from .transfers import arrived as arrived
 from .transfers import upload as upload

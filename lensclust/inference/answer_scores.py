@@ -24,7 +24,7 @@ LogitsAt = Callable[
 ]
 
 
-"""From right-padded sequences to the logits at the places that a mask marks, row by row."""
+"""A function from right-padded sequences to the logits at masked positions, row by row."""
 
 
 def score_answers(
@@ -36,10 +36,10 @@ def score_answers(
     device: torch.device,
     batch_tokens: int = 16_384,
 ) -> list[dict[str, Any]]:
-    """Accuracy and loss of the answers, a row a split.
+    """Accuracy and loss of the answers, one row per split.
 
-    A prompt is right where every token of its answer is the argmax; its loss is the mean
-    cross-entropy of the answer's tokens, in nats. A row is the mean over the prompts.
+    A prompt is right if every token of its answer is the argmax; its loss is the mean
+    cross-entropy of the answer's tokens, in nats. A row is the mean over prompts.
     """
     tokens, lengths, answers = prompts.with_answers()
     right, loss = torch.zeros(len(tokens), dtype=torch.bool), torch.zeros(len(tokens))
@@ -67,7 +67,7 @@ def score_answers(
 
 
 def split_names(prompts: Prompts) -> list[str]:
-    """Split of each prompt; "all" where rows have none."""
+    """Split of each prompt; "all" if rows have none."""
     has_splits = "split" in prompts.rows
     return prompts.rows["split"].astype(str).tolist() if has_splits else ["all"] * len(prompts)
 
@@ -83,20 +83,20 @@ def answer_scores(
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: with answers.
-        others: token ids of another answer to each prompt, such as a wrong one, of which the
-            first counts.
-        batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
+        prompts: prompts with answers.
+        others: token ids of another answer to each prompt, such as a wrong one; only the first
+            is used.
+        batch_tokens: upper bound of the tokens in one forward; default that of `extract`.
 
     Returns:
-        A row a prompt: ``confidence`` (log probability of the answer, in nats), ``right`` (1 if
+        One row per prompt: ``confidence`` (log probability of the answer, in nats), ``right`` (1 if
         every token of it is the most likely one) and, with ``others``, ``choice`` (log
         probability of the answer's first token less that of the other's) and ``says_other`` (1
         if the most likely token is the other's).
 
     Raises:
-        InputError: if the prompts have no answers or do not fit the model, an answer is empty,
-            or there are not as many others.
+        InputError: if the prompts have no answers or are not compatible with the model, an answer
+            is empty, or the number of others is wrong.
 
     >>> import lensclust as lc
     >>> model, prompts = lc.load("native:sif-small"), lc.tasks.sif().where(split="new_string")
@@ -121,7 +121,7 @@ def answer_scores(
         row, place = asked[rows, 1:longest].nonzero().unbind(1)
 
         with torch.no_grad():
-            # The last token of an answer is predicted, never read.
+            # The last token of an answer is predicted, never an input.
             logits = scored_logits(
                 model, tokens[rows, : longest - 1].to(device), asked[rows, 1:longest].to(device)
             )
@@ -145,20 +145,20 @@ def answer_scores(
 def greedy_texts(
     model: TransformerLensModel, prompts: Prompts, *, new_tokens: int, batch: int = 32
 ) -> list[str]:
-    """What a model writes after each prompt, the most likely token each time.
+    """The model's greedy continuation of each prompt.
 
     Prompts of one length run together, so nothing is padded.
 
     Args:
-        new_tokens: tokens to write; the model does not stop before.
+        new_tokens: number of tokens to generate; the model does not stop before.
 
     Raises:
-        InputError: if the model has no tokenizer, or the prompts do not fit it.
+        InputError: if the model has no tokenizer, or is not compatible with the prompts.
     """
     require_fits(model, prompts, caller="greedy_texts")
     hooked: Any = model
     if getattr(hooked, "tokenizer", None) is None:
-        raise InputError("greedy_texts: the model has no tokenizer, needed to read what it writes")
+        raise InputError("greedy_texts: the model has no tokenizer, needed to decode its output")
     found = [""] * len(prompts)
     same = [(prompts.lengths == length).nonzero()[:, 0] for length in prompts.lengths.unique()]
     parts = [rows for group in same for rows in group.split(batch)]

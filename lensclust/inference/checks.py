@@ -1,4 +1,4 @@
-"""Whether prompts fit a model: checked once, at the door of whatever runs them."""
+"""Checks that prompts are compatible with a model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from lensclust.prompts import Prompts
 
 
 def require_model(model: Any, *, caller: str) -> None:
-    """Refuse what is no hooked model, one with a part in training mode, or one to load again.
+    """Refuse an object that is not a hooked model in eval mode, or one that must be reloaded.
 
-    What checks found out about the model with other weights than it has now is forgotten.
+    Cached results of self-checks with outdated weights are dropped.
 
     Args:
-        model: whatever was given in a model's place.
+        model: the argument that was given as model.
+        caller: function name used in error messages.
 
     Raises:
-        InputError: in the name of ``caller``: what was given and what to do.
+        InputError: says what was given and what to do.
     """
     require_hooked(model, caller=caller)
     keep_up(model)
@@ -41,7 +42,7 @@ def require_model(model: Any, *, caller: str) -> None:
     if getattr(model, "training", False):
         raise InputError(f"{caller}: {name} is in training mode; call model.eval()")
     modules = modules_of(model)
-    # Dropout works in a part that is in training mode, whatever the mode of the whole.
+    # Dropout is active in a module in training mode, whatever the mode of its parent.
     training = [module for module in modules if module.training and not _quantised(module)]
     if training:
         kinds = sorted({type(module).__name__ for module in training})
@@ -55,17 +56,19 @@ def require_model(model: Any, *, caller: str) -> None:
 
 
 def _quantised(module: nn.Module) -> bool:
-    """Whether a part is one of torch's quantised ones, which say they train and cannot."""
+    """Whether a module is quantised by torch: these are always marked as training."""
     return type(module).__module__.startswith("torch.ao.")
 
 
 def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
-    """Refuse a model that cannot be used as it is and prompts that it cannot read.
+    """Check that prompts are compatible with a model.
+
+    Args:
+        caller: function name used in error messages.
 
     Raises:
-        InputError: in the name of ``caller``, if the model is none (`require_model`) or has a part
-            in training mode, the prompts are none, were made with another tokenizer, or are
-            longer than its context.
+        InputError: if the model is unusable (`require_model`), or the prompts are of another
+            type, were made with another tokenizer, or are longer than the model's context.
     """
     require_model(model, caller=caller)
     require_prompts(caller, prompts)
@@ -102,10 +105,11 @@ def require_one_side(
     """Refuse rows that cannot be run as one padded batch: the longest would change the others.
 
     Args:
-        lengths: tokens of each row that are run.
+        lengths: number of tokens of each row that are run.
+        caller: function name used in error messages.
 
     Raises:
-        InputError: in the name of ``caller``, if they lie on two sides of a `length_steps`.
+        InputError: if they are on two sides of one of the model's `length_steps`.
     """
     shortest, longest = int(lengths.min()), int(lengths.max())
     for step in length_steps(model):
@@ -118,11 +122,14 @@ def require_one_side(
 
 
 def require_answers(model: TransformerLensModel, prompts: Prompts, *, caller: str) -> None:
-    """Refuse prompts without answers, and answers that a model cannot read.
+    """Refuse prompts without answers, and answers that are not compatible with a model.
+
+    Args:
+        caller: function name used in error messages.
 
     Raises:
-        InputError: in the name of ``caller``, if a prompt has no answer, or an answer does not
-            fit the model's vocabulary or, behind its prompt, the model's context.
+        InputError: if a prompt has no answer, or an answer exceeds the model's vocabulary or,
+            after its prompt, the model's context.
     """
     if prompts.answers is None or not all(prompts.answers):
         raise InputError(f"{caller}: expected prompts with an answer each, given some without")
@@ -134,7 +141,7 @@ def require_answers(model: TransformerLensModel, prompts: Prompts, *, caller: st
             f"{model.cfg.d_vocab}"
         )
     _, lengths, _ = prompts.with_answers()
-    # The last token of an answer is predicted, never read.
+    # The last token of an answer is predicted, never an input.
     if model.cfg.n_ctx and int(lengths.max()) - 1 > model.cfg.n_ctx:
         row = int(lengths.argmax())
         raise InputError(

@@ -1,9 +1,9 @@
-"""Attention by the model's own fused kernel, for work in which nobody looks at a pattern.
+"""Attention by the model's fused kernel, for forwards in which no pattern is needed.
 
 The bridge computes attention step by step, so that scores and patterns have hooks; their matrices
-then take most of the memory of a long prompt's backward, and much of its time. The code of the
-model itself can do without them (`torch.nn.functional.scaled_dot_product_attention`), and the
-bridge's output projection stands in it: the hook of ``z`` fires all the same.
+take most of the memory of a long prompt's backward pass, and much of its time. The model's
+original code does without them (`torch.nn.functional.scaled_dot_product_attention`). It runs here
+with the bridge's output projection, so the hook of ``z`` still fires.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lensclust.inference.partial_forwards import forward_logits, running
 from lensclust.inference.prefix_sharing import FAILURES, States, named, ordinary_ids
 from lensclust.models import SizedCheck, agrees, model_device, power_of_two, remembered
 
-# Sequences of so many tokens are checked at least.
+# Minimum number of tokens of checked sequences.
 SHORT = 64
 _log = logging.getLogger(__name__)
 
@@ -31,17 +31,17 @@ _log = logging.getLogger(__name__)
 def fused_attention(
     model: TransformerBridge, longest: int, *, hooks: Iterable[str] = ()
 ) -> Iterator[bool]:
-    """Inside, no attention matrix is made, if the model has such code and gives the same with it.
+    """Context in which attention is fused, if the model supports it with equal results.
 
-    Whether it gives the same is checked once for each model and length (rounded up), by every
-    layer's states and the logits of two sequences, the shorter of them padded. Attention is left
-    as it is where a hook is on any part of it but its output projection, and where the model has
-    no such code (native models; soft-capped scores).
+    Equality is checked once for each model and length (rounded up), by every layer's states and
+    the logits of two sequences, the shorter of them padded. Attention is unchanged if a hook is
+    on any part of it except its output projection, or the model has no fused code (native models;
+    soft-capped scores).
 
     Args:
         model: a hooked model, in eval mode.
-        longest: tokens of the longest sequence that will be run.
-        hooks: names of those that will be placed inside; they count as if they were there.
+        longest: number of tokens of the longest sequence that will be run.
+        hooks: names of hooks that will be placed inside; they count as already placed.
 
     Yields:
         Whether attention is fused.
@@ -61,7 +61,7 @@ def fused_attention(
 
 
 def _failure(model: Any, attentions: list[Any], longest: int) -> str | None:
-    """Why the model's own code cannot be used for sequences of a length; None if it can."""
+    """Why the model's fused code cannot be used for sequences of a length; None if it can."""
     kind = (model.original_model.dtype, model_device(model).type)
     check: SizedCheck = remembered(model, ("fused attention", *kind), SizedCheck)
     context = model.cfg.n_ctx or longest
@@ -78,7 +78,7 @@ def _failure(model: Any, attentions: list[Any], longest: int) -> str | None:
 
 @torch.no_grad()
 def _difference(model: Any, attentions: list[Any], length: int) -> str | None:
-    """What the model's own code gives otherwise than the bridge does."""
+    """How the results of the model's fused code differ from the bridge's; None if they agree."""
     generator, ids = torch.Generator().manual_seed(0), torch.from_numpy(ordinary_ids(model))
     tokens = ids[torch.randint(len(ids), (2, length), generator=generator)]
     ends = [length - 1, length // 3]
@@ -101,7 +101,7 @@ def _difference(model: Any, attentions: list[Any], length: int) -> str | None:
             fused = read()
     except FAILURES as failure:
         return named(failure)
-    # A hook that fused code does not reach may be silent: nobody waits for it (see `_can_run`).
+    # Hooks that fused code does not reach may stay silent: none is used (see `_can_run`).
     for name, found in fused.items():
         if not agrees(found, plain[name], dtype=model.original_model.dtype):
             return f"{name} differs"
@@ -109,7 +109,7 @@ def _difference(model: Any, attentions: list[Any], length: int) -> str | None:
 
 
 def _own_code(model: Any, hooks: Iterable[str]) -> list[Any]:
-    """The attention of every block, if all of it can be run by the model's own code."""
+    """The attention of every block, if all of them can be run by the model's fused code."""
     network = model.original_model
     if _capped(getattr(network, "config", None)):
         return []
@@ -123,7 +123,7 @@ def _own_code(model: Any, hooks: Iterable[str]) -> list[Any]:
 
 
 def _capped(config: Any) -> bool:
-    """Whether scores are soft-capped, which fused code leaves out: small scores do not show it."""
+    """Whether scores are soft-capped, which fused code omits; small scores do not reveal it."""
     fields = config.get_text_config().to_dict() if config is not None else {}
     return any("attn" in name and "cap" in name and bool(fields[name]) for name in fields)
 
@@ -141,7 +141,7 @@ def _can_run(attention: Any, awaited: Set[HookPoint]) -> bool:
 
 
 def _place(original: nn.Module, output: Any) -> str | None:
-    """Under which name the model's own code finds its output projection."""
+    """The attribute of the model's attention that holds its output projection."""
     same = (output, output.original_component)
     return next((name for name, part in original.named_children() if part in same), None)
 
@@ -158,7 +158,7 @@ def _swapped(model: Any, attentions: list[Any]) -> Iterator[None]:
         for attention in attentions:
             original, output = attention.original_component, attention.o
             name = _place(original, output)
-            # Its input is ``z``: the bridge's projection, whose hooks see it.
+            # The bridge's projection, whose hooks see its input ``z``.
             undo.callback(original._modules.__setitem__, name, original._modules[name])
             original._modules[name] = output
         undo.enter_context(running(own))

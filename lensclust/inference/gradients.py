@@ -1,4 +1,4 @@
-"""Functions that take gradients, also where their caller has switched gradients off."""
+"""Functions that compute gradients even if the caller has disabled them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Found = TypeVar("_Found")
 
 
 def with_gradients(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
-    """A function of a model that has gradients inside ``no_grad`` and ``inference_mode``, too.
+    """Make a function compute gradients even inside ``no_grad`` and ``inference_mode``.
 
     Raises:
-        InputError: from the function, if a model's weights themselves were made inside
-            ``inference_mode``: nothing has a gradient with respect to them, or through them.
+        InputError: from the function, if a model's weights were created inside
+            ``inference_mode``: there are no gradients with respect to them, or through them.
 
     >>> @with_gradients
     ... def slope(x):

@@ -1,8 +1,8 @@
-"""Edits of the state between attention and MLP, carried on by the residual stream.
+"""Edits of the state between attention and MLP that reach the residual stream.
 
-TransformerLens places ``hook_resid_mid`` where the MLP's branch begins (the input of its norm), so
-that an edit there changes what the MLP reads, and the stream goes on as it was. Here the change
-is added to what the block gives, which is what editing the state itself does.
+TransformerLens places ``hook_resid_mid`` at the start of the MLP's branch (the input of its norm),
+so an edit there changes the MLP's input but not the residual stream. Here the change is also
+added to the block's output, which is equivalent to editing the state itself.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from lensclust.models import (
 
 
 def require_editable(model: TransformerLensModel, sites: Iterable[Site], *, caller: str) -> None:
-    """Refuse to edit ``resid_mid`` where the change does not go on in the residual stream.
+    """Refuse to edit ``resid_mid`` in blocks where the edit does not reach the residual stream.
+
+    Args:
+        caller: function name used in error messages.
 
     Raises:
-        InputError: in the name of ``caller``, naming the first such site.
+        InputError: names the first such site.
     """
     middle = [site for site in sites if site.kind == "resid_mid"]
     if not middle:
@@ -47,7 +50,7 @@ def require_editable(model: TransformerLensModel, sites: Iterable[Site], *, call
 
 @torch.no_grad()
 def _carried(model: Any) -> frozenset[int]:
-    """Blocks in which an edit of ``resid_mid`` reaches the stream, if need be by our doing."""
+    """Blocks in which an edit of ``resid_mid`` reaches the stream, if necessary by our hooks."""
     wanted = [
         number
         for number, block in enumerate(blocks_of(model))
@@ -69,7 +72,7 @@ def _carried(model: Any) -> frozenset[int]:
 
 
 def _reaches(model: Any, number: int) -> bool:
-    """Whether the stream moves by an edit of the middle state and what the MLP makes of it."""
+    """Whether the stream changes by the edit of the middle state plus its effect on the MLP."""
     seen: dict[str, Tensor] = {}
     names = {kind: f"blocks.{number}.hook_{kind}" for kind in ("mlp_out", "resid_post")}
     if any(name not in model.hook_dict for name in names.values()):
@@ -98,13 +101,13 @@ def _reaches(model: Any, number: int) -> bool:
 
 
 def _carry(point: Any, block: nn.Module) -> list[Any]:
-    """Hooks that add what was changed at a point to what its block gives."""
+    """Add hooks that add the change at a hook point to its block's output."""
     before: list[Tensor] = []
     change: list[Tensor] = []
 
     def entered(_point: nn.Module, given: tuple[Tensor, ...]) -> None:
         before[:], change[:] = [given[0]], []
-        # Behind the hooks that were placed since: what the last of them leaves is seen.
+        # Moved after hooks that were placed later, so that it sees their result.
         point._forward_hooks.move_to_end(leaving.id)
 
     def left(_point: nn.Module, _given: Any, value: Tensor) -> None:

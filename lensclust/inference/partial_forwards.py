@@ -1,4 +1,4 @@
-"""Forwards that run only what they must: blocks that have changed, logits that are read."""
+"""Partial forwards: changed blocks and requested logits only."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lensclust.models import agrees, default_budget, remembered, without_cache
 
 Output = Tensor | tuple[Any, ...]
 
-# Tokens on which it is checked that an MLP sees one token only.
+# Number of tokens in the check that an MLP acts on each token separately.
 CHECKED = 48
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenBlocks:
-    """What the first blocks of a model made of some sequences, for as long as they stay frozen.
+    """Cached output of a model's first blocks on some sequences, valid while they are frozen.
 
     Attributes:
         blocks: the first blocks of the model.
-        output: what the last of them gave, a row a sequence, as the block gives it.
+        output: output of the last of them, one row per sequence.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -39,9 +39,9 @@ class FrozenBlocks:
     def run(
         cls, model: TransformerBridge, tokens: Int[Tensor, "prompt length"], n: int
     ) -> FrozenBlocks:
-        """Run the first ``n`` blocks (1 at least) on right-padded sequences.
+        """Run the first ``n`` blocks (at least 1) on right-padded sequences.
 
-        For `lensclust.training.finetuned` these are prompts followed by their answers but for
+        For `lensclust.training.finetuned` these are prompts followed by their answers without
         the last token: ``prompts.with_answers()[0][:, :-1]``.
         """
         stacked: Any = model
@@ -67,19 +67,19 @@ class FrozenBlocks:
 
     @contextmanager
     def reused(self, rows: Int[Tensor, " row"] | None = None) -> Iterator[None]:
-        """Inside, the model runs these rows' sequences from the first block that is not frozen."""
+        """Context in which the model runs these rows from the first block that is not frozen."""
         output = self.output if rows is None else _rows(self.output, rows)
-        # Only the last one's output is read; the others have to give something.
+        # Only the last one's output is read; the others return any tensor.
         with running({block: lambda *_given, **_named: output for block in self.blocks}):
             yield
 
 
 @contextmanager
 def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these parts of a bridge compute by other functions."""
+    """Context in which the forwards of these modules of a bridge are replaced."""
     try:
         for part, forward in forwards.items():
-            # Set past the bridge, which would hand the attribute on to what it wraps.
+            # Set in ``__dict__``: the bridge would pass the attribute on to the wrapped module.
             part.__dict__["forward"] = forward
         yield
     finally:
@@ -92,9 +92,9 @@ def scored_logits(
     tokens: Int[Tensor, "prompt length"],
     scored: Bool[Tensor, "prompt length"],
 ) -> Float[Tensor, "token vocab"]:
-    """Logits at the chosen places of right-padded sequences, row by row; no others are made.
+    """Logits at the chosen positions of right-padded sequences, row by row, and no others.
 
-    Nor does the last block's MLP run at other places, where no hook looks at what comes of it.
+    The last block's MLP also runs at these positions only, unless a hook reads its output.
 
     >>> import lensclust as lc
     >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3], [4, 5, 0]])
@@ -104,7 +104,7 @@ def scored_logits(
     >>> torch.allclose(found, model(tokens)[scored], atol=1e-6)
     True
     """
-    # One sequence of the chosen states: unembedding sees no order.
+    # One sequence of the chosen states: unembedding acts on each token separately.
     chosen = ("unembed.hook_in", lambda value, hook: value[scored.to(value.device)][None])
     with _last_mlp_at(model, scored), model.hooks(fwd_hooks=[chosen]):
         return forward_logits(model, tokens)[0]
@@ -112,7 +112,7 @@ def scored_logits(
 
 @contextmanager
 def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[None]:
-    """Inside, the last block's MLP runs at these places alone; what it adds elsewhere is zero."""
+    """Context in which the last block's MLP runs at these positions only, and adds 0 elsewhere."""
     block = model.blocks[-1]
     mlp: Any = getattr(block, "mlp", None)
     attention = getattr(block, "attn", None)
@@ -137,10 +137,10 @@ def _last_mlp_at(model: Any, scored: Bool[Tensor, "prompt length"]) -> Iterator[
 
 
 def _placewise(model: nn.Module, whole: Callable[..., Any], states: Tensor) -> bool:
-    """Whether the last MLP makes the same of a token whatever stands beside it; checked once.
+    """Whether the last MLP acts on each token separately; checked once.
 
-    Every third of some tokens is run without the others, and all of them in another shape. Where
-    there are few tokens they come several times, moved a little, so that no two are alike.
+    Every third of some tokens is run without the others, and all of them in another shape. Few
+    tokens are repeated with small perturbations, so that no two are equal.
     """
 
     @torch.no_grad()
@@ -161,13 +161,13 @@ def _placewise(model: nn.Module, whole: Callable[..., Any], states: Tensor) -> b
 
 
 class _Read(Exception):
-    """Raised to leave a forward when what is wanted has been read."""
+    """Raised to stop a forward after the requested states have been read."""
 
 
 def forward_logits(
     model: TransformerBridge, tokens: Int[Tensor, "prompt length"]
 ) -> Float[Tensor, "row place vocab"]:
-    """Logits of right-padded sequences, where hooks leave them; no key/value cache is built."""
+    """Logits of right-padded sequences, after hooks; no key/value cache is built."""
     network: Any = model.original_model
     out = network(tokens, **without_cache(model))
     return getattr(out, "logits", out)

@@ -1,4 +1,4 @@
-"""What a model answers: any readout of the logits at the last token of its prompts."""
+"""Readouts of the logits at the last token of prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lensclust.models import batches, default_budget, model_device, model_name, 
 from lensclust.prompts import Prompts
 
 Readout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"]], Tensor]
-# Hook name -> what stands there at the last token, a row each.
+# Hook name -> activations there at the last token, one row per prompt.
 States = Mapping[str, Tensor]
 StateReadout = Callable[[Float[Tensor, "row vocab"], Int[Tensor, " row"], States], Tensor]
 
@@ -32,22 +32,21 @@ def answers(
     batch_tokens: int | None = None,
     share_prefixes: bool = True,
 ) -> Tensor:
-    """What ``readout`` makes of the logits at the last token of every prompt ``(prompt, ...)``.
+    """Apply ``readout`` to the logits at the last token of every prompt ``(prompt, ...)``.
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to run.
-        readout: from logits ``(row, vocab)`` and the prompt behind each row to one value, or
-            tensor, a row. Rows come in any order.
-        batch_tokens: upper bound of the tokens that one forward runs; default that of `extract`.
-        share_prefixes: compute what prompts have in common at their beginning once, as in
-            `extract`.
+        prompts: the prompts to run.
+        readout: from logits ``(row, vocab)`` and the prompt number of each row to one value, or
+            tensor, per row. Rows come in any order.
+        batch_tokens: upper bound of the tokens in one forward; default that of `extract`.
+        share_prefixes: compute common prefixes of prompts once, as in `extract`.
 
     Returns:
-        What was read, on the CPU.
+        The readouts, on the CPU.
 
     Raises:
-        InputError: if the model is in training mode, or the prompts do not fit it.
+        InputError: if the model is in training mode, or not compatible with the prompts.
 
     >>> import lensclust as lc
     >>> prompts = lc.tasks.sif().where(split="new_string")
@@ -66,10 +65,10 @@ def answers(
 
 
 def one_a_row(found: Any, rows: Int[Tensor, " row"]) -> Tensor:
-    """What a readout, metric or loss gave, if it is a tensor with one value, or tensor, a row.
+    """Check that the result of a readout, metric or loss has one value, or tensor, per row.
 
     Raises:
-        InputError: if it is not.
+        InputError: if it has not.
     """
     if isinstance(found, Tensor) and found.ndim and len(found) == len(rows):
         return found
@@ -89,15 +88,15 @@ def answers_with_states(
     batch_tokens: int | None = None,
     share_prefixes: bool = True,
 ) -> Tensor:
-    """`answers` for a readout that also sees states inside the model, of the same forward.
+    """`answers` for a readout that also uses internal states of the same forward.
 
     Args:
         model, prompts, batch_tokens, share_prefixes: as in `answers`.
         readout: as in `answers`, with the states at the last token as third argument.
-        hooks: names of the hook points whose states are wanted. They are kept for one batch.
+        hooks: names of the hook points to read. Their states are kept for one batch.
 
     Returns:
-        What was read, on the CPU ``(prompt, ...)``.
+        The readouts, on the CPU ``(prompt, ...)``.
 
     Raises:
         InputError: as `answers`.
@@ -124,7 +123,7 @@ def answers_with_states(
 
 
 class _Reading:
-    """What is read of each prompt, in the order in which it comes."""
+    """The readouts of each prompt, in the order in which they are computed."""
 
     def __init__(
         self,
@@ -148,7 +147,7 @@ class _Reading:
             self._keep(*self._run_in_full(rows, self.hooks), rows)
 
     def shared(self, sharing: PrefixSharing, packing: Packing) -> bool:
-        """Whether everything was read from forwards that share prefixes."""
+        """Run with shared prefixes; return whether that succeeded for all prompts."""
         found: list[Tensor] = []
 
         def read(wanted: Tensor, forward: Forward) -> None:
@@ -173,7 +172,7 @@ class _Reading:
     def _run_in_full(
         self, rows: Int[Tensor, " row"], hooks: Sequence[str]
     ) -> tuple[Float[Tensor, "row vocab"], States]:
-        """Of prompts whose every token is run."""
+        """Read prompts that are run in full."""
         lengths = self.prompts.lengths[rows]
         tokens = self.prompts.tokens[rows, : int(lengths.max())].to(model_device(self.model))
         return self._run(
@@ -192,7 +191,7 @@ class _Reading:
         place: Int[Tensor, " read"],
         hooks: Sequence[str],
     ) -> tuple[Float[Tensor, "read vocab"], States]:
-        """The logits and the states of a forward at the wanted places alone."""
+        """The logits and the states of a forward at the requested positions only."""
         states: dict[str, Tensor] = {}
 
         def wanted(value: Tensor) -> Tensor:
@@ -204,7 +203,7 @@ class _Reading:
 
             return hook
 
-        # One sequence of the wanted states: unembedding sees no order.
+        # One sequence of the requested states: unembedding acts on each token separately.
         only = ("unembed.hook_in", lambda value, hook: wanted(value)[None])
         logits = forward([*((name, keep(name)) for name in hooks), only])[0].float()
         if silent := [name for name in hooks if name not in states]:
@@ -222,6 +221,6 @@ class _Reading:
 
 
 def _at(chosen: Bool[Tensor, " read"], logits: Tensor, states: States) -> list[Tensor]:
-    """Logits and states of one prompt, a vector each."""
+    """Logits and states of one prompt, one vector each."""
     read = (logits, *(states[name] for name in sorted(states)))
     return [value[chosen.to(value.device)].flatten() for value in read]

@@ -1,7 +1,7 @@
-"""Copies between the host and a device that run beside the device's own work.
+"""Asynchronous copies between host and device.
 
-From pinned memory an upload does not wait for the device, and into it a download runs on a
-stream of its own while the next forwards are launched. On a CPU nothing is copied.
+Uploads from pinned memory do not wait for the device; downloads into pinned memory run on a
+separate stream while the next forwards are launched. On a CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; the host does not wait for it.
+    """Copy a tensor to a device without waiting for it.
 
     >>> upload(torch.arange(3), torch.device("cpu")).tolist()
     [0, 1, 2]
@@ -29,16 +29,16 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """The values that tensors have once the work queued so far is done, on their way to the host.
+    """An asynchronous copy of tensors to the host, after the work queued so far.
 
     Attributes:
-        pending: whether the copy may still be under way; never true on a CPU.
+        pending: whether the copy may be unfinished; never true on a CPU.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # The sources live until the copy is done, so that nothing is written over them.
+        # Keeps the sources until the copy is done, so that they are not overwritten.
         self._sources = dict(tensors)
-        self._done: Any = None  # an event of the device, while the copy may be under way
+        self._done: Any = None  # an event of the device, while the copy may be unfinished
         device = next(iter(tensors.values())).device
         if device.type != "cuda":
             self._host = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -59,7 +59,7 @@ class HostCopy:
         return self._done is not None
 
     def values(self) -> dict[str, np.ndarray]:
-        """What was copied, as soon as it has arrived."""
+        """Wait for the copy and return its values."""
         if self._done is not None:
             self._done.synchronize()
         self._done, self._sources = None, {}
@@ -69,9 +69,9 @@ class HostCopy:
 def arrived(
     copies: Iterable[tuple[Item, HostCopy]],
 ) -> Iterator[tuple[Item, dict[str, np.ndarray]]]:
-    """What each copy brought, in order; handed on only when the work after it is queued.
+    """Yield each copy's values in order, after the next copy has been queued.
 
-    A copy that is not pending is handed on at once.
+    A copy that is not pending is yielded at once.
 
     >>> list(arrived([("a", HostCopy({"x": torch.ones(2)}))]))
     [('a', {'x': array([1., 1.], dtype=float32)})]

@@ -2,7 +2,7 @@
 from .added_code import OWN_HOOKS as OWN_HOOKS
 from .added_code import AddedCode as AddedCode
 
-# Whether two ways to one result agree, and what a model was found to do, remembered with it
+# Comparison up to rounding, and results of self-checks cached per model
 from .agreement import Size as Size
 from .agreement import SizedCheck as SizedCheck
 from .agreement import agrees as agrees
@@ -12,7 +12,7 @@ from .agreement import relative_error as relative_error
 from .agreement import remembered as remembered
 from .agreement import rounding_tolerance as rounding_tolerance
 
-# How many prompts go through a model at once
+# Batching: which prompts run through a model together
 from .batching import BACKWARD as BACKWARD
 from .batching import announced as announced
 from .batching import batches as batches
@@ -24,7 +24,7 @@ from .batching import shard_ranges as shard_ranges
 from .batching import training_batches as training_batches
 from .batching import without_cache as without_cache
 
-# What the blocks of a model hold: heads and their sizes, and outputs that add up
+# Blocks of a model: heads, their sizes, and whether outputs sum to the residual stream
 from .blocks import BLOCK_HOOKS as BLOCK_HOOKS
 from .blocks import blocks_of as blocks_of
 from .blocks import hooked_points as hooked_points
@@ -37,7 +37,7 @@ from .cached_generation import described as described
 from .cached_generation import uncached as uncached
 from .cached_generation import wrong_with_cache as wrong_with_cache
 
-# What a model's weights are: fingerprints, our checkpoint files, series of checkpoints
+# Weights of a model: fingerprints, checkpoint files, series of checkpoints
 from .checkpoints import HEADER as HEADER
 from .checkpoints import checkpoint_fingerprint as checkpoint_fingerprint
 from .checkpoints import fingerprint as fingerprint
@@ -46,7 +46,7 @@ from .checkpoints import named_weights as named_weights
 from .checkpoints import report_repeats as report_repeats
 from .checkpoints import save_checkpoint as save_checkpoint
 
-# Where a model's weights lie: on one device, spread over several, or off them until needed
+# Placement of a model's weights: on one device, spread over several, or offloaded
 from .devices import found_device as found_device
 from .devices import model_device as model_device
 
@@ -56,20 +56,20 @@ from .downloads import Pin as Pin
 from .downloads import cache_folder as cache_folder
 from .downloads import fetch_data as fetch_data
 
-# Whether what is changed at a hook changes what the model computes
+# Whether an intervention at a hook changes the model's output
 from .effects import attention_kernel as attention_kernel
 from .effects import require_effect as require_effect
 
-# Whether a bridge computes what the network that it wraps computed before, block by block
+# Whether a bridge computes the same as the network that it wraps
 from .faithfulness import require_faithful as require_faithful
 
-# A model's fingerprint, taken again only when its weights have changed
+# A model's fingerprint, recomputed only when its weights have changed
 from .fingerprints import fingerprint_again as fingerprint_again
 
-# Lengths beyond which rotary frequencies change, for all tokens of a forward at once
+# Sequence lengths beyond which rotary frequencies change
 from .frequencies import length_steps as length_steps
 
-# Every way a hooked model comes to be: one function, ``load``
+# Loading of hooked models from every supported source: ``load``
 from .loading import Source as Source
 from .loading import load as load
 
@@ -79,15 +79,15 @@ from .native import native_bridge as native_bridge
 from .native import native_bridge_with as native_bridge_with
 from .native import native_config as native_config
 
-# What decides a network's output beside its weights: its configuration, constants, fixed tables
+# What a network's output depends on besides weights: configuration, constants, fixed tables
 from .network_settings import autocast_precision as autocast_precision
 from .network_settings import settings_digest as settings_digest
 
-# Which of a model's weights a training moves, and the model as it was when it is done
+# Which parameters a training updates, and restoring the model afterwards
 from .parameters import chosen_parameters as chosen_parameters
-from .parameters import left_as_it_was as left_as_it_was
 from .parameters import named_parameters as named_parameters
 from .parameters import parameter_names as parameter_names
+from .parameters import restored_afterwards as restored_afterwards
 
 # Sites: places in a model where activations are read, their names and their hooks
 from .sites import KINDS as KINDS
@@ -99,11 +99,11 @@ from .sites import hook_name as hook_name
 from .sites import model_name as model_name
 from .sites import resolve as resolve
 
-# Which tokenizer prompts were made with: a fingerprint of it, and whether two are the same
+# Tokenizer fingerprints
 from .tokenizers import same_tokenizer as same_tokenizer
 from .tokenizers import tokenizer_fingerprint as tokenizer_fingerprint
 
-# Hooked copies of a network in memory, which share its weights and leave the network alone
+# Hooked copies of a network in memory that share its weights and leave it unchanged
 from .wrapping import keep_up as keep_up
 from .wrapping import modules_of as modules_of
 from .wrapping import release as release

@@ -12,9 +12,9 @@ from torch.nn.modules import module as _GLOBAL
 
 from lensclust.models.parameters import WRAPPED
 
-# What these put on modules is part of how they run or train a network.
+# Hooks and methods of these libraries are part of how they run or train a network.
 LIBRARIES = {"transformer_lens", "transformers", "accelerate", "torch"}
-# Modules whose hooks belong to a model for good and work token by token.
+# Modules of lensclust whose hooks are permanent and act on each token separately.
 OWN_HOOKS = {
     "lensclust.models.wrapping",
     "lensclust.models.mended_bridges",
@@ -24,7 +24,7 @@ OWN_HOOKS = {
 
 @dataclass(frozen=True)
 class AddedCode:
-    """A hook on a module, or a function in the place of one of its methods."""
+    """A hook on a module, or a function that replaces one of its methods."""
 
     module: str
     kind: str
@@ -35,7 +35,7 @@ class AddedCode:
 
 
 def added_code(network: nn.Module) -> list[AddedCode]:
-    """Torch hooks and replaced methods on the modules of a network, but for those of libraries.
+    """Torch hooks and replaced methods on a network's modules, except those of libraries.
 
     >>> network = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
     >>> _ = network[0].register_forward_hook(lambda module, given, out: 2 * out)
@@ -65,7 +65,7 @@ def _found(network: nn.Module) -> Iterator[AddedCode]:
                 if not ours and home_of(hook) not in LIBRARIES:
                     yield AddedCode(path, kind, hook)
         for key, code in vars(module).items():
-            # A forward of transformers may be that of another module.
+            # A forward of transformers may belong to another module.
             libraries = LIBRARIES - {"transformers"} if key == "forward" else LIBRARIES
             if isinstance(code, nn.Module) or not callable(code):
                 continue
@@ -76,7 +76,7 @@ def _found(network: nn.Module) -> Iterator[AddedCode]:
 
 
 def home_of(code: Any) -> str:
-    """The package that a function was written in, whatever it is named after."""
+    """The package in which a function is defined, whatever its ``__module__`` says."""
     while isinstance(code, partial):
         code = code.func
     scope = getattr(code, "__globals__", {})

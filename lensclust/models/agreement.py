@@ -1,4 +1,4 @@
-"""Whether two ways to one result agree, and what a model was found to do, remembered with it."""
+"""Comparison up to rounding, and results of self-checks cached per model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lensclust.models.marks import sampled
 
-# Two exact ways to one result may differ by so many rounding errors, and by this share at most.
+# Two exact computations may differ by this many rounding errors, and by this share at most.
 ROUNDING, SHARE = 500, 0.1
-# By so much a weight may grow or shrink before verdicts are found again.
+# The share by which a weight may grow or shrink before checks are repeated.
 OTHER_SIZE = 0.25
-# A weight of less than this, over the size of a typical matrix, is none but for noise.
+# A weight below this, relative to the size of a typical matrix, counts as zero.
 NOTHING = 1e-4
 
 _Found = TypeVar("_Found")
@@ -27,10 +27,10 @@ Size = tuple[int, ...]
 
 
 def agrees(found: Tensor, expected: Tensor, *, dtype: torch.dtype | None = None) -> bool:
-    """Whether two tensors of one shape differ by rounding alone, in every vector of the last axis.
+    """Whether two tensors differ by rounding only, in every vector along the last axis.
 
     Args:
-        dtype: the coarsest precision on the way to either; default the coarser of the two.
+        dtype: the coarsest precision used in computing either; default the coarser of the two.
 
     >>> expected = torch.tensor([[1.0, 0.0], [100.0, 0.0]])
     >>> agrees(expected + 1e-6, expected), agrees(expected + 1e-2, expected)
@@ -41,7 +41,7 @@ def agrees(found: Tensor, expected: Tensor, *, dtype: torch.dtype | None = None)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest ``|found - expected| / |expected|`` of a vector along the last axis.
+    """The largest ``|found - expected| / |expected|`` over vectors along the last axis.
 
     Infinite where the shapes differ or either holds a NaN.
 
@@ -59,7 +59,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:
-    """The relative difference that rounding explains between two exact ways.
+    """The relative difference that rounding explains between two exact computations.
 
     >>> round(rounding_tolerance(torch.float32), 6), rounding_tolerance(torch.bfloat16)
     (6e-05, 0.1)
@@ -74,17 +74,17 @@ def rounding_tolerance(dtype: torch.dtype) -> float:
 def remembered(
     model: Any, what: Hashable, find: Callable[[], _Found], *, lasting: bool = False
 ) -> _Found:
-    """What ``find`` returned for this model the first time, until its weights are others.
+    """The result of ``find`` for a model, cached until its weights change in size.
 
     For self-checks of a model's code: whether prefixes can be shared, whether an edit takes
-    effect. Weights at which code cannot go wrong (zeros, at initialisation) make a check pass, so
-    verdicts go when `forget_outdated` sees that weights have grown or shrunk. A check that raises
-    is not remembered.
+    effect. Some weights (zeros, at initialisation) make any check pass, so results are dropped
+    when `forget_outdated` sees that weights have grown or shrunk. A check that raises is not
+    cached.
 
     Args:
-        model: the object that the verdict belongs to; forgotten together with it.
-        what: name of the check, with whatever else decides the verdict.
-        lasting: keep it whatever the weights are.
+        model: the object that the result belongs to; dropped together with it.
+        what: name of the check, with whatever else determines the result.
+        lasting: keep the result whatever the weights are.
 
     >>> model = torch.nn.Linear(1, 1)
     >>> remembered(model, "name", lambda: "first"), remembered(model, "name", lambda: "second")
@@ -100,12 +100,12 @@ def remembered(
 
 
 def forget_outdated(model: Any) -> None:
-    """Forget what was found while a weight of the model was 0, or differed in size by a quarter.
+    """Drop cached results if a weight was 0 or differed in size by a quarter when they were found.
 
-    A check with weights of one size tells of others of that size; with smaller ones, what it
-    looks for may have been lost in rounding. Vectors count against the size of a typical matrix
-    too: biases are next to 0 for long. A few values of each weight are looked at, so that a call
-    costs little, and a training that is probed at every step finds verdicts again at few of them.
+    A check is valid for weights of similar size; with smaller ones, an error may have been lost
+    in rounding. Vectors are also compared with the size of a typical matrix, since biases stay
+    near 0 for long. Only a few values of each weight are read, so a call is cheap, and a training
+    that is probed at every step repeats the checks at few of them.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
     >>> remembered(model, "name", lambda: "first")
@@ -142,7 +142,7 @@ def _are_matrices(model: Any) -> Tensor:
 
 @dataclass(eq=False)
 class _Memory:
-    """Verdicts on a model, and the sizes of the weights with which the first was found."""
+    """Cached results for a model, and the sizes of its weights at the first of them."""
 
     sizes: Tensor
     found: dict[Hashable, Any] = field(default_factory=dict)
@@ -151,11 +151,11 @@ class _Memory:
 
 @dataclass(eq=False)
 class SizedCheck:
-    """What a self-check found, for a property that may fail beyond some size only.
+    """Results of a self-check of a property that may fail only beyond some size.
 
-    Windows, chunks and frequencies that depend on the length go wrong in long sequences. So a
-    check that passed holds for every size that is no larger, one that failed for every size that
-    is no smaller, and sizes between the two are checked when they come.
+    Windows, chunks and frequencies that depend on the length fail in long sequences. So a pass
+    holds for every size that is no larger, a failure for every size that is no smaller, and sizes
+    in between are checked when they occur.
 
     >>> check, tried = SizedCheck(), []
     >>> def why_not(size):
@@ -174,8 +174,8 @@ class SizedCheck:
         """Why the check fails at a size; None if it passes.
 
         Args:
-            larger: what is checked first, so that sizes that grow little by little are not
-                checked one by one.
+            larger: a size that is checked first, so that slowly growing sizes are not checked
+                one by one.
             find: runs the check at a size.
         """
         for some in (larger, size):
@@ -196,7 +196,7 @@ class SizedCheck:
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is no smaller.
+    """The least power of two that is at least ``number``.
 
     >>> power_of_two(64), power_of_two(65)
     (64, 128)

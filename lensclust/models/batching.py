@@ -1,4 +1,4 @@
-"""How many prompts go through a model at once."""
+"""Batching: which prompts run through a model together."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lensclust.models.frequencies import length_steps
 
 BATCH_TOKENS = {"cpu": 2_048}
 ACCELERATOR_TOKENS = 16_384
-# The graph of a backward holds every layer's states, so its batches are smaller.
+# A backward pass keeps every layer's states, so its batches are smaller.
 BACKWARD = 4
-# Few enough to mix what is trained on, enough to find rows of one length.
+# Few enough buckets to mix the training rows, enough rows in each to group by length.
 _BUCKET_BATCHES = 16
 
 
 class Rows(NamedTuple):
-    """Which of the caller's rows a forward inside the library holds.
+    """The caller's rows in a forward that the library runs.
 
     Attributes:
         which: index of each.
-        total: rows there are; 0 if what is run are not the caller's rows.
-        whole: whether each is run from its first token to its last, without padding.
+        total: number of the caller's rows; 0 if the forward runs other rows.
+        whole: whether each row is run from its first token to its last, without padding.
     """
 
     which: Int[Tensor, " row"]
@@ -42,22 +42,22 @@ _RUNNING: ContextVar[Rows | None] = ContextVar("rows that are run", default=None
 
 
 def default_budget(model: TransformerLensModel) -> int:
-    """Tokens of one forward, padding included, unless the caller says otherwise."""
+    """The default number of tokens in one forward, padding included."""
     return BATCH_TOKENS.get(model_device(model).type, ACCELERATOR_TOKENS)
 
 
 def batches(
     model: TransformerLensModel, lengths: Int[Tensor, " row"], budget: int
 ) -> Iterator[Int[Tensor, " row"]]:
-    """Row indices by falling length, in batches that a model runs as it runs each row alone.
+    """Batches of row indices by falling length, for which batching does not change results.
 
-    Longest first: what does not fit in memory fails at once, not after an hour.
+    Longest first: a batch that does not fit in memory fails at once, not after an hour.
 
     Args:
-        model: rows on two sides of one of its `length_steps` never come together.
-        lengths: tokens of each row that are run: without the last of an answer, which is
-            predicted only.
-        budget: rows x longest of a batch at most.
+        model: a batch never mixes rows on two sides of one of its `length_steps`.
+        lengths: tokens of each row that are run: without the last of an answer, which is only
+            predicted.
+        budget: maximum of rows x longest row of a batch.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -70,7 +70,7 @@ def batches(
 def cut_by_length(
     lengths: Int[Tensor, " row"], budget: int, apart: Sequence[int] = ()
 ) -> Iterator[Int[Tensor, " row"]]:
-    """`batches` of no model; rows on two sides of one of ``apart`` never come together.
+    """`batches` without a model; a batch never mixes rows on two sides of a length in ``apart``.
 
     >>> [rows.tolist() for rows in cut_by_length(torch.tensor([2, 5, 3]), 99, apart=[3])]
     [[1], [2, 0]]
@@ -86,7 +86,7 @@ def cut_by_length(
 
 
 def shard_ranges(start: int, stop: int, size: int) -> list[range]:
-    """Rows ``start..stop`` cut at multiples of ``size``.
+    """The range ``start..stop`` split at multiples of ``size``.
 
     >>> shard_ranges(3, 10, 4)
     [range(3, 4), range(4, 8), range(8, 10)]
@@ -96,7 +96,7 @@ def shard_ranges(start: int, stop: int, size: int) -> list[range]:
 
 
 def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> Iterator[Tensor]:
-    """The same row indices; while each is in use, `rows_being_run` gives it.
+    """Yield the given row indices; while each is in use, `rows_being_run` returns it.
 
     Args:
         total, whole: as in `Rows`.
@@ -111,7 +111,7 @@ def announced(parts: Iterable[Tensor], total: int, *, whole: bool = False) -> It
 
 
 def rows_being_run() -> Rows | None:
-    """The rows of the present forward, for hooks of callers; None outside the library's loops.
+    """The rows of the current forward, for hooks of callers; None outside the library's loops.
 
     >>> import lensclust as lc
     >>> model, lengths = lc.load("native:sif-small"), torch.tensor([2, 5])
@@ -126,10 +126,10 @@ def rows_being_run() -> Rows | None:
 def few_tokens(
     model: TransformerLensModel, length: int = 8, *, rows: int = 1
 ) -> Int[Tensor, "row token"]:
-    """Prompts to try a model on, the same each time and no longer than it takes.
+    """Fixed test prompts for self-checks, within the model's context length.
 
-    Tokens of a row differ as far as the vocabulary allows: attention to equal ones could be
-    exchanged without effect.
+    Tokens of a row differ as far as the vocabulary allows: attention to equal tokens could be
+    swapped without effect.
 
     >>> import lensclust as lc
     >>> few_tokens(lc.load("native:sif-small"), 4, rows=2).tolist()
@@ -141,7 +141,7 @@ def few_tokens(
 
 
 def without_cache(model: TransformerLensModel) -> dict[str, Any]:
-    """Hugging Face models build a key/value cache unless told not to; native ones have none."""
+    """Arguments that keep a Hugging Face model from building a cache; native ones have none."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return {"use_cache": False} if hasattr(config, "use_cache") else {}
 
@@ -154,17 +154,17 @@ def training_batches(
     *,
     seed: int,
 ) -> Iterator[Int[Tensor, " row"]]:
-    """Row indices of one batch after the other, without end; each round holds every row once.
+    """Endless batches of row indices; each epoch holds every row once.
 
-    In each round the rows are shuffled and dealt to buckets; a bucket is cut by length, so that
-    rows of a batch are alike in length and little is padded, and all its batches are shuffled.
+    In each epoch the rows are shuffled and split into buckets; a bucket is batched by length, so
+    that rows of a batch have similar lengths and little padding, and its batches are shuffled.
 
     Args:
-        model: rows on two sides of one of its `length_steps` never come together.
-        lengths: tokens of each row, the last of which is predicted only.
+        model: a batch never mixes rows on two sides of one of its `length_steps`.
+        lengths: tokens of each row, the last of which is only predicted.
         batch_size: rows of a batch.
-        batch_tokens: rows x longest row of a batch at most, instead of ``batch_size``.
-        seed: of all rounds; the global random state is left alone.
+        batch_tokens: maximum of rows x longest row of a batch, instead of ``batch_size``.
+        seed: of all epochs; the global random state is unchanged.
 
     >>> import lensclust as lc
     >>> model, lengths = lc.load("native:sif-small"), torch.tensor([2, 9, 2, 9])

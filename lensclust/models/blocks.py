@@ -1,8 +1,8 @@
-"""What the blocks of a model hold: heads and their sizes, and outputs that add up.
+"""Blocks of a model: heads, their sizes, and whether outputs sum to the residual stream.
 
 A configuration may be wrong about a tensor (latent attention has values of another size, a hybrid
-has blocks without heads, some families norm or scale what they add), so this is read off one
-forward of a few tokens, once for each model.
+has blocks without heads, some families normalise or scale a block's output), so this is measured
+in one forward of a few tokens, once for each model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK_HOOKS = {
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_out": "blocks.{}.hook_mlp_out",
 }
-# The terms of a sum are at hand, so that it is off by roundings of its own alone.
+# The terms of the sum are known, so only the rounding of the sum itself remains.
 _SUM_ROUNDINGS = 4
 # Rounding of `z @ W_O` in half precision or TF32; a norm or a factor in between exceeds it.
 _HEADS_SHARE = 1e-2
@@ -41,14 +41,14 @@ _OFF: ContextVar[bool] = ContextVar("hooks of the caller are off", default=False
 
 @dataclass(frozen=True)
 class Block:
-    """One block, as a forward shows it.
+    """One block, as measured in a forward.
 
     Attributes:
         heads: number of attention heads; 0 in a block without attention.
         d_head: size of a head's output before ``W_O``.
         d_model: size of a state of the residual stream.
         heads_error: ``|sum_h z_h W_O + b_O - attn_out|`` over the sum of the terms' norms.
-        refused: kind of site -> why what its hook gives is not that.
+        refused: kind of site -> why its hook does not hold that activation.
     """
 
     heads: int
@@ -59,7 +59,7 @@ class Block:
 
 
 def blocks_of(model: TransformerLensModel) -> tuple[Block, ...]:
-    """The blocks of a model, from a forward of eight tokens that is run once for each model.
+    """The blocks of a model, from one forward of eight tokens per model.
 
     >>> import lensclust as lc
     >>> [(block.heads, block.d_head) for block in blocks_of(lc.load("native:sif-small"))][:2]
@@ -70,7 +70,7 @@ def blocks_of(model: TransformerLensModel) -> tuple[Block, ...]:
 
 @contextmanager
 def unhooked(model: TransformerLensModel) -> Iterator[None]:
-    """Inside, hooks that are on the model do not fire: a check runs other tokens than theirs.
+    """Context without the caller's hooks: a self-check runs other tokens than the caller's.
 
     >>> import lensclust as lc
     >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3]])
@@ -86,7 +86,7 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     before = _OFF.set(True)
     try:
         for point in there:
-            # Taken off and put back, hooks would lose their order and their contexts.
+            # Hooks that are removed and added again would lose their order and contexts.
             placed = _placed(point)
             kept = {key: hook for key, hook in there[point].items() if key not in placed}
             point._forward_hooks = OrderedDict(kept)
@@ -98,12 +98,12 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
 
 
 def hooks_are_off() -> bool:
-    """Whether `unhooked` is in force: what runs is not the caller's."""
+    """Whether `unhooked` is active: the forward is not the caller's."""
     return _OFF.get()
 
 
 def hooked_points(model: TransformerLensModel) -> list[str]:
-    """Where the caller has hooks, as inside `probes.steer`: the first name of each hook point.
+    """Hook points with hooks of the caller, as inside `probes.steer`: the first name of each.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -120,12 +120,12 @@ def hooked_points(model: TransformerLensModel) -> list[str]:
 
 
 def _placed(point: Any) -> set[Any]:
-    """Keys of the hooks that a user placed: what is not placed by name, or for good, is not."""
+    """Keys of hooks that a user placed: by name, and not permanent."""
     return {each.hook.id for each in point.fwd_hooks if not each.is_permanent}
 
 
 def contribution_scale(model: TransformerLensModel, block: int) -> float:
-    """What a block multiplies its outputs by before it adds them (Granite), 1 elsewhere."""
+    """The factor of a block's outputs before they are added (Granite), 1 elsewhere."""
     stacked: Any = model
     return float(getattr(stacked.blocks[block], "residual_contribution_scale", 1.0))
 
@@ -133,10 +133,10 @@ def contribution_scale(model: TransformerLensModel, block: int) -> float:
 def output_weights(
     model: TransformerLensModel, block: int
 ) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, " d_model"] | None]:
-    """What makes a head's contribution to the residual stream of its ``z``, and the bias.
+    """Output projection of each head into the residual stream, and the bias.
 
-    ``W_O`` and ``b_O`` times the block's `contribution_scale`, in float32, also of weights that
-    lie off the devices.
+    ``W_O`` and ``b_O`` times the block's `contribution_scale`, in float32, also for offloaded
+    weights.
     """
     return _output_weights(model, block, blocks_of(model)[block].heads)
 
@@ -155,7 +155,7 @@ def _output_weights(
             if isinstance(attention.o.original_component, torch.nn.Linear):
                 weight = weight.T
             weight = weight.unflatten(0, (heads, -1))
-        # Copies: what was brought in is taken away again.
+        # Copies: offloaded weights are released again at the end of the context.
         weight = scale * weight.detach().to(torch.float32, copy=True)
         return weight, None if bias is None else scale * bias.detach().to(torch.float32, copy=True)
 
@@ -182,7 +182,7 @@ def _examined_unhooked(model: Any) -> tuple[Block, ...]:
 
         return hook
 
-    # Dropout would come between an output and the sum.
+    # Dropout would make the sum differ from its terms.
     training = [part for part in model.modules() if part.training]
     try:
         for part in training:
@@ -201,7 +201,7 @@ def _examined_unhooked(model: Any) -> tuple[Block, ...]:
 
 
 class _Block:
-    """What a forward left of one block, while it is examined."""
+    """Activations of one block in the test forward, and the checks on them."""
 
     def __init__(
         self, model: Any, number: int, found: Mapping[str, Tensor], dtype: torch.dtype
@@ -219,14 +219,14 @@ class _Block:
             states = self.seen.get("hook_resid_post")
         if states is None or states.ndim != 3:
             for kind in ("resid", *BLOCK_HOOKS):
-                self.refused[kind] = "its residual stream is not one vector a token"
+                self.refused[kind] = "its residual stream is not one vector per token"
             return Block(0, 0, self.model.cfg.d_model, refused=self.refused)
         direct = self._sums()
         heads, d_head, error = self._heads(direct)
         return Block(heads, d_head, states.shape[-1], error, self.refused)
 
     def _sums(self) -> bool:
-        """Refuse outputs that are not what is added; whether attention's is added to the stream."""
+        """Refuse outputs that are not added to the stream; return whether attention's is."""
         before, middle, after, attn, mlp = (
             self.seen.get(f"hook_{name}")
             for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -237,7 +237,7 @@ class _Block:
                 return True
             self.refused |= dict.fromkeys(
                 ("attn_out", "mlp_out"),
-                "its blocks add something else than the outputs of attention and MLP",
+                "its blocks add something other than the outputs of attention and MLP",
             )
             return False
         normed = [value for name, value in self.seen.items() if name.startswith("ln")]
@@ -245,15 +245,15 @@ class _Block:
         second = mlp is None or self._adds_up([middle, mlp], [after])
         if not first and not self._adds_up([before, attn], normed):
             self.refused["attn_out"] = (
-                "what stands between attention and MLP is not the state before plus attn_out"
+                "the state between attention and MLP is not the state before plus attn_out"
             )
         inner = self.seen.get("mlp.hook_in")
         if not second and not any(self._adds_up([s, mlp], normed) for s in (middle, inner)):
-            self.refused["mlp_out"] = "what a block gives is not the state before plus mlp_out"
+            self.refused["mlp_out"] = "a block's output is not the state before plus mlp_out"
         checked = [ok for ok, out in ((first, attn), (second, mlp)) if out is not None]
         if checked and not any(checked):
             self.refused["resid_mid"] = (
-                "it is not the state before plus attn_out: a norm stands behind the sum"
+                "it is not the state before plus attn_out: a norm follows the sum"
             )
         return first
 
@@ -277,9 +277,9 @@ class _Block:
                 None if each is None else each.cpu()
                 for each in _output_weights(self.model, self.number, heads)
             )
-        except AttributeError:  # a module of the user's own, whose weight nobody knows
+        except AttributeError:  # a user's module without a known weight
             self.refused |= dict.fromkeys(
-                ("head", "value"), "its output projection is no linear map whose weight can be read"
+                ("head", "value"), "its output projection is not a linear map with readable weight"
             )
             return heads, width // heads, torch.inf
         if weight is None or weight.shape[:2] != z.shape[-2:]:
@@ -304,11 +304,11 @@ class _Block:
         elif "attn_out" in self.refused:
             self.refused["head"] = self.refused["attn_out"]
         elif not direct:
-            self.refused["head"] = "a norm stands behind the sum of the state and its heads"
+            self.refused["head"] = "a norm follows the sum of the state and its heads"
         return heads, width // heads, error
 
     def _projection(self, z: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """Refuse values weighted by ``W_O`` where attention gives something else than ``z W_O``."""
+        """Refuse values weighted by ``W_O`` if attention's output is not ``z W_O``."""
         given = self.seen.get("attn.hook_out")
         made = torch.einsum("bphd,hdm->bpm", z, weight) + bias
         scale = contribution_scale(self.model, self.number)
@@ -317,12 +317,12 @@ class _Block:
         errors = [relative_error(made, given * factor) for factor in {1.0, scale}]
         if not min(errors) <= min(rounding_tolerance(self.dtype), _HEADS_SHARE):
             self.refused["value"] = (
-                "its output projection gives something else than its weight makes of the heads "
+                "the output of its projection is not its weight times the heads "
                 f"(relative error {min(errors):.2g})"
             )
 
     def _adds_up(self, terms: Iterable[Tensor | None], sums: Iterable[Tensor | None]) -> bool:
-        """Whether one of the sums is that of the terms, up to rounding."""
+        """Whether one of the sums equals the sum of the terms, up to rounding."""
         there = [term for term in terms if term is not None]
         total = sum(there[1:], there[0])
         room = _SUM_ROUNDINGS * torch.finfo(self.dtype).eps

@@ -1,9 +1,9 @@
 """Whether a model generates the same with its key/value cache as without.
 
-The libraries below hand a cache from one to the other by the names of arguments. Where a name is
-lost every step sees one token alone, and what is generated is wrong without any error: so does
-transformers 5.24 with TransformerLens 4.3. One short generation shows it. A long one is wrong
-also where frequencies change with the length, which is read from the configuration.
+transformers and TransformerLens pass the cache by argument name. If a name is lost, every step
+sees a single token and the generation is wrong without any error: this happens in transformers
+5.24 with TransformerLens 4.3. One short generation detects it. A long generation is also wrong
+where frequencies change with the length, which is read from the configuration.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ log = logging.getLogger(__name__)
 FIRST_BAD = (5, 24)
 ROWS, PROMPT, STEPS = 2, 5, 3
 UNBOUNDED = 2**62
-# Windows up to this length are left behind by the tokens that are tried.
+# The test generation runs beyond windows of up to this length.
 LONGEST_WINDOW = 32
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a model was found to do.
+    """Result of the check of cached generation.
 
     Attributes:
-        right: whether both ways agree; None if that could not be tried.
+        right: whether both computations agree; None if they could not be compared.
         why: one line.
     """
 
@@ -83,8 +83,8 @@ def require_right_library(model: TransformerLensModel) -> None:
 def uncached(model: TransformerLensModel) -> str:
     """How to generate with this model without a cache.
 
-    Where TransformerLens makes the states of recurrent layers itself, ``use_past_kv_cache=False``
-    makes it call the generation of transformers, with the cache of transformers.
+    If TransformerLens creates the states of recurrent layers itself, ``use_past_kv_cache=False``
+    makes it call the generation of transformers, which uses the cache of transformers.
 
     >>> import lensclust as lc
     >>> uncached(lc.load("native:sif-small"))
@@ -96,11 +96,11 @@ def uncached(model: TransformerLensModel) -> str:
 
 
 def wrong_with_cache(model: TransformerLensModel, start: int, stop: int) -> str | None:
-    """Why a generation with a cache would be wrong, None if it is right or cannot be tried.
+    """Why a generation with a cache would be wrong; None if it is right or cannot be checked.
 
     Args:
         start: tokens in the first forward.
-        stop: tokens that are run in all, without the last one generated.
+        stop: tokens that are run in total, without the last one generated.
 
     >>> import lensclust as lc
     >>> wrong_with_cache(lc.load("native:sif-small"), 8, 20) is None
@@ -114,7 +114,7 @@ def wrong_with_cache(model: TransformerLensModel, start: int, stop: int) -> str 
 
 
 def described(model: TransformerLensModel) -> str:
-    """`cached_generation` and the length up to which it holds, in a few words."""
+    """A short description of `cached_generation` and the length up to which it is right."""
     verdict, most = cached_generation(model), cached_up_to(model, 1, UNBOUNDED)
     if verdict.right is False or most is None:
         return verdict.why
@@ -122,9 +122,9 @@ def described(model: TransformerLensModel) -> str:
 
 
 def cached_generation(model: TransformerLensModel) -> Verdict:
-    """Do the logits of a cached generation equal those of one forward? Tried once for each model.
+    """Check that the logits of a cached generation equal those of one forward, once per model.
 
-    A prompt of two rows is continued by several tokens, and beyond the model's window where that
+    A batch of two prompts is continued by several tokens, and beyond the model's window if that
     is short; the last step depends on every earlier one.
 
     >>> import lensclust as lc
@@ -155,7 +155,7 @@ def _tried(model: Any, network: Any) -> Verdict:
         cache: Any = getattr(output, "past_key_values", None)
         try:
             steps.append((ids.shape[1], int(cache.get_seq_length())))
-        except (AttributeError, ValueError):  # no cache, or a recurrent one that does not count
+        except (AttributeError, ValueError):  # no cache, or a recurrent one without a length
             steps.append((ids.shape[1], None))
 
     handle = network.register_forward_hook(notice, with_kwargs=True)
@@ -172,7 +172,7 @@ def _tried(model: Any, network: Any) -> Verdict:
                 verbose=False,
             )
             handle.remove()
-            # The last token is predicted, never read.
+            # The last token is predicted, but never an input.
             plain = model(made.sequences[:, :-1], return_type="logits", **without_cache(model))
     except Exception as error:  # whatever a network's own code raises
         return Verdict(None, f"not tried: {type(error).__name__}: {error}".partition("\n")[0])
@@ -184,7 +184,7 @@ def _tried(model: Any, network: Any) -> Verdict:
     found, expected = torch.stack(made.logits, 1), plain[:, -STEPS:]
     if not agrees(found, expected, dtype=network.dtype):
         return Verdict(False, f"relative error {relative_error(found, expected):.2g}")
-    # In half precision a lost past can hide in the rounding; a cache that is too short cannot.
+    # In half precision a lost cache can be within rounding; a cache that is too short shows.
     if held not in (None, prompt + STEPS - 1):
         return Verdict(False, f"its cache holds {held} of {prompt + STEPS - 1} tokens")
     return Verdict(True, "equals a forward of the whole sequence")

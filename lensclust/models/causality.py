@@ -1,4 +1,4 @@
-"""Whether a model's states depend on what stands before them alone."""
+"""Whether a model is causal: states depend on earlier tokens only."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lensclust.models.frequencies import length_steps
 
 _log = logging.getLogger(__name__)
 
-# Tokens of a beginning, and of the sequences that continue it.
+# Tokens of a prefix, and of the sequences that continue it.
 _LENGTHS = ((3, 7), (13, 33))
 
 
 def require_causal(model: TransformerBridge, *, caller: str = "load") -> None:
-    """Refuse a model in which a state depends on later tokens, or on how many there are.
+    """Refuse a model in which a state depends on later tokens, or on their number.
 
-    A few tokens are run alone and in two longer sequences, which differ behind them; the states
-    of every layer must agree, and no pattern attend to a later token. Done once for each model;
-    not where weights lie off the devices.
+    A prefix is run alone and in two longer sequences with different continuations; the states of
+    every layer must agree, and no attention pattern may attend to a later token. Checked once per
+    model; not if weights are offloaded.
 
     Raises:
         InputError: names the first layer that saw later tokens.
@@ -39,7 +39,7 @@ def require_causal(model: TransformerBridge, *, caller: str = "load") -> None:
     network: Any = model.original_model
     name = model.cfg.model_name
     if any(weight.device.type == "meta" for weight in network.parameters()):
-        _log.info("%s: %s has weights off the devices: not tested to be causal", caller, name)
+        _log.info("%s: %s has offloaded weights: not tested to be causal", caller, name)
         return
     if getattr(getattr(network, "config", None), "is_encoder_decoder", False):
         raise InputError(f"{caller}: {name} has an encoder, expected a causal language model")
@@ -54,13 +54,13 @@ def require_causal(model: TransformerBridge, *, caller: str = "load") -> None:
 
 
 def _sees_later_tokens(model: TransformerBridge, caller: str) -> str | None:
-    """The first layer whose states depend on later tokens; None where none do."""
+    """The first layer whose states depend on later tokens; None if none do."""
     vocabulary, context = model.cfg.d_vocab, model.cfg.n_ctx or _LENGTHS[-1][1]
     dtype = next((weight.dtype for weight in model.original_model.parameters()), torch.float32)
     for short, long in _LENGTHS:
         if long > context and (short, long) != _LENGTHS[0]:
             break
-        # Both on one side of a length at which all states change by right.
+        # Both on the same side of a length at which all states legitimately change.
         steps = (step for step in length_steps(model) if step >= short)
         long = min(long, context, *steps)
         short = min(short, long - 1)
@@ -69,25 +69,25 @@ def _sees_later_tokens(model: TransformerBridge, caller: str) -> str | None:
         tokens[1, :short] = tokens[0, :short]
         try:
             alone, continued = (_states(model, each) for each in (tokens[:1, :short], tokens))
-        except Exception as error:  # a network that cannot run them shows that in use
+        except Exception as error:  # a network that cannot run them fails in use, too
             _log.warning("%s: not tested to be causal (%s)", caller, str(error).split("\n")[0])
             return None
         for layer, states in continued.items():
             expected = alone[layer].expand(2, -1, -1)
-            # States that are 0, or overflow, tell nothing of what was seen.
+            # States that are 0, or overflow, carry no information.
             if not bool(states.isfinite().all()):
                 continue
             if not agrees(states[:, :short], expected, dtype=dtype):
                 return f"at {layer!r}"
-        # Weights may be such that it does not show yet: 0 in front of the residual stream, or
-        # less than half precision rounds off.
+        # Some weights hide the dependence: 0 before the residual stream, or below the rounding
+        # of half precision.
         if (layer := _attends_ahead(model, tokens)) is not None:
             return f"at {layer!r}"
     return None
 
 
 def _attends_ahead(model: TransformerBridge, tokens: Int[Tensor, "row token"]) -> str | None:
-    """Where a token attends to a later one, as far as patterns can be seen."""
+    """Where a token attends to a later one, as far as patterns are accessible."""
     patterns = _states(model, tokens, site="attn.hook_pattern")
     patterns.pop("logits", None)
     return next((name for name, pattern in patterns.items() if pattern.triu(1).any()), None)

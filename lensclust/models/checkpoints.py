@@ -1,4 +1,4 @@
-"""What a model's weights are: fingerprints, our checkpoint files, series of checkpoints."""
+"""Weights of a model: fingerprints, checkpoint files, series of checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lensclust.models.devices import brought_in
 from lensclust.models.native import config_from_json, config_to_json, native_bridge_with
 from lensclust.models.parameters import WRAPPED
 from lensclust.models.wrapping import keep_up
-from lensclust.storage import read_content, read_sealed, save_sealed, tensors_digest
+from lensclust.storage import read_checksummed, read_content, save_checksummed, tensors_digest
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def fingerprint(model: nn.Module) -> str:
 
     It does not depend on the device, and is the same for a native model, its bridge and its
     checkpoint file. A Hugging Face model and its bridge agree unless the bridge splits joint
-    projections (GPT-2, GPT-NeoX), which adds weights of its own. Half a second for 500 MB.
+    projections (GPT-2, GPT-NeoX), which adds weights. Takes half a second for 500 MB.
 
     >>> from lensclust import load
     >>> one, other = load("native:sif-small", seed=0), load("native:sif-small", seed=1)
@@ -47,9 +47,9 @@ def fingerprint(model: nn.Module) -> str:
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights under the names they had before TransformerLens wrapped it.
 
-    ``TransformerBridge.state_dict`` leaves weights out (the experts of Mixtral), so the wrapped
-    model is read instead. Weights that only the bridge has keep their wrapped names, except for
-    plain aliases and the zero bias it adds to every unembedding.
+    Reads the wrapped model, because ``TransformerBridge.state_dict`` omits weights (the experts
+    of Mixtral). Weights that only the bridge has keep their wrapped names, except for plain
+    aliases and the zero bias that it adds to every unembedding.
     """
     raw = held_weights(model)
     wrapped = {prefix for name in raw for prefix in _prefixes(name) if WRAPPED in name}
@@ -62,17 +62,17 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def held_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights under the names they have now, some of them under several."""
+    """A model's weights under their present names; shared ones appear under several."""
     keep_up(model)
     module = model.original_model if isinstance(model, TransformerBridge) else model
     return module.state_dict(keep_vars=True)
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path:
-    """Write a native model (its bridge, or the bare module) and free metadata to one file.
+    """Save a native model (its bridge, or the bare module) and metadata in one file.
 
     A safetensors file whose header holds the configuration and the metadata as JSON; nothing is
-    pickled, and the file appears whole or not at all. ``load(path)`` gives the same bits back.
+    pickled, and the write is atomic. ``load(path)`` restores the model bit for bit.
 
     Raises:
         InputError: if the model is not native, its weights were folded, or the metadata is not
@@ -105,7 +105,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, **metadata: Any) -> Path
         content = json.dumps({"config": config, "metadata": metadata}, default=_plain_number)
     except (TypeError, AttributeError) as error:
         raise InputError(f"save_checkpoint: metadata must be JSON: {error}") from error
-    save_sealed(path, HEADER, json.loads(content), weights)
+    save_checksummed(path, HEADER, json.loads(content), weights)
     return path
 
 
@@ -125,7 +125,7 @@ def load_checkpoint(path: str | Path) -> TransformerBridge:
         InputError: as :func:`read_metadata`, or if weights and configuration disagree.
     """
     path = Path(path)
-    content, weights = read_sealed(path, HEADER)
+    content, weights = read_checksummed(path, HEADER)
     config = config_from_json(json.dumps(content.get("config")), where=str(path))
     return native_bridge_with(config, weights, name=str(path))
 
@@ -140,7 +140,7 @@ def checkpoint_config(path: str | Path) -> TransformerBridgeConfig:
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """The fingerprint of the model in a checkpoint, as noted in it; its weights are not read.
+    """The fingerprint stored in a checkpoint; the weights are not read.
 
     Raises:
         InputError: as :func:`read_metadata`.
@@ -149,12 +149,12 @@ def checkpoint_fingerprint(path: str | Path) -> str:
 
 
 def checkpoint_series(folder: str | Path) -> pd.DataFrame:
-    """Our checkpoints in a folder by step, with the steps whose weights are the same.
+    """The lensclust checkpoints in a folder by step, with duplicates marked.
 
     Returns:
         ``step``, ``path``, ``fingerprint`` (that of the loaded model) and ``duplicate_of``: the
         earliest step with the same weights, or missing. Duplicates are logged in one warning:
-        a series that repeats itself was not trained, or was saved from the wrong model.
+        the model was not trained between them, or the wrong model was saved.
 
     Raises:
         InputError: if there is no checkpoint, one is damaged or has no step, or they are of
@@ -178,7 +178,7 @@ def checkpoint_series(folder: str | Path) -> pd.DataFrame:
         [
             {"step": steps[path], "path": path, "fingerprint": tensors_digest(weights.items())}
             for path in paths
-            for _, weights in [read_sealed(path, HEADER)]
+            for _, weights in [read_checksummed(path, HEADER)]
         ]
     ).sort_values("step", ignore_index=True)
     duplicates = report_repeats(
@@ -192,9 +192,8 @@ def report_repeats(
 ) -> list[int | None]:
     """For each step, in rising order, the earliest with the same weights; logs one warning.
 
-    A warning, not an error: the other steps of such a series are as good as ever. But a curve
-    over training must not be read as if nothing was learned between two steps that were never
-    different models.
+    A warning, not an error, since the other steps remain valid. But a flat stretch of a training
+    curve between two identical checkpoints is no evidence that nothing was learned.
 
     >>> report_repeats([0, 10, 20], ["a", "b", "a"], where="a folder")
     [None, None, 0]
@@ -216,7 +215,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _is_added(name: str, wrapped: set[str]) -> bool:
-    """Reached through a child that a wrapper has beside the module it wraps."""
+    """Whether a weight belongs to a child that a wrapper adds to the module it wraps."""
     return any(
         prefix in wrapped and not name.startswith(f"{prefix}{WRAPPED}.")
         for prefix in _prefixes(name)
@@ -224,7 +223,7 @@ def _is_added(name: str, wrapped: set[str]) -> bool:
 
 
 def _is_filler(tensor: Tensor) -> bool:
-    """A buffer of zeros: what the bridge puts where an unembedding has no bias."""
+    """Whether this is a buffer of zeros, which the bridge adds to an unembedding without bias."""
     return not isinstance(tensor, nn.Parameter) and not bool(tensor.any())
 
 
@@ -233,12 +232,12 @@ def _dtype_name(weights: Mapping[str, Tensor]) -> str:
 
 
 def _plain_number(value: Any) -> Any:
-    """numpy and torch scalars count as the numbers they hold."""
+    """A numpy or torch scalar as a plain number."""
     return value.item()
 
 
 def _content(path: str | Path) -> tuple[dict[str, Any], str]:
-    """What a checkpoint says in its header, and the digest of its weights."""
+    """The header of a checkpoint, and the digest of its weights."""
     content, digest = read_content(Path(path), HEADER)
     if not all(isinstance(content.get(name), dict) for name in ("config", "metadata")):
         raise InputError(f"{path}: is not a lensclust checkpoint: no config or no metadata in it")

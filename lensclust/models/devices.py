@@ -1,8 +1,8 @@
-"""Where a model's weights lie: on one device, spread over several, or off them until needed.
+"""Placement of a model's weights: on one device, spread over several, or offloaded.
 
-Models that were read with a ``device_map`` are placed by accelerate. Its hooks carry states from
-device to device, and bring weights that lie in the host's memory or on disk in for the calls
-that need them; read past those calls, such weights are empty.
+Models that were read with a ``device_map`` are placed by accelerate. Its hooks move states from
+device to device, and load offloaded weights from host memory or disk for the calls that need
+them; outside those calls, such weights are empty.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ DeviceMap = str | Mapping[str, str | int]
 
 
 def model_device(model: TransformerLensModel) -> torch.device:
-    """Where a model takes its tokens."""
+    """The device of a model's input tokens."""
     return torch.device(model.cfg.device or "cpu")
 
 
 def require_placeable(device_map: DeviceMap, *, device: Any, stateful: bool = False) -> None:
-    """Refuse a map that TransformerLens cannot run.
+    """Refuse a device map that TransformerLens cannot run.
 
     Raises:
-        InputError: if a device is given too, the map leaves weights nowhere or mixes a GPU with
-            weights off it, or the architecture keeps a state of its own on one device.
+        InputError: if a device is given too, the map leaves weights on ``meta`` or mixes a GPU
+            with offloaded weights, or the architecture keeps a recurrent state on one device.
     """
     if device is not None:
         raise InputError(f"load: device={str(device)!r} given with a device_map, expected one")
@@ -55,7 +55,7 @@ def require_placeable(device_map: DeviceMap, *, device: Any, stateful: bool = Fa
 
 
 def found_device(name: str | torch.device) -> torch.device:
-    """The device of a name.
+    """The torch device of a name.
 
     Raises:
         InputError: if torch knows no such device, or this machine has none.
@@ -74,10 +74,10 @@ def found_device(name: str | torch.device) -> torch.device:
 
 
 def note_placement(bridge: TransformerBridge) -> TransformerBridge:
-    """Tell a bridge where its tokens go and over how many devices it spreads.
+    """Set a bridge's input device and its number of devices.
 
     Raises:
-        InputError: if weights did not come to lie where the map has them.
+        InputError: if weights are not on the device of the map.
     """
     network: Any = bridge.original_model
     placed = getattr(network, "hf_device_map", None)
@@ -91,7 +91,7 @@ def note_placement(bridge: TransformerBridge) -> TransformerBridge:
             "modules share must lie on one device"
         )
     device = find_embedding_device(network)
-    if device is None or device.type == "meta":  # brought in for each call
+    if device is None or device.type == "meta":  # loaded for each call
         device = torch.device("cpu")
     config: Any = bridge.cfg
     config.device, config.n_devices = str(device), count_unique_devices(network)
@@ -99,7 +99,7 @@ def note_placement(bridge: TransformerBridge) -> TransformerBridge:
 
 
 def brought_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """From a weight to its values, also where they lie off the devices; one at a time.
+    """A function from a weight to its values, which loads offloaded weights one at a time.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small", device="cpu")
@@ -119,7 +119,7 @@ def brought_in(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _offloaded(model: nn.Module) -> dict[int, tuple[Any, str]]:
-    """For each weight that is brought in when it is needed: where from, under which name."""
+    """For each offloaded weight: the map that holds it, and its name there."""
     kept: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
         hook: Any = getattr(module, "_hf_hook", None)

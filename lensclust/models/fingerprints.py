@@ -1,4 +1,4 @@
-"""A model's fingerprint, taken again only when its weights have changed."""
+"""A model's fingerprint, recomputed only when its weights have changed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TAKEN: WeakKeyDictionary[nn.Module, tuple[list[bytes], str]] = WeakKeyDictionar
 
 
 def fingerprint_again(model: nn.Module) -> str:
-    """`lensclust.models.fingerprint`, which is only worked out if the weights have changed.
+    """`lensclust.models.fingerprint`, cached until the weights change.
 
-    To see that nothing has changed takes a fraction of the time.
+    The check for changes takes a fraction of the time.
 
     >>> import lensclust as lc
     >>> model = lc.load("native:sif-small")
@@ -28,7 +28,7 @@ def fingerprint_again(model: nn.Module) -> str:
     >>> before == fingerprint_again(model)
     False
     """
-    # Queued for all weights before any is waited for.
+    # Queued for all weights before waiting for any.
     values = brought_in(model)
     weights = {id(weight): weight for weight in held_weights(model).values()}
     queued = [mark(values(weight).detach()) for weight in weights.values()]

@@ -1,8 +1,8 @@
-"""Lengths beyond which rotary frequencies change, for all tokens of a forward at once.
+"""Sequence lengths beyond which rotary frequencies change for all tokens of a forward.
 
-LongRoPE takes other frequencies as soon as one token stands beyond the length of pretraining.
-Dynamic NTK raises the base with every token beyond the context. So a prompt beside a longer one
-is not what it would be alone, and keys in a cache keep frequencies that no longer hold.
+LongRoPE switches to other frequencies as soon as one token is beyond the pretraining length.
+Dynamic NTK raises the base with every token beyond the context. So a prompt batched with a longer
+one gets other states than alone, and keys in a cache keep outdated frequencies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 
 def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
-    """Lengths beyond which LongRoPE takes other frequencies.
+    """Lengths beyond which LongRoPE switches frequencies.
 
     >>> import lensclust as lc
     >>> length_steps(lc.load("native:sif-small"))
@@ -27,11 +27,11 @@ def length_steps(model: TransformerLensModel) -> tuple[int, ...]:
 
 
 def cached_up_to(model: TransformerLensModel, start: int, stop: int) -> int | None:
-    """How long a sequence may grow with a key/value cache; None if as long as it does.
+    """The length up to which a key/value cache is right; None if up to ``stop``.
 
     Args:
-        start: tokens in the first forward that fills the cache.
-        stop: tokens that are run in all.
+        start: tokens in the first forward, which fills the cache.
+        stop: tokens that are run in total.
 
     >>> import lensclust as lc
     >>> cached_up_to(lc.load("native:sif-small"), 8, 20) is None
@@ -51,6 +51,6 @@ def _config(model: TransformerLensModel) -> Any:
 
 
 def _rotary_kinds(config: Any) -> list[dict[str, Any]]:
-    """Either the parameters themselves, or those of each type of layer."""
+    """Rotary parameters of the model, or of each type of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found, *(each for each in found.values() if isinstance(each, dict))]

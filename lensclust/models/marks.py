@@ -1,4 +1,4 @@
-"""What tells a weight from one that was changed, without a copy of it."""
+"""Hashes and samples of weights, which detect a change without a copy."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Values of each weight that are looked at where all would take too long.
+# Values sampled from each weight where comparing all would take too long.
 _SAMPLED = 16
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def mark(weight: Tensor) -> bytes | Tensor:
-    """The hash of a weight's bytes, or on a device its margins, which are only queued there.
+    """The hash of a weight's bytes; on a device its row and column sums, computed asynchronously.
 
     >>> weight = torch.arange(6.0).reshape(2, 3)
     >>> mark(weight) == mark(weight.clone()), mark(weight) == mark(weight.flip(0))
@@ -28,9 +28,9 @@ def mark(weight: Tensor) -> bytes | Tensor:
 
 
 def sampled(weights: Iterable[Tensor]) -> Float[Tensor, "weight value"]:
-    """A few values of each weight, spread over it, on the host; zeros of an empty weight.
+    """A few evenly spaced values of each weight, on the host; zeros for an empty weight.
 
-    Cheaper by far than `mark`, and blind to an edit of other values.
+    Far cheaper than `mark`, but blind to an edit of other values.
 
     >>> sampled([torch.zeros(0), torch.arange(100.0)])[:, :3]
     tensor([[ 0.,  0.,  0.],
@@ -42,7 +42,7 @@ def sampled(weights: Iterable[Tensor]) -> Float[Tensor, "weight value"]:
     for number, weight in enumerate(held):
         if weight.numel() and not weight.is_meta:
             places.setdefault(weight.device, []).append(number)
-    for device, numbers in places.items():  # one wait for each device
+    for device, numbers in places.items():  # one synchronisation per device
         values = [_few(held[number], device) for number in numbers]
         found[numbers] = torch.stack(values).cpu()
     return found.nan_to_num()
@@ -58,7 +58,7 @@ def _spread(total: int, device: torch.device) -> Int[Tensor, " value"]:
 
 
 def _margins(weight: Tensor) -> Int[Tensor, " row_and_column"]:
-    """Sums of a weight's bits by row and by column: they notice an edit, and a permutation."""
+    """Sums of a weight's bits by row and by column: they detect edits and permutations."""
     words = weight.view(_WORDS[weight.element_size()])
     table = words.flatten(1) if words.dim() > 1 else words.reshape(1, -1)
     return torch.cat([table.sum(axis, dtype=table.dtype) for axis in (0, 1)])

@@ -1,4 +1,4 @@
-"""What TransformerLens gets wrong about some architectures, mended on a bridge when loaded."""
+"""Workarounds for errors of TransformerLens in some architectures, applied at loading."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MENDED = "_mended_by_lensclust"
 
 
 def mended(bridge: TransformerBridge) -> TransformerBridge:
-    """The bridge, with hooks on its parts that make it compute and show what its network does.
+    """Add hooks to a bridge that make it compute and expose the same as its network.
 
-    - Some rotary embeddings (OLMo's) come in float32. The network rounds rotated queries and keys
-      back to its own precision; the bridge does not, and its attention fails on two precisions
-      (with a key/value cache it goes on in float32).
-    - GPT-1's blocks return lists, of which the bridge's hook sees nothing.
-    - Heads of latent attention (DeepSeek) give values of another size than their queries have,
-      and ``hook_z`` is cut by the configuration's.
+    - Some rotary embeddings (OLMo's) are float32. The network rounds rotated queries and keys
+      back to its precision; the bridge does not, and its attention fails on mixed precisions
+      (with a key/value cache it continues in float32).
+    - GPT-1's blocks return lists, which the bridge's hook ignores.
+    - Heads of latent attention (DeepSeek) have values of another size than queries, but
+      ``hook_z`` is split by the size in the configuration.
     """
     if not getattr(bridge, _MENDED, False):
         for block in getattr(bridge, "blocks", ()):

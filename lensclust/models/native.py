@@ -35,13 +35,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Every block holds a causal mask of its own, a byte for each pair of positions.
+# Every block holds a separate causal mask, a byte for each pair of positions.
 _MAX_MASK_BYTES = 2**32
 # Several times as many blocks as any model has.
 _MAX_LAYERS = 1000
 
-# What the native model reads. TransformerBridgeConfig has sixty more fields, written for other
-# architectures, that it would accept and silently ignore.
+# Fields that the native model reads. TransformerBridgeConfig has sixty more, for other
+# architectures, which it would silently ignore.
 _FIELDS = frozenset(
     {
         "act_fn",
@@ -83,7 +83,7 @@ def native_config(preset: str, **overrides: Any) -> TransformerBridgeConfig:
     ``d_head`` and ``d_mlp`` follow ``d_model`` and ``n_heads`` unless they are given too.
 
     Raises:
-        InputError: if the preset or a field does not exist, or the values do not fit together.
+        InputError: if the preset or a field does not exist, or the values are inconsistent.
 
     >>> config = native_config("sif-small", d_vocab=97, n_heads=8)
     >>> config.n_layers, config.d_head, config.d_vocab
@@ -115,11 +115,11 @@ def native_bridge(
 ) -> TransformerBridge:
     """A freshly initialised native model from ``"native:PRESET"`` or a configuration.
 
-    The weights come from the configuration's own seed; from ``seed`` where it has none or
-    with ``reseed``. The global random state is left alone.
+    The weights are drawn from the configuration's seed; from ``seed`` if it has none or with
+    ``reseed``. The global random state is unchanged.
 
     Raises:
-        InputError: if the native architecture cannot be built so.
+        InputError: if the native architecture cannot be built from the configuration.
 
     >>> native_bridge("native:sif-small", seed=0, device="cpu").cfg.n_layers
     6
@@ -145,13 +145,13 @@ def native_bridge(
 def native_bridge_with(
     config: TransformerBridgeConfig, weights: Mapping[str, torch.Tensor], *, name: str
 ) -> TransformerBridge:
-    """A native model that holds exactly ``weights`` (names of the unwrapped model, own dtype).
+    """A native model with the given ``weights`` (names of the unwrapped model; dtype is kept).
 
     Raises:
         InputError: if names or shapes are not those of ``config``.
     """
     _require_fit(config, weights, name)
-    # Building a module draws random numbers that are thrown away here.
+    # Building a module draws random numbers, which are discarded here.
     with torch.random.fork_rng(devices=[]):
         model = NativeModel(copy.deepcopy(config))
     model.load_state_dict(dict(weights), assign=True)
@@ -159,7 +159,7 @@ def native_bridge_with(
 
 
 def _require_buildable(config: TransformerBridgeConfig) -> None:
-    """Refuse a configuration of more layers, masks or weights than there can be."""
+    """Refuse a configuration with implausibly many layers, masks or weights."""
     mlp, width = config.d_mlp or 0, config.n_heads * config.d_head
     blocks = config.n_layers * config.d_model * (4 * width + 2 * mlp)
     weights = blocks + config.d_model * (2 * config.d_vocab + config.n_ctx)
@@ -176,7 +176,7 @@ def _require_buildable(config: TransformerBridgeConfig) -> None:
 def _require_fit(
     config: TransformerBridgeConfig, weights: Mapping[str, torch.Tensor], name: str
 ) -> None:
-    """Refuse a configuration that asks for other weights, before it asks for memory."""
+    """Refuse a configuration that does not match the weights, before memory is allocated."""
     said = f"load: {name}: weights do not fit their config:"
     try:
         masks = config.n_layers * config.n_ctx**2
@@ -204,10 +204,10 @@ def wrap_native(model: NativeModel, *, name: str = "native") -> TransformerBridg
 
 
 def config_to_json(config: TransformerBridgeConfig) -> str:
-    """The fields of a native configuration that make the model; the device is not one."""
+    """The fields of a native configuration that define the model, without the device."""
     fields = {name: getattr(config, name, None) for name in sorted(_FIELDS)}
     fields["dtype"] = str(config.dtype).removeprefix("torch.")
-    # numpy floats come from TransformerLens' own default for the initialiser's range.
+    # numpy floats come from TransformerLens' default for the initialiser's range.
     return json.dumps(fields, default=lambda value: value.item())
 
 
@@ -215,8 +215,8 @@ def config_from_json(text: str, *, where: str = "native_config") -> TransformerB
     """Inverse of :func:`config_to_json`.
 
     Raises:
-        InputError: if the text is not the configuration of a native model; ``where`` it stands
-            is said.
+        InputError: if the text is not the configuration of a native model; the message starts
+            with ``where``.
 
     >>> config = native_config("sif-small", seed=3)
     >>> config_from_json(config_to_json(config)).to_dict() == config.to_dict()
@@ -251,6 +251,6 @@ def _config(fields: dict[str, Any]) -> TransformerBridgeConfig:
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"native_config: {error}") from error
     if rope_scaling is not None:
-        # Read by the native model, yet no parameter of the constructor.
+        # Read by the native model, but not a parameter of the constructor.
         config.rope_scaling = rope_scaling  # pyright: ignore[reportAttributeAccessIssue]
     return config

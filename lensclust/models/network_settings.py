@@ -1,7 +1,7 @@
-"""What decides a network's output beside its weights: its configuration, constants, fixed tables.
+"""What a network's output depends on besides weights: configuration, constants, fixed tables.
 
-Two networks of the same weights differ if one has another base of its rotary positions, another
-epsilon in its norms or another scale of its scores. So a store notes both.
+Two networks with the same weights differ if the base of rotary positions, the epsilon of norms or
+the scale of attention scores differs. So a store records both.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lensclust.models.parameters import WRAPPED
 from lensclust.storage import tensors_digest
 
 _PLAIN = (bool, int, float, str, type(None))
-# Attributes that forwards write, as a counter or a cache: they decide nothing of the next.
+# Attributes that forwards write, such as counters or caches: later forwards do not depend on them.
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 def settings_digest(model: nn.Module) -> str:
-    """sha256 over everything but the weights that a forward depends on, as 64 hex digits.
+    """sha256 over everything except weights that a forward depends on, as 64 hex digits.
 
-    That is: what the class of a network adds to its configuration (not its name or dtype), the
-    classes of its modules, numbers, texts, tensors and functions among their attributes (and in
-    lists and dictionaries there), buffers that no state dict holds and no forward writes, and the
-    precision of `torch.autocast` where that is on.
+    That is: the configuration fields of the network's class (not its name or dtype), the classes
+    of its modules, numbers, texts, tensors and functions among their attributes (and in lists and
+    dictionaries there), buffers that are in no state dict and that no forward writes, and the
+    precision of `torch.autocast` if that is on.
 
     >>> import lensclust as lc
     >>> one, other = lc.load("native:sif-small"), lc.load("native:sif-small")
@@ -62,9 +62,9 @@ def settings_digest(model: nn.Module) -> str:
 
 
 def rewritten(network: nn.Module) -> Iterator[str]:
-    """Names of what rotary embeddings make again for the length of each forward.
+    """Names of the values that rotary embeddings recompute for the length of each forward.
 
-    What they make it from is in the configuration, and in a table beside it.
+    They are computed from the configuration and from a table beside it.
     """
     for name, module in network.named_modules():
         found = getattr(module, "rope_type", None)
@@ -76,20 +76,20 @@ def rewritten(network: nn.Module) -> Iterator[str]:
 
 
 def autocast_precision(network: Any) -> torch.dtype | None:
-    """To what `torch.autocast` rounds on the device of a network; None where it is off."""
+    """The dtype of `torch.autocast` on the device of a network; None if it is off."""
     device = next((weight.device.type for weight in network.parameters()), "cpu")
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def plain_settings(network: nn.Module) -> dict[str, Any]:
-    """The part of :func:`settings_digest` that is no buffer, each under its name."""
+    """The settings in :func:`settings_digest` that are not buffers, by name."""
     written = _WRITTEN.get(network, frozenset())
     found = sorted((*_configuration(network), *_constants(network)), key=lambda each: each[0])
     return {name: value for name, value in found if name not in written}
 
 
 def note_written(network: nn.Module, names: Iterable[str]) -> None:
-    """Leave out of a network's settings what its forwards write."""
+    """Exclude attributes that a network's forwards write from its settings."""
     _WRITTEN[network] = frozenset(names)
 
 
@@ -98,7 +98,7 @@ def _configuration(network: nn.Module) -> Iterator[tuple[str, Any]]:
     if isinstance(network, NativeModel):
         yield "config", config_to_json(network.cfg)
     elif isinstance(config, PretrainedConfig):
-        # What every configuration has is about names, files and formats of output.
+        # The fields of every configuration concern names, files and output formats.
         general = _general()
         for key, value in config.to_dict().items():
             if key not in general and _decides(key):
@@ -113,7 +113,7 @@ def _general() -> frozenset[str]:
 def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
     remade = set(rewritten(network))
     for name, module in network.named_modules():
-        # The wrappers' own attributes change with what is read from them.
+        # Attributes of the wrappers change when they are read.
         if type(module).__module__.startswith("transformer_lens.model_bridge.generalized"):
             continue
         yield name.replace(WRAPPED, ""), type(module).__qualname__
@@ -128,7 +128,7 @@ _UNKNOWN: Any = object()
 
 
 def _described(value: Any) -> Any:
-    """An attribute as JSON that another value would change, `_UNKNOWN` of what nobody knows here.
+    """An attribute as JSON that identifies its value; `_UNKNOWN` for unsupported types.
 
     >>> _described({"scales": [1.0, torch.float16], "net": nn.ReLU()})
     {'scales': [1.0, 'torch.float16'], 'net': 'ReLU'}
@@ -167,7 +167,7 @@ def _tensor(value: Tensor) -> Any:
 
 
 def _own_code(function: Any) -> Iterator[str]:
-    """A digest of a function that no library names: another lambda has the same name."""
+    """A digest of a user's function: two lambdas have the same name."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if isinstance(code, CodeType) and home_of(function) not in LIBRARIES:
         yield _code_digest(code)
@@ -180,8 +180,8 @@ def _code_digest(code: CodeType) -> str:
 
 
 def _decides(name: str) -> bool:
-    """Whether an attribute may decide what a forward without dropout or labels gives."""
-    # Where it was read, how it is trained or generates, and the longest sequence that a table was
-    # made for so far.
+    """Whether the output of a forward without dropout or labels may depend on an attribute."""
+    # The folder it was read from, options of training and generation, and the longest sequence of
+    # a cached table.
     idle = ("name_or_path", "training", "use_cache", "gradient_checkpointing")
     return not name.startswith("_") and not name.endswith(("_token_id", "_cached", *idle))

@@ -1,4 +1,4 @@
-"""Which of a model's weights a training moves, and the model as it was when it is done."""
+"""Which parameters a training updates, and restoring the model afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WRAPPED = "._original_component"
 def parameter_names(
     model: TransformerBridge, blocks: Sequence[int] | range | None = None
 ) -> list[str]:
-    """Names of a model's parameters, those of some blocks only if these are given.
+    """Names of a model's parameters, or of those in some blocks.
 
     >>> import lensclust as lc
     >>> parameter_names(lc.load("native:sif-small"), [5])[:2]
@@ -38,7 +38,7 @@ def parameter_names(
 
 
 def named_parameters(model: TransformerBridge) -> dict[str, nn.Parameter]:
-    """A model's parameters under the names they had before TransformerLens wrapped it."""
+    """A model's parameters under their names before TransformerLens wrapped it."""
     return {name.replace(WRAPPED, ""): p for name, p in model.named_parameters()}
 
 
@@ -49,17 +49,17 @@ def chosen_parameters(
     *,
     caller: str,
 ) -> dict[str, Tensor | None]:
-    """Names of what is trained, each with the mask of its gradient, or None for all of it.
+    """Names of the trained parameters, each with the mask of its gradient, or None for all of it.
 
     Args:
         named: the model's parameters (`named_parameters`).
         only: a regular expression that is searched in the names, or names, or heads
-            (``"head 3.1"``, or sites); all parameters unless given.
-        caller: in whose name errors speak.
+            (``"head 3.1"``, or sites); all parameters by default.
+        caller: function name used in error messages.
 
     Raises:
         InputError: if no parameter is chosen, a head does not exist, the model cannot be
-            trained head by head, or what is chosen is no number with a gradient.
+            trained head by head, or a chosen parameter is quantised or offloaded.
     """
     masks = _named_masks(model, named, only, caller)
     if isinstance(only, str):
@@ -72,22 +72,24 @@ def chosen_parameters(
         name = next(iter(quantised or masks))
         raise InputError(
             f"{caller}: {model_name(model)} is quantised: {name!r} holds {named[name].dtype}, "
-            "expected weights that a gradient can move"
+            "expected floating-point weights, which have gradients"
         )
     elsewhere = [name for name in masks if named[name].device.type == "meta"]
     if elsewhere:
         raise InputError(
-            f"{caller}: {elsewhere[0]!r} of {model_name(model)} is offloaded, expected all that "
-            "is trained on a device"
+            f"{caller}: {elsewhere[0]!r} of {model_name(model)} is offloaded, expected all trained "
+            "parameters on a device"
         )
     return masks
 
 
 @contextmanager
-def left_as_it_was(model: TransformerBridge, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """When the block ends, these parameters and all buffers have the values they had before.
+def restored_afterwards(
+    model: TransformerBridge, parameters: Iterable[nn.Parameter]
+) -> Iterator[None]:
+    """Restore these parameters and all buffers when the block ends.
 
-    So has every parameter its gradient and its freedom to have one; the model is in eval mode.
+    Every parameter's ``grad`` and ``requires_grad`` are restored too; the model is in eval mode.
     """
     held = [*parameters, *model.original_model.buffers()]
     saved = [(tensor, tensor.detach().clone()) for tensor in held]
@@ -119,7 +121,7 @@ def _named_masks(
             raise InputError(f"{caller}: only={only!r} is no regular expression: {error}") from None
         if not found:
             raise InputError(
-                f"{caller}: only={only!r} is in no name: expected one of {[*named][:8]}"
+                f"{caller}: only={only!r} matches no name: expected one of {[*named][:8]}"
             )
         return dict.fromkeys(found)
     heads = [item for item in only if str(item).startswith("head ")]
@@ -153,7 +155,7 @@ def _head_masks(
             if weights is None or turn is None or id(parameter) not in names:
                 raise InputError(
                     f"{caller}: {model_name(model)} cannot be trained head by head: its weights "
-                    f"W_{part.upper()} of block {block} are no parameter of their own"
+                    f"W_{part.upper()} of block {block} are not a separate parameter"
                 )
             mask = torch.zeros_like(weights)
             mask[chosen] = 1
@@ -162,7 +164,7 @@ def _head_masks(
 
 
 def _layout(weights: Tensor, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """How the weights of heads lie in the parameter that holds them, found by their values."""
+    """The layout of heads' weights in their parameter, found by comparing values."""
     layouts: list[Callable[[Tensor], Tensor]] = [
         lambda w: w.flatten(0, 1),  # (head, d_head, d_model) as (in, out)
         lambda w: w.flatten(0, 1).T,

@@ -92,14 +92,14 @@ SiteSelector = str | Site | Sequence[str | Site]
 
 
 def resolve(model: TransformerLensModel, selectors: SiteSelector) -> list[Site]:
-    """The sites a selector names, checked against what the model really has.
+    """The sites that a selector names, checked against the model.
 
-    A kind alone (``"resid"``, ``"head"``) means all sites of that kind that there are: a hybrid
-    has heads in its attention blocks alone.
+    A kind alone (``"resid"``, ``"head"``) means all sites of that kind in the model: a hybrid
+    has heads in its attention blocks only.
 
     Raises:
-        InputError: if a site does not exist in this model, or its hook gives something else
-            (`lensclust.models.blocks`); names the model and what it has.
+        InputError: if a site does not exist in this model, or its hook does not hold that
+            activation (`lensclust.models.blocks`); names the model and what it has.
 
     >>> import lensclust as lc
     >>> resolve(lc.load("native:sif-small"), ["resid 0", "mlp_out 5"])
@@ -112,7 +112,7 @@ def resolve(model: TransformerLensModel, selectors: SiteSelector) -> list[Site]:
         raise InputError(f"sites: given {odd[0]!r:.60} ({type(odd[0]).__name__}), {EXPECTED}")
     if not given:
         raise InputError(f"sites: none given, expected some of {', '.join(KINDS)}")
-    # Asked for once: a bridge puts it together anew each time.
+    # Read once: a bridge rebuilds this dictionary on every access.
     hooks: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
     return list(dict.fromkeys(site for item in given for site in _expand(model, item, hooks)))
 
@@ -140,7 +140,7 @@ def head_blocks(model: TransformerLensModel) -> list[int]:
 
 
 def model_name(model: TransformerLensModel) -> str:
-    """What to call the model in messages and provenance."""
+    """The model's name in messages and provenance."""
     return str(getattr(model.cfg, "model_name", None) or type(model).__name__)
 
 
@@ -156,9 +156,9 @@ def additivity_error(model: TransformerLensModel) -> float:
 def head_frames(
     model: TransformerLensModel, blocks: Iterable[int]
 ) -> Float[Tensor, "block head d_head rank"]:
-    """For each head a matrix F such that ``z @ F`` has the geometry of what the head adds.
+    """For each head a matrix F such that ``z @ F`` has the geometry of the head's contribution.
 
-    What it adds is ``z @ W_O``, times the block's factor (`lensclust.models.output_weights`).
+    The contribution is ``z @ W_O``, times the block's factor (`lensclust.models.output_weights`).
     With ``W_Oᵀ = Q R`` (Q orthonormal columns) that is ``z Rᵀ Qᵀ``, so ``F = Rᵀ`` keeps every
     distance and angle of the contributions in ``d_head`` numbers instead of ``d_model``.
     """
@@ -168,7 +168,7 @@ def head_frames(
 
 
 def first_site(kind: str) -> Site:
-    """The first place of a kind."""
+    """The first site of a kind."""
     return Site(kind, 0, 0 if _per_head(kind) else None)
 
 
@@ -227,7 +227,7 @@ def _require_exists(
 def _missing(
     model: TransformerLensModel, given: str, kind: str, hooks: Container[str]
 ) -> InputError:
-    """The error for a place without such a hook: where there is one, or what there is."""
+    """The error for a missing site: names the blocks that have it, or the existing kinds."""
     name, blocks = model_name(model), blocks_of(model)
     having: dict[str, list[int]] = {}
     for each in KINDS:
@@ -238,6 +238,6 @@ def _missing(
     if kind in having:
         return InputError(
             f"site {given} does not exist: {name} has {kind!r} in blocks "
-            f"{', '.join(map(str, having[kind]))} alone"
+            f"{', '.join(map(str, having[kind]))} only"
         )
     return InputError(f"site {given} does not exist: {name} has only {', '.join(having)}")

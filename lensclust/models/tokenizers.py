@@ -1,4 +1,4 @@
-"""Which tokenizer prompts were made with: a fingerprint of it, and whether two are the same."""
+"""Tokenizer fingerprints, and whether two are of the same tokenizer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Spelling out a vocabulary takes a third of a second, and tokenizers only ever grow.
+# Serialising a vocabulary takes a third of a second, and tokenizers only grow.
 _FINGERPRINTS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of a tokenizer's vocabulary and, after a dot, of how it cuts a text.
+    """Digest of a tokenizer's vocabulary and, after a dot, of its segmentation rules.
 
-    16 hex digits each. The second part (merges or scores, normaliser, pre-tokenizer) is there
-    for fast tokenizers only. What is put around a text (BOS, EOS, padding, chat template) is in
-    the ids themselves, and not here.
+    16 hex digits each. The second part (merges or scores, normaliser, pre-tokenizer) exists for
+    fast tokenizers only. Special tokens around a text (BOS, EOS, padding, chat template) are in
+    the ids themselves and not included.
     """
     size, fingerprint = _FINGERPRINTS.get(tokenizer, (-1, ""))
     if size != len(tokenizer):
@@ -35,7 +35,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def same_tokenizer(one: str, other: str) -> bool:
-    """Whether two fingerprints agree in what both say.
+    """Whether two fingerprints agree in the parts that both have.
 
     >>> same_tokenizer("aa.bb", "aa"), same_tokenizer("aa.bb", "aa.cc")
     (True, False)

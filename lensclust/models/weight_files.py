@@ -1,7 +1,7 @@
-"""How much a file of weights holds, read from its header, before any library believes it.
+"""Number of tensors and weights in a file, validated against the file's size.
 
-A header is a few bytes that may ask for terabytes, or for a loop that never ends: whatever comes
-from elsewhere is held against the size of its own file first.
+A malicious header of a few bytes may ask for terabytes, or for an endless loop: every count in a
+header is compared with the size of its file before a library reads it.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _MAX_MODULES = 1000
 
 @dataclass(frozen=True)
 class Contents:
-    """How many tensors, and how many numbers in all of them."""
+    """Number of tensors, and of numbers in all of them."""
 
     tensors: int
     numbers: int
 
 
 def gguf_contents(path: Path) -> Contents:
-    """What a GGUF file of version 2 or 3 holds.
+    """The contents of a GGUF file of version 2 or 3.
 
     Raises:
-        InputError: if its header is malformed, or speaks of more than the file has.
+        InputError: if its header is malformed, or announces more than the file holds.
     """
     with path.open("rb") as file:
         header = _Header(path, file)
         if header.bytes(4) != b"GGUF":
-            raise header.refusal("no GGUF file")
+            raise header.refusal("not a GGUF file")
         version, tensors, fields = header.number("I"), header.number("Q"), header.number("Q")
         if version not in (2, 3):
             raise header.refusal(f"version {version}, expected 2 or 3")
@@ -79,7 +79,7 @@ def gguf_contents(path: Path) -> Contents:
 
 
 def safetensors_contents(folder: Path) -> Contents:
-    """What the safetensors files of a model's folder hold.
+    """The contents of the safetensors files in a model's folder.
 
     Raises:
         InputError: if one cannot be read, or the index names a file outside the folder.
@@ -96,20 +96,20 @@ def safetensors_contents(folder: Path) -> Contents:
         try:
             with safe_open(folder / name, framework="pt") as file:
                 shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
-        except Exception as error:  # what a hostile header makes the library raise
+        except Exception as error:  # a malicious header may make the library raise anything
             raise InputError(f"load: {folder / name}: cannot be read: {error}") from error
         tensors, numbers = tensors + len(shapes), numbers + sum(map(math.prod, shapes))
     return Contents(tensors, numbers)
 
 
 def require_affordable(config: Any, held: Contents, build: Any, *, name: str) -> None:
-    """Refuse a configuration that asks for much more than its files hold.
+    """Refuse a configuration that needs far more weights than its files hold.
 
     Args:
         build: called with the configuration, on the meta device, where tensors take no memory.
 
     Raises:
-        InputError: names the number that is too large.
+        InputError: names the value that is too large.
     """
     counts: Mapping[str, Any] = config.get_text_config().to_dict()
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -117,14 +117,14 @@ def require_affordable(config: Any, held: Contents, build: Any, *, name: str) ->
         most = held.tensors if field == "num_hidden_layers" else held.numbers
         if field.startswith(("num_", "n_")) and isinstance(value, int) and value > most:
             raise InputError(f"load: {name}: {field}={value}, but its files hold {held}")
-    asked = _asked(config, build)
-    # Weights that are tied, or filled in, are not in the files; twice as many are not.
-    if asked > 2 * held.numbers:
-        raise InputError(f"load: {name}: asks for {asked:,} weights, but its files hold {held}")
+    wanted = _weight_count(config, build)
+    # Tied or filled-in weights are not in the files; they are never half of all weights.
+    if wanted > 2 * held.numbers:
+        raise InputError(f"load: {name}: asks for {wanted:,} weights, but its files hold {held}")
 
 
 def require_buildable(config: Any, build: Any, *, name: str) -> None:
-    """Refuse random weights that no machine like this one has room for.
+    """Refuse random weights that exceed this machine's memory.
 
     Args:
         build: as in `require_affordable`.
@@ -142,29 +142,29 @@ def require_buildable(config: Any, build: Any, *, name: str) -> None:
             raise InputError(
                 f"load: {name}: {field}={value}, expected at most {_MAX_MODULES} for random weights"
             )
-    asked, memory = _asked(config, build), psutil.virtual_memory().total
-    if 4 * asked > memory:
+    wanted, memory = _weight_count(config, build), psutil.virtual_memory().total
+    if 4 * wanted > memory:
         raise InputError(
-            f"load: {name}: asks for {asked:,} random weights, {4 * asked / 1e9:,.0f} GB, but this "
-            f"machine has {memory / 1e9:,.0f} GB of memory"
+            f"load: {name}: asks for {wanted:,} random weights, {4 * wanted / 1e9:,.0f} GB, but "
+            f"this machine has {memory / 1e9:,.0f} GB of memory"
         )
 
 
-def _asked(config: Any, build: Any) -> int:
-    """How many weights a configuration asks for."""
+def _weight_count(config: Any, build: Any) -> int:
+    """Number of weights of a configuration."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build(config).parameters())
 
 
 class _Header:
-    """A GGUF header, read forwards and never beyond the end of its file."""
+    """Reader of a GGUF header that never reads beyond the end of the file."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
         self.size = path.stat().st_size
 
     def refusal(self, reason: str) -> InputError:
-        return InputError(f"load: {self.path}: is no usable GGUF file: {reason}")
+        return InputError(f"load: {self.path}: not a usable GGUF file: {reason}")
 
     def bytes(self, count: int) -> bytes:
         if count > self.size - self.file.tell():
@@ -175,7 +175,7 @@ class _Header:
         return struct.unpack(f"<{code}", self.bytes(struct.calcsize(f"<{code}")))[0]
 
     def counted(self, count: int) -> range:
-        """As many entries as the header says, each of which takes some bytes."""
+        """The range of a number of entries, each of which takes at least one byte."""
         if count > self.size - self.file.tell():
             raise self.refusal(f"{count} entries")
         return range(count)

@@ -1,15 +1,14 @@
-"""Hooked copies of a network in memory, which share its weights and leave the network alone.
+"""Hooked copies of a network in memory that share its weights and leave it unchanged.
 
-TransformerLens wraps in place: its components take the place of a network's modules, and the
-names of the weights change. So what it wraps here is a copy of the module tree, in which lie the
-very same parameters and buffers. What is done to the network (a training step, `load_state_dict`,
-`to`) is seen by the copy.
+TransformerLens wraps in place: its components replace a network's modules, and the weights are
+renamed. So it wraps a copy of the module tree here, which holds the same parameter and buffer
+objects. The copy sees every change of the network (a training step, `load_state_dict`, `to`).
 
 Where TransformerLens splits a joint projection (GPT-2, GPT-NeoX, Phi-3), the bridge has further
 parameters: views of the joint ones, or copies. Copies are made again when the joint weights have
-changed, and written back where they were trained through the bridge. All that is looked at
-before every forward, by identity, version and place of the weights, and by a few of their values;
-before every call of lensclust by all values, and by the network's constants, hooks and forwards.
+changed, and written back if they were trained through the bridge. Before every forward, weights
+are compared by identity, version, address and a few values; before every call of lensclust, by
+all values, together with the network's constants, hooks and forwards.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lensclust.storage import difference
 
 _log = logging.getLogger(__name__)
 
-# The name under which a bridge holds what it knows of the network that was given.
+# The attribute of a bridge that holds its `Link` to the given network.
 _LINK = "_lensclust_link"
 _BRIDGES: WeakKeyDictionary[nn.Module, WeakSet[TransformerBridge]] = WeakKeyDictionary()
 
@@ -54,14 +53,14 @@ def wrapped_copy(
 
     Args:
         wrap: makes a bridge of a network, in place.
-        device, dtype: where these are not the network's, the copy has weights of its own, and
-            refuses to run once those of the network have changed; so does one of a network whose
+        device, dtype: if these are not the network's, the copy has separate weights, and refuses
+            to run once those of the network have changed; the same holds for a network whose
             forwards write into its weights.
     """
     weight = next(own.parameters(), torch.empty(0))
     place = weight.device if device is None else torch.device(device)
     apart = not _same_device(place, weight.device) or dtype not in (None, weight.dtype)
-    # A hook that is a method would otherwise work for a copy of its object.
+    # A hook that is a bound method would otherwise act on a copy of its object.
     memo: dict[int, Any] = {
         id(hook): hook
         for module in own.modules()
@@ -70,7 +69,7 @@ def wrapped_copy(
     shared = {id(tensor): tensor for tensor in chain(own.parameters(), own.buffers())}
     modes = [(module, module.training) for module in own.modules()]
     try:
-        # What is tried shares weights and nothing else, and is thrown away.
+        # The test copy shares weights and nothing else, and is discarded.
         tried = copy.deepcopy(own, memo | shared)
         before = plain_settings(tried)
         writes = writes_its_weights(tried)
@@ -89,13 +88,13 @@ def wrapped_copy(
         note_written(network, (name for name in after if after[name] != before.get(name)))
     if writes and not apart:
         _log.warning(
-            "load: %s writes into its weights in its own forwards: the bridge has a copy of them, "
+            "load: %s writes into its weights in its forwards: the bridge has a copy of them, "
             "and refuses to run once those of the network have changed",
             type(own).__name__,
         )
     if apart:
         copied.to(device=place, dtype=dtype)
-    # Splitting a projection draws initial weights, which are thrown away.
+    # Splitting a projection draws initial weights, which are discarded.
     with torch.random.fork_rng(devices=[]):
         bridge = wrap(copied)
     own.eval()
@@ -121,7 +120,7 @@ def remember(bridge: TransformerBridge, own: nn.Module) -> TransformerBridge:
 def known_bridge(
     own: nn.Module, *, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> TransformerBridge | None:
-    """The bridge that was made of a network before, if it still can be used."""
+    """The existing bridge of a network, if it is still usable."""
     for bridge in _BRIDGES.get(own, ()):
         weight = next(bridge.original_model.parameters(), None)
         if weight is None or dtype not in (None, weight.dtype):
@@ -131,7 +130,7 @@ def known_bridge(
         link = _link(bridge)
         if link is None:
             return bridge
-        # Unless asked for, other weights than the network's are not wanted.
+        # By default, a bridge must share the network's weights.
         if link.apart and (device, dtype) == (None, None):
             continue
         if not link.released and link.is_usable():
@@ -140,16 +139,16 @@ def known_bridge(
 
 
 def keep_up(model: Any) -> None:
-    """See to it that a bridge has the weights of the network that was loaded, to the bit.
+    """Synchronise a bridge with the weights of its network, bit for bit.
 
-    Unlike what is done before each forward, this compares copies of weights by all their values:
-    some edits (``weight.data[0] = 1``) leave no other trace.
+    Unlike the check before each forward, this compares copied weights by all their values: some
+    edits (``weight.data[0] = 1``) leave no other trace.
 
-    What was trained through the bridge is in the network afterwards.
+    Weights that were trained through the bridge are written into the network.
 
     Raises:
-        InputError: if it cannot: the network has other modules, shapes, settings, hooks or
-            forwards than when it was loaded, or was released.
+        InputError: if that is impossible: the network has other modules, shapes, settings, hooks
+            or forwards than when it was loaded, or was released.
     """
     if (link := _link(model)) is not None:
         link.keep_up(by_value=True)
@@ -158,7 +157,7 @@ def keep_up(model: Any) -> None:
 
 
 def modules_of(model: Any) -> list[nn.Module]:
-    """All modules of the network in a bridge, and of the one that was given to `lensclust.load`."""
+    """All modules of a bridge's network, and of the network that was given to `lensclust.load`."""
     network = getattr(model, "original_model", model)
     found = list(network.modules()) if isinstance(network, nn.Module) else []
     if (link := _link(model)) is not None:
@@ -167,13 +166,13 @@ def modules_of(model: Any) -> list[nn.Module]:
 
 
 def own_network(model: Any) -> nn.Module | None:
-    """The network that a bridge was made of, None where it was not given in memory."""
+    """The network that a bridge was made of; None if it was not given in memory."""
     link = _link(model)
     return None if link is None else link.own
 
 
 def followed_network(model: Any) -> nn.Module | None:
-    """As `own_network`, None also where the bridge has weights that are not the network's now."""
+    """As `own_network`; None also if the bridge's weights differ from the network's."""
     link = _link(model)
     if link is None or link.released or link.has_other_weights(model):
         return None
@@ -182,9 +181,9 @@ def followed_network(model: Any) -> nn.Module | None:
 
 @checked_arguments
 def release(model: nn.Module) -> nn.Module:
-    """The network that was given to `lensclust.load`, as if it had never been wrapped.
+    """Detach the network that was given to `lensclust.load` from its bridge and return it.
 
-    What was trained through the bridge is in its weights. The bridge cannot be used any more.
+    Its weights include what was trained through the bridge. The bridge is unusable afterwards.
     Not needed to train, save or load the network: it can be used at any time.
 
     Args:
@@ -218,7 +217,7 @@ def release(model: nn.Module) -> nn.Module:
 
 
 def before_own_use(module: nn.Module, *_: Any) -> None:
-    """Write what was trained through a bridge into the joint weights of the network itself."""
+    """Write weights that were trained through a bridge into the network's joint weights."""
     for bridge in list(_BRIDGES.get(module, ())):
         if (link := _link(bridge)) is not None:
             link.write_back()
@@ -226,15 +225,15 @@ def before_own_use(module: nn.Module, *_: Any) -> None:
 
 @dataclass(eq=False)
 class Split:
-    """A joint projection, and the parts that TransformerLens made of it.
+    """A joint projection, and the parts into which TransformerLens split it.
 
     Attributes:
-        module: the network's own module that holds the joint projection.
-        split: makes parts of it.
-        parts: those that the bridge runs.
-        joint: names in that module of what is split.
-        views: whether they all share the memory of the joint weights.
-        ahead: the parts were trained, and the joint weights do not know yet.
+        module: the network's module that holds the joint projection.
+        split: splits it into parts.
+        parts: the parts that the bridge runs.
+        joint: names of the split parameters in that module.
+        views: whether all parts share the memory of the joint weights.
+        ahead: the parts were trained and not yet written into the joint weights.
     """
 
     module: nn.Module
@@ -261,7 +260,7 @@ class Split:
         """Bring the parts up to date."""
         sources, made = self._marks_now()
         if not self.views and not by_value and sources == self._sources and made == self._made:
-            # Most edits that leave no mark (a swap of averages) change what is sampled.
+            # Most edits that leave the version unchanged (a swap of averages) change the sample.
             by_value = not torch.equal(sampled(self._joint()), self._sample)
         if sources == self._sources and made == self._made and (self.views or not by_value):
             return
@@ -276,7 +275,7 @@ class Split:
         if _equal(fresh, self.parts):
             self.ahead = False
             return self.note()
-        # Since they last agreed: which of the two has other values?
+        # Which of the two has changed since they last agreed?
         if not _alike(_digests(self._copies()), self._made_digest):
             if not _alike(_digests(self._joint()), self._sources_digest):
                 raise InputError(
@@ -290,13 +289,13 @@ class Split:
         return self.note()
 
     def write_back(self, name: str) -> None:
-        """Give the joint weights the values of the parts, where these were trained."""
+        """Write the values of trained parts into the joint weights."""
         if not self.ahead and self._marks_now()[1] == self._made:
             return
         self.settle(name)
         if not self.ahead:
             return
-        # Splitting weights that are numbered tells where each part's weights lie.
+        # Splitting a tensor of indices shows where each part's weights come from.
         weights = {id(weight): weight for weight in self._joint()}
         before = [weight.detach().clone() for weight in weights.values()]
         memo: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
@@ -320,7 +319,7 @@ class Split:
                 for weight, values in zip(weights.values(), before, strict=True):
                     weight.copy_(values)
             raise InputError(
-                f"{name}: what was trained through the bridge cannot be written into its joint "
+                f"{name}: weights trained through the bridge cannot be written into its joint "
                 "projections, expected the network itself to be trained"
             )
         self.ahead = False
@@ -336,7 +335,7 @@ class Split:
         return [self.module.get_parameter(name) for name in self.joint]
 
     def is_there(self) -> bool:
-        """Whether the joint weights are still the network's: pruning and the like rename them."""
+        """Whether the joint weights are still in the network: pruning, say, renames them."""
         held = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         return held.issuperset(self.joint)
 
@@ -344,7 +343,7 @@ class Split:
         return not self._copies()
 
     def _copies(self) -> list[Tensor]:
-        """Weights of the parts with memory of their own."""
+        """Weights of the parts that do not share memory with the joint weights."""
         storages = {weight.untyped_storage().data_ptr() for weight in self._joint()}
         return [
             each
@@ -363,15 +362,15 @@ class Split:
 
 @dataclass(eq=False)
 class Link:
-    """What a bridge knows of the network that it was made of.
+    """The link between a bridge and the network that it was made of.
 
     Attributes:
         own: the network.
-        copied: what the bridge wraps.
-        modules: those of the network, each with its copy.
+        copied: the copy that the bridge wraps.
+        modules: modules of the network, each with its copy.
         modes: which modules of the network were in training mode.
-        apart: the copy has weights of its own, on another device or in another precision.
-        config: of the bridge.
+        apart: the copy has separate weights, on another device or in another precision.
+        config: the bridge's configuration.
         splits: joint projections.
         detached: the bridge has weights that are not the network's.
     """
@@ -397,7 +396,7 @@ class Link:
     _added: list[AddedCode] = field(default_factory=list)
 
     def note(self) -> None:
-        """Take the network as it is now for what the copy has the weights of."""
+        """Record the network's present state as the one that the copy matches."""
         self._tree = [(module, list(module._modules.values())) for module, _ in self.modules]
         self._slots = [
             (held, held_by_copy, name, tensor, held_by_copy.get(name))
@@ -418,7 +417,7 @@ class Link:
             split.note()
 
     def follow(self, bridge: TransformerBridge) -> None:
-        """Find out whether all weights of a bridge can be followed."""
+        """Determine whether all weights of a bridge can follow the network's."""
         self.owners = bridge._modules.get("_container_state_owners")
         self.detached = self.apart or self.has_other_weights(bridge)
 
@@ -430,7 +429,7 @@ class Link:
         return self.detached or any(id(weight) not in weights for weight in held)
 
     def is_usable(self) -> bool:
-        """Whether the bridge still can be used."""
+        """Whether the bridge is still usable."""
         try:
             self.keep_up()
             self.require_settings()
@@ -439,7 +438,7 @@ class Link:
         return True
 
     def require_settings(self) -> None:
-        """Refuse a network whose constants, hooks or forwards are not those that were copied.
+        """Refuse a network whose constants, hooks or forwards have changed since it was copied.
 
         Raises:
             InputError: names the first of them.
@@ -463,7 +462,7 @@ class Link:
         self.keep_up()
 
     def keep_up(self, *, by_value: bool = False) -> None:
-        """Give the copy what has changed in the network; as `lensclust.models.keep_up`."""
+        """Apply the network's changes to the copy; as `lensclust.models.keep_up`."""
         try:
             self._keep_up(by_value)
         except RuntimeError as error:  # split projections of other shapes, found while copying
@@ -488,7 +487,7 @@ class Link:
             for slot in self._slots
             if slot[0].get(slot[2]) is not slot[3] or slot[1].get(slot[2]) is not slot[4]
         ]
-        # Of parameters given other contents in place.
+        # Parameters whose contents were replaced in place.
         for slot, shape in zip(self._slots, self._shapes, strict=True):
             if slot[3] is not None and shape is not None and slot[3].shape != shape:
                 raise InputError(
@@ -499,7 +498,7 @@ class Link:
             self._replace(stale, name)
         if self.detached and self._has_moved(by_value):
             raise InputError(
-                f"{name}: the network has changed, but this bridge has weights of its own (folded, "
+                f"{name}: the network has changed, but this bridge has separate weights (folded, "
                 "converted or cast), which cannot follow: load the network again"
             )
         if self._home_now() != self._home:
@@ -510,7 +509,7 @@ class Link:
             self._versions = self._versions_now()
 
     def write_back(self) -> None:
-        """Give the network what was trained through the bridge."""
+        """Write weights that were trained through the bridge into the network."""
         if not self.detached and not self.released:
             for split in self.splits:
                 if not split.views and split.is_there():
@@ -530,7 +529,7 @@ class Link:
                     del hooks[key]
 
     def _replace(self, stale: list[Any], name: str) -> None:
-        """Tensors that were put in the place of others."""
+        """Update the copy for tensors that were replaced by others."""
         tables: dict[int, set[str]] = {}
         for path in rewritten(self.own):
             owner, _, key = path.rpartition(".")
@@ -538,8 +537,8 @@ class Link:
         for held, held_by_copy, key, before, in_copy in stale:
             tensor, copied = held.get(key), held_by_copy.get(key)
             if tensor is before:
-                # A buffer is often made again in a forward; another parameter means that the
-                # bridge was given weights of its own (`enable_compatibility_mode`).
+                # A buffer is often recomputed in a forward; another parameter means that the
+                # bridge was given separate weights (`enable_compatibility_mode`).
                 if isinstance(copied, nn.Parameter) or isinstance(in_copy, nn.Parameter):
                     if not self.detached:
                         self.detached = True
@@ -555,7 +554,7 @@ class Link:
                     "loaded: load it again"
                 )
             if tensor is not None and id(held) in tables and key in tables[id(held)]:
-                # The copy makes its own of these, for the lengths that it is given.
+                # The copy computes these itself, for the lengths that it is given.
                 if copied is not None:
                     held_by_copy[key] = copied.to(tensor.device, tensor.dtype)
                 continue
@@ -569,11 +568,11 @@ class Link:
                 refresh()
 
     def _move(self) -> None:
-        """The network was moved or cast."""
+        """Update the copy after the network was moved or cast."""
         dtype_before = self._home[1]
         self._home = device, dtype = self._home_now()
         self.config.device, self.config.dtype = str(device), dtype
-        # What TransformerLens has added, such as a bias of zeros.
+        # Tensors that TransformerLens has added, such as a bias of zeros.
         for module, copied in self.modules:
             for name, buffer in copied._buffers.items():
                 if name not in module._buffers and buffer is not None:
@@ -585,13 +584,13 @@ class Link:
         return [_mark(p, True) for p in parameters if isinstance(p, nn.Parameter)]
 
     def _note_values(self) -> None:
-        """Note the network's values, for a bridge that has its own."""
+        """Record the network's values, for a bridge with separate weights."""
         if self.detached:
             self._sample = sampled(self._values())
             self._digest = _digests(list(self._values()))
 
     def _has_moved(self, by_value: bool) -> bool:
-        """Whether the network's weights are others than when the bridge got its own."""
+        """Whether the network's weights have changed since the bridge copied them."""
         if self._versions_now() != self._versions:
             return True
         if not torch.equal(sampled(self._values()), self._sample):
@@ -599,7 +598,7 @@ class Link:
         return by_value and not _alike(_digests(list(self._values())), self._digest)
 
     def _values(self) -> Iterator[Tensor]:
-        """The network's parameters, and buffers that its state dict holds."""
+        """The network's parameters and the buffers in its state dict."""
         for module, _ in self.modules:
             for name, tensor in chain(module._parameters.items(), module._buffers.items()):
                 if tensor is not None and name not in module._non_persistent_buffers_set:

@@ -1,4 +1,4 @@
-"""Prompts whose task is known: tokens, one tidy frame of labels, named spans, answers."""
+"""Prompts with known tasks: tokens, one tidy frame of labels, named spans, answers."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""Chat templates, rendered in a process that the system bounds (`lensclust.bounded`).
+"""Chat templates, rendered in a process with limited time and memory (`lensclust.bounded`).
 
-A template comes with a model and is a program. transformers gives it access to nothing, but all
-the time and memory there is.
+A template comes with a model and is a program. transformers sandboxes it, but does not limit its
+time and memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _CHARACTERS = 10_000_000
 
 
 def render_here(template: Any, text: str, names: dict[str, Any]) -> str:
-    """A user's message in a chat template, ready for the reply.
+    """Render a user's message in a chat template, up to the reply.
 
     Args:
         template: the template's source.
         text: the message.
-        names: what else the template may use, such as ``bos_token``.
+        names: further variables of the template, such as ``bos_token``.
 
     >>> render("{{ bos_token }}{{ messages[0].content | upper }}", "hello", {"bos_token": "<s>"})
     '<s>HELLO'
@@ -38,7 +38,7 @@ def render_here(template: Any, text: str, names: dict[str, Any]) -> str:
     return chat
 
 
-# As `render_here`; raises an InputError of the template's reason, or of what it takes too much of.
+# As `render_here`; raises an InputError with the template's reason, or the limit it exceeds.
 render = Bounded(
     __name__,
     "render_here",

@@ -1,4 +1,4 @@
-"""Rows by number, by mask or by slice, as pandas' ``iloc`` takes them."""
+"""Row selection by number, mask or slice, as in pandas' ``iloc``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lensclust.errors import InputError
 
 
 def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
-    """The rows that an index names, as numbers from 0.
+    """The row numbers, from 0, that an index selects.
 
     Args:
-        what: whose rows they are, for errors.
+        what: name of the indexed object, used in error messages.
         given: numbers (negative ones count from the end), one truth value for each row, or a
-            slice; in a list, array, tensor, Series, range or whatever else can be iterated.
-        n: how many rows there are.
+            slice; in a list, array, tensor, Series, range or any iterable.
+        n: number of rows.
 
     Raises:
-        InputError: if a number is not whole or out of range, or a mask is not one value a row, or
-            is a Series in another order.
+        InputError: if a number is not whole or out of range, or a mask does not have one value
+            per row, or is a Series in another order.
 
     >>> [row_numbers("rows", given, 3).tolist() for given in ([True, False, True], [2, -3])]
     [[0, 2], [2, 0]]
@@ -35,8 +35,8 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
             raise InputError(f"{what}: {given} is not a slice of whole numbers") from None
     if isinstance(given, pd.Series) and given.dtype.kind == "b" and _is_reordered(given.index, n):
         raise InputError(
-            f"{what}: the mask's index numbers the rows in another order; expected it in the order "
-            "of the rows (Series.to_numpy() goes by place, Series.sort_index() by its index)"
+            f"{what}: the mask's index numbers the rows in another order; expected the order of "
+            "the rows (Series.to_numpy() ignores the index, Series.sort_index() sorts by it)"
         )
     if isinstance(given, (str, bytes)):
         raise InputError(f"{what}: given {given!r}, expected row numbers or a mask")
@@ -49,7 +49,7 @@ def row_numbers(what: str, given: Any, n: int) -> Int[np.ndarray, " row"]:
         given = [given]
     if index.size == 0 and index.dtype.kind in "fiub" and index.ndim == 1:
         return np.empty(0, dtype=np.int64)
-    if index.dtype.kind == "O":  # whole numbers or truth values beside something missing
+    if index.dtype.kind == "O":  # whole numbers or truth values with missing ones
         kinds = {type(value) for value in index.ravel().tolist()}
         if kinds == {int}:
             index = np.array([min(max(value, -n - 1), n) for value in index.tolist()])

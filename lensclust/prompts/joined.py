@@ -1,4 +1,4 @@
-"""Prompts of several sources as one set."""
+"""Concatenation of prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import lensclust as lc
 
 
 def joined(parts: Sequence[lc.Prompts]) -> lc.Prompts:
-    """Prompts one part after the other, with answers and texts where all parts have them.
+    """Concatenate prompts, with answers and texts if all parts have them.
 
     >>> prompts = lc.tasks.sif(n_tasks=2, n_inputs=3, mappings_per_task=2)
     >>> both = joined([prompts.where(task=1), prompts.where(task=0)])

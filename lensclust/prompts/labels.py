@@ -1,7 +1,7 @@
-"""Labels as text, one spelling for each: what every comparison of labels goes by.
+"""Canonical text of labels, used in every comparison of labels.
 
-Task 0 is ``0``, ``"0"``, ``np.int64(0)`` and ``0.0`` (a column of integers becomes one of floats
-as soon as a row is missing). True is ``"True"``, not 1. None, NaN, NA, NaT and the empty string
+Task 0 is ``0``, ``"0"``, ``np.int64(0)`` and ``0.0`` (a column of integers becomes floats as soon
+as a row is missing). True is ``"True"``, not 1. None, NaN, NA, NaT and the empty string
 are a missing label, as in a CSV file.
 """
 
@@ -29,7 +29,7 @@ def label_text(value: Any) -> str:
     if isinstance(value, str):
         return str(value)
     if getattr(value, "ndim", None) == 0 and not isinstance(value, np.generic):
-        return label_text(value.item())  # a tensor or array of no axes
+        return label_text(value.item())  # a tensor or array without axes
     single: Any = value
     if pd.api.types.is_scalar(value) and pd.isna(single):
         return MISSING
@@ -59,7 +59,7 @@ def label_texts(values: Any) -> np.ndarray:
 
 
 def in_type_of(values: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Labels given as texts, as numbers where the column that they come from holds numbers.
+    """Convert label texts to numbers if the column that they come from holds numbers.
 
     >>> in_type_of(np.array([3, 4]), np.array(["4", "3"]))
     array([4, 3])
@@ -75,7 +75,7 @@ def in_type_of(values: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def wanted_texts(name: str, wanted: Any) -> set[str]:
-    """The labels that a selection names: one value, or several in whatever holds them.
+    """The label texts that a selection names: one value, or several in any collection.
 
     Raises:
         InputError: if they are nested or in a table.
@@ -101,11 +101,11 @@ def wanted_texts(name: str, wanted: Any) -> set[str]:
 
 
 def require_same_prompts(caller: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Refuse labels by name, one a prompt, that tell of other prompts or of another order.
+    """Refuse label columns of two sides that are of other prompts or in another order.
 
     Raises:
-        InputError: names the first prompt that differs in a label that both have, or the numbers
-            of prompts.
+        InputError: names the first prompt that differs in a label that both sides have, or the
+            numbers of prompts.
 
     >>> require_same_prompts("cka", {"task": ["a", "b"]}, {"task": ["b", "a"]})
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""Prompts whose task identity is known: token ids, one tidy frame, named spans, answers."""
+"""Prompts with known tasks: token ids, one tidy frame of labels, named spans, answers."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 class Prompts:
     """Right-padded token sequences with one tidy row of labels each.
 
-    A prompt ends at the token that predicts the answer; the answer itself is kept apart.
+    A prompt ends at the token that predicts the answer; the answer is stored separately.
 
     Attributes:
         tokens: token ids, padded on the right with ``pad_id``.
-        lengths: number of real tokens of each prompt.
-        rows: one row a prompt: ``task``, ``instruction``, ``template``, ``input``, ``output``,
-            ``split`` where the source has them, and whatever else it labels.
+        lengths: number of tokens of each prompt, without padding.
+        rows: one row per prompt: ``task``, ``instruction``, ``template``, ``input``, ``output``,
+            ``split`` if the source has them, and further labels.
         answers: the token ids that continue each prompt, or None.
         spans: name -> half-open token range ``[start, stop)`` of each prompt.
         texts: the text each prompt was tokenised from, or None.
@@ -64,7 +64,7 @@ class Prompts:
     def __post_init__(self) -> None:
         for name in ("tokens", "lengths"):
             if (given := getattr(self, name)).is_inference():
-                with torch.inference_mode(False):  # a copy that a backward can be taken over
+                with torch.inference_mode(False):  # a copy that supports a backward pass
                     object.__setattr__(self, name, given.clone())
         n = len(self.tokens)
         parts = {"rows": self.rows, "answers": self.answers, "texts": self.texts}
@@ -87,22 +87,22 @@ class Prompts:
         tokenizer: str | PreTrainedTokenizerBase = "none",
         pad_id: int | None = 0,
     ) -> Prompts:
-        """Build from token ids: one list and one row of labels a prompt.
+        """Build from token ids: one list and one row of labels per prompt.
 
-        Everything is in the order of ``ids``; the rows' own index is not used.
+        Everything is in the order of ``ids``; the index of ``rows`` is not used.
 
         Args:
-            ids: one list (array, tensor) of token ids a prompt.
-            rows: a frame, or what pandas makes one of: a dict of columns, a list of dicts.
+            ids: one list (array, tensor) of token ids per prompt.
+            rows: a frame, a dict of columns, or a list of dicts.
             answers: token ids that continue each prompt; a single id is an answer of one token.
             spans: name -> half-open range of tokens of each prompt, in a list or an array.
             texts: see `Prompts`.
-            tokenizer: what made the ids, or its fingerprint.
-            pad_id: the id in the padding, which decides nothing; None for 0.
+            tokenizer: the tokenizer that made the ids, or its fingerprint.
+            pad_id: the id in the padding, which has no effect; None for 0.
 
         Raises:
             InputError: if there is no prompt, a prompt is empty, lengths disagree, an id or a
-                span cannot be one, or a label or text is not Unicode.
+                span is invalid, or a label or text is not Unicode.
 
         >>> rows = pd.DataFrame({"task": ["copy", "add"]})
         >>> prompts = Prompts.from_token_lists([[1, 5], [1, 6, 7]], rows, answers=[[5], [8]])
@@ -157,28 +157,27 @@ class Prompts:
         spans: Mapping[str, Iterable[Any]] | None = None,
         chat: bool = False,
     ) -> Prompts:
-        """Tokenise texts; a beginning-of-sequence token is added as the tokenizer does, once.
+        """Tokenise texts; a beginning-of-sequence token is added once, if the tokenizer adds one.
 
-        An end token that the tokenizer adds is left out, so that the answer can follow; one that
-        the text itself spells stays.
+        An end token that the tokenizer adds is dropped, so that the answer can follow; one that
+        is in the text stays.
 
         Args:
             texts: one prompt each; with ``chat`` the user's message.
-            rows: one row of labels a prompt, as in `from_token_lists`.
-            tokenizer: what the model was trained with.
-            answers: the text that continues each prompt, with its leading space where the
-                prompt has none.
+            rows: one row of labels per prompt, as in `from_token_lists`.
+            tokenizer: the model's tokenizer.
+            answers: the text that continues each prompt, with its leading space if the prompt
+                does not end in one.
             spans: name -> character range of each text; becomes the range of tokens that
                 overlap it. Needs a fast tokenizer.
-            chat: wrap each text in the tokenizer's chat template, ready for the reply; the tokens
-                are those of ``apply_chat_template``, which adds nothing to the template. Spans
-                follow the message through it, though it be trimmed or escaped; where a template
-                repeats the message, they lie in the last copy.
+            chat: wrap each text in the tokenizer's chat template, up to the reply; the tokens are
+                those of ``apply_chat_template``, which adds nothing to the template. Spans are
+                mapped through the template, even if it trims or escapes the message; if it
+                repeats the message, they are in the last copy.
 
         Raises:
-            InputError: if ``chat`` is asked of a tokenizer without a chat template, a template
-                changes a text so that a span's characters have no place in it, or as
-                `from_token_lists`.
+            InputError: if ``chat`` is set and the tokenizer has no chat template, a template
+                changes a text so that a span cannot be located, or as `from_token_lists`.
         """
         if chat and not getattr(tokenizer, "chat_template", None):
             raise InputError(
@@ -249,7 +248,7 @@ class Prompts:
 
     @checked_arguments
     def position(self, name: str) -> Int[Tensor, " prompt"]:
-        """Token index of a named read position, resolved for each prompt.
+        """Token index of a named read position in each prompt.
 
         ``answer`` is the token that predicts the answer (the last of the prompt);
         ``SPAN_start`` and ``SPAN_end`` are the first and last token of a named span.
@@ -302,7 +301,7 @@ class Prompts:
     def digest(self) -> str:
         """sha256 over tokens, labels, spans and answers, first 16 hex digits.
 
-        Padding does not count: it decides nothing.
+        Padding is not included: it has no effect.
         """
         content = hashlib.sha256()
         longest = int(self.lengths.max())
@@ -317,7 +316,7 @@ class Prompts:
         return content.hexdigest()[:16]
 
     def row_digests(self) -> UInt64[np.ndarray, " prompt"]:
-        """A number for each prompt, that of its tokens, labels, spans and answer."""
+        """A hash of each prompt's tokens, labels, spans and answer."""
         labels = [label_texts(column.array).tolist() for _, column in self.rows.items()]
         spans = [span.tolist() for _, span in sorted((self.spans or {}).items())]
         answers = [self.answers] if self.answers is not None else []
@@ -333,7 +332,7 @@ class Prompts:
     # -- selecting ------------------------------------------------------------------------
 
     def take(self, indices: Any) -> Prompts:
-        """The prompts at ``indices``, in that order, as pandas' ``iloc`` takes rows.
+        """The prompts at ``indices``, in that order, as in pandas' ``iloc``.
 
         Args:
             indices: row numbers (negative ones count from the end), one truth value for each
@@ -365,15 +364,15 @@ class Prompts:
         )
 
     def where(self, *given: Any, **labels: Any) -> Prompts:
-        """The prompts whose row has the given labels: a value each, or several in a list.
+        """The prompts whose rows have the given labels: one value each, or several in a list.
 
-        A list may be an array, Series, set, range or whatever else can be iterated. Labels are
-        compared as texts (`lensclust.prompts.labels`): ``task=0`` finds ``"0"``, ``task="0"`` finds
-        0, and None finds the prompts without that label.
+        A list may be an array, Series, set, range or any iterable. Labels are compared as texts
+        (`lensclust.prompts.labels`): ``task=0`` finds ``"0"``, ``task="0"`` finds 0, and None
+        finds the prompts without that label.
 
         Raises:
-            InputError: if a column does not exist, no prompt is left, or anything is given without
-                the name of a label (`take` is for masks and row numbers).
+            InputError: if a column does not exist, no prompt is left, or an argument has no label
+                name (`take` is for masks and row numbers).
 
         >>> rows = pd.DataFrame({"task": ["copy", "add"], "split": ["train", "test"]})
         >>> len(Prompts.from_token_lists([[1], [2]], rows).where(split=["train"]))
@@ -405,8 +404,8 @@ def _frame(rows: Any) -> pd.DataFrame:
             for name in others:
                 if not series[name].index.equals(series[first].index):
                     raise InputError(
-                        f"Prompts: rows {first!r} and {name!r} have other indices; expected all in "
-                        "the order of the prompts (Series.to_numpy() has no index)"
+                        f"Prompts: rows {first!r} and {name!r} have different indices; expected "
+                        "all in the order of the prompts (Series.to_numpy() has no index)"
                     )
         try:
             rows = None if rows is None or isinstance(rows, str) else pd.DataFrame(rows)
@@ -426,7 +425,7 @@ def _frame(rows: Any) -> pd.DataFrame:
             if not isinstance(label, Hashable):
                 raise InputError(
                     f"Prompts: label {name!r} of prompt {i} is {label!r:.40}, expected one text or "
-                    "number a prompt"
+                    "number per prompt"
                 )
     return rows
 
@@ -459,7 +458,7 @@ def _texts(name: str, values: Any, rows: pd.DataFrame) -> list[str]:
 
 
 def _ids(what: str, index: int, given: Any) -> list[int]:
-    """Token ids as Python's integers; nothing is rounded or read out of a text."""
+    """Token ids as Python integers; nothing is rounded or parsed from text."""
     try:
         array = np.asarray(given)
     except (TypeError, ValueError, RuntimeError):
@@ -489,7 +488,7 @@ def _named(spans: Any) -> Mapping[str, Any]:
 def _ranges(
     name: str, given: Any, rows: pd.DataFrame, lengths: Sequence[int], unit: str
 ) -> Int[np.ndarray, "prompt 2"]:
-    """One half-open range a prompt, within it."""
+    """One half-open range within each prompt."""
     values = given.to_numpy() if isinstance(given, pd.DataFrame) else given
     ranges = []
     for i, (each, length) in enumerate(zip(_listed(name, values, rows), lengths, strict=True)):
@@ -506,14 +505,14 @@ def _ranges(
         if not 0 <= start <= stop <= length:
             raise InputError(
                 f"Prompts: span {name!r} of prompt {i} is {start} to {stop}, expected "
-                f"places within its {length} {unit}"
+                f"positions within its {length} {unit}"
             )
         ranges.append((start, stop))
     return np.array(ranges, dtype=np.int64).reshape(-1, 2)
 
 
 def _require_unicode(rows: pd.DataFrame, texts: Sequence[str]) -> None:
-    """Half of a surrogate pair is a character to Python, and to no file or tokenizer."""
+    """Refuse lone surrogates, which Python accepts but files and tokenizers do not."""
     labels = {str(name): column for name, column in rows.items() if column.dtype == object}
     for name, column in {"texts": texts, **labels}.items():
         for i, text in enumerate(column):

@@ -1,4 +1,4 @@
-"""From text to token ids: chat templates, BOS exactly once, answers, spans of characters."""
+"""Tokenization: chat templates, BOS exactly once, answers, character spans."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 TokenSpan = tuple[int, int]
 
-# Private-use characters: no text, template or tokenizer gives them a meaning.
+# Private-use characters, which have no meaning in texts, templates or tokenizers.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
-# What an answer is put after to be cut as inside a text: hardly anything merges with these.
+# Prefixes after which an answer is tokenized as inside a text: hardly anything merges with them.
 _BEFORE = (_MARKS[0], *".\nqz7")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text's token ids, open at the end.
+    """A text's token ids, without an end token.
 
     Attributes:
-        text: the text for which the tokenizer itself gives these ids (but for an end token, and
-            for the BOS that a tokenizer adds and a chat template leaves out).
+        text: the text for which the tokenizer gives these ids (except for an end token, and for
+            the BOS that a tokenizer adds and a chat template omits).
         ids: the tokens.
-        offsets: character range of each in the text that was given; those of added tokens are
-            empty. None unless wanted.
+        offsets: character range of each token in the given text; empty for added tokens. None
+            unless requested.
     """
 
     text: str
@@ -40,14 +40,12 @@ class Encoded:
 def encoded(
     tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = False, chat: bool = False
 ) -> Encoded:
-    """Tokenise a text, which stays open for its answer, with one BOS at most.
+    """Tokenise a text that an answer will continue, with at most one BOS.
 
-    A rendered chat holds whatever its template wants, so nothing is added to it, as in
-    ``apply_chat_template``.
+    Nothing is added to a rendered chat, as in ``apply_chat_template``.
 
-    What the tokenizer adds is known from the tokenizer: an end token that it added is left out,
-    one that the text spells stays. Where the text begins with the BOS that the tokenizer adds, it
-    is not added again.
+    An end token that the tokenizer adds is dropped, one that is in the text stays. If the text
+    begins with the BOS that the tokenizer adds, it is not added again.
     """
     options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
     options |= {"add_special_tokens": False} if chat else {"return_special_tokens_mask": True}
@@ -65,7 +63,7 @@ def encoded(
     start = 0
     bos = tokenizer.bos_token_id
     if before == 1 < len(ids) - after and bos is not None and ids[:2] == [bos, bos]:
-        start = before  # the text spells the second one
+        start = before  # the second one is in the text
         without = text.removeprefix(str(tokenizer.bos_token))
         if list(tokenizer(without)["input_ids"])[: stop - start] == ids[start:stop]:
             text = without
@@ -75,8 +73,8 @@ def encoded(
 def _added(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], mask: list[int]
 ) -> tuple[int, int]:
-    """How many tokens a tokenizer put before and after those that the text spells."""
-    if not tokenizer.is_fast:  # only fast ones mark what they added, and nothing else
+    """Number of tokens that a tokenizer added before and after those of the text."""
+    if not tokenizer.is_fast:  # only fast tokenizers mark exactly the tokens they added
         spelt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         extra = len(ids) - len(spelt)
         fitting = [n for n in range(extra + 1) if ids[n : n + len(spelt)] == spelt]
@@ -97,9 +95,9 @@ def continuation(
 ) -> list[int]:
     """Ids of ``answer`` after ``text``: those of the joint text, so that a leading space counts.
 
-    Where a token of the joint text lies across the border, the answer is cut as inside a text: many
-    tokenizers put a space before a text that stands alone. Prompt and answer decode to the joint
-    text. Where a tokenizer cuts at white space and drops it, the answer is the next word.
+    If a token of the joint text crosses the border, the answer is tokenized as inside a text,
+    since many tokenizers prepend a space to a text that stands alone. Prompt and answer decode to
+    the joint text. If a tokenizer splits at white space and drops it, the answer is the next word.
 
     Raises:
         InputError: if no such tokens are found.
@@ -108,7 +106,7 @@ def continuation(
     if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
         return joint[len(prompt) :]
     if not tokenizer(" ", add_special_tokens=False)["input_ids"]:
-        # Spaces are no part of any token, so that texts that meet are words that follow.
+        # No token contains spaces, so adjacent texts are consecutive words.
         joint = encoded(tokenizer, f"{text} {answer}", chat=chat).ids
         if joint[: len(prompt)] == prompt:
             return joint[len(prompt) :]
@@ -121,7 +119,7 @@ def continuation(
             return ids
     raise InputError(
         f"Prompts: no tokens spell the answer {answer!r:.60} after the text that ends in "
-        f"{text[-30:]!r}, as its tokens lie across the border; expected a border between words, "
+        f"{text[-30:]!r}, as its tokens cross the border; expected a border between words, "
         "with the space at the answer's beginning"
     )
 
@@ -140,11 +138,11 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> Tok
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A user's message in the tokenizer's chat template, ready for the reply."""
+    """A user's message in the tokenizer's chat template, up to the reply."""
     from transformers import PreTrainedTokenizerBase
 
     try:
-        # Code, not a template: the user's own, or allowed by trust_remote_code.
+        # Code, not a template: the user's, or allowed by trust_remote_code.
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             message = [{"role": "user", "content": text}]
             return str(
@@ -152,7 +150,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
             )
         template = tokenizer.get_chat_template()
         return render(template, text, dict(tokenizer.special_tokens_map))
-    except Exception as error:  # whatever a tokenizer or its template raises
+    except Exception as error:  # a tokenizer or its template may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"Prompts: the chat template refuses the text {text!r:.60}: {reason}"
@@ -160,16 +158,16 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 class ChatPlaces:
-    """Where a chat template puts the characters of a message, by construction.
+    """Positions of a message's characters in a rendered chat template.
 
-    The template is rendered again with a mark in the message's place, or in the place of one of
-    its characters, and the mark is looked for; the message itself never is. So a message that
-    stands elsewhere in the template too is no trouble, and a template may trim, escape or
-    upper-case it. Where a template repeats the message, the last copy counts.
+    The template is rendered again with a marker in place of the message, or of one of its
+    characters, and the marker is searched, never the message. So the message may also occur
+    elsewhere in the template, and a template may trim, escape or upper-case it. If a template
+    repeats the message, the last copy counts.
 
     Args:
         render: text of the user's message -> the rendered chat.
-        texts: all messages whose places will be wanted, and the chats they were rendered to.
+        texts: all messages to be located, and their rendered chats.
     """
 
     def __init__(self, render: Callable[[str], str], texts: Sequence[str]) -> None:
@@ -179,13 +177,13 @@ class ChatPlaces:
         self.pattern = render(self.mark)
 
     def range_of(self, text: str, rendered: str, start: int, stop: int) -> TokenSpan:
-        """The range of the rendered chat that shows the characters ``start`` to ``stop``.
+        """The range of the rendered chat that contains the characters ``start`` to ``stop``.
 
-        Those that the template leaves out beside others have no place.
+        Characters that the template omits are skipped.
 
         Raises:
-            InputError: if it leaves them all out, or changes the message so that its characters
-                have no place.
+            InputError: if it omits all of them, or changes the message so that its characters
+                cannot be located.
         """
         if self.mark in self.pattern and self.pattern.replace(self.mark, text) == rendered:
             first = len(self.pattern[: self.pattern.rindex(self.mark)].replace(self.mark, text))
@@ -194,8 +192,8 @@ class ChatPlaces:
         begin = self._first(text, rendered, shown)
         if start < stop and begin is None:
             raise InputError(
-                f"Prompts: the chat template leaves out characters {start} to {stop} of the "
-                f"text {text!r:.60}, so that their span has no place"
+                f"Prompts: the chat template omits characters {start} to {stop} of the "
+                f"text {text!r:.60}, so that their span cannot be located"
             )
         if start >= stop or begin is None:
             place = begin[0] if begin else len(rendered)
@@ -206,7 +204,7 @@ class ChatPlaces:
         return begin[0], end[1]
 
     def _first(self, text: str, rendered: str, characters: Iterable[int]) -> TokenSpan | None:
-        """Where the first of some characters stands that the template shows."""
+        """The range of the first of some characters that the template does not omit."""
         for index in characters:
             marked = self.render(text[:index] + self.mark + text[index + 1 :])
             found = self._image(marked, rendered)
@@ -217,12 +215,12 @@ class ChatPlaces:
         return None
 
     def _image(self, marked: str, rendered: str) -> TokenSpan | None:
-        """Where one character stands: what a mark in its place leaves of the rendered chat."""
+        """The range of one character: what a marker in its place replaces in the rendered chat."""
         *copies, after = marked.split(self.mark)
         if not copies:
             return None
-        # Each copy shows the character in as many others, as `&lt;` for `<`; or else there is one
-        # way only to divide the chat among the copies.
+        # Each copy renders the character at the same length, as `&lt;` for `<`; or else there is
+        # only one way to divide the chat among the copies.
         size = max(0, (len(rendered) - len(marked)) // len(copies) + 1)
         end = len(rendered) - len(after)
         if not (rendered.startswith(copies[0]) and rendered.endswith(after)):
@@ -236,12 +234,12 @@ class ChatPlaces:
         return place, end
 
 
-# Where the last gap begins of those that the pieces leave in a text, the first piece at its front;
-# no gap is empty, and the last ends at `end`. No search goes back: that could take for ever.
+# Start of the last gap between pieces of a text, which begins with the first piece; no gap is
+# empty, and the last ends at `end`. The search does not backtrack, which could take forever.
 
 
 def _evenly(pieces: list[str], text: str, size: int) -> int | None:
-    """With gaps of one size."""
+    """The last gap's start if all gaps have one size."""
     place = -size
     for piece in pieces:
         place += size
@@ -252,7 +250,7 @@ def _evenly(pieces: list[str], text: str, size: int) -> int | None:
 
 
 def _leftmost(pieces: list[str], text: str, end: int) -> int | None:
-    """With each piece as early as it can be.
+    """The last gap's start with each piece as early as possible.
 
     >>> _leftmost(["a", "b"], "axbxbx", 6), _rightmost(["a", "b"], "axbxbx", 6)
     (3, 5)
@@ -267,7 +265,7 @@ def _leftmost(pieces: list[str], text: str, end: int) -> int | None:
 
 
 def _rightmost(pieces: list[str], text: str, end: int) -> int | None:
-    """With each piece as late as it can be."""
+    """The last gap's start with each piece as late as possible."""
     last, limit = None, end
     for piece in reversed(pieces[1:]):
         found = text.rfind(piece, 0, max(0, limit - 1))
@@ -281,6 +279,6 @@ def _rightmost(pieces: list[str], text: str, end: int) -> int | None:
 
 def _changed(text: str) -> InputError:
     return InputError(
-        f"Prompts: the chat template changes the text {text!r}, so that its characters have no "
-        "place; give spans without chat=True, or another template"
+        f"Prompts: the chat template changes the text {text!r}, so that its characters cannot be "
+        "located; give spans without chat=True, or another template"
     )

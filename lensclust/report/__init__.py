@@ -1,4 +1,4 @@
-"""Run directories -> one self-contained page."""
+"""Report: run directories -> one self-contained page."""
 
 import lazy_loader
 

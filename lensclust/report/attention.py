@@ -1,4 +1,4 @@
-"""Attention patterns in a notebook, by CircuitsVis: nothing is asked of anybody."""
+"""Attention patterns in a notebook, drawn by CircuitsVis without network access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lensclust.report.embed import circuitsvis_script, framed
 from lensclust.report.wording import embedded_json
 
-# Tokens and patterns lie beside it as data: a script of fixed text has a fixed digest.
+# Tokens and patterns are separate data, so that the script's text and digest are fixed.
 _SHOW = """
 const data = JSON.parse(document.getElementById("data").textContent);
 CircuitsVis.render("stage", CircuitsVis.AttentionHeads, data);
@@ -25,10 +25,10 @@ def attention_frame(
     *,
     height: int = 640,
 ) -> str:
-    """Patterns of some heads on one prompt as a frame for a notebook, of 1.3 MB and more.
+    """Attention patterns of some heads on one prompt as a notebook frame, of at least 1.3 MB.
 
-    CircuitsVis asks a host of its own choice whether there is a network each time it shows
-    itself, and takes tokens for markup; so it is put into a frame that can ask nobody.
+    CircuitsVis sends a request to a third-party host each time it is shown, and interprets tokens
+    as markup; so it runs in a frame without network access.
 
     >>> html = attention_frame(["a", "</script>"], np.eye(2)[None], ["head 0.0"])
     >>> html.startswith("<iframe sandbox="), "</script>" in html
@@ -47,7 +47,7 @@ def attention_frame(
         body.format(embedded_json(data)),
         title="Attention patterns",
         scripts=[circuitsvis_script(), _SHOW],
-        # It draws dark on nothing.
+        # CircuitsVis draws dark on a transparent background.
         style="body { background: #fff; font-family: sans-serif; color-scheme: light; }",
         height=height,
     )

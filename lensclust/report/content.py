@@ -1,4 +1,4 @@
-"""What a run directory says: read, checked and made ready to be laid out."""
+"""Reading and checking of a run directory for the page."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lensclust.results import Claim, Verdict
 from lensclust.runs import FILES, PAGE, check
 from lensclust.storage import DIGESTS, LOCK, read_frame, read_json
 
-# Whatever a run consists of, beside its page: files, and folders of them.
+# Files and folders of a run, besides its page.
 CONTENT = (*FILES, "notes.json", "figures", "views", "parts", DIGESTS, LOCK)
-# A specification is a program: one that makes more rows than memory holds would end this process.
+# A specification is a program, and might generate more rows than fit into memory.
 _drawn = Bounded("lensclust.figures.files", "render_svg", seconds=60, memory=2**31)
-# What makes rows in a specification.
+# Keys of a specification that generate rows.
 _MAKERS = {"sequence", "graticule", "density", "impute"}
-# Runs of earlier versions lack what claims did not say then: it has a default.
+# Defaults of fields that claims of earlier versions lack.
 _CLAIM_KEYS = tuple(field.name for field in fields(Claim) if field.default is MISSING)
 _VERDICTS = get_args(Verdict)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a run: its still, and its interactive specification where there is one."""
+    """A figure of a run: its static image, and its interactive specification if there is one."""
 
     name: str
     anchor: str
@@ -46,7 +46,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class ExploredView:
-    """A view of a run: its data, for the script of its kind."""
+    """An interactive view of a run: its data, for the script of its kind."""
 
     kind: str
     anchor: str
@@ -57,7 +57,7 @@ class ExploredView:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run directory says, ready to be laid out."""
+    """The contents of one run directory, ready for the page."""
 
     anchor: str
     name: str
@@ -72,7 +72,7 @@ class Run:
     provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 
     def count(self, verdict: str) -> int:
-        """How many claims ended with a verdict."""
+        """Number of claims with a verdict."""
         return sum(claim["verdict"] == verdict for claim in self.claims)
 
     def pictures(self, claim: dict[str, Any]) -> list[tuple[str, str]]:
@@ -176,7 +176,7 @@ def _read_figure(
     anchor: str,
     claims: Sequence[dict[str, Any]],
 ) -> Figure:
-    # A number in front keeps the order that the study gave.
+    # A leading number keeps the study's order of figures.
     name = re.sub(r"^\d+_", "", file)
     spec = _read_json(spec_file, dict) if spec_file else {}
     try:
@@ -188,7 +188,7 @@ def _read_figure(
         raise InputError(f"report: {svg_file} is not an SVG file")
     meta = spec.get("usermeta", {})
     meta = {k: meta[k] for k in ("title", "caption") if k in meta} if isinstance(meta, dict) else {}
-    # Other metadata could set options of the drawing library, styles of the whole page included.
+    # Other metadata could set options of Vega, including styles of the whole page.
     spec = {**spec, "usermeta": meta} if spec else {}
     title = str(meta.get("title", name.replace("_", " ")))
     description = str(spec.get("description", title))
@@ -209,7 +209,7 @@ def _read_figure(
 
 
 def _reaches_out(spec: dict[str, Any]) -> bool:
-    """Whether a specification shows more than its data: asks by address, or makes rows itself."""
+    """Whether a specification loads data from a URL, or generates rows itself."""
     left: list[Any] = [spec]  # no recursion: it may be nested as deeply as JSON can be
     while left:
         node = left.pop()
@@ -221,6 +221,6 @@ def _reaches_out(spec: dict[str, Any]) -> bool:
         elif isinstance(node, dict):
             if not {"url", "href", *_MAKERS}.isdisjoint(node):
                 return True
-            # What stands under these is data: a column may have any name.
+            # The values of these keys are data: a column may have any name.
             left += [item for key, item in node.items() if key not in ("values", "datasets")]
     return False

@@ -1,4 +1,4 @@
-"""Pages inside a notebook: a frame that runs our scripts and can fetch nothing."""
+"""Pages inside a notebook: a sandboxed frame without network access."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HERE = Path(__file__).parent
 
 
 def view_frame(view: View, *, height: int = 900) -> str:
-    """A view as a frame for a notebook, as it stands in the page of a run.
+    """A view as a notebook frame, as in the page of a run.
 
     >>> import numpy as np
     >>> from lensclust.report.views import ClusterView
@@ -47,7 +47,7 @@ def view_frame(view: View, *, height: int = 900) -> str:
 
 
 def framed(body: Markup, *, title: str, scripts: Sequence[str], style: str, height: int) -> str:
-    """A page of its own inside a frame without access to what is around it."""
+    """A separate page inside a frame without access to its surroundings."""
     page = Markup(
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -67,7 +67,7 @@ def framed(body: Markup, *, title: str, scripts: Sequence[str], style: str, heig
 
 
 def content_policy(scripts: Sequence[str]) -> str:
-    """A content security policy: no network at all, no script but ours, no code made from text.
+    """A content security policy: no network, only the given scripts, no code from text.
 
     >>> "script-src 'none'" in content_policy([]), "unsafe-eval" in content_policy(["let a;"])
     (True, False)
@@ -82,7 +82,7 @@ def content_policy(scripts: Sequence[str]) -> str:
 
 
 def view_scripts(kinds: Collection[str]) -> list[str]:
-    """What draws views of some kinds, in order; nothing for none.
+    """The scripts that draw views of some kinds, in order.
 
     >>> len(view_scripts([])), len(view_scripts(["heads"]))
     (0, 4)
@@ -94,7 +94,7 @@ def view_scripts(kinds: Collection[str]) -> list[str]:
 
 
 def view_style(kinds: Collection[str]) -> str:
-    """The style sheet of the page, with that of heads where there are some."""
+    """The style sheet of the page, with that of head views if there are any."""
     return own_text("page.css") + (own_text("heads.css") if "heads" in kinds else "")
 
 
@@ -102,11 +102,11 @@ def view_style(kinds: Collection[str]) -> str:
 def circuitsvis_script() -> str:
     """CircuitsVis as one script that sets ``CircuitsVis``, safe inside a script element."""
     script = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    # The map lies in another file, which a browser's tools would ask for.
+    # The source map is a separate file, which a browser's tools would request.
     script = re.sub(r"^//# sourceMappingURL=.*$", "", script, flags=re.MULTILINE)
     return re.sub(r"</(script)", r"<\\/\1", script, flags=re.IGNORECASE)
 
 
 def own_text(name: str) -> str:
-    """A file that lies beside this one."""
+    """The text of a file in this folder."""
     return (_HERE / name).read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
 """Run directories -> one self-contained page: claims first, then figures, scores, provenance.
 
-The page loads nothing: Vega stands inside it once, every figure brings its interactive
-specification and a still (for print and for readers without scripts), and a content security
-policy forbids the browser to fetch anything or to run a script that is not ours. Labels are
-escaped wherever they appear. The same run directories give the same bytes.
+The page loads nothing: it contains Vega once, every figure has its interactive specification and
+a static image (for print and for readers without scripts), and a content security policy forbids
+network access and scripts of others. Labels are escaped everywhere. The same run directories give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -35,19 +35,18 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write one page over one or several run directories; return its path.
 
     Reads ``config.json``, ``provenance.json``, ``claims.json``, ``scores.parquet``, every
-    ``figures/NAME.vl.json`` and ``figures/NAME.svg``, and ``notes.json`` where there is one (a
-    list of sentences that the study wants said plainly). A run with ``digests.json`` is held
-    against it.
+    ``figures/NAME.vl.json`` and ``figures/NAME.svg``, and ``notes.json`` if there is one (a list
+    of the study's notes). A run with ``digests.json`` is compared with it.
 
     Args:
         runs: run directories, in the order of the page.
-        out: where to write, through links, keeping the mode of a file that is there;
+        out: file to write; links are followed, and the mode of an existing file is kept. Default
             ``report.html`` in the run directory if there is a single run.
 
     Raises:
-        InputError: if there is no run, several runs but no ``out``, a directory is not a run,
-            or a file of it cannot be read; if the page cannot be written, or is a device or one of
-            the files it is made of.
+        InputError: if there is no run, several runs but no ``out``, a directory is not a run, or
+            one of its files cannot be read; if the page cannot be written, or is a device or a
+            file of a run.
 
     >>> import tempfile
     >>> import pandas as pd
@@ -66,7 +65,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     if out is None and len(runs) > 1:
         raise InputError(f"report: {len(runs)} runs need a file to write to, given none")
     page = Path(runs[0]) / PAGE if out is None else Path(out)
-    # A run may be somebody else's: its own link leads nowhere that the caller has not named.
+    # A run may be from others: its links are not followed unless the caller names the file.
     if out is None and page.is_symlink():
         raise InputError(f"report: {page} is a link: name the file to write as out (--out)")
     what, then = f"report {page}", "put that right, then try again"
@@ -82,10 +81,10 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _target(page: Path, runs: Sequence[Path]) -> Path:
-    """The file that a page replaces, behind links; neither what the page is made of nor a device.
+    """The file to which a page is written, after links; not a file of a run and not a device.
 
     Raises:
-        InputError: says what it is instead.
+        InputError: if it is one of these, or a directory.
     """
     require_name(page, f"report {page}")
     target = Path(os.path.realpath(page))
@@ -101,7 +100,7 @@ def _target(page: Path, runs: Sequence[Path]) -> Path:
     places = {Path(os.path.realpath(path)) for path in inputs}
     linked = target.exists() and any(p.is_file() and p.samefile(target) for p in inputs)
     if linked or not places.isdisjoint((target, *target.parents)):
-        raise InputError(f"report: cannot write {page}: a run consists of it, expected another")
+        raise InputError(f"report: cannot write {page}: it is a file of a run, expected another")
     return target
 
 

@@ -1,8 +1,8 @@
-"""The scores of a run as they travel in the page: columns, compressed, as many rows as fit.
+"""The scores of a run in the page: compressed columns, as many rows as fit.
 
 A million numbers as text would be ten times the page. Columns of words are coded by a list of the
 words, numbers keep six digits, and all is compressed; the browser unpacks it when the table is
-opened. What does not fit stays in ``scores.parquet``, and the page says so.
+opened. Rows that do not fit are only in ``scores.parquet``, and the page says so.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from lensclust.report.wording import number
 
-# What the table of one run may add to the page, and how many cells a browser sorts at once.
+# Maximum size of a run's table in the page, and of cells that a browser sorts.
 _MAX_BYTES = 2_000_000
 _MAX_CELLS = 3_000_000
-# Shown where no script runs, and until the table is opened.
+# Rows shown without scripts, and until the table is opened.
 _STILL_ROWS = 20
 _MAX_COLUMNS = 200
-# A whole prompt may stand in a cell; a file with a book in one still gives a page.
+# Maximum characters of a cell: enough for a prompt, not for a book.
 _MAX_LETTERS = 2_000
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table of scores, ready to be laid out.
+    """A table of scores, ready for the page.
 
     Attributes:
-        columns: name of each column that is shown, and whether it holds numbers.
+        columns: name of each shown column, and whether it holds numbers.
         still: the first rows as text.
         packed: all rows that fit, as base64 of gzip of JSON.
-        n_packed, n_rows: rows that fit, and all.
-        n_columns: all columns.
+        n_packed, n_rows: number of rows that fit, and of all.
+        n_columns: number of all columns.
     """
 
     columns: tuple[tuple[str, bool], ...]
@@ -58,7 +58,7 @@ def score_table(scores: pd.DataFrame) -> ScoreTable:
     >>> json.loads(gzip.decompress(base64.b64decode(table.packed)))["columns"][0]
     {'codes': [0, 1], 'name': 'site', 'words': ['resid 1', 'resid 2']}
     """
-    # By place: a file may name two columns alike.
+    # By position: two columns of a file may have the same name.
     columns = [scores.iloc[:, place] for place in range(min(scores.shape[1], _MAX_COLUMNS))]
     named = tuple((str(column.name), _is_number(column)) for column in columns)
     still = zip(*(column.head(_STILL_ROWS).tolist() for column in columns), strict=True)
@@ -89,7 +89,7 @@ def _is_number(column: pd.Series) -> bool:
 def _pack(columns: list[pd.Series], rows: int) -> str:
     content = {"columns": [_column(column.head(rows)) for column in columns], "rows": rows}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    # Level 9 takes five times as long, for two bytes in a hundred.
+    # Level 9 takes five times as long and saves 2 %.
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=7, mtime=0)).decode()
 
 
@@ -99,7 +99,7 @@ def _column(column: pd.Series) -> dict[str, Any]:
         codes, known = pd.factorize(words)
         return {"name": str(column.name), "codes": codes.tolist(), "words": known.tolist()}
     values = column.astype("Float64").to_numpy(dtype=float, na_value=np.nan)
-    # Not numbers: JSON has no word for them.
+    # As null: JSON cannot represent them.
     odd = {
         str(place): "∞" if values[place] > 0 else "−∞"
         for place in np.flatnonzero(np.isinf(values)).tolist()

@@ -1,4 +1,4 @@
-"""The estimate of a claim as a small picture: a dot, its interval, and its controls as ticks."""
+"""Whisker plot of a claim: a dot, its interval, and its controls as ticks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _WIDTH, _HEIGHT, _MARGIN = 150, 22, 6
 
 
 def whiskers(claim: dict[str, Any]) -> Markup:
-    """An SVG of an estimate with its 95 % interval over its controls; empty without numbers.
+    """An SVG of an estimate with its 95 % interval and its controls; empty without numbers.
 
-    It repeats the numbers beside it, so readers without sight lose nothing.
+    It repeats the numbers beside it, so blind readers miss nothing.
 
     >>> claim = {"estimate": 0.5, "ci95": [0.4, 0.6], "control": {"permuted labels": 0.0}}
     >>> str(whiskers(claim))[:4], str(whiskers(claim | {"estimate": None}))
@@ -55,5 +55,5 @@ def whiskers(claim: dict[str, Any]) -> Markup:
 def _finite(value: Any) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    # A whole number of a file may be larger than any float.
+    # An integer in a file may be larger than any float.
     return float(value) if abs(value) <= sys.float_info.max else None

@@ -1,4 +1,4 @@
-"""Values of a run as the text that stands in the page."""
+"""Values of a run as text in the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 
 def number(value: Any) -> str:
-    """A cell of a table: three decimals, more only where all three would be zero.
+    """A number in a table: three decimals, more only if all three would be zero.
 
     >>> number(0.91234), number(0.00012), number(None), number(3), number(12.0), number(-math.inf)
     ('0.912', '0.00012', '–', '3', '12', '−∞')
@@ -34,7 +34,7 @@ def number(value: Any) -> str:
 
 
 def facts(config: dict[str, Any], provenance: dict[str, Any]) -> tuple[str, ...]:
-    """The line under the heading: preset, seeds, when, where."""
+    """The line below the heading: preset, seeds, date, machine."""
     flat = dict(flatten(provenance))
 
     def first(*names: str) -> str | None:
@@ -67,7 +67,7 @@ def flatten(node: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             text = ", ".join(map(str, item)) if simple else json.dumps(item, ensure_ascii=False)
             pairs.append((f"{prefix}{key}", text))
         else:
-            # As written, not rounded: a learning rate or a duration is quoted from here.
+            # Unrounded: a learning rate or a duration is quoted from here.
             pairs.append((f"{prefix}{key}", "–" if item is None else str(item)))
     return pairs
 
@@ -87,7 +87,7 @@ def data_uri(text: str, kind: str) -> str:
 def embedded_json(spec: dict[str, Any]) -> Markup:
     r"""JSON for a script element, where ``</`` and ``<!--`` would end or change the element.
 
-    Numbers that JSON has no word for are null.
+    Numbers that JSON cannot represent are null.
 
     >>> embedded_json({"a": "</script>", "b": [math.nan, math.inf]})
     Markup('{"a": "\\u003c/script>", "b": [null, null]}')

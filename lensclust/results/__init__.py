@@ -1,4 +1,4 @@
-"""Claims and the statistics behind them: what a study says, and the rule that decides it."""
+"""Claims of a study, their decision rules, and the statistics behind them."""
 
 import lazy_loader
 

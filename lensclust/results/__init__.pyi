@@ -1,4 +1,4 @@
-# Claims: what a study says, and the rule by which its own numbers decide it
+# Claims of a study, and the rules that decide them from measured values
 from .claims import LEVEL as LEVEL
 from .claims import Claim as Claim
 from .claims import Origin as Origin
@@ -10,7 +10,7 @@ from .claims import shown_by as shown_by
 from .statistics import REAL as REAL
 from .statistics import ROUNDING as ROUNDING
 
-# Intervals of means and permutation p-values; scipy does the mathematics
+# Confidence intervals of means and permutation p-values, computed with scipy
 from .statistics import Mean as Mean
 from .statistics import Scale as Scale
 from .statistics import agreement as agreement

@@ -1,4 +1,4 @@
-"""Claims: what a study says, and the rule by which its own numbers decide it."""
+"""Claims of a study, and the rules that decide them from measured values."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement, its estimate, its control and the verdict that a stated rule gives.
+    """A statement with its estimate, control, decision rule and verdict.
 
     Attributes:
         id: short name, unique in a run.
         statement: the sentence under test.
         source: where the statement comes from.
-        origin: ``paper`` (the paper's own words), ``reconstruction`` (its words, our
+        origin: ``paper`` (the paper's words), ``reconstruction`` (its words, our
             operationalisation) or ``extension`` (ours).
         estimate: mean of the measured values.
         ci95: 95 % interval of the mean over units, NaN when undefined.
-        control: name -> value of what the estimate is to be compared with.
-        rule: the rule in words; the verdict follows from it alone.
+        control: name -> value with which the estimate is to be compared.
+        rule: the decision rule in words, which determines the verdict.
         verdict: ``supported``, ``negligible``, ``contradicted`` or ``inconclusive``
             (:func:`decide`).
         n_seeds: number of independent runs behind the estimate.
-        figures: names of the figures that show it, the most telling first.
-        unit: what the interval speaks of, such as ``"seed"`` or ``"input and wording"``.
-        n: independent units, the fewest where several kinds are crossed.
+        figures: names of the figures that show it, the most relevant first.
+        unit: unit of the interval, such as ``"seed"`` or ``"input and wording"``.
+        n: number of independent units, the fewest if several kinds are crossed.
         spread: smallest and largest of the values behind the mean.
-        p: two-sided p that the mean lies no further from the bound than the margin.
+        p: two-sided p that the mean is no further from the bound than the margin.
         q: false discovery rate of ``p`` among the claims of the run, NaN outside of one.
         holds_corrected: whether ``p`` is below .05 after Holm's correction over the run.
     """
@@ -83,28 +83,28 @@ def decide(
     unit: str = "seed",
     n_seeds: int | None = None,
 ) -> Claim:
-    """Decide a claim from measured values, one a seed (or other independent unit).
+    """Decide a claim from measured values, one per seed (or other independent unit).
 
-    With the whole 95 % interval of the mean beyond the bound by the margin the claim is
-    *supported*, with all of it short of the bound by the margin *contradicted*, with all of it
-    within the margin *negligible*; else *inconclusive*, also when a single unit leaves no
-    interval. The margin is the smallest difference that would matter, stated beforehand, and is
-    the same in both directions.
+    The claim is *supported* if the whole 95 % interval of the mean is beyond the bound by the
+    margin, *contradicted* if all of it is short of the bound by the margin, *negligible* if all of
+    it is within the margin, else *inconclusive*, also if a single unit leaves no interval. The
+    margin is the smallest difference that would matter, stated beforehand, and is the same in both
+    directions.
 
     Args:
-        values: ``(value)`` measurements, or a `lensclust.results.Mean` (its own scale counts then).
-        control: what the same measure gives where no effect is expected.
+        values: ``(value)`` measurements, or a `lensclust.results.Mean` (whose scale is used).
+        control: the same measure where no effect is expected.
         at_least: lower bound the mean must reach; give this or ``at_most``.
         at_most: upper bound the mean must not exceed.
-        margin: distance from the bound that is called negligible.
+        margin: distance from the bound that counts as negligible.
         scale: range and step of the measure (`lensclust.results.Scale`).
-        units: kind -> unit of each value, where values share some (`lensclust.results.mean_of`).
-        unit: what the values vary over, named in the rule; the kinds of ``units`` if given.
-        n_seeds: independent runs, where the unit is not the seed.
+        units: kind -> unit of each value, if values share some (`lensclust.results.mean_of`).
+        unit: name of the units over which values vary; the kinds of ``units`` if given.
+        n_seeds: number of independent runs, if the unit is not the seed.
 
     Raises:
-        ValueError: if not exactly one bound is given, there is no value, or one lies outside
-            the scale.
+        ValueError: if not exactly one bound is given, there is no value, or one is outside the
+            scale.
 
     >>> claim = decide("rise", "ARI rises", [0.8, 0.9, 0.85], source="here",
     ...                origin="extension", control={"permuted labels": 0.0}, at_least=0.5)
@@ -148,15 +148,15 @@ def decide_over_all(
     unit: str = "seed",
     n_seeds: int | None = None,
 ) -> Claim:
-    """Decide whether values lie above each of several nulls, measured in the same units.
+    """Decide whether values are above each of several nulls, measured in the same units.
 
-    Each null has its own difference and p; p are corrected for their number (Holm), intervals by
-    as many as there are nulls (Bonferroni), so that the largest of several equal nulls is no
-    evidence. Supported if every interval lies beyond the margin, contradicted if one lies on the
-    other side of 0 and outside it. The estimate is the smallest mean difference.
+    Each null has a separate difference and p; p-values are corrected for their number (Holm), and
+    so are intervals (Bonferroni), so that the largest of several equal nulls is no evidence.
+    Supported if every interval is beyond the margin, contradicted if one is on the other side of
+    0 and outside it. The estimate is the smallest mean difference.
 
     Args:
-        values: ``(value)``, one a unit.
+        values: ``(value)``, one per unit.
         nulls: name -> ``(value)`` in the same units.
 
     >>> own = [0.8, 0.9, 0.85, 0.8]
@@ -199,7 +199,7 @@ def decide_over_all(
 
 
 def corrected(claims: Sequence[Claim]) -> list[Claim]:
-    """The claims of a run with their p corrected for how many there are.
+    """The claims of a run with p-values corrected for their number.
 
     ``q`` is the false discovery rate (Benjamini & Hochberg); ``holds_corrected`` says whether
     Holm's correction leaves p below .05.
@@ -214,12 +214,12 @@ def corrected(claims: Sequence[Claim]) -> list[Claim]:
 def shown_by(
     claims: Sequence[Claim], figures: Iterable[str], shows: Mapping[str, Sequence[str]]
 ) -> list[Claim]:
-    """The claims, each with the names of the figures that show it.
+    """Add to each claim the names of the figures that show it.
 
     Args:
-        figures: names of the figures that were drawn.
-        shows: patterns of claims' ids by a pattern of figures' names, as of file names
-            (``over-*``); what matches nothing was not measured or not drawn.
+        figures: names of the existing figures.
+        shows: pattern of figures' names -> patterns of claims' ids, with wildcards as in file
+            names (``over-*``); patterns without a match are ignored.
 
     >>> claim = decide("over-12-shot", "It gains", [0.8, 0.9], source="here", origin="extension",
     ...                control={}, at_least=0.5)
@@ -242,7 +242,7 @@ def shown_by(
 
 
 def _bound(id: str, at_least: float | int | None, at_most: float | int | None) -> tuple[float, int]:
-    """The bound, and 1 where the claim is that the mean lies above it, -1 where below."""
+    """The bound, and 1 if the claim is that the mean is above it, -1 if below."""
     if at_least is not None and at_most is None:
         return float(at_least), 1
     if at_most is not None and at_least is None:
@@ -269,7 +269,7 @@ def _rule(said: str, bound: float, side: int, margin: float) -> str:
 
 
 def _verdict(means: Sequence[Mean], bound: float, side: int, margin: float) -> Verdict:
-    """Of one interval, or of several that all have to lie on the claimed side."""
+    """The verdict from one interval, or from several that must all be on the claimed side."""
     ends = [sorted((side * (mean.low - bound), side * (mean.high - bound))) for mean in means]
     if any(math.isnan(end) for pair in ends for end in pair):
         return "inconclusive"
@@ -283,7 +283,7 @@ def _verdict(means: Sequence[Mean], bound: float, side: int, margin: float) -> V
 
 
 def _two_sided(mean: Mean, bound: float, margin: float) -> float:
-    """p that the mean lies within the margin of the bound."""
+    """p that the mean is within the margin of the bound."""
     beyond = min(mean.p_above(bound + margin), mean.p_below(bound - margin))
     return beyond if math.isnan(beyond) else min(1.0, 2 * beyond)
 

@@ -1,8 +1,8 @@
-"""Intervals of means and permutation p-values; scipy does the mathematics.
+"""Confidence intervals of means and permutation p-values, computed with scipy.
 
 An interval is a statement about *units*: values that share one (a seed, a wording, a task that is
-the source of several moves) are not independent. It never leaves the range that the measure can
-take, and is never narrower than the smallest step between two values of it.
+the source of several interventions) are not independent. It stays within the measure's range, and
+is never narrower than the smallest step between two of its values.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit, logit
 
-# Relative; scores in single precision are summed in another order under another labelling.
+# Relative; relabelling changes the order in which single-precision scores are summed.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What values a measure can take.
+    """Range and step of a measure.
 
     Attributes:
         low, high: the ends of its range.
-        step: the smallest difference of two values, 0 where there is none.
+        step: the smallest difference of two values, 0 if there is none.
     """
 
     low: float = -math.inf
@@ -49,20 +49,20 @@ REAL = Scale()
 
 
 def share(of: int) -> Scale:
-    """Of so many prompts, as accuracy is: 0 to 1."""
+    """Scale of a share of ``of`` prompts, such as accuracy: 0 to 1."""
     return Scale(0.0, 1.0, 1 / of)
 
 
 def agreement(of: int) -> Scale:
-    """Chance-corrected agreement (ARI, AMI, a silhouette) over so many rows: -1 to 1.
+    """Scale of chance-corrected agreement (ARI, AMI, silhouette) over ``of`` rows: -1 to 1.
 
-    One row of two equal clusters in the wrong one costs about 2 / rows of the ARI.
+    One misassigned row of two equal clusters lowers the ARI by about 2 / rows.
     """
     return Scale(-1.0, 1.0, 2 / of)
 
 
 def correlation(of: int) -> Scale:
-    """Rank correlation over so many points: the step is that of two neighbours who trade ranks.
+    """Scale of a rank correlation over ``of`` points; a step swaps two neighbouring ranks.
 
     >>> correlation(of=5)
     Scale(low=-1.0, high=1.0, step=0.1)
@@ -72,16 +72,16 @@ def correlation(of: int) -> Scale:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of measured values and what is known of it.
+    """A mean of measured values with its confidence interval.
 
     Attributes:
         value: the mean.
-        low, high: its interval, NaN where one unit gives none.
-        n: independent units, the fewest where several kinds are crossed.
-        least, most: the range of what went into it: means of units where there is one kind, the
-            value itself where nothing was averaged.
-        error: standard error, on the scale that ``link`` maps to.
-        scale: of the values.
+        low, high: its interval, NaN if there is only one unit.
+        n: number of independent units, the fewest if several kinds are crossed.
+        least, most: the range of the averaged values: of means of units if there is one kind, the
+            value itself if nothing was averaged.
+        error: standard error, on the scale of the link function.
+        scale: scale of the values.
     """
 
     value: float
@@ -94,9 +94,9 @@ class Mean:
     scale: Scale
 
     def p_above(self, bound: float | int = 0) -> float:
-        """One-sided p of a mean of at most ``bound``: small where the mean lies above it.
+        """One-sided p of a mean of at most ``bound``: small if the mean is above it.
 
-        The t test whose interval this is. NaN where there is none.
+        The t test that corresponds to the interval. NaN if there is none.
 
         >>> mean_of([0.2, 0.3, 0.25, 0.2]).p_above(0) < 0.01
         True
@@ -131,24 +131,24 @@ def mean_of(
     """The mean of values, with an interval over their units.
 
     Independent values: Student t. Measures with a range: t on the logit of the mean (delta
-    method), which is smoothed by two steps towards the middle at either end, then mapped back.
-    Where units of several kinds are crossed (inputs and wordings, or tasks as sources and as
+    method), which is smoothed by two steps at either end, then mapped back.
+    If units of several kinds are crossed (inputs and wordings, or tasks as sources and as
     targets), the standard error is that of the pigeonhole bootstrap (Owen 2007): units of each
-    kind are drawn with replacement, a value counts as often as all of its units; its variance is
-    corrected by k / (k - 1), and t has k - 1 degrees of freedom for the k units of the rarest
-    kind. Units of one kind: the t of their means.
+    kind are drawn with replacement, and a value's weight is the product of its units' counts; the
+    variance is corrected by k / (k - 1), and t has k - 1 degrees of freedom for the k units of
+    the rarest kind. Units of one kind: the t of their means.
 
     Args:
         values: ``(value)``; one NaN makes all NaN.
         scale: range and step of the measure. The interval stays in the range and reaches at
             least one step to each side.
         units: kind -> the unit of each value ``(value)``, or several ``(value, role)``, such as
-            ``{"task": [[0, 1], [1, 0], ...]}`` for a source and a target. Each value is a unit
-            unless given.
-        draws: of the bootstrap.
+            ``{"task": [[0, 1], [1, 0], ...]}`` for a source and a target. By default each value
+            is a unit.
+        draws: number of bootstrap samples.
 
     Raises:
-        ValueError: if there is no value, or one lies outside the range.
+        ValueError: if there is no value, or one is outside the range.
 
     >>> found = mean_of([1.0, 1.0, 1.0], scale=share(of=100))
     >>> found.low < 0.99, found.high
@@ -176,20 +176,20 @@ def mean_of(
 def estimate_of(
     value: float, error: float, n: int, *, scale: Scale = REAL, confidence: float = 0.95
 ) -> Mean:
-    """The interval of a value whose standard error is known, as of a mean: see `mean_of`.
+    """The interval of a value with known standard error, as in `mean_of`.
 
-    For what is no mean of values a unit, such as agreement over pairs of rows: the error comes
-    from resampling units.
+    For statistics that are not means over units, such as agreement over pairs of rows, with the
+    error from resampling units.
 
     Args:
-        error: standard error, NaN where there is none.
-        n: independent units behind it, the fewest where several kinds are crossed.
+        error: standard error, NaN if there is none.
+        n: number of independent units, the fewest if several kinds are crossed.
     """
     value = float(value)
     found = Mean(value, math.nan, math.nan, n, value, value, error=math.nan, scale=scale)
     if n < 2 or not math.isfinite(error):
         return found
-    # Values are known to half a step.
+    # Values are exact up to half a step.
     error = max(error, scale.step / math.sqrt(12 * n))
     at, slope = _link(value, scale, n)
     error *= slope
@@ -202,7 +202,7 @@ def estimate_of(
 def mean_interval(
     values: Float[np.ndarray, " n"], *, confidence: float = 0.95, scale: Scale = REAL
 ) -> tuple[float, float, float]:
-    """`mean_of` as mean, low and high.
+    """`mean_of` as an array of mean, low and high.
 
     >>> [round(x, 2) for x in mean_interval(np.array([1.0, 2.0, 3.0]))]
     [2.0, -0.48, 4.48]
@@ -217,8 +217,8 @@ def permutation_p(
     """One-sided p of ``value`` under a null sampled along the last axis of ``null``.
 
     Counts the observed value among the permutations (Phipson & Smyth 2010), so p is never 0:
-    with R permutations the smallest p is 1 / (R + 1). Relabellings that only rename labels give
-    the value again but for the order of summing: what is less by rounding counts as equal.
+    with R permutations the smallest p is 1 / (R + 1). Permutations that only rename labels give
+    the same value up to the order of summation, so values that differ by rounding count as equal.
 
     >>> float(permutation_p(0.9, np.zeros(99)))
     0.01
@@ -230,7 +230,7 @@ def permutation_p(
 
 
 def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
-    """p-values corrected for their number (Holm 1979); NaN stays, and counts as no test.
+    """p-values corrected for their number (Holm 1979); NaN is kept and not counted as a test.
 
     >>> holm([0.01, 0.04, 0.03]).tolist()
     [0.03, 0.06, 0.06]
@@ -244,7 +244,7 @@ def holm(p: ArrayLike) -> Float[np.ndarray, " test"]:
 
 
 def q_values(p: ArrayLike) -> Float[np.ndarray, " test"]:
-    """False discovery rates (Benjamini & Hochberg 1995); NaN stays, and counts as no test.
+    """False discovery rates (Benjamini & Hochberg 1995); NaN is kept and not counted as a test.
 
     >>> q_values([0.01, 0.04, 0.03]).round(3).tolist()
     [0.03, 0.04, 0.04]
@@ -264,7 +264,7 @@ def _means(values: np.ndarray, units: np.ndarray) -> Float[np.ndarray, " unit"]:
 def _pigeonhole(
     values: np.ndarray, kinds: Sequence[np.ndarray], *, draws: int, seed: int
 ) -> tuple[int, float]:
-    """Units of the rarest kind, and the standard error of the mean over all kinds."""
+    """Number of units of the rarest kind, and the standard error of the mean over all kinds."""
     rng = np.random.default_rng(seed)
     counts = np.ones((draws, len(values)))
     rarest = len(values)
@@ -282,12 +282,12 @@ def _pigeonhole(
     return rarest, float(means.std(ddof=1)) * math.sqrt(rarest / (rarest - 1))
 
 
-# A smoothed mean is that of so many steps more at either end.
+# Number of additional steps at either end of a smoothed mean.
 _SMOOTHED = 2.0
 
 
 def _link(value: float | int, scale: Scale, n: int) -> tuple[float, float]:
-    """The logit of a smoothed mean, and its slope there; the value itself without a range."""
+    """The logit of a smoothed mean and its slope; the value itself if there is no range."""
     width = scale.high - scale.low
     if not math.isfinite(width):
         return float(value), 1.0

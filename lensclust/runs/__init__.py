@@ -1,4 +1,4 @@
-"""Run directories: what a study leaves behind, and how it is looked at while it is made."""
+"""Run directories: results of a study, and a server that shows a run while it works."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-# The run directory: what a study leaves behind, and the contract everything else reads
+# The run directory: layout, locking and checksums of a study's results
 from .directory import FILES as FILES
 from .directory import PAGE as PAGE
 from .directory import View as View
@@ -7,6 +7,6 @@ from .directory import machine as machine
 from .directory import require_place as require_place
 from .directory import seal as seal
 
-# A run directory in the browser while it is being made: what is done, then its page
+# Server of a run directory: progress while it works, then its page
 from .server import HOST as HOST
 from .server import served as served

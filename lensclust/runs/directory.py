@@ -1,9 +1,8 @@
-"""The run directory: what a study leaves behind, and the contract everything else reads.
+"""The run directory: layout, locking and checksums of a study's results.
 
 ``config.json provenance.json scores.parquet claims.json notes.json figures/ views/ report.html``,
-and ``parts/``, from which a killed run continues. ``claims.json`` is written when all that it
-rests on is there; the page is made from it; ``digests.json`` comes last, and by it whoever reads
-the run notices what changed.
+and ``parts/``, from which a killed run continues. ``claims.json`` is written after its data; the
+page is made from it; ``digests.json`` is written last, and detects later changes.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# What a finished run consists of; runs of an earlier version lack some of these.
+# Files of a finished run; runs of an earlier version lack some of these.
 FILES = ("config.json", "provenance.json", "claims.json", "scores.parquet")
 PAGE = "report.html"
 LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-learn", "numpy")
@@ -52,26 +51,26 @@ LIBRARIES = ("lensclust", "transformer-lens", "transformers", "torch", "scikit-l
 
 @runtime_checkable
 class View(Protocol):
-    """Anything that a page can let explore."""
+    """An interactive view of a page."""
 
     @property
     def title(self) -> str: ...
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ``kind``, ``title`` and ``caption`` among them."""
+        """Plain values, including ``kind``, ``title`` and ``caption``."""
         ...
 
 
 @contextmanager
 def claimed(out: Path, config: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-    """Lock a folder for a run, against every other process, for as long as the block lasts.
+    """Lock a folder for a run, against other processes, inside the block.
 
-    A block that raises before anything but the configuration was written leaves the folder as
-    this call found it; nothing that this call did not make is ever removed.
+    If the block raises before anything except the configuration was written, the folder is
+    restored; files that this call did not create are never removed.
 
     Raises:
-        InputError: if it holds anything but, with ``resume``, a run of the same configuration;
-            if another process works on it, or nothing can be written there.
+        InputError: if the folder is not empty, unless it holds a run of the same configuration and
+            ``resume`` is set; if another process works on it, or it is not writable.
     """
     require_place(out)
     with writing(f"output {out}"):
@@ -89,7 +88,7 @@ def claimed(out: Path, config: Mapping[str, Any], *, resume: bool) -> Iterator[N
 
 
 def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
-    """Check the configuration that is there, or write it; whether it was written."""
+    """Check the existing configuration, or write it; return whether it was written."""
     known = out / "config.json"
     if not known.exists():
         remove_partial(out)
@@ -113,7 +112,7 @@ def _begin(out: Path, config: Mapping[str, Any], *, resume: bool) -> bool:
 
 
 def _give_back(out: Path) -> None:
-    """Remove the configuration and folders of parts, unless anything else is there."""
+    """Remove the configuration and folders of parts, unless there is anything else."""
     for folder in (*sorted((out / "parts").rglob("*"), reverse=True), out / "parts"):
         with suppress(OSError):  # a file, a link, or not empty
             folder.rmdir()
@@ -122,36 +121,36 @@ def _give_back(out: Path) -> None:
 
 
 def contents(out: Path) -> list[str]:
-    """Names of the files that a finished run consists of, its page among them."""
+    """Names of the files of a finished run, including its page."""
     flat = [out / name for name in (*FILES, "notes.json", PAGE)]
     found = [*flat, *(out / "figures").glob("*"), *(out / "views").glob("*")]
     return [path.relative_to(out).as_posix() for path in found if path.is_file()]
 
 
 def check(out: Path, what: str, chosen: Callable[[str], bool] = lambda name: True) -> None:
-    """Hold a finished run, or some of its files, against its digests, if it has any.
+    """Compare a finished run, or some of its files, with its digests, if it has any.
 
-    A run of an earlier version, or by other means, has none.
+    Runs of an earlier version, or made by other means, have none.
 
     Raises:
-        InputError: names the file that is gone, changed or does not belong there.
+        InputError: names the file that is missing, changed or unexpected.
     """
     if (out / DIGESTS).exists():
         check_folder(out, what, names=contents(out), chosen=chosen)
 
 
 def seal(out: Path) -> None:
-    """Note the digests of a finished run."""
+    """Write the digests of a finished run."""
     run = digest_of(read_json(out / "config.json"))
     seal_folder(out, {"run": run}, contents(out))
 
 
 def require_place(out: Path) -> None:
-    """Refuse what cannot be a folder to write to.
+    """Refuse a path that cannot be an output folder.
 
     Raises:
-        InputError: if it has no name of its own (``.``, ``..``, ``/``), is a URL or no text that
-            every system can show; if it or one of its parents is a file, or may not be written to.
+        InputError: if it has no name (``.``, ``..``, ``/``), is a URL or not portable text; if it
+            or one of its parents is a file, or not writable.
 
     >>> require_place(Path("s3://bucket/a"))
     Traceback (most recent call last):
@@ -177,10 +176,10 @@ def finish(
     provenance: Mapping[str, Any],
     views: Mapping[str, View] | None = None,
 ) -> None:
-    """Write everything that a finished run consists of, but for its page: that is made from these.
+    """Write all files of a finished run except the page, which is made from them.
 
     Raises:
-        InputError: if the disk is full or may not be written to.
+        InputError: if the disk is full or not writable.
     """
     from lensclust import figures as drawing
 
@@ -192,7 +191,7 @@ def finish(
         with replacing(out / "scores.parquet") as partial:
             scores.to_parquet(partial, index=False)
         for number, (name, chart) in enumerate(figures.items(), start=1):
-            # The page shows figures by file name; the number keeps the order the study gave.
+            # The page shows figures by file name; the number keeps the study's order.
             drawing.save(chart, out / "figures", f"{number}_{name}")
         for number, (name, view) in enumerate((views or {}).items(), start=1):
             content = json.dumps(view.to_json(), sort_keys=True, ensure_ascii=False)
@@ -204,7 +203,7 @@ def finish(
 
 
 def machine() -> dict[str, Any]:
-    """Library versions and the kind of machine."""
+    """Library versions and the type of machine."""
     versions = {}
     for name in LIBRARIES:
         try:

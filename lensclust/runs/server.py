@@ -1,8 +1,7 @@
-"""A run directory in the browser while it is being made: what is done, then its page.
+"""Server of a run directory: progress while it works, then its page.
 
-Served on the loopback interface alone, two addresses and no others: nothing in the request names
-a file. A request that came by another host name is refused, so that no page of the internet can
-read it through a name of its own (DNS rebinding).
+Serves two paths on the loopback interface only; no part of a request names a file. Requests with
+another host name are refused, so that no website can read it by DNS rebinding.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from lensclust.runs.directory import PAGE, check
 from lensclust.storage import read_json
 
 HOST = "127.0.0.1"
-# Clients that are answered at a time, and seconds that a request may take, its answer included.
+# Maximum number of concurrent clients, and of seconds for a request with its answer.
 MAX_CLIENTS, SECONDS = 64, 10.0
-# What is shown of a run.
+# Files of a run that are shown.
 _SHOWN = ("config.json", "claims.json", PAGE)
 _WAITING = Path(__file__).parent / "waiting.html"
-# The page has its own policy inside; this one only adds that nobody may frame it.
+# The page contains its policy; this one only forbids framing.
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -41,12 +40,12 @@ _HEADERS = {
 
 
 def state(run: Path) -> dict[str, Any]:
-    """How far a run is.
+    """Progress of a run.
 
     Returns:
         ``study, preset, fields``; ``done`` and ``underway``, names of parts; ``finished``;
-        ``claims``, verdict and statement of each once there are any; ``quiet``, seconds since
-        anything changed.
+        ``claims``, verdict and statement of each, if there are any; ``quiet``, seconds since the
+        last change.
 
     Raises:
         InputError: if the folder holds no run.
@@ -78,11 +77,11 @@ def state(run: Path) -> dict[str, Any]:
 
 @contextmanager
 def served(run: Path, port: int = 0) -> Iterator[ThreadingHTTPServer]:
-    """A server of one run directory; inside the block it can be asked to ``serve_forever``.
+    """A server of one run directory; call ``serve_forever`` inside the block.
 
     Args:
         run: a run directory, finished or not.
-        port: where to listen; 0 takes any that is free.
+        port: port to listen on; 0 for any free one.
 
     Raises:
         InputError: if the folder holds no run, or the port is taken.
@@ -101,7 +100,7 @@ def served(run: Path, port: int = 0) -> Iterator[ThreadingHTTPServer]:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread a client, and a refusal at once where there are too many."""
+    """One thread per client; refuses further clients immediately."""
 
     request_queue_size = 2 * MAX_CLIENTS
 
@@ -118,7 +117,7 @@ class _Server(ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        # However little a client sends at a time, or takes of its answer.
+        # A limit for slow clients, both in sending and in reading.
         end = threading.Timer(SECONDS, _shut, [request])
         end.daemon = True
         end.start()
@@ -129,7 +128,7 @@ class _Server(ThreadingHTTPServer):
             self.free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that left is no news
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that disconnected is no error
             super().handle_error(request, client_address)
 
 
@@ -162,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
                 page = self.run / PAGE if found["finished"] else _WAITING
                 content, kind = page.read_bytes(), "text/html; charset=utf-8"
         except (InputError, OSError) as error:
-            # It may be written just now: the next question finds it.
+            # The file may be being written: the next request finds it.
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, explain=str(error))
         else:
             self._answer(content, kind)
@@ -177,4 +176,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the terminal is its owner's."""
+        """Do not log requests to the terminal."""

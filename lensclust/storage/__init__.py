@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes, checksums, locks, folders and URLs."""
+"""Safe storage: atomic writes, checksums, locks, folders and URLs."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-# Files that survive: written whole or not at all, by one process at a time, read with care
+# Atomic writes, locks, and checked reading of JSON
 from .atomic import LOCK as LOCK
 from .atomic import created as created
 from .atomic import flush as flush
@@ -13,7 +13,7 @@ from .atomic import staging as staging
 from .atomic import write_atomically as write_atomically
 from .atomic import writing as writing
 
-# One way to notice damage: JSON behind a digest, which holds the digests of files
+# Integrity: JSON with a checksum, and checksums of a folder's files
 from .integrity import DIGESTS as DIGESTS
 from .integrity import check_folder as check_folder
 from .integrity import difference as difference
@@ -22,19 +22,19 @@ from .integrity import file_digest as file_digest
 from .integrity import seal_folder as seal_folder
 from .locations import ZARR_2 as ZARR_2
 
-# Where a store lies: in a folder, or at any URL that fsspec understands (``s3://bucket/a``)
+# Locations of a store: a folder, or any URL of fsspec (``s3://bucket/a``)
 from .locations import Place as Place
 from .locations import as_place as as_place
-from .locations import held as held
-from .locations import made_whole as made_whole
-from .locations import vacant as vacant
+from .locations import created_atomically as created_atomically
+from .locations import is_free as is_free
+from .locations import locked_place as locked_place
 from .locations import zarr_store as zarr_store
 
-# Parquet files from elsewhere, read as frames: few bytes that stand for many cost nothing
+# Safe reading of parquet files from elsewhere
 from .parquet import read_frame as read_frame
+from .safetensors import read_checksummed as read_checksummed
 
-# Tensors in a safetensors file that carries its own digests: checkpoints and training states
+# Safetensors files with checksums: checkpoints and training states
 from .safetensors import read_content as read_content
-from .safetensors import read_sealed as read_sealed
-from .safetensors import save_sealed as save_sealed
+from .safetensors import save_checksummed as save_checksummed
 from .safetensors import tensors_digest as tensors_digest

@@ -1,8 +1,8 @@
-"""Files that survive: written whole or not at all, by one process at a time, read with care.
+"""Atomic writes, locks, and checked reading of JSON.
 
-What a kill or a power cut leaves behind is the old file or the new one. A fault of the disk (full,
-read-only, no permission) is one line that says where it happened and what to do. Nothing is
-removed that was not made here: what is in the making has a name that says which process makes it.
+After a kill or a power cut there is the old file or the new one. A disk error (full, read-only, no
+permission) is one line that says where it happened and what to do. Only temporary files of this
+library are removed: their names contain the process that writes them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from upath import UPath
 
 from lensclust.errors import InputError
 
-# More than any task file or run has; a larger file is not read into memory.
+# Larger than any file of a task or run; larger files are not read into memory.
 MAX_JSON_BYTES = 256_000_000
 # The lock of a folder, inside it.
 LOCK = ".lensclust.lock"
-# A folder in which something is being made: host, process, and letters that make it unique.
+# Name of a temporary folder: host, process, and letters that make it unique.
 _STAGING = re.compile(r"\.lensclust\.(.*)\.(\d+)\.\w+\.partial")
 
 
 @contextmanager
 def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock that dies with the process; the lock's file is removed at the end.
+    """Hold a lock that ends with the process; the lock file is removed at the end.
 
     Args:
         file: the lock's file; its folder must exist.
@@ -44,7 +44,7 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
         InputError: if another process holds the lock and ``wait`` is false, or the file cannot
-            be made.
+            be created.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / ".lock"
@@ -58,7 +58,7 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        with writing(what, "give another place"):  # also what comes of a folder without permission
+        with writing(what, "give another place"):  # includes errors of a folder without permission
             os.close(os.open(file, os.O_RDWR | os.O_CREAT))
         raise InputError(f"{what}: another process is writing to it (it holds {file})") from None
     except OSError as error:
@@ -66,7 +66,7 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: whoever waits for this file finds it gone and makes a new one.
+        # Removed under the lock: waiting processes find the file gone and create a new one.
         with suppress(OSError):
             file.unlink()
         lock.release()
@@ -74,10 +74,10 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def writing(what: str, then: str = "put that right, then resume") -> Iterator[None]:
-    """Turn a fault of the disk inside the block into one line.
+    """Turn a disk error inside the block into one line.
 
     Raises:
-        InputError: where an OSError was raised, or a library's error about one.
+        InputError: if an OSError was raised, or a library's error about one.
 
     >>> with writing("store a"):
     ...     raise OSError(28, "No space left on device")
@@ -98,11 +98,11 @@ def writing(what: str, then: str = "put that right, then resume") -> Iterator[No
 
 @contextmanager
 def created(folder: Path, what: str = "") -> Iterator[None]:
-    """A folder that is there inside the block; given back if the block raises and left it empty.
+    """Create a folder for the block; remove it if the block raises and leaves it empty.
 
     Args:
-        folder: made with its parents where they are missing, and removed with those alone.
-        what: named in the error where it cannot be made; without it that error is an OSError.
+        folder: created with its missing parents, and removed only with those.
+        what: named in the error if it cannot be created; without it that error is an OSError.
 
     >>> top = Path(tempfile.mkdtemp())
     >>> with suppress(KeyError), created(top / "a" / "b"):
@@ -119,14 +119,14 @@ def created(folder: Path, what: str = "") -> Iterator[None]:
         yield
     except BaseException:
         for path in missing:
-            with suppress(OSError):  # somebody else's things are in it by now
+            with suppress(OSError):  # others may have written to it
                 path.rmdir()
         raise
 
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A folder below another to make things in, removed with all that is in it at the end."""
+    """A temporary folder inside another, removed with its contents at the end."""
     prefix = f".lensclust.{platform.node()}.{os.getpid()}."
     made = Path(tempfile.mkdtemp(dir=folder, prefix=prefix, suffix=".partial"))
     try:
@@ -137,7 +137,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write instead of ``path``, which it replaces in one move at the end.
+    """A temporary file that atomically replaces ``path`` at the end.
 
     >>> path = Path(tempfile.mkdtemp()) / "a" / "notes.txt"
     >>> with replacing(path) as partial:
@@ -145,35 +145,35 @@ def replacing(path: Path) -> Iterator[Path]:
     >>> path.read_text(), sorted(p.name for p in path.parent.iterdir())
     ('whole', ['notes.txt'])
     """
-    # A folder of its own: a library may write beside the file it was given, and be killed too.
+    # In a separate folder: a library may write other files beside it, and be killed.
     with created(path.parent), staging(path.parent) as folder:
         yield folder / path.name
         publish(folder / path.name, path)
 
 
 def publish(made: Path, path: Path) -> None:
-    """Move a file or folder to its final name, with the mode of the file or empty folder there.
+    """Move a file or folder to its final name, with the mode of the existing file or folder.
 
-    What was made is on the disk before it has the name, and the name is there before this
-    returns: a power cut leaves the old or the new.
+    The contents are flushed to disk before the move, and the name before this returns: a power cut
+    leaves the old or the new one.
     """
     if path.exists():
         made.chmod(stat.S_IMODE(path.stat().st_mode))
     flush(made)
-    if path.is_dir() and os.name != "posix":  # where no folder replaces an empty one
+    if path.is_dir() and os.name != "posix":  # no folder replaces an empty one there
         path.rmdir()
     made.replace(path)
     _flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file, or a folder and all that is below it, to the disk."""
+    """Flush a file, or a folder and everything in it, to disk."""
     for inner in (*path.rglob("*"), path) if path.is_dir() else (path,):
         _flush(inner)
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     if path.is_dir() and os.name != "posix":
         return
     file = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -187,7 +187,7 @@ def _flush(path: Path) -> None:
 
 
 def remove_partial(*folders: Path) -> None:
-    """Remove what processes that are gone left in the making, at the top of these folders."""
+    """Remove temporary files of dead processes, at the top level of these folders."""
     for left in (path for folder in folders for path in folder.glob(".lensclust.*.partial")):
         made = _STAGING.fullmatch(left.name)
         if made and made[1] == platform.node() and not _is_alive(int(made[2])):
@@ -195,7 +195,7 @@ def remove_partial(*folders: Path) -> None:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a folder holds nothing, or nothing but a lock and what was in the making."""
+    """Whether a folder is empty, except for a lock and temporary files."""
     return all(
         path.name == LOCK or (_STAGING.fullmatch(path.name) and path.is_dir())
         for path in folder.iterdir()
@@ -203,11 +203,11 @@ def is_vacant(folder: Path) -> bool:
 
 
 def require_name(path: Path, what: str) -> None:
-    """Refuse a path to write to that names nothing of its own, or nothing in a file system.
+    """Refuse an output path without a name, or outside the file system.
 
     Raises:
-        InputError: if it is ``""``, ``.``, ``..``, ``/`` or a URL, or holds a NUL character or
-            what is no Unicode.
+        InputError: if it is ``""``, ``.``, ``..``, ``/`` or a URL, contains a NUL character or is
+            not Unicode.
     """
     reason = ""
     if "\0" in str(path):
@@ -215,7 +215,7 @@ def require_name(path: Path, what: str) -> None:
     elif re.search("[\ud800-\udfff]", str(path)):
         reason = "is not UTF-8"
     elif path.name in ("", ".."):
-        reason = "has no name of its own, expected one such as runs/mine"
+        reason = "has no name, expected one such as runs/mine"
     elif re.fullmatch(r"[A-Za-z][\w+.-]+:", path.parts[0]):
         reason = "is a URL, expected a folder or file of this machine"
     if reason:
@@ -223,7 +223,7 @@ def require_name(path: Path, what: str) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a harmless question
+    if os.name != "posix":  # elsewhere signal 0 is not harmless
         return True
     try:
         os.kill(pid, 0)
@@ -238,11 +238,11 @@ def read_json(path: Path | UPath, *, what: str = "") -> Any:
     """Parse a JSON file.
 
     Args:
-        what: said before the file's name in errors.
+        what: prefix of the file's name in error messages.
 
     Raises:
-        InputError: if it is missing, malformed, nested too deeply or too large, or a text in it
-            is no Unicode; names the file and the place.
+        InputError: if it is missing, malformed, nested too deeply or too large, or contains a
+            text that is not Unicode; names the file and the position.
     """
     said = f"{what}{path}"
     try:
@@ -259,7 +259,7 @@ def read_json(path: Path | UPath, *, what: str = "") -> Any:
 
 
 def parse_json(text: str, said: str) -> Any:
-    """Parse JSON; ``said`` names it in errors.
+    """Parse JSON; ``said`` names it in error messages.
 
     Raises:
         InputError: as :func:`read_json`.
@@ -271,7 +271,7 @@ def parse_json(text: str, said: str) -> Any:
     """
     try:
         value = json.loads(text)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of a pair, which nothing can write
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # lone surrogates, which cannot be written
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
@@ -284,15 +284,15 @@ def parse_json(text: str, said: str) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a kill leaves the old one or the new one, never half."""
+    """Write a text file atomically: a kill leaves the old one or the new one, never half."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _reason(error: Exception) -> str | None:
-    """What the system said; None where the error is not about the system."""
+    """The message of the operating system; None if the error is not from it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # safetensors has an error type of its own around the system's.
+    # safetensors wraps the system's error in its own type.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return os.strerror(int(found[1])) if found else None

@@ -1,9 +1,9 @@
-"""One way to notice damage: JSON behind a digest, which holds the digests of files.
+"""Integrity: JSON with a checksum, and checksums of a folder's files.
 
-A folder that was written whole (a part of a run, a finished run, a download) has a file
-``digests.json``, written last: the sha256 of every file, and what the folder is *of*, such as
-the configuration and the name of a part. So files that changed, are gone or are too many are
-named, and those of another run are not taken for this one's.
+A complete folder (a part of a run, a finished run, a download) has a file ``digests.json``,
+written last: the sha256 of every file, and what the folder is *of*, such as the configuration and
+the name of a part. So changed, missing or extra files are detected, and files of another run are
+not mistaken for this one's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIGESTS = "digests.json"
 
 
 def digest_of(content: Any) -> str:
-    """sha256 of JSON content as hex digits, however its file is laid out.
+    """sha256 of JSON content as hex digits, independent of its formatting.
 
     >>> digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
     True
@@ -39,22 +39,22 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON content together with its own digest.
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a checksum to JSON content.
 
-    >>> unsealed(sealed({"step": 3}), "a.json")
+    >>> verified(with_checksum({"step": 3}), "a.json")
     {'step': 3}
     """
     return {**content, "seal": digest_of(content)}
 
 
-def unsealed(content: Any, said: str) -> dict[str, Any]:
-    """What was sealed; ``said`` names it in errors.
+def verified(content: Any, said: str) -> dict[str, Any]:
+    """Check and remove the checksum of JSON content; ``said`` names it in error messages.
 
     Raises:
-        InputError: if it is not what was sealed.
+        InputError: if the content does not match its checksum.
 
-    >>> unsealed({**sealed({"step": 3}), "step": 4}, "a.json")
+    >>> verified({**with_checksum({"step": 3}), "step": 4}, "a.json")
     Traceback (most recent call last):
     ...
     lensclust.errors.InputError: a.json is damaged: it does not match its own checksum
@@ -66,11 +66,11 @@ def unsealed(content: Any, said: str) -> dict[str, Any]:
 
 
 def seal_folder(folder: Path, of: Any, names: Iterable[str] | None = None) -> None:
-    """Note in ``digests.json`` what a folder is of and the digests of its files.
+    """Write ``digests.json``: what a folder is of, and the digests of its files.
 
     Args:
         of: JSON, such as ``{"part": "seed-0"}``.
-        names: files below the folder; all unless given.
+        names: files below the folder; all by default.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -87,7 +87,7 @@ def seal_folder(folder: Path, of: Any, names: Iterable[str] | None = None) -> No
     lensclust.errors.InputError: part a: /...a.txt is damaged: it changed since it was written
     """
     files = {name: file_digest(folder / name) for name in names or _all_files(folder)}
-    noted = sealed({"of": of, "files": dict(sorted(files.items()))})
+    noted = with_checksum({"of": of, "files": dict(sorted(files.items()))})
     write_atomically(folder / DIGESTS, json.dumps(noted, indent=1))
 
 
@@ -99,20 +99,20 @@ def check_folder(
     names: Iterable[str] | None = None,
     chosen: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Hold a folder against what :func:`seal_folder` noted.
+    """Compare a folder with the digests from :func:`seal_folder`.
 
     Args:
-        what: begins the error, and says what to do.
-        of: what it must be of, unless None.
-        names: files that are there; all unless given.
-        chosen: which names to look at.
+        what: start of the error message, with advice.
+        of: what the folder must be of, unless None.
+        names: existing files; all by default.
+        chosen: which names to check.
 
     Raises:
-        InputError: names the first file that is gone, changed or does not belong there.
+        InputError: names the first file that is missing, changed or unexpected.
     """
     if not (folder / DIGESTS).exists():
         raise InputError(f"{what}: has no {DIGESTS}: it is incomplete or of an earlier version")
-    noted = unsealed(read_json(folder / DIGESTS, what=f"{what}: "), f"{what}: {folder / DIGESTS}")
+    noted = verified(read_json(folder / DIGESTS, what=f"{what}: "), f"{what}: {folder / DIGESTS}")
     files = noted.get("files")
     if not isinstance(files, dict):
         raise InputError(f"{what}: {folder / DIGESTS} holds no digests of files")
@@ -134,7 +134,7 @@ def check_folder(
 
 
 def difference(held: Any, wanted: Mapping[str, Any]) -> str:
-    """In which entries one mapping differs from another, in words.
+    """Describe the entries in which one mapping differs from another.
 
     >>> difference({"seed": 1, "steps": 5}, {"seed": 2, "steps": 5})
     'seed 1 instead of 2'

@@ -1,11 +1,11 @@
-"""Where a store lies: in a folder, or at any URL that fsspec understands (``s3://bucket/a``).
+"""Locations of a store: a folder, or any URL of fsspec (``s3://bucket/a``).
 
-A folder has a lock and comes into being in one rename. Object storage has neither, so that
-- nothing keeps two processes from writing to one URL: what they do to each other is noticed,
-  by checksums and digests, when it is read, but not prevented;
-- a store there is laid out in place, with a marker beside it until it is whole; what a kill left
-  half laid out is laid out again.
-An object is replaced whole or not at all, as a file in a folder is.
+A folder has a lock and is created by one rename. Object storage has neither, so that
+- two processes can write to one URL at the same time: the damage is not prevented, but checksums
+  and digests detect it at reading;
+- a store there is created in place, with a marker beside it until it is complete; after a kill an
+  incomplete one is created again.
+Objects are replaced atomically, like files in a folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ZSTD, _BLOSC = b"\x28\xb5\x2f\xfd", (1, 2)
 
 """A folder (`pathlib.Path`) or a URL (`upath.UPath`)."""
 
-# File systems over another one, which the URL does not name.
+# File systems on top of another one, which the URL does not name.
 _WRAPPERS = {"reference", "dir", "zip", "tar", "libarchive", "generic", "data", "cached"}
 _WRAPPERS |= {"simplecache", "filecache", "blockcache"}
 
@@ -48,11 +48,11 @@ ZARR_2 = zarr.__version__.startswith("2.")
 
 
 def as_place(store: str | Path | UPath) -> Place:
-    """A folder or URL as `pathlib` or `universal_pathlib` has it.
+    """A folder or URL as a path of `pathlib` or `universal_pathlib`.
 
     Raises:
-        InputError: if the URL's file system is not known, not installed or over another one, or
-            it names no store.
+        InputError: if the URL's file system is not known, not installed or on top of another one,
+            or the URL names no store.
 
     >>> as_place("runs/a.zarr"), as_place("file:///runs/a.zarr")
     (PosixPath('runs/a.zarr'), PosixPath('/runs/a.zarr'))
@@ -84,12 +84,12 @@ def as_place(store: str | Path | UPath) -> Place:
             raise InputError(f"store {store}: names no store, expected {url[1]}://bucket/NAME")
     given = store if isinstance(store, UPath) else str(store).rstrip("/")
     try:
-        # A listing that was kept would hide what was written since.
+        # A cached listing would hide later writes.
         place = UPath(given, use_listings_cache=False)
         if place.protocol in ("", "file", "local"):
             return Path(place.path)
         _ = place.fs
-    except Exception as error:  # whatever a file system raises that lacks an option or a network
+    except Exception as error:  # a file system may raise anything
         raise InputError(f"store {store}: {error}") from error
     if ZARR_2:
         raise InputError(f"store {store}: a URL needs zarr 3, and so Python 3.11 or newer")
@@ -99,7 +99,7 @@ def as_place(store: str | Path | UPath) -> Place:
 
 
 def zarr_store(place: Place, *, read_only: bool) -> Any:
-    """What zarr and xarray open."""
+    """The store object that zarr and xarray open."""
     if isinstance(place, UPath):
         from zarr.storage import FsspecStore
 
@@ -114,37 +114,37 @@ def zarr_store(place: Place, *, read_only: bool) -> Any:
 
 
 @contextmanager
-def held(place: Place, what: str) -> Iterator[None]:
-    """Keep other processes from writing to a folder; nothing does that at a URL.
+def locked_place(place: Place, what: str) -> Iterator[None]:
+    """Lock a folder against writes of other processes; a URL cannot be locked.
 
     Raises:
-        InputError: if another process holds it, or nothing can be written there.
+        InputError: if another process holds the lock, or the folder is not writable.
     """
     if isinstance(place, UPath):
         yield
         return
     require_name(place, what)
-    # Beside the store: it is made whole, in one rename, and holds nothing but itself.
+    # Beside the store, which is created by one rename and contains nothing else.
     with created(place.parent, what), locked(place.with_name(f".{place.name}{LOCK}"), what):
         yield
 
 
-def vacant(place: Place) -> bool:
-    """Whether a store can be made there: nothing is there, or what a kill left half laid out."""
+def is_free(place: Place) -> bool:
+    """Whether a store can be created there: the place is empty, or holds an incomplete store."""
     if isinstance(place, UPath) and _marker(place).exists():
         return True
     return not place.exists() or not any(place.iterdir() if place.is_dir() else [place])
 
 
 @contextmanager
-def made_whole(place: Place) -> Iterator[Place]:
-    """Where to lay out a store that is at ``place`` when the block ends, and not before."""
+def created_atomically(place: Place) -> Iterator[Place]:
+    """A temporary place for a store, which is at ``place`` when the block ends, and not before."""
     if isinstance(place, UPath):
         _marker(place).write_text("half laid out")
         yield place
         _marker(place).unlink()
         return
-    place = place.resolve()  # an empty folder is filled where it lies
+    place = place.resolve()  # an existing empty folder is replaced in place
     remove_partial(place.parent)
     with staging(place.parent) as folder:
         yield folder / place.name
@@ -156,7 +156,7 @@ def _marker(place: UPath) -> UPath:
 
 
 def inflated_bytes(head: bytes, size: int) -> int:
-    """How many bytes a chunk of ``size`` bytes says it inflates to, by the first 18 of them.
+    """The decompressed size of a chunk of ``size`` bytes, from its first 18 bytes.
 
     >>> import numcodecs
     >>> [int(inflated_bytes(kind.encode(bytes(10**6))[:18], 99))
@@ -180,8 +180,8 @@ def require_plausible(key: str, content: Any) -> None:
     """Refuse a chunk that inflates to far more than data do.
 
     Raises:
-        ValueError: says how large it would be (`lensclust.activations.store.chunks.damage_named`
-            says where).
+        ValueError: names its size (`lensclust.activations.store.chunks.damage_named` adds the
+            store).
     """
     if content is None or key.rpartition("/")[2].startswith("."):
         return
@@ -193,7 +193,7 @@ def require_plausible(key: str, content: Any) -> None:
 
 @cache
 def bounded(kind: Any) -> Any:
-    """A kind of zarr store whose chunks inflate to what data may be."""
+    """A subclass of a zarr store that refuses implausibly large chunks."""
 
     class Bounded(kind):
         async def get(self, key: str, *given: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Parquet files from elsewhere, read as frames: few bytes that stand for many cost nothing."""
+"""Safe reading of parquet files from elsewhere: a few bytes cannot claim much memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pyarrow import compute, parquet
 
 from lensclust.errors import InputError
 
-# A hundred times what the largest run writes: cells, and bytes of all texts.
+# A hundred times those of the largest run: cells, and bytes of all texts.
 _MAX_CELLS, _MAX_TEXT = 100_000_000, 500_000_000
 
 
 def read_frame(path: Path, *, what: str = "") -> pd.DataFrame:
-    """A frame as pandas wrote it, of no more than this machine can hold.
+    """Read a frame written by pandas, of limited size.
 
     Raises:
-        InputError: if it cannot be read, or says more cells or texts than any run writes.
+        InputError: if it cannot be read, or claims more cells or texts than any run writes.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.parquet"
@@ -38,7 +38,7 @@ def read_frame(path: Path, *, what: str = "") -> pd.DataFrame:
         nested = [field.name for field in schema if pyarrow.types.is_nested(field.type)]
         if nested:
             raise InputError(f"{what}{path}: column {nested[0]!r} holds lists, expected values")
-        # Each text once, however often it stands in the file.
+        # Each text once, however often it occurs in the file.
         texts = [field.name for field in schema if _is_text(field.type)]
         table = parquet.read_table(path, read_dictionary=texts)
         size = sum(_text_bytes(table.column(n)) for n in texts if texts.count(n) == 1)
@@ -47,13 +47,13 @@ def read_frame(path: Path, *, what: str = "") -> pd.DataFrame:
         return _framed(table.cast(schema))
     except InputError:
         raise
-    except Exception as error:  # pyarrow and pandas raise anything about what others wrote
+    except Exception as error:  # pyarrow and pandas may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{what}{path} is not a readable parquet file: {reason}") from error
 
 
 def _framed(table: pyarrow.Table) -> pd.DataFrame:
-    """As `pandas.read_parquet` gives it."""
+    """Convert as `pandas.read_parquet` does."""
     about = table.schema.pandas_metadata or {}
     for index in about.get("index_columns", []):
         if not isinstance(index, dict):
@@ -71,7 +71,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _text_bytes(column: pyarrow.ChunkedArray) -> int:
-    """What the texts of a column take when each is spelt out in its row."""
+    """Bytes of all texts in a column, repetitions included."""
     total, kernels = 0, vars(compute)  # made at run time
     for chunk in column.chunks:
         if isinstance(chunk, pyarrow.DictionaryArray):

@@ -1,10 +1,9 @@
-"""Tensors in a safetensors file that carries its own digests: checkpoints and training states.
+"""Safetensors files with checksums: checkpoints and training states.
 
-Such a file travels alone, so what `lensclust.storage.integrity` notes beside other files stands in
-its
-header: sealed JSON ``{"content": ..., "tensors": digest}`` under a key of ours. What the file says
-can be trusted after its header was read, and the tensors after they were. Nothing is pickled, and
-the file appears whole or not at all.
+Such a file may be moved alone, so its header holds what `lensclust.storage.integrity` writes beside
+other files: JSON with a checksum, ``{"content": ..., "tensors": digest}``, under a key. The header
+is verified when it is read, and the tensors when they are. Nothing is pickled, and writes are
+atomic.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from torch import Tensor
 
 from lensclust.errors import InputError
 from lensclust.storage.atomic import parse_json, replacing
-from lensclust.storage.integrity import sealed, unsealed
+from lensclust.storage.integrity import verified, with_checksum
 
 
-def save_sealed(
+def save_checksummed(
     path: Path, key: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write tensors and JSON content to one file.
+    """Write tensors and JSON content with checksums to one file.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
-    >>> save_sealed(path, "mine", {"step": 3}, {"w": torch.ones(2)})
-    >>> read_sealed(path, "mine")
+    >>> save_checksummed(path, "mine", {"step": 3}, {"w": torch.ones(2)})
+    >>> read_checksummed(path, "mine")
     ({'step': 3}, {'w': tensor([1., 1.])})
     """
-    header = sealed({"content": content, "tensors": tensors_digest(tensors.items())})
-    # One entry: safetensors writes several in an order of its own, never the same bytes.
+    header = with_checksum({"content": content, "tensors": tensors_digest(tensors.items())})
+    # One entry: safetensors writes several in a varying order, so bytes would differ.
     with replacing(path) as partial:
         save_file(dict(tensors), partial, metadata={key: json.dumps(header)})
 
 
-def read_sealed(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Content and tensors, held against their checksums.
+def read_checksummed(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read content and tensors and verify their checksums.
 
     Raises:
-        InputError: if the file is missing, damaged or not one of ours.
+        InputError: if the file is missing, damaged or not of lensclust.
     """
     header, tensors = _read(path, key, with_tensors=True)
     if tensors_digest(tensors.items()) != header["tensors"]:
@@ -56,10 +55,10 @@ def read_sealed(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def read_content(path: Path, key: str) -> tuple[dict[str, Any], str]:
-    """Content, and the digest that the tensors should have; the tensors are not read.
+    """Read content, and the expected digest of the tensors, which are not read.
 
     Raises:
-        InputError: as :func:`read_sealed`, but for the tensors.
+        InputError: as :func:`read_checksummed`, except for the tensors.
     """
     header, _ = _read(path, key, with_tensors=False)
     return header["content"], header["tensors"]
@@ -71,11 +70,11 @@ def tensors_digest(
     """sha256 over names, shapes, dtypes and bytes, in the order of the names.
 
     Args:
-        values: called with each tensor when its bytes are read, for those that lie elsewhere.
+        values: called with each tensor when its bytes are read, to load offloaded ones.
     """
     named = sorted(tensors, key=lambda item: item[0])
     total = hashlib.sha256()
-    # hashlib lets go of the interpreter lock, so tensors are hashed side by side.
+    # hashlib releases the interpreter lock, so tensors are hashed in parallel.
     with ThreadPoolExecutor() as pool:
         contents = pool.map(lambda pair: _content(values(pair[1])), named)
         for (name, tensor), content in zip(named, contents, strict=True):
@@ -91,14 +90,14 @@ def _read(path: Path, key: str, *, with_tensors: bool) -> tuple[dict[str, Any], 
             names = file.keys() if with_tensors else []
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"{path}: is no readable safetensors file: {error}") from error
+        raise InputError(f"{path}: is not a readable safetensors file: {error}") from error
     if key not in metadata:
         raise InputError(f"{path}: is not a lensclust checkpoint: no {key!r} in its header")
     text = metadata[key]
     if hashlib.sha256(text[65:].encode()).hexdigest() == text[:64]:  # of an earlier version
         header = parse_json(text[65:], str(path))
     else:
-        header = unsealed(parse_json(text, f"{path}: its header"), f"{path}: its header")
+        header = verified(parse_json(text, f"{path}: its header"), f"{path}: its header")
     if not isinstance(header, dict) or not isinstance(header.get("content"), dict):
         raise InputError(f"{path}: is not a lensclust checkpoint: its header holds no content")
     return {"tensors": None, **header}, tensors

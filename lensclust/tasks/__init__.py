@@ -1,4 +1,4 @@
-"""Sources of prompts whose task is known, one function a source, each returning ``Prompts``."""
+"""Task sets: one function per set, each returning ``Prompts`` with known tasks."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""Names of task sets, for the command line, which lists them without importing what makes them."""
+"""Names of task sets, for the command line, without importing the sets."""
 
 from __future__ import annotations
 
-# Name -> what follows it behind a colon, of those that need it. What makes each:
+# Name -> its argument after a colon, if there is one. The sets' functions:
 # `lensclust.tasks.registry.SOURCES`.
 TASK_NAMES = {
     "sif": "",
@@ -16,7 +16,7 @@ TASK_NAMES = {
 
 
 def spelt_names() -> list[str]:
-    """Each name as it is written.
+    """Each name with the placeholder of its argument.
 
     >>> spelt_names()[2:4]
     ['instruction_induction:FOLDER', 'classification:DATA']

@@ -1,4 +1,4 @@
-"""Task sets by name, as the command line writes them."""
+"""Task sets by their names on the command line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Pr
 
 def _synthetic(tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
     if tokenizer is not None:
-        raise InputError("tasks 'sif': its tokens mean nothing to a model that has a tokenizer")
+        raise InputError("tasks 'sif': made of token ids, expected a model without a tokenizer")
     return sif()
 
 

@@ -1,4 +1,4 @@
-"""Training: pretraining from nothing, fine-tuning, adapters, losses of inner states."""
+"""Training: pretraining from scratch, fine-tuning, adapters, losses on internal states."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-# What a training reads: the rows it trains and reports on, and the tokens its loss counts
+# Training data: training and evaluation rows, and the tokens in the loss
 from .data import Auxiliary as Auxiliary
 from .data import required_sizes as required_sizes
 
@@ -8,7 +8,7 @@ from .finetuning import finetune as finetune
 # Low-rank adapters (LoRA) on the linear maps of a hooked model, made by `peft`
 from .lora import Lora as Lora
 
-# Losses of a model's inner states, beside that of its answers
+# Losses on a model's internal states, beside that of its answers
 from .losses import StateLoss as StateLoss
 from .losses import contrast as contrast
 from .losses import pull as pull
@@ -16,9 +16,9 @@ from .losses import pull as pull
 # Training a native model from scratch, with log-spaced checkpoints and an exact resume
 from .pretraining import train as train
 
-# What a training leaves: its scores, and the model at each checkpoint
+# Results of a training: its scores, and the model at each checkpoint
 from .runs import TrainingRun as TrainingRun
 
-# Fine-tuning of a loaded model for as long as a block of code lasts
+# Temporary fine-tuning of a loaded model, undone at the end of a block
 from .temporary import Finetuned as Finetuned
 from .temporary import finetuned as finetuned

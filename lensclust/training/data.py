@@ -1,4 +1,4 @@
-"""What a training reads: the rows it trains and reports on, and the tokens its loss counts."""
+"""Training data: training and evaluation rows, and the tokens in the loss."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LossOn = Literal["all", "answer"]
 class Auxiliary:
     """A second answer of every prompt, one token, read from a layer's residual stream.
 
-    The state at the token that predicts the answer goes through the model's own final norm and
-    unembedding, and the second answers alone compete: a linear classifier whose weights are
-    those tokens' rows of the unembedding, so that the model needs no further parameter.
+    The state at the token that predicts the answer passes through the model's final norm and
+    unembedding, and only the second answers compete: a linear classifier whose weights are those
+    tokens' rows of the unembedding, so that the model needs no further parameter.
 
     Attributes:
         column: column of the prompts' rows that holds the token id.
-        layer: number of blocks behind the state, from 1.
+        layer: number of blocks before the state, from 1.
         weight: of the mean cross-entropy, in nats, beside the language model's loss.
 
     >>> Auxiliary("identity", layer=2)
@@ -47,29 +47,29 @@ class Auxiliary:
     weight: float = 1.0
 
     def to_json(self, prompts: Prompts) -> dict[str, Any]:
-        """What is asked of these prompts, in plain values."""
+        """The second answers of these prompts, as plain values."""
         asked = prompts.rows[self.column].to_numpy(dtype=np.int64)
         return {**asdict(self), "answers": hashlib.sha256(asked.tobytes()).hexdigest()[:16]}
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences with the tokens that the loss counts.
+    """Token sequences with a mask of the tokens in the loss.
 
-    With a second answer, ``second`` is its place among ``choices``, the token ids that compete,
-    and ``asked_at`` the token whose state it is read from.
+    With a second answer, ``second`` is its index among ``choices``, the token ids that compete,
+    and ``read_at`` the token from whose state it is read.
     """
 
     tokens: Int[Tensor, "prompt length"]
     lengths: Int[Tensor, " prompt"]
     scored: Bool[Tensor, "prompt length"]
-    asked_at: Int[Tensor, " prompt"] | None = None
+    read_at: Int[Tensor, " prompt"] | None = None
     second: Int[Tensor, " prompt"] | None = None
     choices: Int[Tensor, " choice"] | None = None
 
 
 def required_sizes(prompts: Prompts) -> dict[str, int]:
-    """Vocabulary and context that a model needs for these prompts and their answers.
+    """Vocabulary and context size that these prompts and their answers need.
 
     >>> import pandas as pd
     >>> rows = pd.DataFrame({"task": ["copy", "add"]})
@@ -81,8 +81,8 @@ def required_sizes(prompts: Prompts) -> dict[str, int]:
     return {"d_vocab": int(tokens.max()) + 1, "n_ctx": int(lengths.max())}
 
 
-def check_fit(config: TransformerBridgeConfig, *prompts: Prompts) -> None:
-    """Raises InputError if a model of this configuration is too small for the prompts."""
+def check_sizes(config: TransformerBridgeConfig, *prompts: Prompts) -> None:
+    """Raise InputError if a model of this configuration is too small for the prompts."""
     for name in ("d_vocab", "n_ctx"):
         needed = max(required_sizes(each)[name] for each in prompts)
         given = getattr(config, name)
@@ -93,7 +93,7 @@ def check_fit(config: TransformerBridgeConfig, *prompts: Prompts) -> None:
 def check_auxiliary(
     config: TransformerBridgeConfig, auxiliary: Auxiliary, prompts: Prompts
 ) -> None:
-    """Raises InputError if the second answer cannot be asked of this model and these prompts."""
+    """Raise InputError if the second answer is not compatible with the model and prompts."""
     layer, column, weight = auxiliary.layer, auxiliary.column, auxiliary.weight
     if not 1 <= layer <= config.n_layers:
         raise InputError(f"train: auxiliary layer={layer}, expected 1..{config.n_layers}")
@@ -109,7 +109,7 @@ def check_auxiliary(
 
 
 def split_prompts(prompts: Prompts, evaluate: Prompts | None) -> tuple[Prompts, Prompts]:
-    """The prompts to train on and those to report on."""
+    """The prompts to train on and those to evaluate."""
     if "split" not in prompts.rows:
         return prompts, prompts if evaluate is None else evaluate
     is_train = (prompts.rows["split"] == "train").to_numpy()
@@ -154,16 +154,16 @@ SCORED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def training_sequences(
     prompts: Prompts, loss_on: str, auxiliary: Auxiliary | None = None
 ) -> Sequences:
-    """Prompts with their answers, and the tokens that count with this ``loss_on``."""
+    """Prompts with their answers, and the tokens in the loss under this ``loss_on``."""
     tokens, lengths, answers = prompts.with_answers()
     scored = SCORED[loss_on](lengths, answers)
     if auxiliary is None:
         return Sequences(tokens, lengths, scored)
     ids = prompts.rows[auxiliary.column].to_numpy(dtype=np.int64)
     choices, second = np.unique(ids, return_inverse=True)
-    asked_at = prompts.position("answer")
+    read_at = prompts.position("answer")
     return Sequences(
-        tokens, lengths, scored, asked_at, torch.from_numpy(second), torch.from_numpy(choices)
+        tokens, lengths, scored, read_at, torch.from_numpy(second), torch.from_numpy(choices)
     )
 
 
@@ -175,7 +175,7 @@ def sequence_loss(
     """Mean cross-entropy, in nats, of the scored tokens given those before them.
 
     Args:
-        logits: of all positions but the last, so ``next`` is ``length - 1``.
+        logits: of all positions except the last, so ``next`` is ``length - 1``.
         tokens: the sequences.
         scored: which tokens count; the first of a sequence never does.
     """
@@ -192,11 +192,11 @@ def auxiliary_loss(
     scored: Bool[Tensor, "prompt length"],
 ) -> Float[Tensor, ""]:
     """`sequence_loss` of these rows plus the weighted cross-entropy of their second answers."""
-    assert data.asked_at is not None
+    assert data.read_at is not None
     assert data.second is not None
     assert data.choices is not None
     states: list[Tensor] = []
-    # A block gives a tuple whose first entry is the residual stream after it.
+    # A block returns a tuple whose first entry is the residual stream after it.
     block = model.layers[auxiliary.layer - 1]
     handle = block.register_forward_hook(lambda _block, _given, found: states.append(found[0]))
     try:
@@ -204,6 +204,6 @@ def auxiliary_loss(
     finally:
         handle.remove()
     device = tokens.device
-    at_answer = states[0][torch.arange(len(rows), device=device), data.asked_at[rows].to(device)]
+    at_answer = states[0][torch.arange(len(rows), device=device), data.read_at[rows].to(device)]
     logits = model.head(model.ln_out(at_answer))[:, data.choices.to(device)]
     return loss + auxiliary.weight * F.cross_entropy(logits, data.second[rows].to(device))

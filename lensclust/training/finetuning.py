@@ -1,13 +1,12 @@
 """Supervised fine-tuning of a loaded model on prompts with their answers.
 
-The model itself is given back as it was, to the bit: what was learned is in the checkpoints of
-the run, which put it into the model for as long as a block of code lasts. Without a folder the
-checkpoints stay in memory, each as large as what is trained: for the whole of a large model give
-a folder, train adapters (`Lora`), or train less of it (``only``).
+The model is restored bit for bit: the trained weights are in the checkpoints of the run, which can
+be put into the model temporarily. Without a folder the checkpoints stay in memory, each as large
+as the trained parameters: for all parameters of a large model give a folder, train adapters
+(`Lora`), or train fewer parameters (``only``).
 
-Step ``n`` of a run depends on the weights, the optimizer's moments, the seed and ``n``, and on
-nothing else, so that a run that was killed goes on and ends with the same bits (on a CPU with the
-same number of threads).
+Step ``n`` of a run depends only on the weights, the optimizer's moments, the seed and ``n``, so a
+killed run can be resumed with bit-identical results (on a CPU with the same number of threads).
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from lensclust.models import (
     chosen_parameters,
     default_budget,
     fingerprint,
-    left_as_it_was,
     model_device,
     named_parameters,
+    restored_afterwards,
     training_batches,
 )
 from lensclust.progress import progress_bar
 from lensclust.prompts import Prompts
-from lensclust.storage import digest_of, save_sealed, writing
+from lensclust.storage import digest_of, save_checksummed, writing
 from lensclust.training.data import content_digest
 from lensclust.training.lora import Adapters, Lora
 from lensclust.training.runs import HEADER, ChosenWeights, FinetuningRun, Tuned, TunedCheckpoint
@@ -77,38 +76,37 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
 ) -> FinetuningRun:
-    """Train a model on the answers of prompts; it is given back as it was.
+    """Fine-tune a model on the answers of prompts; the model itself is restored.
 
     AdamW; the learning rate rises linearly, then stays or follows a cosine to zero. The loss is
     the mean cross-entropy over the batch's answer tokens, in nats. A batch holds prompts of
-    similar length; every prompt comes once a round, in an order drawn anew each time. Dropout
-    stays off.
+    similar length; every prompt comes once per epoch, reshuffled each time. Dropout stays off.
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to train on, with the answers wanted. All of them, whatever their split.
-        batch_size: prompts a step.
-        batch_tokens: tokens a step instead, padding included; at least one prompt.
+        prompts: training prompts with target answers. All are used, whatever their split.
+        batch_size: prompts per step.
+        batch_tokens: tokens per step instead, padding included; at least one prompt.
         schedule: ``"cosine"`` or ``"constant"``, after the warmup.
         warmup: share of the steps in which the learning rate rises.
-        weight_decay: of what is trained, towards zero; of heads their own slices alone.
+        weight_decay: of the trained parameters, towards zero; for heads, of their slices only.
         only: which parameters to train, as for `lensclust.training.finetuned`: a regular
-            expression, names, or heads (``"head 3.1"``); all unless given.
+            expression, names, or heads (``"head 3.1"``); all by default.
         lora: train adapters instead; they need the extra ``peft``.
-        checkpoints: how many, at step 0 and log-spaced up to the last; or the steps themselves,
-            to which the first and last are added.
-        evaluate: prompts to report on at every checkpoint, by ``split``.
-        out: folder for ``step-000100.safetensors``, what was trained and nothing else, and the
+        checkpoints: their number, at step 0 and log-spaced up to the last; or the steps
+            themselves, to which the first and last are added.
+        evaluate: prompts to evaluate at every checkpoint, by ``split``.
+        out: folder for ``step-000100.safetensors``, with the trained parameters only, and the
             state to resume from.
-        resume: go on with the fine-tuning in ``out``, if there is one.
-        save_every: steps between two states to resume from, beside those at checkpoints.
-        seed: of batches and adapters; the global random state is left alone.
+        resume: continue the fine-tuning in ``out``, if there is one.
+        save_every: steps between two states to resume from, in addition to checkpoints.
+        seed: of batches and adapters; the global random state is unchanged.
 
     Raises:
-        InputError: if a knob makes no sense, nothing is chosen to be trained, prompts have no
-            answers or do not fit the model, the model is in training mode or quantised, ``out``
-            holds another training or one that is not to be resumed, or another process trains
-            there.
+        InputError: if a hyperparameter is invalid, no parameter is chosen, prompts have no
+            answers or are not compatible with the model, the model is in training mode or
+            quantised, ``out`` holds another training, or one and ``resume`` is not set, or
+            another process trains there.
         RuntimeError: if the loss is no longer finite. The weights are restored then too.
 
     >>> import lensclust as lc
@@ -155,7 +153,7 @@ def finetune(
         "trained on": content_digest(prompts),
         "evaluated on": None if evaluate is None else content_digest(evaluate),
     }
-    # The fused kernel steps through memory: parts of a joint projection are strided views.
+    # The fused kernel needs contiguous memory, but parts of a joint projection are strided views.
     fused = all(parameter.is_contiguous() for parameter in tuned.parameters.values())
     optimizer = torch.optim.AdamW(_groups(tuned, masks, weight_decay), lr=lr, fused=fused)
     tokens, lengths, answers = prompts.with_answers()
@@ -163,7 +161,7 @@ def finetune(
     in_memory: dict[int, dict[str, Tensor]] = {}
     with (
         claimed(folder, caller="finetune"),
-        left_as_it_was(model, tuned.weights),
+        restored_afterwards(model, tuned.weights),
         progress_bar("fine-tuning", total=steps, enabled=progress) as advance,
     ):
         start, done = open_folder(
@@ -183,7 +181,7 @@ def finetune(
         samples = {0: 0}
         advance(start)
         for step, rows in zip(range(steps + 1), plan, strict=False):
-            # The state is that before `step`: what follows in this round is done again.
+            # The state before `step`: a resumed run repeats the rest of this iteration.
             samples[step + 1] = samples[step] + len(rows)
             if step < start:
                 continue
@@ -197,7 +195,7 @@ def finetune(
                     with writing(f"finetune: {str(folder)!r}"):
                         content = {"step": step, "samples": samples[step]}
                         content |= {"training": digest_of(knobs)}
-                        save_sealed(checkpoint_path(folder, step), HEADER, content, moved)
+                        save_checksummed(checkpoint_path(folder, step), HEADER, content, moved)
             if folder is not None and is_new and (step in at or step % save_every == 0):
                 content = {"step": step, "knobs": knobs, "scores": scores, "losses": losses}
                 moving = {n: p for n, p in tuned.parameters.items() if p in optimizer.state}
@@ -253,7 +251,7 @@ def _loss(model: TransformerBridge, tokens: Tensor, answers: Tensor) -> Tensor:
 def _groups(
     tuned: Tuned, masks: Mapping[str, Tensor | None], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameters that are trained whole, and those of which a slice is, which decays apart."""
+    """Fully trained parameters, and partly trained ones, which decay separately."""
     whole = [p for name, p in tuned.parameters.items() if masks[name] is None]
     sliced = [p for name, p in tuned.parameters.items() if masks[name] is not None]
     groups = ((whole, weight_decay), (sliced, 0.0))
@@ -261,7 +259,7 @@ def _groups(
 
 
 def _confine(tuned: Tuned, masks: Mapping[str, Tensor | None], decay: float) -> None:
-    """Keep the gradient, and the decay, to the slices that are trained."""
+    """Restrict the gradient and the decay to the trained slices."""
     with torch.no_grad():
         for name, mask in masks.items():
             parameter = tuned.parameters[name]
@@ -289,7 +287,7 @@ def _scores(
     return [{**row, "samples": samples} for row in rows]
 
 
-# -- at the door --------------------------------------------------------------------------
+# -- checks -------------------------------------------------------------------------------
 
 
 def _checkpoint_steps(steps: int, checkpoints: int | Sequence[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA) on the linear maps of a hooked model, made by `peft`.
 
-An adapter adds ``alpha / rank * B A`` to the weight of a linear map, as a second path beside it
-(Hu et al., arXiv 2106.09685). The wrapped maps stay as they are, so that taking the adapters off
-gives the model back to the bit; all hooks are around the map and its adapter.
+An adapter adds ``alpha / rank * B A`` to the weight of a linear map, as a parallel path (Hu et al.,
+arXiv 2106.09685). The wrapped maps are unchanged, so removing the adapters restores the model bit
+for bit; hooks see the sum of the map and its adapter.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _NAME = "default"
 
 @dataclass(frozen=True)
 class Lora:
-    """Which linear maps get an adapter, and of what size.
+    """Options of low-rank adapters: which linear maps, and their size.
 
     Attributes:
-        rank: of what is added to a weight.
-        alpha: the addition is scaled by ``alpha / rank``.
-        targets: the maps, by the names TransformerLens has for them in every architecture:
+        rank: of the matrix that is added to a weight.
+        alpha: that matrix is scaled by ``alpha / rank``.
+        targets: the maps, by their TransformerLens names, the same in every architecture:
             ``q``, ``k``, ``v`` and ``o`` of attention, ``gate``, ``in`` and ``out`` of the MLP.
-        blocks: the blocks that get adapters; all unless given.
+        blocks: the blocks with adapters; all by default.
     """
 
     rank: int = 8
@@ -44,16 +44,16 @@ class Lora:
     blocks: Sequence[int] | range | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The same in plain values."""
+        """The options as plain values."""
         blocks = None if self.blocks is None else list(self.blocks)
         return {**asdict(self), "targets": list(self.targets), "blocks": blocks}
 
 
 class Adapters:
-    """Adapters of one model, off until they are put on.
+    """Adapters of one model, inactive outside `on`.
 
     Attributes:
-        parameters: name -> weight of an adapter. At first B is zero, so nothing is added.
+        parameters: name -> weight of an adapter. B is initialised to zero, so nothing is added.
 
     >>> import lensclust as lc
     >>> model, tokens = lc.load("native:sif-small"), torch.tensor([[1, 2, 3]])
@@ -76,8 +76,8 @@ class Adapters:
         """Make adapters for a model.
 
         Args:
-            seed: of the first A; the global random state is left alone.
-            caller: in whose name errors speak.
+            seed: of the initial A; the global random state is unchanged.
+            caller: function name used in error messages.
 
         Raises:
             InputError: if `peft` is missing, rank or alpha is below 1, or a target or block
@@ -100,7 +100,7 @@ class Adapters:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Inside, the adapters add to what their maps give."""
+        """Context in which the adapters are active."""
         try:
             for bridge, layer in zip(self._bridges.values(), self._layers, strict=True):
                 bridge.set_original_component(layer)
@@ -111,15 +111,15 @@ class Adapters:
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """The model's weights that `put_in` changes: those of the maps."""
+        """The model's weights that `put_in` changes: those of the adapted maps."""
         return [base.weight for base in self._bases.values()]
 
     def put_in(self, held: Mapping[str, Tensor]) -> None:
-        """Give the adapters these values and add what they come to to the model's weights.
+        """Merge adapters with these values into the model's weights.
 
-        So the model needs them no longer, and all that reads its weights sees them.
+        The model then needs no adapters, and its weights include them.
         """
-        if not held:  # nothing has moved yet
+        if not held:  # nothing has changed yet
             return
         with torch.no_grad():
             for name, values in held.items():
@@ -170,12 +170,12 @@ def _linear_maps(part: Any) -> dict[str, Any]:
 def _wrapped(bases: list[nn.Module], lora: Lora, seed: int) -> list[Any]:
     from peft import LoraConfig, inject_adapter_in_model
 
-    # Within a container of their own: the model itself keeps no trace of peft.
+    # In a separate container, so that the model itself does not reference peft.
     holder = nn.ModuleDict({f"map{i}": base for i, base in enumerate(bases)})
     free = [(p, p.requires_grad) for p in holder.parameters()]
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(holder))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # Which way a weight lies peft sees for itself, and says so.
+        # peft detects the orientation of a weight and warns of it.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.default_generator.manual_seed(derive_generator(seed, "adapters").initial_seed())
         inject_adapter_in_model(config, holder, adapter_name=_NAME)

@@ -1,4 +1,4 @@
-"""Losses of a model's inner states, beside that of its answers."""
+"""Losses on a model's internal states, beside that of its answers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Loss = Callable[[Float[Tensor, "row d"], Int[Tensor, " row"]], Float[Tensor, ""]
 
 @dataclass(frozen=True)
 class StateLoss:
-    """A further loss, of the prompts' states at one layer of the residual stream.
+    """An additional loss on the prompts' states at one layer of the residual stream.
 
     Attributes:
         layer: 0 is the embeddings, ``l`` the output of block ``l - 1``.
-        loss: from states ``(row, d)`` and the prompt behind each row to a number, such as
-            `pull` and `contrast` give.
+        loss: from states ``(row, d)`` and the prompt number of each row to a number, such as
+            the functions returned by `pull` and `contrast`.
         weight: of this loss beside the cross-entropy of the answers.
         at: read position of the states (`Prompts.position`).
     """
@@ -31,10 +31,10 @@ class StateLoss:
 
 
 def pull(wanted: Float[Tensor, "prompt d"], spread: float) -> Loss:
-    """A loss: mean squared distance of each prompt's state to the one wanted, over ``spread``.
+    """A loss: mean squared distance of each prompt's state to its target, over ``spread``.
 
     Args:
-        wanted: a state for each prompt, NaN for prompts that are not pulled.
+        wanted: target state of each prompt, NaN for prompts without a target.
         spread: the squared distance that counts as 1.
 
     >>> import torch
@@ -46,7 +46,7 @@ def pull(wanted: Float[Tensor, "prompt d"], spread: float) -> Loss:
     def loss(states: Float[Tensor, "row d"], rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
         goal = wanted.to(states)[rows.to(wanted.device)]
         known = goal.isfinite().all(-1)
-        # Sum over no row is 0, a mean would be NaN.
+        # A sum over no rows is 0, a mean would be NaN.
         return ((states - goal)[known] ** 2).sum() / (spread * max(1, int(known.sum())))
 
     return loss
@@ -57,8 +57,8 @@ def contrast(
 ) -> Loss:
     """A loss: cross-entropy of the wanted state against the unwanted one.
 
-    Logits are minus the squared distances over ``spread``, so the loss of a state half way
-    between the two is ``log 2``. Rows that are NaN do not count.
+    Logits are minus the squared distances over ``spread``, so the loss of a state halfway between
+    the two is ``log 2``. Rows that are NaN are ignored.
 
     >>> import torch
     >>> points = torch.eye(2)

@@ -1,9 +1,8 @@
 """Training a native model from scratch, with log-spaced checkpoints and an exact resume.
 
-Step ``n`` of a run depends on the weights, the optimizer's moments, the seed and ``n``, and on
-nothing else: the rows of a batch and the learning rate are functions of the step. So a run that
-was killed, whenever that was, goes on from the last state it wrote and ends with the same bits
-(on a CPU with the same number of threads).
+Step ``n`` of a run depends only on the weights, the optimizer's moments, the seed and ``n``: the
+rows of a batch and the learning rate are functions of the step. So a run killed at any time can be
+resumed from its last state with bit-identical results (on a CPU with the same number of threads).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from lensclust.training.data import (
     Sequences,
     auxiliary_loss,
     check_auxiliary,
-    check_fit,
+    check_sizes,
     content_digest,
     required_sizes,
     sequence_loss,
@@ -94,43 +93,42 @@ def train(
     """Train a native causal language model on prompts with their answers.
 
     AdamW; the learning rate rises linearly, then follows a cosine to zero. Batches are drawn
-    with replacement, a function of seed and step. The bare module is trained, without hooks.
+    with replacement, as a function of seed and step. The bare module is trained, without hooks.
 
-    Checkpoints that hold the same weights are reported in one warning.
+    Checkpoints with identical weights are reported in one warning.
 
     The defaults suit `tasks.sif` and the preset "sif-small": half a minute on one core.
 
     Args:
         config: a native configuration, or the name of a preset, which then gets the
             vocabulary and context that the prompts need (`required_sizes`).
-        prompts: training sequences. Where rows have a ``split``, those called "train" and no
-            others are trained on.
+        prompts: training sequences. If rows have a ``split``, only those of split "train".
         warmup: share of the steps in which the learning rate rises.
         schedule: of the learning rate after that: ``"cosine"`` falls to zero at the last step;
-            with ``"constant"`` a longer run passes through what a shorter one ended with, as
-            long as they warm up over the same number of steps.
-        loss_on: ``"all"`` tokens but the first, or the ``"answer"`` alone.
-        auxiliary: a second answer, to be read from a layer's residual stream; its cross-entropy
-            is added to the loss.
-        start_from: a native model of this configuration whose weights the training begins
-            with; it is left as it is. The optimizer starts afresh.
-        n_checkpoints: at step 0 and log-spaced up to the last; fewer where steps coincide.
+            with ``"constant"`` a longer run passes through the final state of a shorter one with
+            the same number of warmup steps.
+        loss_on: ``"all"`` tokens except the first, or only the ``"answer"``.
+        auxiliary: a second answer, read from a layer's residual stream; its cross-entropy is
+            added to the loss.
+        start_from: a native model of this configuration with the initial weights; it is not
+            changed. The optimizer starts without moments.
+        n_checkpoints: at step 0 and log-spaced up to the last; fewer if steps coincide.
         out: folder for ``step-000800.safetensors`` (`lensclust.load` opens them) and the state
             to resume from; without it the checkpoints stay in memory.
-        evaluate: prompts to report accuracy on, by ``split``; unless given, the splits that
+        evaluate: prompts on which to report accuracy, by ``split``; by default the splits that
             are not trained on and some of the training rows.
-        evaluate_every: report accuracy also every so many steps, without a checkpoint.
-        seed: gives weights (over the configuration's own seed) and batches; the global random
+        evaluate_every: number of steps between further reports of accuracy without a checkpoint.
+        seed: of weights (overrides the configuration's seed) and batches; the global random
             state is neither read nor changed.
-        resume: go on with the training in ``out``, if there is one.
-        save_every: steps between two states to resume from, beside those at checkpoints.
+        resume: continue the training in ``out``, if there is one.
+        save_every: steps between two states to resume from, in addition to checkpoints.
         device: where to train. Default: an accelerator if there is one.
 
     Raises:
-        InputError: if a knob makes no sense, the prompts or the weights to start from do not
-            fit the model, ``out`` holds a training and ``resume`` is not asked for, or that
-            training had other knobs; if what it holds is damaged, another process trains there,
-            or it cannot be written to.
+        InputError: if a hyperparameter is invalid, the prompts or initial weights are not
+            compatible with the model, ``out`` holds a training and ``resume`` is not set, or that
+            training had other hyperparameters; if ``out`` is damaged or not writable, or another
+            process trains there.
         RuntimeError: if the loss is no longer finite.
 
     >>> from lensclust.tasks import sif
@@ -149,7 +147,7 @@ def train(
     if not isinstance(config, TransformerBridgeConfig):
         raise InputError(
             f"train: {type(config).__name__} given as config, expected a native model's, such as "
-            "'sif-small' (lensclust.finetune trains a model that there is)"
+            "'sif-small' (lensclust.finetune trains an existing model)"
         )
     _check_knobs(steps, batch_size, lr, warmup, schedule, loss_on, n_checkpoints, save_every)
     check_counts("train", evaluate_every=evaluate_every)
@@ -157,7 +155,7 @@ def train(
     if not 0 <= weight_decay < math.inf:
         raise InputError(f"train: weight_decay={weight_decay}, expected a number from 0")
     trained, evaluated = split_prompts(prompts, evaluate)
-    check_fit(config, prompts, evaluated)
+    check_sizes(config, prompts, evaluated)
     if auxiliary is not None:
         check_auxiliary(config, auxiliary, trained)
     training = training_sequences(trained, loss_on, auxiliary)
@@ -197,11 +195,11 @@ def train(
             folder, resume, knobs, tensors, optimizer, at=at, header=HEADER, caller="train"
         )
         scores = done.get("scores", [])
-        # The state of this step lies in the folder already, unless nothing does.
+        # The folder already holds the state of this step, unless it is empty.
         kept = start if scores else None
         advance(start)
         for step in range(start, steps + 1):
-            # The state is that before `step`: what follows in this round is done again.
+            # The state before `step`: a resumed run repeats the rest of this iteration.
             is_checkpoint = step in at
             is_reported = is_checkpoint or (evaluate_every and step % evaluate_every == 0)
             if is_reported and all(row["step"] != step for row in scores):
@@ -292,7 +290,7 @@ def _check_knobs(
 
 
 def _bare(bridge: TransformerBridge, device: torch.device) -> NativeModel:
-    """The module without hooks, an eighth faster to train than within the bridge."""
+    """The module without hooks, an eighth faster to train than inside the bridge."""
     with torch.random.fork_rng(devices=[]):
         model = NativeModel(deepcopy(bridge.cfg))
     weights = {name: tensor.detach().clone() for name, tensor in named_weights(bridge).items()}
@@ -311,7 +309,7 @@ def _start(model: NativeModel, given: TransformerBridge) -> None:
     if odd:
         there = tuple(weights[odd[0]].shape) if odd[0] in weights else "missing"
         raise InputError(
-            f"train: start_from does not fit the configuration: {odd[0]!r} is {there}, "
+            f"train: start_from does not match the configuration: {odd[0]!r} is {there}, "
             f"expected {sizes.get(odd[0], 'no such weight')}"
         )
     model.load_state_dict({name: tensor.detach() for name, tensor in weights.items()})

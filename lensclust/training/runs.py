@@ -1,4 +1,4 @@
-"""What a training leaves: its scores, and the model at each checkpoint."""
+"""Results of a training: its scores, and the model at each checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lensclust.errors import InputError
 from lensclust.figures import as_html
 from lensclust.models import (
     checkpoint_fingerprint,
-    left_as_it_was,
     load_checkpoint,
     native_bridge_with,
+    restored_afterwards,
 )
-from lensclust.storage import read_sealed, tensors_digest
+from lensclust.storage import read_checksummed, tensors_digest
 from lensclust.training.lora import Adapters
 
 HEADER = "lensclust-finetuning"
@@ -31,7 +31,7 @@ HEADER = "lensclust-finetuning"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The model after so many steps, in a file or, without one, in memory."""
+    """The model after ``step`` steps, in a file or, without one, in memory."""
 
     step: int
     config: TransformerBridgeConfig = field(repr=False)
@@ -39,7 +39,7 @@ class Checkpoint:
     weights: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def model(self) -> TransformerBridge:
-        """A fresh model with these weights, in eval mode.
+        """A new model with these weights, in eval mode.
 
         Raises:
             InputError: if the file is gone or damaged.
@@ -51,7 +51,7 @@ class Checkpoint:
         return native_bridge_with(self.config, weights, name=f"step {self.step}")
 
     def fingerprint(self) -> str:
-        """What `lensclust.fingerprint` says of the model, without building it.
+        """The `lensclust.fingerprint` of the model, without building it.
 
         Raises:
             InputError: if the file is gone or damaged.
@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def described(run: object, frame: pd.DataFrame, checkpoints: Sequence[Any], *further: str) -> str:
-    """A run in one line: how long it was, and what it had learnt at the end."""
+    """A run in one line: its length and its final scores."""
     learnt = ""
     if len(frame):
         last = frame[frame["step"] == frame["step"].max()]
@@ -78,8 +78,8 @@ class TrainingRun:
     """A finished training.
 
     Attributes:
-        frame: ``step, split, accuracy, loss`` at every checkpoint and wherever else it was
-            asked for (``evaluate_every``); accuracy is the share of prompts whose whole answer
+        frame: ``step, split, accuracy, loss`` at every checkpoint and further steps
+            (``evaluate_every``); accuracy is the share of prompts whose whole answer
             is the argmax, loss the mean cross-entropy of the answer in nats.
         checkpoints: by step, the untrained model first.
     """
@@ -104,12 +104,12 @@ class TrainingRun:
 
 @dataclass(frozen=True, eq=False)
 class ChosenWeights:
-    """Weights of the model itself, trained where they are: what `Adapters` is for adapters."""
+    """Weights of the model that are trained in place; the counterpart of `Adapters`."""
 
     parameters: dict[str, nn.Parameter]
 
     def on(self) -> AbstractContextManager[None]:
-        """Inside, the model runs with these parameters, as it does outside."""
+        """A context without effect: the model always runs with these parameters."""
         return nullcontext()
 
     @property
@@ -118,7 +118,7 @@ class ChosenWeights:
         return list(self.parameters.values())
 
     def put_in(self, held: Mapping[str, Tensor]) -> None:
-        """Give the model's weights these values."""
+        """Copy these values into the model's weights."""
         with torch.no_grad():
             for name, values in held.items():
                 self.parameters[name].copy_(values)
@@ -129,11 +129,11 @@ Tuned = ChosenWeights | Adapters
 
 @dataclass(frozen=True, eq=False)
 class TunedCheckpoint:
-    """What was trained, after so many steps: in a file or, without one, in memory.
+    """The trained parameters after ``step`` steps: in a file or, without one, in memory.
 
     Attributes:
-        step: steps done before it.
-        samples: prompts seen before it, each as often as it was.
+        step: number of steps before it.
+        samples: number of prompts seen before it, with repetitions.
     """
 
     step: int
@@ -142,17 +142,17 @@ class TunedCheckpoint:
     held: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What has moved by then, by name.
+        """The trained parameters at this step, by name.
 
         Raises:
             InputError: if the file is gone or damaged.
         """
-        return read_sealed(self.path, HEADER)[1] if self.path is not None else self.held or {}
+        return read_checksummed(self.path, HEADER)[1] if self.path is not None else self.held or {}
 
 
 @dataclass(frozen=True, eq=False)
 class FinetuningRun:
-    """A finished fine-tuning of a model that is as it was before.
+    """A finished fine-tuning; the model itself is unchanged.
 
     Attributes:
         frame: ``step, samples, split, loss, accuracy`` of the prompts to evaluate, at every
@@ -160,7 +160,7 @@ class FinetuningRun:
             share of prompts whose whole answer is the argmax. Empty without such prompts.
         losses: of each step's batch, before the step: cross-entropy of its answer tokens, nats.
         checkpoints: by step, the model before training first.
-        parameters: how many numbers were free to move.
+        parameters: number of trained parameters.
     """
 
     frame: pd.DataFrame
@@ -180,10 +180,10 @@ class FinetuningRun:
 
     @contextmanager
     def at(self, step: int | None = None) -> Iterator[TransformerBridge]:
-        """The model as it was after a step, adapters merged, for as long as the block lasts.
+        """Context with the model after a step, adapters merged.
 
         Args:
-            step: of a checkpoint; the last unless given.
+            step: of a checkpoint; the last by default.
 
         Raises:
             InputError: if there is no such checkpoint, its file is gone or damaged, or another
@@ -195,19 +195,19 @@ class FinetuningRun:
             raise InputError(f"finetune: step={wanted}, expected a checkpoint: one of {[*there]}")
         if not self._in_use.acquire(blocking=False):
             raise InputError(
-                f"finetune: step {wanted} asked for while another checkpoint of this run is in "
+                f"finetune: step {wanted} requested while another checkpoint of this run is in "
                 "the model, expected that block to end first"
             )
         try:
             held = there[wanted].tensors()
-            with left_as_it_was(self._model, self._tuned.weights):
+            with restored_afterwards(self._model, self._tuned.weights):
                 self._tuned.put_in(held)
                 yield self._model
         finally:
             self._in_use.release()
 
     def series(self) -> Iterator[tuple[int, TransformerBridge]]:
-        """Step and model of each checkpoint, as `at` gives it until the next is asked for."""
+        """Step and model of each checkpoint, as in `at`, valid until the next is requested."""
         for checkpoint in self.checkpoints:
             with self.at(checkpoint.step) as model:
                 yield checkpoint.step, model

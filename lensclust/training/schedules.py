@@ -16,7 +16,7 @@ _AFTER_WARMUP: dict[str, Callable[[float], float]] = {
 
 
 def rate(step: int, steps: int, *, warmup: float, schedule: str) -> float:
-    """Share of the learning rate at a step: it rises linearly, then follows the schedule.
+    """The learning rate at a step, relative to its maximum: linear warmup, then the schedule.
 
     >>> [round(rate(step, 8, warmup=0.25, schedule="cosine"), 2) for step in range(8)]
     [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
@@ -33,12 +33,12 @@ def checkpoint_steps(steps: int, n: int) -> list[int]:
     [0, 12, 23, 44, 85, 163, 313, 600]
     """
     first = max(1, round(steps / 50))
-    # From the end, so that two checkpoints are the first step and the last.
+    # Counted from the end, so that two checkpoints are the first and the last step.
     return sorted({0, *(int(step) for step in np.geomspace(steps, first, n - 1).round())})
 
 
 def check_rate(lr: float, warmup: float, schedule: str, *, caller: str) -> None:
-    """Raises InputError, in the name of ``caller``, unless these make a learning rate."""
+    """Raise InputError if these options are invalid; ``caller`` is named in the message."""
     if not lr > 0 or not math.isfinite(lr):
         raise InputError(f"{caller}: lr={lr}, expected a positive number")
     if not 0 <= warmup <= 1:

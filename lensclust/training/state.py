@@ -1,8 +1,8 @@
 """The folder of a training: its checkpoints, and the state to resume from exactly.
 
-The state holds the step to do next, the weights, the optimizer's moments, what was noted so far
-and the knobs of the training, which goes on with those and no others. A checkpoint says of which
-knobs it is, so that none of another training is taken for one of this.
+The state holds the next step, the weights, the optimizer's moments, the records so far and the
+hyperparameters, with which alone the training can be resumed. A checkpoint holds a digest of its
+hyperparameters, so that checkpoints of another training are detected.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lensclust.storage import (
     created,
     digest_of,
     locked,
+    read_checksummed,
     read_content,
-    read_sealed,
     remove_partial,
     require_name,
-    save_sealed,
+    save_checksummed,
     writing,
 )
 
-# A safetensors file, named otherwise so that no one takes it for a checkpoint.
+# A safetensors file, with another ending so that it is not mistaken for a checkpoint.
 _STATE = "training.state"
 _HEADER = "lensclust-training"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -37,11 +37,11 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @contextmanager
 def claimed(folder: Path | None, *, caller: str) -> Iterator[None]:
-    """Lock the folder of a training, if it has one, against every other process.
+    """Lock the folder of a training, if it has one, against other processes.
 
     Raises:
-        InputError: if it is a file or has no name, cannot be written to, or another process
-            trains there.
+        InputError: if it is a file, has no name or is not writable, or another process trains
+            there.
     """
     if folder is None:
         yield
@@ -67,13 +67,13 @@ def open_folder(
     header: str,
     caller: str,
 ) -> tuple[int, dict[str, Any]]:
-    """Restore what was done in the folder: the step to do next and what was noted so far.
+    """Restore the state of a folder; return the next step and the records so far.
 
     Args:
-        tensors: the weights, which take the values that the state holds for them.
+        tensors: the weights, which are set to the values in the state.
         at: steps of the checkpoints.
         header: the key of the checkpoints' headers.
-        caller: in whose name errors speak.
+        caller: function name used in error messages.
     """
     if folder is None:
         if resume:
@@ -89,7 +89,7 @@ def open_folder(
     known = (folder / _STATE).exists()
     try:
         if known:
-            done, held = read_sealed(folder / _STATE, _HEADER)
+            done, held = read_checksummed(folder / _STATE, _HEADER)
     except InputError as error:
         raise InputError(f"{caller}: cannot resume from {error}") from error
     changed = [name for name, value in knobs.items() if done["knobs"].get(name) != value]
@@ -97,14 +97,14 @@ def open_folder(
         name = changed[0]
         raise InputError(
             f"{caller}: {str(folder)!r} was started with {name}={done['knobs'].get(name)!r}, "
-            f"and cannot go on with {name}={knobs[name]!r}"
+            f"and cannot be resumed with {name}={knobs[name]!r}"
         )
     training = digest_of(knobs)
     ours = (path for path in folder.glob("step-*.safetensors") if path.stem[5:].isdigit())
     for path in sorted(ours):
         said = read_content(path, header)[0]
         said = said.get("metadata", said)
-        # Those of an earlier version do not say of which training they are.
+        # Checkpoints of an earlier version do not name their training.
         if said.get("training", training) != training:
             raise InputError(f"{caller}: {str(path)!r} is of another training: delete its folder")
         if said.get("step") != int(path.stem[5:]):
@@ -115,7 +115,7 @@ def open_folder(
         if not path.exists():
             raise InputError(
                 f"{caller}: {str(path)!r} is missing, so this training cannot be resumed: expected "
-                "the folder as it was left"
+                "the folder unchanged"
             )
     for name, tensor in tensors.items():
         if f"weights/{name}" in held:
@@ -137,14 +137,14 @@ def save_state(
     *,
     caller: str,
 ) -> None:
-    """Write what `open_folder` resumes from: the state before ``content["step"]``."""
+    """Write the state before ``content["step"]``, from which `open_folder` resumes."""
     held = {f"weights/{name}": copied(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         for key, moment in optimizer.state.get(tensor, {}).items():
             held[f"{key}/{name}"] = moment.detach().cpu().contiguous()
-    # Replaced in one move: a kill leaves the old state or the new one, never half of one.
+    # Replaced atomically: a kill leaves the old state or the new one, never half of one.
     with writing(f"{caller}: {str(folder)!r}"):
-        save_sealed(folder / _STATE, _HEADER, content, held)
+        save_checksummed(folder / _STATE, _HEADER, content, held)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -153,5 +153,5 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """The values on the CPU, apart from the tensor."""
+    """A copy of a tensor on the CPU."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

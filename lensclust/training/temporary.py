@@ -1,6 +1,6 @@
-"""Fine-tuning of a loaded model for as long as a block of code lasts.
+"""Temporary fine-tuning of a loaded model, undone at the end of a block.
 
-The model is trained in place and given back as it was, to the bit, whatever happens inside.
+The model is trained in place and restored bit for bit, whatever happens inside the block.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lensclust.models import (
     Site,
     chosen_parameters,
     hook_name,
-    left_as_it_was,
     named_parameters,
     parameter_names,
     resolve,
+    restored_afterwards,
 )
 from lensclust.prompts import Prompts
 from lensclust.training.losses import StateLoss, contrast, pull
@@ -44,13 +44,13 @@ __all__ = ["Finetuned", "StateLoss", "contrast", "finetuned", "parameter_names",
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a fine-tuning did.
+    """Record of a temporary fine-tuning.
 
     Attributes:
         losses: at each step, before it: the cross-entropy of the batch's answers in nats, and
-            the further loss where there is one (else 0), not weighted.
-        parameters: how many numbers were free to move.
-        seconds: how long it took.
+            the additional loss (0 if there is none), not weighted.
+        parameters: number of trained parameters.
+        seconds: duration.
     """
 
     losses: tuple[tuple[float, float], ...]
@@ -71,31 +71,31 @@ def finetuned(
     seed: int = 0,
     frozen: FrozenBlocks | None = None,
 ) -> Iterator[Finetuned]:
-    """Train a model on the answers of prompts; its weights are as before when the block ends.
+    """Fine-tune a model on the answers of prompts; its weights are restored at the block's end.
 
-    AdamW without decay, at one learning rate; dropout stays off. Batches go through the prompts
-    in an order drawn anew each time round. Blocks below everything that is trained run once.
+    AdamW without decay, at a constant learning rate; dropout stays off. Prompts are reshuffled
+    every epoch. Blocks below all trained parameters run once.
 
     Args:
         model: a hooked model, in eval mode.
-        prompts: what to train on, with the answers wanted.
+        prompts: training prompts with target answers.
         only: which parameters to train: a regular expression that is searched in their names
-            (`parameter_names`), or names, or heads (``"head 3.1"``, or sites); all unless given.
-            Of a head these are its slices of the query and output weights, and of the key and
-            value weights unless other heads share them; biases and norms stay.
-        extra: a further loss, of the prompts' states.
-        batch_size: prompts a step.
-        seed: of the order of the prompts; the global random state is left alone.
-        frozen: what blocks below all that is trained make of these prompts (`FrozenBlocks.run`),
-            where several trainings have it in common; run here unless given.
+            (`parameter_names`), or names, or heads (``"head 3.1"``, or sites); all by default.
+            A head's parameters are its slices of the query and output weights, and of the key and
+            value weights unless other heads share them; biases and norms are not trained.
+        extra: an additional loss on the prompts' states.
+        batch_size: prompts per step.
+        seed: of the order of the prompts; the global random state is unchanged.
+        frozen: output of the blocks below all trained parameters on these prompts
+            (`FrozenBlocks.run`), if several trainings share it; computed here by default.
 
     Yields:
         Losses, the number of parameters, and seconds.
 
     Raises:
-        InputError: if a knob makes no sense, no parameter is chosen, a head or layer does not
-            exist, the model cannot be trained head by head, prompts have no answers or do not
-            fit the model, or the model is in training mode.
+        InputError: if a hyperparameter is invalid, no parameter is chosen, a head or layer does
+            not exist, the model cannot be trained head by head, prompts have no answers or are
+            not compatible with the model, or the model is in training mode.
         RuntimeError: if the loss is no longer finite. The weights are restored then too.
 
     >>> import lensclust as lc
@@ -110,7 +110,7 @@ def finetuned(
     _check(model, prompts, steps, lr, batch_size, extra)
     named = named_parameters(model)
     masks = chosen_parameters(model, named, only, caller="finetuned")
-    with left_as_it_was(model, [named[name] for name in masks]):
+    with restored_afterwards(model, [named[name] for name in masks]):
         for name, parameter in named.items():
             parameter.requires_grad_(name in masks)
             parameter.grad = None
@@ -142,7 +142,7 @@ def _train(
     lowest = _lowest_block(model, {id(named[name]) for name in masks})
     if extra is not None and extra.layer <= lowest:
         raise InputError(
-            f"finetuned: the further loss reads layer {extra.layer}, but training begins at block "
+            f"finetuned: the extra loss reads layer {extra.layer}, but training begins at block "
             f"{lowest}: expected layer {lowest + 1} or above"
         )
     if frozen is None and lowest:
@@ -191,7 +191,7 @@ def _losses(
     extra: StateLoss | None,
     frozen: FrozenBlocks | None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the answers, and the further loss."""
+    """Cross-entropy of the answers, and the additional loss."""
     states: list[Tensor] = []
     hooks = []
     if extra is not None:
@@ -225,7 +225,7 @@ def _lowest_block(model: TransformerBridge, trained: set[int]) -> int:
     return next((index for index, found in enumerate(in_block) if found), len(in_block))
 
 
-# -- at the door --------------------------------------------------------------------------
+# -- checks -------------------------------------------------------------------------------
 
 
 def _check(
@@ -244,4 +244,4 @@ def _check(
     if extra is not None:
         resolve(model, Site("resid", extra.layer))
         if not math.isfinite(extra.weight):
-            raise InputError(f"finetuned: weight={extra.weight} of the further loss, not a number")
+            raise InputError(f"finetuned: weight={extra.weight} of the extra loss, not a number")

@@ -36,7 +36,7 @@ from lensclust.report.page import write_page
 from lensclust.runs import directory as run_directory
 from lensclust.runs.server import state
 from lensclust.storage.integrity import DIGESTS, seal_folder
-from lensclust.storage.safetensors import read_sealed
+from lensclust.storage.safetensors import read_checksummed
 from lensclust.training.data import required_sizes
 from lensclust.training.pretraining import train
 from studies.study import _once
@@ -155,7 +155,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
             lambda: read_store(top / "a"),
         ),
         "checkpoint": ([last], lambda: read_checkpoint(last)),
-        "state": ([state], lambda: read_sealed(state, "lensclust-training")),
+        "state": ([state], lambda: read_checksummed(state, "lensclust-training")),
         "part": (list((top / "part" / "frames").iterdir()), lambda: read_frames(top / "part")),
         "run": ([p for p in run.rglob("*") if p.is_file()], lambda: read_run(run)),
         "model": (list(cached.iterdir()), lambda: read_cached(top)),
@@ -352,7 +352,7 @@ def test_checkpoints_of_another_training_or_step_are_refused(tmp_path: Path) -> 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     path = save_checkpoint(tiny_model(), tmp_path / "a.safetensors", step=3)
-    content, weights = read_sealed(path, "lensclust")
+    content, weights = read_checksummed(path, "lensclust")
     text = json.dumps({"content": content, "tensors": checkpoint_fingerprint(path)})
     said = f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
     save_file(weights, path, metadata={"lensclust": said})
@@ -440,7 +440,7 @@ def test_a_cached_model_of_an_earlier_version_or_another_pin(tmp_path: Path) -> 
         read_cached(tmp_path)
     # Without digests, there is no place in two layers for the weights of the third.
     (cached / DIGESTS).unlink()
-    with pytest.raises(lc.InputError, match=r"9 weights that its config.json has no place for"):
+    with pytest.raises(lc.InputError, match=r"9 weights that its config.json does not define"):
         read_cached(tmp_path)
     hf_model("llama").save_pretrained(cached)
     seal_folder(cached, {TINY.member: "1" * 64})

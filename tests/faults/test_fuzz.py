@@ -24,7 +24,7 @@ from lensclust.models.weight_files import gguf_contents, safetensors_contents
 from lensclust.prompts.prompts import Prompts
 from lensclust.report.page import write_page
 from lensclust.runs import directory as run_directory
-from lensclust.storage.safetensors import read_sealed, save_sealed
+from lensclust.storage.safetensors import read_checksummed, save_checksummed
 from tests.faults.work import extract, tiny_model
 from tests.lensclust.models.test_models import write_gguf
 from tests.lensclust.report.test_report import make_run
@@ -385,7 +385,7 @@ def test_options_of_studies(count: int, tmp_path: Path, capsys: pytest.CaptureFi
 @cases(quick=30, slow=400)
 def test_headers_of_checkpoints(count: int, tmp_path: Path) -> None:
     path = save_checkpoint(tiny_model(), tmp_path / "a.safetensors", step=1)
-    content, tensors = read_sealed(path, "lensclust")
+    content, tensors = read_checksummed(path, "lensclust")
     whole, other = path.read_bytes(), tmp_path / "b.safetensors"
     (header,) = struct.unpack("<Q", whole[:8])
 
@@ -395,7 +395,7 @@ def test_headers_of_checkpoints(count: int, tmp_path: Path) -> None:
         else:
             # Made so by someone who knows the seal.
             said = value if isinstance(value, dict) else {"config": value, "metadata": value}
-            save_sealed(other, "lensclust", said, tensors)
+            save_checksummed(other, "lensclust", said, tensors)
         read_metadata(other)
         load_checkpoint(other)
 

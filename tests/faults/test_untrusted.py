@@ -24,7 +24,7 @@ from lensclust.models.checkpoints import load_checkpoint, save_checkpoint
 from lensclust.models.downloads import Pin, _extract
 from lensclust.models.native import native_config
 from lensclust.report.page import write_page
-from lensclust.storage.safetensors import read_sealed, save_sealed
+from lensclust.storage.safetensors import read_checksummed, save_checksummed
 from tests.faults.work import extract, tiny_model
 from tests.lensclust.report.test_report import make_run
 from tests.tiny import hf_model, tiny_tokenizer
@@ -196,9 +196,9 @@ def test_a_checkpoint_that_asks_for_more_than_it_holds(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     path = save_checkpoint(tiny_model(), tmp_path / "a.safetensors", step=1)
-    content, tensors = read_sealed(path, "lensclust")
+    content, tensors = read_checksummed(path, "lensclust")
     content["config"] |= fields
-    save_sealed(path, "lensclust", content, tensors)
+    save_checksummed(path, "lensclust", content, tensors)
     with pytest.raises(lc.InputError) as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)

@@ -25,7 +25,7 @@ from lensclust.models.native import native_config
 from lensclust.parallel import one_thread
 from lensclust.prompts.prompts import Prompts
 from lensclust.results.claims import decide
-from lensclust.storage.safetensors import read_sealed
+from lensclust.storage.safetensors import read_checksummed
 from lensclust.tasks.synthetic.sif import sif
 from lensclust.training.data import required_sizes
 from lensclust.training.pretraining import train
@@ -111,11 +111,11 @@ def training(folder: Path) -> None:
 
 def looked_at_training(folder: Path) -> list[Path]:
     for path in (folder / "t").glob("*.safetensors"):
-        read_sealed(path, "lensclust")
+        read_checksummed(path, "lensclust")
     state = folder / "t" / "training.state"
     if not state.exists():
         return []
-    done, _ = read_sealed(state, "lensclust-training")
+    done, _ = read_checksummed(state, "lensclust-training")
     named = {f"step-{row['step']:06d}.safetensors" for row in done["scores"]}
     return [folder / "t" / name for name in named]
 

@@ -1,4 +1,4 @@
-"""Activations on disk: a zarr group that is resumable, appendable and verifiable."""
+"""Store of activations: a zarr group that can be resumed, appended to and verified."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
-# What a store says about itself, and the digests by which it notices that it was changed
+# Attributes of a store: provenance, progress and digests
 from .attributes import DONE as DONE
 from .attributes import ROW_KEYS as ROW_KEYS
 
-# Reading a store: only what is finished, and nothing that does not match its checksum
+# Reading a store: finished rows only, verified by checksum
 from .reading import open_activations as open_activations
 
-# Activations on disk: a zarr group written shard by shard, resumable, appendable, verifiable
+# Writing a store: shard by shard, with resume, append and checksums
 from .writing import Destination as Destination

@@ -1,10 +1,10 @@
-"""What a store says about itself, and the digests by which it notices that it was changed.
+"""Attributes of a store: provenance, progress and digests.
 
-The attributes hold, beside the provenance of the activations: ``batches`` (of each call that
+The attributes hold, beside the provenance of the activations: ``batches`` (for each call that
 wrote: the number of its prompts, their digest, the digest of their labels), ``measured`` (names
 of the variables with activations), ``shard`` (rows of a chunk), ``written`` (rows of a finished
-store), ``layout`` (digest of names, axes, types and whatever does not grow) and ``seal`` (digest
-of the attributes themselves). They are replaced in one move, when what they tell of is there.
+store), ``layout`` (digest of names, axes, types and of arrays that do not grow) and ``seal``
+(digest of the attributes themselves). They are replaced atomically, after the data they describe.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from jaxtyping import Bool
 
 from lensclust.storage import digest_of
 
-# A number for each row, that of its prompt: which prompts are there, to tell when one comes twice.
+# A hash of each row's prompt, to detect prompts that are in the store already.
 ROW_KEYS = "prompt_key"
-# Of each row, 1 when its activations are there: what a call that was interrupted goes on from.
+# For each row, 1 if its activations are written: an interrupted call resumes from here.
 DONE = "prompt_written"
 _OWN = ("batches", "measured", "shard", "written", "layout", "seal")
 
@@ -33,7 +33,7 @@ def measured_names(store: Any) -> list[str]:
 
 
 def batches_written(store: Any) -> list[Any]:
-    """Of each call that wrote: number of prompts, their digest, the digest of their labels."""
+    """For each call that wrote: number of prompts, their digest, the digest of their labels."""
     return json.loads(store.attrs["batches"])
 
 
@@ -51,7 +51,7 @@ def rows_done(store: Any, rows: slice) -> Bool[np.ndarray, " row"]:
 
 
 def note(store: Any, **changes: Any) -> None:
-    """Change the store's attributes, all at once, and their seal with them."""
+    """Change the store's attributes atomically, together with their digest."""
     attributes = {**store.attrs, **changes}
     store.attrs.put({**attributes, "seal": seal(attributes)})
 
@@ -62,7 +62,7 @@ def seal(attributes: Mapping[str, Any]) -> str:
 
 
 def layout_digest(arrays: Mapping[str, Any], dataset: xr.Dataset) -> str:
-    """Digest of how the arrays lie, and of the content of those that do not grow."""
+    """Digest of the arrays' layout, and of the contents of those that do not grow."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         axes = list(array.attrs["_ARRAY_DIMENSIONS"])
@@ -81,7 +81,7 @@ def label_digest(dataset: xr.Dataset) -> str:
 
 
 def _content(values: np.ndarray) -> bytes:
-    """Bytes that are the same in memory and read back: strings as JSON, one kind of NaN."""
+    """Canonical bytes, the same before writing and after reading: strings as JSON, one NaN."""
     if values.dtype.kind not in "iufb":
         return json.dumps([str(value) for value in values.tolist()]).encode()
     if values.dtype.kind == "f":
@@ -90,15 +90,15 @@ def _content(values: np.ndarray) -> bytes:
 
 
 def stored_kind(array: Any) -> str:
-    # zarr keeps truth values as small integers; xarray notes what they were.
+    # zarr stores truth values as small integers; xarray records the original type.
     return "|b1" if array.attrs.get("dtype") == "bool" else kind(array.dtype)
 
 
 def kind(dtype: Any) -> str:
-    """Numbers by their type; all the ways to hold strings are one."""
+    """The type of numbers; one name for all string types."""
     return np.dtype(dtype).str if getattr(dtype, "kind", "") in "iufb" else "string"
 
 
 def provenance(attributes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The attributes without what the store notes for its own use."""
+    """The attributes without those that the store uses internally."""
     return {name: value for name, value in attributes.items() if name not in _OWN}

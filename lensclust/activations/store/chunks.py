@@ -1,7 +1,7 @@
-"""Arrays of a store, read lazily: a damaged, missing or foreign chunk is an error, never data.
+"""Lazily read arrays of a store: a damaged, missing or foreign chunk is an error, never data.
 
-Each chunk of activations ends with the checksum that a codec gives it, begun from a number of the
-store's: what it is of (weights, settings, first prompts). Chunks of other stores do not match.
+Each chunk of activations ends with a checksum, whose initial value identifies the store (weights,
+settings, first prompts). Chunks of other stores do not match.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from lensclust.storage import ZARR_2, Place, digest_of, read_json, zarr_store
 
 # Format 2 is read by zarr 2 and 3 alike, and has variable-length strings in its specification.
 ZARR_FORMAT = 2
-# What xarray calls the way an array is packed, and how a group is opened: what else may lie there,
-# a store of format 3 or a second copy of the metadata, is not read.
+# xarray's name for compression, and the options to open a group: a store of format 3 or a second
+# copy of the metadata in the same folder is not read.
 PACKED = "compressor" if ZARR_2 else "compressors"
 _ONLY: dict[str, Any] = {} if ZARR_2 else {"zarr_format": ZARR_FORMAT, "use_consolidated": False}
-# zarr would run the code in a chunk that says it is pickled.
-# What raises errors about what a store holds; other modules' are about the way there.
+# Modules whose errors are about a store's contents; errors of others are about access to it.
 _IN_ZARR = re.compile(r"builtins|zarr|numcodecs|xarray|json")
+# Without pickle, from which zarr would run code.
 _CODECS = {"blosc", "zstd", "vlen-utf8", "lensclust_crc32"}
 
 
 @contextmanager
 def damage_named(path: Place) -> Iterator[None]:
-    """One line for whatever zarr raises about a damaged store: it has no error type for that."""
+    """Turn errors of zarr about a damaged store, which have no common type, into one line."""
     try:
         yield
     except InputError:
@@ -59,7 +59,7 @@ def open_group(path: Place, mode: str) -> Any:
     """The zarr group, untyped: zarr cannot know which of its members are arrays.
 
     Raises:
-        InputError: if an array says that it is packed in a way that `lensclust` never uses.
+        InputError: if an array's metadata names a codec that `lensclust` never uses.
     """
     for file in sorted((child / ".zarray" for child in path.iterdir()), key=str):
         if not file.exists():
@@ -74,7 +74,7 @@ def open_group(path: Place, mode: str) -> Any:
 
 
 def packing(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """How activations are packed in a store with these attributes: LZ4, then a checksum.
+    """Codecs of activations in a store with these attributes: LZ4, then a checksum.
 
     >>> packing({"weights": "a"}) == packing({"weights": "b"})
     False
@@ -84,10 +84,10 @@ def packing(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ChunkChecksum(Codec):
-    """A codec of zarr's: a CRC-32 behind each chunk, begun from a number of the store's own.
+    """A zarr codec: a CRC-32 after each chunk, with an initial value that identifies the store.
 
-    numcodecs' checksums all begin alike, or (`numcodecs.JenkinsLookup3`) take a fifth of the time
-    that a store is written in. zarr finds it wherever lensclust is installed.
+    numcodecs' checksums have a fixed initial value, or (`numcodecs.JenkinsLookup3`) take a fifth
+    of the time to write a store. zarr finds this codec wherever lensclust is installed.
 
     >>> codec = ChunkChecksum(begun_from=7)
     >>> bytes(codec.decode(codec.encode(b"states")))
@@ -125,7 +125,7 @@ class CheckedArray(BackendArray):
     """One variable of a store.
 
     Args:
-        whole: every chunk has a file (in stores of an earlier version, those of zeros have none).
+        whole: every chunk has a file (in stores of an earlier version, chunks of zeros have none).
     """
 
     def __init__(self, path: Place, values: Any, *, whole: bool) -> None:
@@ -133,13 +133,13 @@ class CheckedArray(BackendArray):
         self.shape, self.dtype = tuple(self.values.shape), np.dtype(self.values.dtype)
 
     def variable(self) -> xr.Variable:
-        """As a variable of a dataset; what was read once is kept, as xarray does."""
+        """The array as a variable of a dataset; values are cached after reading, as in xarray."""
         lazy: Any = indexing.LazilyIndexedArray(self)
         kept = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(lazy))
         return xr.Variable(self.values.attrs["_ARRAY_DIMENSIONS"], kept)
 
     def is_damaged(self, rows: range) -> bool:
-        """Whether what holds these rows cannot be read."""
+        """Whether a chunk with these rows is unreadable."""
         try:
             self._read((slice(rows.start, rows.stop), *[slice(None)] * (len(self.shape) - 1)))
         except InputError:

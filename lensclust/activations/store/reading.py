@@ -1,6 +1,6 @@
-"""Reading a store: only what is finished, and nothing that does not match its checksum.
+"""Reading a store: finished rows only, verified by checksum.
 
-Stores of an earlier version kept checksums in arrays of their own: they are read without.
+Stores of an earlier version kept checksums in separate arrays: they are read without.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from lensclust.storage import Place, as_place, zarr_store
 
 _log = logging.getLogger(__name__)
 
-# An array may say that it has this many bytes, or this many times those of its files.
+# An array may claim this many bytes, or this many times those of its files.
 _MAX_UNBACKED, _MAX_RATIO = 2**28, 100
 
 
 def open_activations(path: str | Place) -> xr.Dataset:
-    """Open a finished store; labels are loaded, activations are read when they are used.
+    """Open a finished store; labels are loaded, activations are read lazily.
 
-    Whatever is read is held against its checksum, then or when it is used.
+    All data are compared with their checksums when they are read.
 
     Raises:
         InputError: if there is no store, its writing was interrupted, or it is damaged.
@@ -55,7 +55,7 @@ def open_activations(path: str | Place) -> xr.Dataset:
 
 
 def read_finished(path: Place, store: Any) -> xr.Dataset:
-    """The rows that were finished; those of a call that was interrupted are left out."""
+    """The finished rows, without those of a call that was interrupted."""
     with damage_named(path):
         stored = dict(store.arrays())
         require_affordable(path, store, stored)
@@ -72,7 +72,7 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
             backend_kwargs={"consolidated": False, "zarr_format": ZARR_FORMAT},
         )
         read = {name: _as_objects(variable.load()) for name, variable in dataset.variables.items()}
-        # Which of them are labels stands in the variables that were left out.
+        # The dropped variables' attributes say which variables are labels.
         labels = [name for name, variable in read.items() if variable.dims == ("prompt",)]
         dataset = dataset.assign(read).set_coords(labels)
         _check(path, store, stored, dataset)
@@ -83,7 +83,7 @@ def read_finished(path: Place, store: Any) -> xr.Dataset:
 
 
 def opened(path: Place, mode: str) -> Any:
-    """The group of a store whose attributes are those that were written."""
+    """The group of a store, with attributes that match their digest."""
     with damage_named(path):
         if not ((path / ".zgroup").exists() and (path / ".zattrs").exists()):
             raise InputError(
@@ -123,21 +123,21 @@ def _finished(path: Place) -> Any:
 
 
 def how_to_finish(store: Any) -> str:
-    """What to give a call that finishes a store."""
+    """Advice on the options that finish a store."""
     added = " and append=True" if len(batches_written(store)) > 1 else ""
     return f"finish it with resume=True{added}"
 
 
 def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> None:
-    """Arrays of a finished store say no more than its files can hold, before room is made for it.
+    """Refuse a store whose arrays claim more than its files can hold, before allocating memory.
 
     Raises:
-        InputError: if those that share an axis are not equally long there, or one is far larger
-            than its files. Labels go by their number of rows, which is that of the activations.
+        InputError: if arrays differ in the length of a shared axis, or one is far larger than its
+            files. Labels are checked by their number of rows, which is that of the activations.
     """
     sizes = {"prompt": rows_expected(store)}
     measured = measured_names(store)
-    # The activations first: the others have to be as long as they are.
+    # The activations first: the others must have their length.
     ordered = sorted(arrays.items(), key=lambda item: (item[0] not in measured, item[0]))
     for name, array in ordered:
         for axis, size in zip(array.attrs["_ARRAY_DIMENSIONS"], array.shape, strict=True):
@@ -160,7 +160,7 @@ def require_affordable(path: Place, store: Any, arrays: Mapping[str, Any]) -> No
 
 
 def _check(path: Place, store: Any, arrays: Mapping[str, Any], dataset: xr.Dataset) -> None:
-    """Hold everything but activations against the digests that were noted."""
+    """Compare everything except activations with the recorded digests."""
     written = int(store.attrs["written"])
     if layout_digest(arrays, dataset) != store.attrs["layout"]:
         raise InputError(f"store {path}: is damaged: its layout changed since it was written")
@@ -179,5 +179,5 @@ def _check(path: Place, store: Any, arrays: Mapping[str, Any], dataset: xr.Datas
 
 
 def _as_objects(label: xr.Variable) -> xr.Variable:
-    """Strings as `extract` gives them in memory (newer numpy reads them in a type of its own)."""
+    """Strings as `extract` returns them in memory (newer numpy reads them as another type)."""
     return label.astype(object) if label.dtype.kind == "T" else label

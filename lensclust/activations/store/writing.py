@@ -1,12 +1,12 @@
-"""Activations on disk: a zarr group written shard by shard, resumable, appendable, verifiable.
+"""Writing a store: shard by shard, with resume, append and checksums.
 
-A shard is noted as written after its chunks are there: what is missing after a kill is what was
-not noted. Chunks carry checksums, and what no longer matches its own is an error when it is read,
-never data (`lensclust.activations.store.chunks`). Labels and provenance are held against digests in
-the store's attributes when it is opened.
+A shard is marked as written after its chunks are, so after a kill the unmarked shards are missing.
+Chunks carry checksums, and a mismatch is an error at reading, never data
+(`lensclust.activations.store.chunks`). Labels and provenance are compared with digests in the
+store's attributes when it is opened.
 
 Shards follow the chunks of the arrays, so no two shards of one call touch the same file; a chunk
-that an earlier call left half full is replaced whole, in one rename. One process writes at a time.
+that an earlier call left half full is replaced atomically. One process writes at a time.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ from lensclust.storage import (
     ZARR_2,
     Place,
     as_place,
+    created_atomically,
     flush,
-    held,
-    made_whole,
-    vacant,
+    is_free,
+    locked_place,
     writing,
     zarr_store,
 )
 
-# What must agree before rows may be added to a store.
+# Attributes that must agree before rows may be added to a store.
 IDENTITY = ("weights", "settings", "tokenizer", "sites", "dtype")
-# What zarr calls a file until it is whole.
+# Names of zarr's temporary files.
 _PARTIAL = re.compile(r"[\w.]+\.[0-9a-f]{32}\.partial")
 
 Shard = tuple[range, Mapping[str, np.ndarray]]
@@ -87,12 +87,11 @@ def write(
     resume: bool,
     append: bool,
 ) -> xr.Dataset:
-    """Write, append to or finish a store from this process, and open it.
+    """Create, append to or finish a store from this process, and open it.
 
     Args:
         path, frame, keys, shard, resume, append: as in `fill`.
-        produce: called with the row ranges of ``frame`` still missing, yields each with its
-            values.
+        produce: called with the missing row ranges of ``frame``, yields each with its values.
 
     Raises:
         InputError: as `fill`.
@@ -115,32 +114,31 @@ def fill(
     resume: bool,
     append: bool,
 ) -> xr.Dataset:
-    """Write, append to or finish a store by whatever hands, and open it.
+    """Create, append to or finish a store; `work` writes the missing shards. Then open it.
 
-    This process holds the lock, lays out the store and notes that it is complete.
+    This process holds the lock, creates the store and marks it as complete.
 
     Args:
         path: the store's folder or URL.
         frame: labels, dimensions and provenance of the rows to write; its values are not read.
-        work: called with where to put shards, and the row ranges of ``frame`` still missing;
-            returns when each has been put there, by this process or others.
-        keys: a number for each row that tells its prompt from others (`Prompts.row_digests`).
-        shard: rows of a new store's chunks; a store keeps the size it was made with.
-        resume: finish a store whose writing was interrupted; of a finished one that holds these
-            very prompts nothing is written.
+        work: called with the destination of shards and the missing row ranges of ``frame``;
+            returns when all are written, by this process or others.
+        keys: a hash of each row's prompt (`Prompts.row_digests`).
+        shard: rows of a new store's chunks; an existing store keeps its size.
+        resume: finish a store whose writing was interrupted; nothing is written to a finished one
+            that holds exactly these prompts.
         append: add prompts to a finished store; with ``resume``, the store may hold others too.
 
     Raises:
         InputError: if the folder holds something else, another model's or other sites'
-            activations, an unfinished store that is not to be resumed, a finished one that is not
-            to be appended to or holds some of these prompts, or one to be resumed that holds
-            others beside these; if another process writes to it; if it is damaged, or nothing can
-            be written there.
+            activations, an unfinished store without ``resume``, a finished one without ``append``
+            or with some of these prompts, or one to be resumed that holds others beside these; if
+            another process writes to it; if it is damaged or not writable.
     """
     what = f"store {path}"
-    with held(path, what):
+    with locked_place(path, what):
         with damage_named(path):
-            is_new = vacant(path)
+            is_new = is_free(path)
         if is_new:
             with damage_named(path), writing(what):
                 _create(path, frame.assign({ROW_KEYS: ("prompt", keys)}), shard)
@@ -166,12 +164,12 @@ def fill(
                     flush(path)
                 note(store, written=stop)
         if not whole:
-            raise RuntimeError(f"store {path}: not all that was missing was put there")
+            raise RuntimeError(f"store {path}: some missing shards were not written")
         return read_finished(path, open_group(path, "r"))
 
 
 def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
-    """Rows in shards that no longer match their checksums, or are gone.
+    """Rows of shards that do not match their checksums or are missing.
 
     Raises:
         InputError: if there is no finished store, or its labels or attributes are damaged.
@@ -196,25 +194,25 @@ def verify(path: str | Place) -> Int[np.ndarray, " bad"]:
 
 
 def _create(path: Place, frame: xr.Dataset, shard: int) -> None:
-    """Lay out the store beside its place and move it there whole."""
+    """Create the store in a temporary folder and move it into place atomically."""
     measured = [str(n) for n in frame if "prompt" in frame[n].dims and n != ROW_KEYS]
     shard = min(shard, frame.sizes["prompt"])
     done = ("prompt", np.zeros(frame.sizes["prompt"], np.uint8))
     layout = frame.assign({DONE: done}).drop_attrs(deep=False)
-    # What is always read whole carries a checksum of its own: no decoder is given damaged bytes.
+    # Arrays that are always read whole have a separate checksum: no decoder sees damaged bytes.
     guarded = numcodecs.Zstd(level=1, checksum=True)
     encoding: dict[str, Any] = {str(name): {PACKED: guarded} for name in layout.variables}
     for name in measured:
-        # One file a shard, position and layer: a sweep over sites reads only what it needs.
+        # One file per shard, position and layer: a sweep over sites reads only what it needs.
         packed = packing(provenance(frame.attrs))
         encoding[name] = {"chunks": _chunks(frame[name], shard), "_FillValue": None, **packed}
-    # The fill value is what "not there yet" reads as, in chunks that do not exist.
+    # Chunks that are not written yet read as the fill value.
     encoding[DONE]["_FillValue"] = 0
     for name, label in layout.variables.items():
         if label.dims == ("prompt",):
             encoding[str(name)] |= {"chunks": (shard,)}
-    with made_whole(path) as building:
-        # Activations are laid out without rows and grow: there is nothing yet to be written.
+    with created_atomically(path) as building:
+        # Arrays of activations are created without rows and grow: nothing is written yet.
         without_rows = layout[measured].drop_vars(layout.coords).isel(prompt=slice(0))
         for mode, part in (("w", without_rows), ("a", layout.drop_vars(measured))):
             part.to_zarr(
@@ -247,7 +245,7 @@ def _admit(
     resume: bool,
     append: bool,
 ) -> int:
-    """Make room in an existing store; returns the row where these prompts begin."""
+    """Grow an existing store for these prompts; return the first of their rows."""
     store = opened(path, "r+")
     _remove_partial_chunks(path)
     with damage_named(path):
@@ -282,13 +280,13 @@ def _admit(
             note(store, batches=json.dumps([*batches, batch]))
         start = sum(size for size, _ in known[:number])
         if not complete or is_new:
-            # Growing is repeated on resume: a kill may have come between two arrays.
+            # Growing is repeated on resume: a kill may have happened between two arrays.
             _grow(store, frame, keys, slice(start, start + n), total)
     return start
 
 
 def _remove_partial_chunks(path: Place) -> None:
-    """Remove the files that zarr was writing in a process that was killed; the store is locked."""
+    """Remove zarr's temporary files of a killed process; the store is locked."""
     if isinstance(path, Path):
         for left in (
             file for folder in (path, *path.iterdir()) for file in folder.glob("*.partial")
@@ -300,7 +298,7 @@ def _remove_partial_chunks(path: Place) -> None:
 def _require_new(
     path: Place, there: np.ndarray, keys: np.ndarray, *, resume: bool, append: bool
 ) -> None:
-    """Refuse prompts that a finished store is not to take."""
+    """Refuse prompts that must not be added to a finished store."""
     repeated = np.flatnonzero(np.isin(keys, there))
     if repeated.size:
         are_all = len(repeated) == len(keys) == len(there)
@@ -333,7 +331,7 @@ def _grow(
 def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
     for key in IDENTITY:
         same = same_tokenizer if key == "tokenizer" else str.__eq__
-        # Stores of an earlier version do not note the settings.
+        # Stores of an earlier version do not record the settings.
         if not same(store.attrs.get(key, frame.attrs[key]), frame.attrs[key]):
             raise InputError(
                 f"store {path}: holds {key} {store.attrs[key]!r}, these are {frame.attrs[key]!r}"
@@ -341,7 +339,7 @@ def _require_same(path: Place, store: Any, frame: xr.Dataset) -> None:
     if hooks := store.attrs.get("hooks") or frame.attrs["hooks"]:
         raise InputError(
             f"store {path}: cannot be resumed or added to while hooks are on the model ({hooks}): "
-            "nothing tells whether they edit states alike; write a store of its own in one go"
+            "they may edit states differently each time; write a new store in one call"
         )
     if ROW_KEYS not in store or DONE not in store:
         raise InputError(
@@ -389,7 +387,7 @@ def _chunks(variable: xr.DataArray, shard: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the rows of one call lie in a store.
+    """The place of one call's rows in a store.
 
     Attributes:
         path: the store's folder or URL.
@@ -400,13 +398,13 @@ class Destination:
     start: int
 
     def put(self, rows: range, values: Mapping[str, np.ndarray]) -> None:
-        """Write one shard: its values, then the note that they are there.
+        """Write one shard: its values, then the mark that they are complete.
 
         Shards are the store's chunks, so that no two of them touch the same file, and writing
-        one again changes nothing.
+        one twice changes nothing.
 
         Raises:
-            InputError: if the store is damaged, or nothing can be written there.
+            InputError: if the store is damaged or not writable.
         """
         region = slice(self.start + rows.start, self.start + rows.stop)
         with damage_named(self.path), writing(f"store {self.path}"):
@@ -415,8 +413,8 @@ class Destination:
 
     @cached_property
     def _arrays(self) -> dict[str, Any]:
-        """Each variable, and the notes last; opened once, which takes several requests at a URL."""
-        # A chunk of zeros gets a file too: one without is missing. zarr 2 does so by itself.
+        """Each variable, and the marks last; opened once, which takes several requests at a URL."""
+        # A chunk of zeros gets a file too, or it would count as missing; zarr 2 does so by default.
         whole = nullcontext() if ZARR_2 else zarr.config.set({"array.write_empty_chunks": True})
         with whole:
             store = open_group(self.path, "r+")

@@ -1,4 +1,4 @@
-"""Prompts that begin alike run their common tokens once, where a self-check allows it."""
+"""Prefix sharing: common prefixes of prompts run once, if a self-check allows it."""
 
 import lazy_loader
 

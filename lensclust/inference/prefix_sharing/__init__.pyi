@@ -1,21 +1,21 @@
-# Forwards over sequences that hold several continuations of one past, side by side
+# Forwards over sequences that pack several continuations of one cached prefix
 from .forwards import Hooks as Hooks
 from .forwards import PackedForwards as PackedForwards
 from .forwards import visible as visible
 
-# A trie's groups as tensors that a forward can take, several groups to a forward
+# Packing of a trie's groups into batches of tensors
 from .packing import PackedBatch as PackedBatch
 
-# Which tokens of many prompts have to be computed, in which forwards, and whether that pays
+# Plans: which tokens are computed in which forwards, and whether that is cheaper
 from .plan import Packing as Packing
 
-# A self-check of shared prefixes: prompts that branch, against each of them run alone
+# Self-check: branching reference prompts with shared prefixes, against each run alone
 from .self_check import FAILURES as FAILURES
 from .self_check import States as States
 from .self_check import named as named
 from .self_check import ordinary_ids as ordinary_ids
 
-# Whether a model can share prefixes, and running prompts that way where it pays
+# Whether a model can share prefixes, and running prompts that way where it is cheaper
 from .sharing import Forward as Forward
 from .sharing import PrefixSharing as PrefixSharing
 from .sharing import callers_hooks as callers_hooks

@@ -1,4 +1,4 @@
-"""What forwards cost, estimated from a model's size and where it runs."""
+"""Estimated cost of forwards, from a model's size and device."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust.models import model_device
 
-# A block's own cost, in operations that would take as long: fitted on CPUs (widths 64 to 768).
-# Elsewhere about what a GPU could do while a block's kernels are launched.
+# Fixed cost of a block, in operations of equal duration: fitted on CPUs (widths 64 to 768).
+# Elsewhere about the operations of a GPU while a block's kernels are launched.
 BLOCK_OPERATIONS = {"cpu": 3.6e7}
 ACCELERATOR_OPERATIONS = 3e10
-# On a CPU a few tokens take as long as these: all weights have to be read.
+# Fewer tokens take as long as this many on a CPU, since all weights are read.
 READING_TOKENS = {"cpu": 25.0}
-# Operations that would take as long as one score of one head, from its product to its softmax.
+# Operations of the same duration as one score of one head, from its product to its softmax.
 SCORE_OPERATIONS = 200
-# Keys and values that are kept at once.
+# Memory for keys and values that are kept at once.
 CACHE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What forwards cost, in units of one token run through the model.
+    """Cost of forwards, in units of one token run through the model.
 
     Attributes:
-        forward: of a forward, whatever it holds.
-        key: of one key that one token looks at.
+        forward: fixed cost of a forward.
+        key: cost of one key that one token attends to.
 
     >>> Cost(forward=20.0, key=0.01)(sequences=2, tokens=5, keys=100)
     40.0
@@ -42,7 +42,7 @@ class Cost:
 
 
 def forward_cost(model: TransformerLensModel) -> Cost:
-    """The estimate for a model.
+    """The cost estimate for a model.
 
     >>> import lensclust as lc
     >>> from lensclust.models import native_config
@@ -62,7 +62,7 @@ def forward_cost(model: TransformerLensModel) -> Cost:
 
 
 def most_cached(model: TransformerLensModel) -> int:
-    """Tokens whose keys and values fit into the memory that is allowed for them."""
+    """Number of tokens whose keys and values fit into the allowed memory."""
     cfg: Any = model.cfg
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     number = torch.finfo(cfg.dtype).bits // 8

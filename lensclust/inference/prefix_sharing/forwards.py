@@ -1,10 +1,9 @@
-"""Forwards over sequences that hold several continuations of one past, side by side.
+"""Forwards over sequences that pack several continuations of one cached prefix.
 
-A mask says who sees whom, position ids say where each token stands in its prompt, and keys and
-values of tokens that came in earlier forwards are handed in as a cache, so that no model has to
-be changed. This works for Hugging Face models whose attention sees nothing but the mask and the
-positions. Whether a model is one of them is found out by trying
-(`lensclust.inference.prefix_sharing.sharing`).
+An attention mask separates the continuations, position ids give each token's position in its
+prompt, and keys and values from earlier forwards are passed as a cache, so that no model has to be
+changed. This works for Hugging Face models whose attention depends only on mask and positions,
+which a self-check tests (`lensclust.inference.prefix_sharing.sharing`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
 
 class PackedForwards:
-    """Runs the batches of a plan one after the other and keeps the keys and values they share.
+    """Runs the batches of a plan in order and keeps the keys and values that they share.
 
     Args:
         model: a bridge around a Hugging Face model.
@@ -40,7 +39,7 @@ class PackedForwards:
     def run(self, batch: PackedBatch, hooks: Hooks) -> Any:
         """The network's output on a batch; hooks see ``(group, place, ...)``."""
         longest = int(batch.positions.max()) + 1
-        # Once, and not in every layer, where each upload would hold up what comes after it.
+        # Uploaded once, not in every layer, where an upload would delay the next kernels.
         batch = batch.to(model_device(self.model))
         for layer in self.layers:
             layer.prepare(batch)
@@ -57,7 +56,7 @@ class PackedForwards:
 
 
 def visible(batch: PackedBatch, window: int | None) -> Bool[Tensor, "group 1 place key"]:
-    """Which keys each token may look at: its past and its own path, as far as a window reaches."""
+    """The keys that each token may attend to: its past and its path, within a window."""
     n, width = batch.tokens.shape
     device = batch.tokens.device
     places = torch.arange(width, device=device)
@@ -66,7 +65,7 @@ def visible(batch: PackedBatch, window: int | None) -> Bool[Tensor, "group 1 pla
     own = (places <= places[:, None]) & (batch.ends[:, None] > places[:, None])
     seen = torch.cat([past, own], dim=2)
     if window is not None:
-        # The tokens of a path stand where they are counted.
+        # The tokens of a path are at the positions of their indices.
         stands = torch.cat([path.expand(n, -1), batch.positions], dim=1)
         seen &= stands[:, None] > batch.positions[:, :, None] - window
     return seen[:, None]
@@ -77,11 +76,11 @@ def attention_masks(
     visible: Callable[[int | None], Bool[Tensor, "row 1 query key"]],
     longest: int,
 ) -> Tensor | dict[str, Tensor]:
-    """What a model adds to its scores; for each type of layer where some see a window only.
+    """Additive attention masks; one for each type of layer if some layers use a window.
 
     Args:
-        visible: from a window (None: unbounded) to what may be looked at.
-        longest: tokens of the longest prompt; windows that hold it hide nothing.
+        visible: from a window (None: unbounded) to the visible keys.
+        longest: tokens of the longest prompt; windows of at least this size hide nothing.
     """
     config: Any = network.config
 
@@ -100,7 +99,7 @@ def attention_masks(
 
 
 class CachedTokens(DynamicLayer):
-    """Keys and values of single tokens in one layer, put together anew for every batch."""
+    """Keys and values of single tokens in one layer, reassembled for every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +107,7 @@ class CachedTokens(DynamicLayer):
         self.keys = self.values = None
 
     def prepare(self, batch: PackedBatch) -> None:
-        """Say which tokens the next forward continues, and which of its own are to be kept."""
+        """Set which cached tokens the next forward continues, and which new ones to cache."""
         if batch.fresh:
             self.keys = self.values = None
         self.batch = batch
@@ -143,6 +142,6 @@ class CachedTokens(DynamicLayer):
         past = self.batch.past
         if not past.shape[1]:
             return states
-        assert cached is not None  # a past comes after the batches that cache it
+        assert cached is not None  # a past is cached by earlier batches
         found = cached.index_select(0, past.flatten().to(cached.device))
         return torch.cat([found.unflatten(0, past.shape).transpose(1, 2), states], dim=2)

@@ -1,7 +1,7 @@
-"""A trie's groups as tensors that a forward can take, several groups to a forward.
+"""Packing of a trie's groups into batches of tensors, several groups per forward.
 
-Within a sequence the nodes of a group stand in depth-first order, so the places that see a token
-are those from its own up to the end of its node's subtree: one number for each token.
+Within a sequence the nodes of a group are in depth-first order, so a token is visible from its
+own place up to the end of its node's subtree: one number for each token.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lensclust.inference.prefix_sharing.cost import Cost
 from lensclust.inference.prefix_sharing.trie import Group, Trie, rounds
 from lensclust.inference.transfers import upload
 
-# Larger groups would need fewer copies of their past, but each token's scores grow with them.
+# Larger groups need fewer copies of their past, but each token has more scores.
 GROUP_TOKENS = 128
-# Every group has a copy of its past: for each token of the budget so many keys are allowed.
+# Every group has a copy of its past: the number of keys allowed per token of the budget.
 KEYS = 8
 
 
@@ -29,14 +29,14 @@ class PackedBatch:
     """Groups of one forward.
 
     Attributes:
-        tokens, positions: token ids and where they stand in their prompts; 0 in the padding.
-        ends: a token is seen from its own place on, up to this one.
-        past: the tokens of each group's path, as numbers of cached tokens.
-        past_lengths: how many of them there are; the rest is padding.
-        cached: group and place of tokens that later groups continue; their numbers go on where
-            those of the batch before ended.
-        wanted: group, place, prompt and slot of what is to be read here.
-        fresh: numbers of cached tokens start again at 0.
+        tokens, positions: token ids and their positions in their prompts; 0 in the padding.
+        ends: a token is visible from its own place up to this one.
+        past: the tokens of each group's path, as indices of cached tokens.
+        past_lengths: their number; the rest is padding.
+        cached: group and place of tokens that later groups continue; their indices follow those
+            of the previous batch.
+        wanted: group, place, prompt and slot of the requested tokens.
+        fresh: indices of cached tokens restart at 0.
     """
 
     tokens: Int[Tensor, "group place"]
@@ -50,24 +50,24 @@ class PackedBatch:
 
     @property
     def keys(self) -> int:
-        """Keys that a token has scores for, masked ones included."""
+        """Number of keys for which a token has scores, masked ones included."""
         return self.past.shape[1] + self.tokens.shape[1]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with what a forward needs of it on a device."""
+        """The same batch with the inputs of a forward on a device."""
         names = ("tokens", "positions", "ends", "past", "past_lengths", "cached")
         return replace(self, **{name: upload(getattr(self, name), device) for name in names})
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Prompts, what is wanted of them, and how much may be run and kept at once.
+    """Prompts, their requested tokens, and limits of batches and cache.
 
     Attributes:
         stops: the first token of each prompt that is not needed.
         budget: upper bound of a batch's tokens, padding included.
         most_cached: upper bound of the tokens whose keys and values are kept at once.
-        group_tokens: at most so many tokens stand in one sequence, unless one node has more.
+        group_tokens: upper bound of a sequence's tokens, unless one node has more.
     """
 
     tokens: Int[np.ndarray, "prompt token"]
@@ -81,10 +81,10 @@ class Layout:
     def batches(
         self, order: Int[np.ndarray, " some"], common: Int[np.ndarray, " some"]
     ) -> Iterator[PackedBatch]:
-        """Batches of some prompts; of either half of them if all would have to keep too much.
+        """Batches of some prompts; halves them if all would need too large a cache.
 
         Args:
-            order, common: as `lensclust.inference.prefix_sharing.trie.alphabetical` gives them.
+            order, common: from `lensclust.inference.prefix_sharing.trie.alphabetical`.
         """
         trie = Trie.of(order, common, self.stops)
         groups = rounds(trie, min(self.group_tokens, self.budget))
@@ -108,7 +108,7 @@ class Layout:
             yield writer.write(some, wanted[home[node] == number])
 
     def _forwards(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
-        """Groups of like length together, until padding them costs more than another forward."""
+        """Batch groups of similar length, until padding costs more than another forward."""
         some: list[Group] = []
         total = waste = 0.0
         for group in sorted(groups, key=lambda group: (group.length, group.past), reverse=True):
@@ -132,7 +132,7 @@ class _Writer:
 
     Attributes:
         continued: nodes that later groups continue.
-        numbers: of their cached tokens, as far as they are written.
+        numbers: indices of their cached tokens, as far as they are written.
     """
 
     tokens: Int[np.ndarray, "prompt token"]
@@ -145,7 +145,7 @@ class _Writer:
         """One batch.
 
         Args:
-            wanted: node, depth, prompt and slot of what is read from these groups.
+            wanted: node, depth, prompt and slot of the tokens to read from these groups.
         """
         trie, fresh = self.trie, not self.numbers and not self.written
         past = [self._past(group.above) for group in groups]
@@ -162,7 +162,7 @@ class _Writer:
                 for each, group in enumerate(groups)
             ]
         )
-        # From here on, an entry for each token.
+        # From here on, one entry per token.
         of = np.repeat(np.arange(len(nodes)), sizes)
         within = np.arange(len(of)) - np.repeat(_begins(sizes), sizes)
         place = row[of], begins[of] + within

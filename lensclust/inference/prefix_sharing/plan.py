@@ -1,10 +1,10 @@
-"""Which tokens of many prompts have to be computed, in which forwards, and whether that pays.
+"""Plans of prefix sharing: which tokens are computed in which forwards, and whether it is cheaper.
 
-Prompts that begin alike share the trie of their tokens (`lensclust.inference.prefix_sharing.trie`).
+Prompts with common prefixes form a trie of tokens (`lensclust.inference.prefix_sharing.trie`).
 Each distinct token is computed once, in groups that continue a path whose keys and values an
-earlier forward left behind (`lensclust.inference.prefix_sharing.packing`), if an estimate of the
-cost says that this is cheaper than running every prompt in full.
-`lensclust.inference.prefix_sharing.forwards` runs what is planned here.
+earlier forward has cached (`lensclust.inference.prefix_sharing.packing`), if the estimated cost is
+below that of running every prompt in full. `lensclust.inference.prefix_sharing.forwards` runs the
+plan.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lensclust.inference.prefix_sharing.packing import GROUP_TOKENS, Layout, Pac
 from lensclust.inference.prefix_sharing.trie import alphabetical
 from lensclust.models import cut_by_length
 
-# The estimated cost has to fall by this share: estimates err.
+# The estimated cost must fall by at least this share, since estimates err.
 GAIN = 0.1
 
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """What sharing prefixes saves, counted in tokens and estimated in time; print it.
+    """Savings of prefix sharing, counted in tokens and estimated in time; print it.
 
     Attributes:
-        prompts: how many there are.
-        tokens: in all of them.
-        distinct: of these must be computed: the tokens of the trie, up to the last one wanted.
-        computed: are computed as planned, padding included.
-        groups, forwards: sequences, and forwards they run in.
-        sharing: prompts that share; the others are cheaper to run in full.
+        prompts: number of prompts.
+        tokens: number of their tokens.
+        distinct: tokens that must be computed: those of the trie, up to the last requested one.
+        computed: tokens computed by the plan, padding included.
+        groups, forwards: number of sequences and of forwards.
+        sharing: prompts that share a prefix; the others are cheaper to run in full.
         cost, plain_cost: estimates for this plan, and for running every prompt in full, in tokens.
-        refused: why the model cannot share prefixes; None if it can, or nobody had to know.
+        refused: why the model cannot share prefixes; None if it can or was not checked.
     """
 
     prompts: int
@@ -53,7 +53,7 @@ class PrefixPlan:
 
     @property
     def limit(self) -> float:
-        """Tokens in all prompts over tokens that must be computed: the most that can be gained."""
+        """Tokens of all prompts over tokens that must be computed: the maximum speed-up."""
         return self.tokens / self.distinct
 
     def __add__(self, other: PrefixPlan) -> PrefixPlan:
@@ -77,21 +77,21 @@ class PrefixPlan:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """A plan and the batches that carry it out; none if it does not pay."""
+    """A plan and its batches; none if it is not cheaper."""
 
     plan: PrefixPlan
     batches: tuple[PackedBatch, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
-        """Tokens of the longest path that is run, and the most keys of a batch."""
+        """Tokens of the longest path, and the largest number of keys in a batch."""
         longest = max(int(batch.positions.max()) + 1 for batch in self.batches)
         return longest, max(longest, *(batch.keys for batch in self.batches))
 
     @property
     def farthest(self) -> int:
-        """The prompt that is read where a token's place among the keys is farthest from its
-        position: a late continuation, with others or padding between it and what it continues.
+        """The prompt with the largest offset between a read token's place among the keys and its
+        position: a late continuation, with other tokens between it and its prefix.
         """
         apart = []
         for batch in self.batches:
@@ -117,11 +117,11 @@ def pack(
     """Plan how to compute right-padded prompts with every distinct token run once.
 
     Args:
-        positions: the tokens that are wanted; what follows the last of them is not computed.
+        positions: the requested tokens; tokens after the last of them are not computed.
         budget: upper bound of a forward's tokens, padding included.
         most_cached: upper bound of the tokens whose keys and values are kept at once.
         allowed: False for a model that cannot share.
-        group_tokens: at most so many tokens stand in one sequence, unless one node has more.
+        group_tokens: upper bound of a sequence's tokens, unless one node has more.
         gain: share of the estimated cost that must be saved.
 
     >>> import torch
@@ -151,7 +151,7 @@ def pack(
             cost=plain_cost,
         )
     )
-    # No plan can pay, or none that owes it to sharing.
+    # No plan can be cheaper, or not because of sharing.
     most = (1 - gain) * min(plain_cost, plain.plan.tokens)
     if not allowed or plain.plan.distinct > most:
         return plain

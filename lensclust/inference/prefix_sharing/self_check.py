@@ -1,15 +1,15 @@
-"""A self-check of shared prefixes: prompts that branch, against each of them run alone.
+"""Self-check: branching reference prompts with shared prefixes, against each run alone.
 
-The property is that a token's states do not depend on what stands beside it. It can fail where a
-token's place among the keys is not its position in its prompt (ALiBi and windows that count
-places, convolutions), where a past comes from another forward (states that are no keys and
-values), and where the longest prompt of a forward decides about the others (frequencies that
-depend on the length). The reference prompts have all of that, at a chosen length::
+A token's states must not depend on other tokens in its batch. That can fail if a token's place
+among the keys is not its position in its prompt (ALiBi and windows that count places,
+convolutions), if a prefix comes from another forward (states other than keys and values), and if
+the longest prompt of a forward affects the others (frequencies that depend on the length). The
+reference prompts cover all these cases, at a chosen length::
 
     trunk ─┬─ short prompts, which leave it at depth 2, 8, 32, ...
            └─ ... ─┬─ sibling ─┬─ one
                    │           └─ nested: a second continuation
-                   ├─ siblings, as many as there shall be keys between
+                   ├─ siblings, as many as needed for the number of keys
                    └─ tail: the last continuation, of the longest prompt
 
 The trunk is run first; then siblings and tail side by side; then the short prompts. Every
@@ -34,13 +34,13 @@ from lensclust.inference.prefix_sharing.packing import Layout
 from lensclust.inference.prefix_sharing.trie import alphabetical
 from lensclust.models import agrees, model_device, relative_error, without_cache
 
-# What a forward raises that a model has no code for.
+# Errors of a forward that a model does not support.
 FAILURES = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-# Tokens of the tail and of a sibling at most: as many as stand in one sequence of a plan.
+# Maximum tokens of the tail and of a sibling: those of one sequence of a plan.
 TAIL = 128
 STATES = ("blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_post", "blocks.{}.attn.hook_z")
-# In half precision states may differ by so many times what the smallest change of the first layer's
-# input makes of them: rounding comes in at every layer.
+# In half precision states may differ by this multiple of the effect of the smallest change of the
+# first layer's input, since every layer rounds.
 AMPLIFIED = 3
 # Large enough for everything in one batch.
 UNBOUNDED = 10**12
@@ -53,14 +53,14 @@ def branching_failure(model: TransformerBridge, longest: int, keys: int) -> str 
     Args:
         model: a bridge around a Hugging Face model.
         longest: tokens of the longest prompt.
-        keys: its last token has scores for so many at least, those of its siblings included.
+        keys: minimum number of keys for its last token, those of its siblings included.
     """
     prompts = _Prompts.branching(longest, keys, ordinary_ids(model))
     network: Any = model.original_model
     kind: torch.dtype = network.dtype
     try:
         found, expected = prompts.shared(model), prompts.alone(model)
-        # Half precision allows differences that a real fault may make too.
+        # In half precision, a real fault may be as small as rounding.
         moved = prompts.alone(model, jitter=torch.finfo(kind).eps) if kind.itemsize < 4 else {}
     except FAILURES as failure:
         return named(failure)
@@ -81,8 +81,8 @@ def branching_failure(model: TransformerBridge, longest: int, keys: int) -> str 
 def ordinary_ids(model: Any) -> Int[np.ndarray, " id"]:
     """The middle third of a vocabulary, in order.
 
-    Special ids are mostly the first or the last, and after some of them alone states are so large
-    that rounding decides.
+    Special ids are mostly the first or the last; after some of them, states are so large that
+    rounding dominates.
     """
     n = model.cfg.d_vocab
     return np.arange(n)[n // 3 : n - n // 3]
@@ -98,9 +98,9 @@ class _Prompts:
     """Right-padded prompts.
 
     Attributes:
-        positions: what is compared of each: its last token, and the one in its middle.
-        compared: which prompts are; the others stand between them.
-        beside: tokens behind the trunk, which stand in one sequence.
+        positions: the compared tokens of each: the last, and the one in the middle.
+        compared: the compared prompts; the others are placed between them.
+        beside: tokens after the trunk, which are in one sequence.
     """
 
     tokens: Int[np.ndarray, "prompt token"]
@@ -110,17 +110,17 @@ class _Prompts:
 
     @classmethod
     def branching(cls, longest: int, keys: int, ids: Int[np.ndarray, " id"]) -> _Prompts:
-        """Reference prompts of a size, the same ones each time."""
+        """Fixed reference prompts of a size."""
         rng, longest = np.random.default_rng(0), max(longest, 8)
         tail = max(4, min(longest // 4, TAIL))
         trunk, end = rng.choice(ids, longest - tail), rng.choice(ids, tail)
-        # The greatest id: the tail comes behind the others.
+        # The greatest id, so that the tail is last.
         end[0] = ids[-1]
         between = max(keys - longest, 3)
         beside = _beginning_differently(between, rng, ids[:-1], tail)
         nested = beside[0].copy()
         beside[0, -2], nested[-2] = ids[:2]
-        # No more keys than needed: the last sibling is cut short, if it is not the nested one.
+        # No more keys than needed: the last sibling is shortened, unless it is the nested one.
         spare = beside.size + 2 - between if len(beside) > 1 else 0
         *others, last = beside
         last = last[: len(last) - min(max(spare, 0), tail - 2)]
@@ -163,10 +163,10 @@ class _Prompts:
         return {name: found[self.compared] for name, found in states.found.items()}
 
     def alone(self, model: Any, *, jitter: float = 0.0) -> dict[str, Tensor]:
-        """The same states, of each prompt as the model runs it by itself.
+        """The same states, with each prompt run alone.
 
         Args:
-            jitter: relative change, up or down, of each number that enters the first block.
+            jitter: relative change, up or down, of each input of the first block.
         """
         states, tokens = States(model, len(self.compared)), torch.from_numpy(self.tokens)
         generator = torch.Generator().manual_seed(0)
@@ -188,7 +188,7 @@ class _Prompts:
 
 
 class States:
-    """Every layer's states at two tokens of some prompts, as they come."""
+    """Every layer's states at two tokens of some prompts, collected by hooks."""
 
     def __init__(self, model: Any, prompts: int) -> None:
         names = [name.format(block) for block in range(model.cfg.n_layers) for name in STATES]
@@ -198,7 +198,7 @@ class States:
         self.found: dict[str, Tensor] = {}
 
     def hooks(self, wanted: Int[Tensor, "read 4"]) -> list[tuple[str, Callable[..., None]]]:
-        """For a forward of which this is wanted: row, place, prompt and slot."""
+        """Hooks for a forward with these requested tokens: row, place, prompt and slot."""
         row, place, prompt, slot = wanted.unbind(1)
 
         def keep(value: Tensor, hook: Any) -> None:
@@ -212,7 +212,7 @@ class States:
 def _beginning_differently(
     total: int, rng: np.random.Generator, ids: Int[np.ndarray, " id"], size: int
 ) -> Int[np.ndarray, "row size"]:
-    """Rows of ``size`` tokens; they are that many, the common ones at their beginnings aside."""
+    """Rows that each have ``size`` tokens beyond their common prefixes."""
     digits = 1
     while len(ids) ** digits * (size - digits) < total and digits < size - 3:
         digits += 1

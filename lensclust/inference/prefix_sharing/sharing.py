@@ -1,11 +1,10 @@
-"""Whether a model can share prefixes, and running prompts that way where it pays.
+"""Whether a model can share prefixes, and running prompts that way where it is cheaper.
 
-Nothing is taken on trust: before a model runs prompts with shared prefixes, reference prompts that
-branch are run so and alone, at the length that the prompts have
-(`lensclust.inference.prefix_sharing.self_check`); and of the first real ones the one that stands
-farthest from its place is run alone too. What was found
-belongs to the model and its kind of attention, whoever asks: a model that fails runs every prompt
-in full, and one line in the log says so.
+Two checks come first. Branching reference prompts of the prompts' length are run with shared
+prefixes and alone (`lensclust.inference.prefix_sharing.self_check`); and of the first real prompts
+the one with the largest offset between place and position is run alone too. The result is cached
+for the model and its kind of attention: a model that fails runs every prompt in full, and one line
+in the log says so.
 """
 
 from __future__ import annotations
@@ -49,16 +48,16 @@ from lensclust.prompts import Prompts
 
 log = logging.getLogger(__name__)
 
-# Prompts of so many tokens are checked in any case.
+# Minimum length of reference prompts.
 SHORT = 32
-# Windows up to here are looked beyond when nothing is run but checks.
+# Without prompts, reference prompts exceed windows of up to this length.
 WINDOW = 1024
-# Parts of the names under which configs keep lengths beyond which attention changes.
+# Parts of the names of config fields with lengths beyond which attention changes.
 WINDOWS = ("window", "chunk_size", "original_max_position")
 
 Forward = Callable[[Hooks], Any]
 Read = Callable[[Int[Tensor, "read 4"], Forward], None]
-# What was read with shared prefixes, and the same of a prompt that was run alone.
+# Pairs of states read with shared prefixes, and of the same prompt run alone.
 Compared = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
@@ -66,10 +65,10 @@ class PrefixSharing:
     """Runs prompts with every distinct token computed once.
 
     Args:
-        model: any; those that cannot share refuse every plan.
+        model: any model; if it cannot share prefixes, there is never a plan.
         caller: function name used in the log.
         batch_tokens: upper bound of a forward's tokens.
-        dtype: in which what is read is kept and compared.
+        dtype: in which states are kept and compared.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class PrefixSharing:
         self.caller = caller
         self.dtype = dtype
         self.budget = batch_tokens or default_budget(model)
-        # Looked for in every call: hooks come and go.
+        # Checked in every call, since hooks may change.
         self.obstacle = obstacle(model)
 
     def plan(
@@ -93,7 +92,7 @@ class PrefixSharing:
         lengths: Int[Tensor, " prompt"],
         positions: Int[Tensor, "prompt slot"],
     ) -> Packing | None:
-        """How to run right-padded prompts, of which some tokens are wanted; None if in full."""
+        """The plan for right-padded prompts with some requested tokens; None to run in full."""
         if self.obstacle is not None:
             log_refusal(self.model, self.caller, self.obstacle, level=logging.INFO)
             return None
@@ -113,13 +112,13 @@ class PrefixSharing:
         return packing
 
     def run(self, packing: Packing, read: Read, compared: Compared) -> bool:
-        """Whether the plan was carried out; if not, nothing that was read may be used.
+        """Run a plan; return whether it succeeded. If not, discard everything that was read.
 
         Args:
-            read: called for every batch with what is wanted of it (group, place, prompt and
-                slot) and with its forward, which takes hooks; some batches want nothing.
-            compared: called at the end, if need be; what was read of the prompt
-                ``packing.farthest``, and what its run in full gives.
+            read: called for every batch with its requested tokens (group, place, prompt and slot),
+                which may be none, and with its forward, which takes hooks.
+            compared: called at the end, if a check is due: the states that were read of the prompt
+                ``packing.farthest``, and those of its run in full.
         """
         forwards = PackedForwards(self.model)
 
@@ -162,13 +161,13 @@ def plan_prefixes(
     batch_tokens: int | None = None,
     shard: int = 512,
 ) -> PrefixPlan:
-    """What `extract` would gain from prefixes that prompts share.
+    """Estimate the savings of `extract` from common prefixes of prompts.
 
-    No prompt is run, but a model of which it is not known whether it can share prefixes runs some
-    short ones; one that cannot is said to gain nothing, and why (``refused``).
+    The prompts are not run, but a model that has not been checked runs some short reference
+    prompts; for one that cannot share prefixes, ``refused`` says why.
 
     Args:
-        at, batch_tokens, shard: as in `extract`; prefixes are shared inside a shard.
+        at, batch_tokens, shard: as in `extract`; prefixes are shared within a shard.
 
     Raises:
         InputError: if a position does not exist.
@@ -215,23 +214,23 @@ def plan_prefixes(
         plans.append(packing.plan)
     stops = positions.max(1).values.numpy() + 1
     order, common = alphabetical(prompts.tokens.numpy(), stops)
-    # What must be computed does not depend on the shards.
+    # The number of distinct tokens does not depend on the shards.
     distinct = int((stops[order] - common).sum())
     return replace(reduce(add, plans), distinct=distinct, refused=reason)
 
 
 def obstacle(model: TransformerLensModel) -> str | None:
-    """Why a model cannot share prefixes, as far as can be said without running it."""
+    """Why a model cannot share prefixes, as far as is known without running it."""
     network: Any = getattr(model, "original_model", None)
     if not isinstance(network, PreTrainedModel):
         return f"no key/value cache in {type(network or model).__name__}"
     if getattr(network.config, "is_encoder_decoder", False):
-        return "an encoder sees what follows"
+        return "an encoder sees later tokens"
     return callers_hooks(model)
 
 
 def callers_hooks(model: TransformerLensModel) -> str | None:
-    """Why hooks stand in the way, if there are others than those that libraries work with."""
+    """Why hooks prevent sharing, if there are any besides those of libraries."""
     network: Any = getattr(model, "original_model", model)
     hooks: list[Any] = []
     for module in network.modules():
@@ -243,17 +242,17 @@ def callers_hooks(model: TransformerLensModel) -> str | None:
     libraries = {"transformer_lens", "transformers", "accelerate"}
     if {home.partition(".")[0] for home in homes} <= libraries:
         return None
-    return "it has hooks, which may count on a prompt's own rows and places"
+    return "it has hooks, which may depend on a prompt's rows and positions"
 
 
 def refusal(model: TransformerLensModel, longest: int = 0, keys: int = 0) -> str | None:
     """Why a model cannot share prefixes of prompts of some length; None if it can.
 
-    It is run to find out, once for each length (rounded up) and kind of attention.
+    Checked by running it, once for each length (rounded up) and kind of attention.
 
     Args:
         longest: tokens of the longest prompt.
-        keys: those that one token has scores for, those of other prompts included.
+        keys: number of keys for which one token has scores, those of other prompts included.
 
     >>> import lensclust as lc
     >>> refusal(lc.load("native:sif-small"))
@@ -265,7 +264,7 @@ def refusal(model: TransformerLensModel, longest: int = 0, keys: int = 0) -> str
 
 
 def refuse(model: TransformerLensModel, caller: str, reason: str) -> bool:
-    """Remember that a model failed on real prompts: whatever was checked, it is not trusted."""
+    """Record that a model failed on real prompts, which overrules earlier checks."""
     _memory(model, "branching").failed.append(((0, 0), reason))
     log_refusal(model, caller, reason)
     return False
@@ -274,7 +273,7 @@ def refuse(model: TransformerLensModel, caller: str, reason: str) -> bool:
 def log_refusal(
     model: TransformerLensModel, caller: str, reason: str, *, level: int = logging.WARNING
 ) -> None:
-    """Tell that prompts are run in full, once for each model and reason."""
+    """Log that prompts are run in full, once for each model and reason."""
     told: set[str] = remembered(model, "refusals of shared prefixes", set, lasting=True)
     if reason not in told:
         told.add(reason)
@@ -288,7 +287,7 @@ def log_refusal(
 
 
 def summary(model: TransformerLensModel) -> str:
-    """Whether a model can share prefixes, in a few words that begin with yes or no.
+    """A short description that starts with yes or no: whether a model can share prefixes.
 
     >>> import lensclust as lc
     >>> summary(lc.load("native:sif-small"))
@@ -305,10 +304,9 @@ def summary(model: TransformerLensModel) -> str:
 
 
 def _longest_window(model: TransformerLensModel) -> int:
-    """The largest number of tokens beyond which a model's config says that attention changes.
+    """The largest length in a model's config beyond which attention changes; 0 if there is none.
 
-    0 if it says nothing of that kind. Only for knowing how long prompts should be that are to
-    show what a model does: what it does is found by running them.
+    Only determines the length of reference prompts: the model is checked by running them.
     """
     network: Any = getattr(model, "original_model", None)
     config = getattr(network, "config", None)
@@ -329,7 +327,7 @@ def _failure(model: Any, size: Size) -> str | None:
     def find(some: Size) -> str | None:
         return branching_failure(model, *some)
 
-    # The short prompts first: a model that fails there is not run on long ones.
+    # Short prompts first: a model that fails on them is not run on long ones.
     short = _larger(model, (0, 0))
     return check.reason(short, larger=short, find=find) or check.reason(
         size, larger=_larger(model, size), find=find
@@ -337,7 +335,7 @@ def _failure(model: Any, size: Size) -> str | None:
 
 
 def _memory(model: Any, what: str) -> SizedCheck:
-    """What was found about a model, with the precision and the code that it attends with."""
+    """The checks of a model with its present precision and attention implementation."""
     network = model.original_model
     attention = getattr(network.config, "_attn_implementation", None)
     kind = (network.dtype, attention, model_device(model).type)
@@ -345,7 +343,7 @@ def _memory(model: Any, what: str) -> SizedCheck:
 
 
 def _larger(model: Any, size: Size) -> Size:
-    """A size that holds others too, so that few have to be checked."""
+    """A larger size that covers others too, so that few checks are needed."""
     context = model.cfg.n_ctx or size[0]
     longest = max(size[0], min(power_of_two(max(size[0], SHORT)), context))
     between = max(size[1] - longest, min(longest // 4, TAIL))
@@ -353,4 +351,4 @@ def _larger(model: Any, size: Size) -> Size:
 
 
 class _Failed(Exception):
-    """Raised where a forward with shared prefixes cannot be run."""
+    """Raised if a forward with shared prefixes fails."""

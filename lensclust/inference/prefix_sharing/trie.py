@@ -1,12 +1,12 @@
-"""Token sequences as a trie, cut into groups that can each run as one sequence.
+"""Token sequences as a trie, split into groups that each run as one sequence.
 
-A causal model's states at a token depend on what comes before it alone, so of sequences that
-begin alike only the distinct tokens have to be computed: those of their trie. A *group* is one
-sequence that holds subtrees side by side and continues one *past*, the path above them.
+A causal model's states at a token depend on earlier tokens only, so of sequences with common
+prefixes only the distinct tokens have to be computed: those of their trie. A *group* is one
+sequence that packs subtrees and continues one *past*, the path above them.
 
-Groups are peeled off the trie from below: every subtree of at most so many tokens goes, those
-under one node fill groups together, and what is left is a smaller trie. So any nesting
-(instruction, demonstrations, query) takes few rounds, and every token is in one group only.
+Groups are removed from the trie bottom-up: every subtree up to a maximum size is removed, those
+under one node are packed into groups, and a smaller trie remains. So any nesting (instruction,
+demonstrations, query) takes few rounds, and every token is in exactly one group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 def alphabetical(
     tokens: Int[np.ndarray, "row token"], lengths: Int[np.ndarray, " row"]
 ) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
-    """The order of the rows by their tokens, and what each then shares with the one before.
+    """The rows in lexicographic order, and the length of each one's prefix shared with the last.
 
     >>> order, common = alphabetical(np.array([[5, 6], [5, 0], [5, 6]]), np.array([2, 1, 2]))
     >>> order.tolist(), common.tolist()
@@ -43,8 +43,8 @@ class Trie:
     Attributes:
         parent: of each node; 0's is 0.
         start, stop: a node holds the tokens ``start .. stop`` of its row.
-        row: one of the rows that run through the node.
-        after: the first node behind the subtree of each node.
+        row: one of the rows that pass through the node.
+        after: the first node after the subtree of each node.
         leaf: the node at which each row ends, in the order given to `of`.
     """
 
@@ -62,7 +62,7 @@ class Trie:
         common: Int[np.ndarray, " some"],
         lengths: Int[np.ndarray, " row"],
     ) -> Trie:
-        """From rows in alphabetical order and what each shares with the one before.
+        """Build from rows in lexicographic order and the length of each one's shared prefix.
 
         >>> trie = Trie.of(np.array([1, 0, 2]), np.array([0, 1, 1]), np.array([2, 3, 4]))
         >>> trie.start.tolist(), trie.stop.tolist(), trie.parent.tolist()
@@ -70,13 +70,13 @@ class Trie:
         """
         stop, parent, first, leaf = [0], [0], [0], []
         path = [0]
-        # The first row shares nothing that is there yet.
+        # The first row shares nothing.
         alike = [0, *common[1:].tolist()]
         for place, shared in enumerate(alike):
             length, below = int(lengths[order[place]]), 0
             while stop[path[-1]] > shared:
                 below = path.pop()
-            if stop[path[-1]] < shared:  # the two part inside the node `below`
+            if stop[path[-1]] < shared:  # the two rows diverge inside the node `below`
                 stop.append(shared)
                 parent.append(path[-1])
                 first.append(first[below])
@@ -113,7 +113,7 @@ class Trie:
         return node
 
     def path(self, node: int) -> list[int]:
-        """The nodes from the top to ``node``, without the empty prefix."""
+        """The nodes from the root to ``node``, without the empty prefix."""
         nodes = []
         while node:
             nodes.append(node)
@@ -123,13 +123,13 @@ class Trie:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Nodes that stand side by side in one sequence.
+    """Nodes that are packed into one sequence.
 
     Attributes:
         nodes: in depth-first order; a node's parent is among them, or is ``above``.
-        length: tokens in them.
+        length: number of their tokens.
         above: the node whose path they continue.
-        past: tokens in that path.
+        past: number of tokens in that path.
     """
 
     nodes: Int[np.ndarray, " node"]
@@ -139,10 +139,10 @@ class Group:
 
 
 def rounds(trie: Trie, most: int) -> list[list[Group]]:
-    """Groups of at most ``most`` tokens, in the order in which they can run.
+    """Groups of at most ``most`` tokens, in an order in which they can run.
 
-    Each continues a path that earlier rounds have run. A node longer than ``most`` is a group
-    of its own.
+    Each continues a path that earlier rounds have run. A node longer than ``most`` is a separate
+    group.
 
     >>> trie = Trie.of(np.array([0, 1, 2]), np.array([0, 4, 4]), np.array([6, 7, 5]))
     >>> [[group.nodes.tolist() for group in groups] for groups in rounds(trie, 6)]
@@ -155,7 +155,7 @@ def rounds(trie: Trie, most: int) -> list[list[Group]]:
         bare = _below(trie, left.astype(int)) == 1
         fits = size <= most
         fits[0] = False
-        # Whole subtrees, as large as they may be, and what is too long though nothing hangs on it.
+        # Whole subtrees, as large as allowed, and leaves that are too long.
         tops = np.flatnonzero(left & ~fits[trie.parent] & (fits | bare))
         found.append(list(_groups(trie, tops, size, left, most)))
         for top in tops:
@@ -176,29 +176,29 @@ def _groups(
     left: Bool[np.ndarray, " node"],
     most: int,
 ) -> Iterator[Group]:
-    """Deal the subtrees under each node, in order, to as few groups of like length as needed."""
+    """Split the subtrees under each node, in order, into few groups of similar length."""
     tops = tops[np.argsort(trie.parent[tops], kind="stable")]
     above, begins = np.unique(trie.parent[tops], return_index=True)
     for node, family in zip(above.tolist(), np.split(tops, begins[1:]), strict=True):
-        dealt = _dealt(size[family], most)
-        for number in np.unique(dealt):
-            some = family[dealt == number]
+        grouped = _balanced(size[family], most)
+        for number in np.unique(grouped):
+            some = family[grouped == number]
             nodes = [top + np.flatnonzero(left[top : trie.after[top]]) for top in some]
             yield Group(
                 np.concatenate(nodes), int(size[some].sum()), node, past=int(trie.stop[node])
             )
 
 
-def _dealt(sizes: Int[np.ndarray, " each"], most: int) -> Int[np.ndarray, " each"]:
-    """A group for each size, in order: as few as hold at most ``most``, and of like length.
+def _balanced(sizes: Int[np.ndarray, " each"], most: int) -> Int[np.ndarray, " each"]:
+    """A group for each size, in order: as few groups of at most ``most`` as possible, balanced.
 
-    >>> _dealt(np.array([3, 3, 3, 3, 9]), 8).tolist()
+    >>> _balanced(np.array([3, 3, 3, 3, 9]), 8).tolist()
     [0, 0, 1, 1, 2]
     """
     total, middle = int(sizes.sum()), np.cumsum(sizes) - sizes / 2
     for groups in range(-(-total // most), len(sizes)):
-        dealt = (middle * groups / total).astype(int)
-        held = np.bincount(dealt, weights=sizes)
-        if (held[dealt] <= np.maximum(most, sizes)).all():
-            return dealt
+        grouped = (middle * groups / total).astype(int)
+        held = np.bincount(grouped, weights=sizes)
+        if (held[grouped] <= np.maximum(most, sizes)).all():
+            return grouped
     return np.arange(len(sizes))

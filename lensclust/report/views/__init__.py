@@ -1,4 +1,4 @@
-"""What a page lets its reader explore: data of a picture that the browser draws."""
+"""Interactive views of a page: data that the browser draws."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A view of clusters: the prompts as points, by layer and by training step."""
+"""Cluster view: prompts as points, by layer and training step."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class ClusterView:
     """States of the same prompts in two dimensions, at each layer and step.
 
     Attributes:
-        title, caption: what stands above and below it.
+        title, caption: text above and below it.
         layers: the layers shown.
         steps: the training steps shown; a single one has no slider.
-        points: two coordinates of each prompt; every panel is drawn on its own scale.
-        explained: the share of the variance that they hold, NaN where that has no meaning.
-        score: a number for each panel, such as the ARI of its clusters; NaN where there is none.
-        score_name: what that number is.
-        labels: by name what each prompt is; the first colours at first.
-        texts: the prompts, to be read.
+        points: two coordinates of each prompt; every panel has a separate scale.
+        explained: their share of the variance, NaN if undefined.
+        score: a number for each panel, such as the ARI of its clusters; NaN if there is none.
+        score_name: name of that number.
+        labels: name -> label of each prompt; the first is the initial colour.
+        texts: the prompts as text.
     """
 
     title: str
@@ -55,16 +55,16 @@ class ClusterView:
         score_name: str = "ARI",
         text: str = "text",
     ) -> ClusterView:
-        """A view of the rows of a cluster map.
+        """Build from the rows of a cluster map.
 
         Args:
             frame: ``step, layer, x, y, explained``, the columns of labels and that of texts; the
-                prompts of every step and layer in one order.
-            labels: columns to colour by, the first at first.
-            scores: ``step, layer, value``: a number to stand beside each panel; means where
-                there are several.
-            score_name: what that number is.
-            text: the column that says what each prompt is.
+                prompts of every step and layer in the same order.
+            labels: columns to colour by, the initial one first.
+            scores: ``step, layer, value``: a number for each panel; averaged if there are
+                several.
+            score_name: name of that number.
+            text: the column with the prompts as text.
 
         Raises:
             InputError: if a column is missing, or panels hold different numbers of prompts.
@@ -108,7 +108,7 @@ class ClusterView:
         >>> ClusterView.from_json(view.to_json(), where="here").points[0, 0].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
         """
-        # Each panel has its own scale: states grow from layer to layer.
+        # Each panel has a separate scale, since states grow from layer to layer.
         largest = np.abs(self.points).max(axis=(2, 3), keepdims=True)
         return {
             "kind": self.kind,
@@ -126,11 +126,11 @@ class ClusterView:
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any], *, where: str) -> ClusterView:
-        """Read back what `to_json` gave.
+        """Inverse of `to_json`.
 
         Raises:
-            InputError: if a part is missing, of another kind, or of another size than the others
-                say; names ``where`` it stands, and the part.
+            InputError: if a part is missing, or its type or size is wrong; names ``where`` and
+                the part.
         """
         parts = Parts(held, where)
         layers, steps = (parts.whole(name, len(parts.list(name))) for name in ("layers", "steps"))

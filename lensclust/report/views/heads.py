@@ -1,4 +1,4 @@
-"""A view of heads: scores of all, and of those that open their clusters and their attention."""
+"""Head view: scores of all heads, clusters and attention of selected ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from jaxtyping import Float, UInt8
 
 from lensclust.report.views.packed import Parts, number, packed, quantised
 
-# Of one prompt: a pattern has tokens² cells, and a picture of more is a blur.
+# Of one prompt: a pattern has tokens² cells, and a larger image would be illegible.
 MOST_TOKENS = 128
 MOST_HEADS = 20_000
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionSample:
-    """One prompt, and how every head that opens attends to its tokens.
+    """One prompt, and the attention of every selected head to its tokens.
 
     Attributes:
-        name: what to call the prompt in a list.
+        name: name of the prompt in a list.
         tokens: its tokens as text.
         weights: from each token to those up to it, row by row, in 255ths.
     """
@@ -33,16 +33,16 @@ class AttentionSample:
 
 @dataclass(frozen=True, eq=False)
 class HeadView:
-    """Scores of every head, and what the heads that open show when they do.
+    """Scores of every head, and details of selected heads.
 
     Attributes:
-        title, caption: what stands above and below it.
-        scores: by name a value for every head ``(block, head)``, NaN where there is none.
-        opened: block and head of each head that opens, the best first.
-        points: the prompts in two principal components of each opened head's output.
-        explained: the share of the variance that the two components hold.
-        labels: by name what each of these prompts is; the first colours at first.
-        texts: the prompts, to be read.
+        title, caption: text above and below it.
+        scores: name -> a value for every head ``(block, head)``, NaN if there is none.
+        opened: block and head of each selected head, the best first.
+        points: the prompts in two principal components of each selected head's output.
+        explained: the two components' share of the variance.
+        labels: name -> label of each prompt; the first is the initial colour.
+        texts: the prompts as text.
         samples: a few prompts with attention patterns.
     """
 
@@ -59,7 +59,7 @@ class HeadView:
     kind: ClassVar[str] = "heads"
 
     def to_json(self) -> dict[str, Any]:
-        """The view as it stands in ``views/NAME.json``."""
+        """The content of ``views/NAME.json``."""
         return {
             "kind": self.kind,
             "title": self.title,
@@ -82,11 +82,11 @@ class HeadView:
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any], *, where: str) -> HeadView:
-        """Read back what `to_json` gave.
+        """Inverse of `to_json`.
 
         Raises:
-            InputError: if a part is missing, of another kind, or of another size than the others
-                say; names ``where`` it stands, and the part.
+            InputError: if a part is missing, or its type or size is wrong; names ``where`` and
+                the part.
         """
         parts = Parts(held, where)
         shape = parts.whole("shape", 2)

@@ -1,7 +1,7 @@
-"""What a page lets its reader explore: data of a picture that the browser draws.
+"""Kinds of interactive views.
 
 A run directory holds views as ``views/NAME.json`` beside its figures; the page draws each with
-the script of its kind. Numbers are packed, so that a view stays far below a megabyte.
+the script of its kind. Numbers are packed, so that a view is far below a megabyte.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ KINDS: Mapping[str, Any] = {"clusters": ClusterView, "heads": HeadView}
 
 
 def check_view(held: Mapping[str, Any], *, where: str) -> None:
-    """Refuse what no script of the page could draw.
+    """Refuse a view that no script of the page can draw.
 
     Raises:
         InputError: if the kind is not known, or a part is missing or of the wrong size; names
-            ``where`` it stands.
+            ``where``.
     """
     kind = held.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -1,4 +1,4 @@
-"""The parts of a view as JSON: arrays in few bytes, and what is read back, checked."""
+"""Views as JSON: compact encoding of arrays, and checked decoding."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lensclust.errors import InputError
 
 
 def number(value: float) -> float | None:
-    """Five digits, and null for what is no number."""
+    """Round to five digits; null if not finite."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def packed(values: UInt8[np.ndarray, "*size"]) -> str:
-    """Bytes as text."""
+    """Bytes as base64 text."""
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
 def quantised(values: Float[np.ndarray, "*size"]) -> dict[str, Any]:
-    """An array in 16 bits a number: ``low + step * n``, little-endian.
+    """Encode an array in 16 bits per number: ``low + step * n``, little-endian.
 
     >>> held = quantised(np.array([[0.0, 0.5], [1.0, 0.25]]))
     >>> held["shape"], held["low"], round(held["step"] * 65535, 6), len(held["data"])
@@ -39,18 +39,18 @@ def quantised(values: Float[np.ndarray, "*size"]) -> dict[str, Any]:
 
 
 class Parts:
-    """The parts of a view that was read from a file, each of the kind and size it must have.
+    """Checked access to the parts of a view that was read from a file.
 
     Args:
-        held: the object.
-        where: in what place, for errors.
+        held: the JSON object.
+        where: its place, used in error messages.
     """
 
     def __init__(self, held: Mapping[str, Any], where: str) -> None:
         self.held, self.where = held, where
 
     def error(self, part: str, expected: str) -> InputError:
-        return InputError(f"{self.where}: {part} is not what it should be, expected {expected}")
+        return InputError(f"{self.where}: {part} is missing or wrong, expected {expected}")
 
     def of(self, part: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self.held.get(part)
@@ -78,7 +78,7 @@ class Parts:
         return tuple(values)
 
     def numbers(self, part: str, length: int) -> Float[np.ndarray, " number"]:
-        """Numbers, NaN where there is null."""
+        """Numbers, NaN for null."""
         values = self.list(part)
         fine = all(
             v is None or (isinstance(v, (int, float)) and type(v) is not bool) for v in values
@@ -104,7 +104,7 @@ class Parts:
         return np.frombuffer(found, dtype=np.uint8)
 
     def array(self, part: str, shape: tuple[int, ...]) -> Float[np.ndarray, "*size"]:
-        """What `quantised` gave, of a known shape."""
+        """Inverse of `quantised` for a known shape."""
         held = Parts(self.of(part, dict, "an object"), f"{self.where}: {part}")
         if held.whole("shape", len(shape)) != shape:
             raise held.error("'shape'", f"{list(shape)}")

@@ -1,4 +1,4 @@
-"""Tasks shown by demonstrations, and questions asked with and without them."""
+"""In-context learning: tasks with demonstrations, and questions with and without them."""
 
 import lazy_loader
 

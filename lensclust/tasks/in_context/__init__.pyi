@@ -1,10 +1,10 @@
-# Points on two lines, and one more point of one of them to complete
+# Linear regression: points on two lines, and one more point to predict
 from .linear_regression import TEMPLATES as TEMPLATES
 from .linear_regression import decoded as decoded
 
-# Questions whose text is made of named pieces, asked behind none or more worked ones
+# Few-shot prompts of questions whose text consists of named pieces
 from .questions import Question as Question
 from .questions import few_shot as few_shot
 
-# Who does what: the answer stands in the text, beside a sentence about somebody else
+# Reading comprehension: who does what, with distractor sentences
 from .reading_comprehension import data as data

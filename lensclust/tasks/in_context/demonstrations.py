@@ -1,4 +1,4 @@
-"""Which examples a prompt shows: divided from what is asked, drawn anew, dealt wrongly."""
+"""Sampling and shuffling of demonstrations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Value = TypeVar("Value")
 
 
 def in_random_order(values: Iterable[Any], seed: int) -> list[Any]:
-    """The distinct values in an order that depends on the values and the seed alone.
+    """The distinct values in a random order that depends only on the values and the seed.
 
     >>> in_random_order("cab", 0) == in_random_order("bcaa", 0)
     True
@@ -24,9 +24,9 @@ def in_random_order(values: Iterable[Any], seed: int) -> list[Any]:
 def drawn(
     pool: Sequence[Value], shots: int, *, seed: int, query: int, draw: int = 0
 ) -> list[Value]:
-    """``shots`` of the pool without replacement, drawn anew for every query and draw.
+    """``shots`` items of the pool without replacement, a new sample for every query and draw.
 
-    The places that are drawn depend on the number of the query, and not on what the pool holds.
+    The sampled indices depend on the number of the query, not on the contents of the pool.
 
     >>> drawn("abcd", 2, seed=0, query=5) == drawn("abcd", 2, seed=0, query=5)
     True
@@ -35,10 +35,10 @@ def drawn(
     return [pool[place] for place in generator.choice(len(pool), shots, replace=False).tolist()]
 
 
-def dealt_wrongly(values: Sequence[str], *, seed: int, query: int, draw: int = 0) -> list[str]:
-    """The same values in another order, in which as few places as possible keep their own.
+def mismatched(values: Sequence[str], *, seed: int, query: int, draw: int = 0) -> list[str]:
+    """Permute values such that as few positions as possible keep their value.
 
-    >>> dealt_wrongly(["a", "b"], seed=0, query=0)
+    >>> mismatched(["a", "b"], seed=0, query=0)
     ['b', 'a']
     """
     generator = np.random.default_rng([seed, 2, query, draw])
@@ -46,8 +46,8 @@ def dealt_wrongly(values: Sequence[str], *, seed: int, query: int, draw: int = 0
     groups: dict[str, list[int]] = {}
     for place in order:
         groups.setdefault(values[place], []).append(place)
-    # With equal values side by side, a turn by the longest run takes each to another run; only
-    # a value that holds more than half of the places has nowhere else to go.
+    # With equal values adjacent, a rotation by the longest run moves each to another run; only a
+    # value in more than half of the positions keeps some of them.
     places = [place for group in groups.values() for place in group]
     turn = max(map(len, groups.values()))
     dealt = list(values)

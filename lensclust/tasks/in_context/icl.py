@@ -1,4 +1,4 @@
-"""Few-shot prompts from any task set: the task is shown by examples, not told."""
+"""Few-shot prompts from any task set, without instruction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
-from lensclust.tasks.in_context.demonstrations import dealt_wrongly, drawn, in_random_order
+from lensclust.tasks.in_context.demonstrations import drawn, in_random_order, mismatched
 from lensclust.tasks.words import lay_out
 
 if TYPE_CHECKING:
@@ -35,25 +35,25 @@ def icl(
 ) -> Prompts:
     """Prompts of ``shots`` lines ``input -> output`` and a query ``input ->`` to complete.
 
-    The inputs of a task are divided once into those that may be shown and those that may be
-    asked. Demonstrations are drawn anew for every query and draw, without replacement. Both
-    steps follow one order of all inputs and not the task, so tasks with the same inputs ask
-    the same queries and show the same demonstration inputs: only the outputs differ.
+    The inputs of a task are split once into demonstrations and queries. Demonstrations are
+    resampled for every query and draw, without replacement. Both steps use one order of all
+    inputs, so tasks with the same inputs have the same queries and the same demonstration inputs:
+    only the outputs differ.
 
     Args:
         source: any prompts whose rows have ``task``, ``input`` and ``output``; only the rows
             are read. If an input has several outputs in a task, the first one counts.
         tokenizer: a fast tokenizer (spans need character offsets).
-        shots: demonstrations in a prompt.
-        queries: at most so many queries of each task; all of them unless given.
-        draws: sets of demonstrations for each query.
+        shots: number of demonstrations in a prompt.
+        queries: maximum number of queries of each task; all by default.
+        draws: number of sets of demonstrations for each query.
         pool: share of a task's inputs that are kept for demonstrations (at least ``shots``).
         instruction: put each of the task's instructions (source label ``wording``) above the
             demonstrations, one prompt each.
-        shuffled: deal the demonstrations' outputs anew among themselves, so that as few as
-            possible show their own. Row by row the prompts ask and show the same inputs as
-            those that are not shuffled; what is right to answer stays the same.
-        seed: of the division, of the draws and of the shuffles.
+        shuffled: permute the demonstrations' outputs, so that as few as possible keep their own.
+            Row by row the prompts have the same queries, demonstration inputs and right answers
+            as without shuffling.
+        seed: of the split, of the draws and of the shuffles.
         chat: wrap each prompt in the tokenizer's chat template.
 
     Returns:
@@ -158,12 +158,12 @@ def _task_rows(
     for head in heads:
         for query in askable:
             for draw in range(draws):
-                # Keyed by the query's rank: another task or instruction draws the same places.
+                # Keyed by the query's rank: other tasks and instructions draw the same indices.
                 key = {"seed": seed, "query": rank[query], "draw": draw}
                 shown = drawn(showable, shots, **key)
                 outputs = [str(output_of[x]) for x in shown]
                 if shuffled:
-                    outputs = dealt_wrongly(outputs, **key)
+                    outputs = mismatched(outputs, **key)
                 rows.append(
                     {
                         "task": task,

@@ -1,9 +1,9 @@
-"""Points on two lines, and one more point of one of them to complete.
+"""Linear regression: points on two lines, and one more point to predict.
 
-Slopes and intercepts are fully crossed, and those that are asked are never shown. What a model
-writes is read as a number (`decoded`), or counted as none.
+Slopes and intercepts are fully crossed, and those of queries are never in demonstrations. A
+model's output is parsed as a number (`decoded`), or counted as none.
 
-Source of the kind of task: Yousefi et al. 2023 (arXiv 2310.00313). Wording and numbers are ours.
+Type of task from Yousefi et al. 2023 (arXiv 2310.00313). Wording and numbers are ours.
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ def linear_regression(
 ) -> Prompts:
     """Prompts that list points ``(x, y)`` with ``y = slope * x + intercept`` and ask for one more.
 
-    Each of so many slopes comes with each of so many intercepts. The distractor is a line with
-    another slope and intercept of those; which line is first is random. All numbers are whole.
+    Slopes and intercepts are fully crossed. The distractor is a line with another slope and
+    intercept; the order of the lines is random. All numbers are whole.
 
     Args:
         tokenizer: a fast tokenizer (spans need character offsets).
-        slopes, intercepts: how many are asked, of the 18 and 19 from -9 to 9 (no slope is 0);
-            the others may be shown.
-        points: points given of each line, 2 to 9, with different x from 0 to 9.
-        distractors: 1 for another line beside the one that is asked, or 0.
-        shots: numbers of worked questions before the query.
-        templates: wordings (``points``, ``lines``); all unless given.
-        shuffled: deal the answers that are shown anew among the worked questions.
-        seed: of the division into asked and shown, of points, distractors, order and draws.
+        slopes, intercepts: number of those in queries, of the 18 and 19 from -9 to 9 (no slope is
+            0); the others are for demonstrations.
+        points: number of points of each line, 2 to 9, with different x from 0 to 9.
+        distractors: 1 for another line beside that of the query, or 0.
+        shots: numbers of demonstrations before the query.
+        templates: wordings (``points``, ``lines``); all by default.
+        shuffled: permute the answers of the demonstrations.
+        seed: of the split into queries and demonstrations, of points, distractors, order, draws.
         chat: wrap each prompt in the tokenizer's chat template.
 
     Returns:
-        Prompts as `few_shot` makes them, with further rows ``slope``, ``intercept``, ``x``,
-        ``y`` (numbers), ``distractor_y`` (that of the other line at the same x; NaN without)
-        and ``place`` (of the relevant line, from 0); and spans ``relevant`` and, with a
-        distractor, ``irrelevant``: the points of one line each.
+        Prompts as those of `few_shot`, with further rows ``slope``, ``intercept``, ``x``, ``y``
+        (numbers), ``distractor_y`` (of the other line at the same x; NaN without) and ``place``
+        (of the relevant line, from 0); and spans ``relevant`` and, with a distractor,
+        ``irrelevant``: the points of one line each.
 
     Raises:
         InputError: if a size is out of range, a template is not in the set, or as `few_shot`.
@@ -119,7 +119,7 @@ def linear_regression(
 
 
 def decoded(answers: Sequence[str]) -> Float[np.ndarray, " answer"]:
-    """The number that each answer begins with (within its first line), NaN where it has none.
+    """The number at the start of each answer's first line, NaN if there is none.
 
     Decimals and fractions are read; words before the number are not.
 
@@ -131,7 +131,7 @@ def decoded(answers: Sequence[str]) -> Float[np.ndarray, " answer"]:
 
 @dataclass(frozen=True)
 class Line:
-    """A line and the places at which its points are given."""
+    """A line and the x values of its given points."""
 
     slope: int
     intercept: int
@@ -147,7 +147,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Lines, the one that is asked first; where it is asked; and in which order they are shown."""
+    """Lines, that of the query first; the x of the query; and the order of the lines."""
 
     lines: tuple[Line, ...]
     x: int
@@ -161,7 +161,7 @@ def _drawings(
     distractors: int,
     generator: np.random.Generator,
 ) -> list[Drawing]:
-    """Every slope with every intercept, and another line beside them."""
+    """Every slope with every intercept, each with its distractor line."""
     found = []
     for slope, intercept in product(slopes, intercepts):
         x, *given = generator.permutation(PLACES).tolist()
@@ -177,7 +177,7 @@ def _drawings(
 
 
 def _question(drawing: Drawing, template: str) -> Question:
-    """A drawing in one wording; lines are lettered in the order in which they are shown."""
+    """A drawing in one wording; lines are lettered in the order of the text."""
     own, *others = drawing.lines
     labels = ("relevant", "irrelevant")
     shown: list[Piece] = []

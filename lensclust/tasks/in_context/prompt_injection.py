@@ -1,11 +1,11 @@
-"""A persona before the question: none, truthful, truthful and then deceitful, or deceitful.
+"""Prompt injection: a persona before the question, truthful or deceitful.
 
-The texts are those of reading comprehension. What is right stays the same in all conditions;
-what the persona asks for does not: a liar is to name something else. Worked questions come
-without persona and answer truthfully, so the query alone holds the injection.
+The texts are those of reading comprehension. The right answer is the same in all conditions, but
+the persona's instruction is not: a liar must name something else. Demonstrations have no persona
+and are answered truthfully, so only the query contains the injection.
 
-Source of the kind of task: Yousefi et al. 2023, versions 1 and 2 (arXiv 2310.00313), which have
-no deceitful condition. The words are ours.
+Type of task from Yousefi et al. 2023, versions 1 and 2 (arXiv 2310.00313), which have no deceitful
+condition. The wording is ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TASK = "prompt_injection"
-# Condition -> what is said, in this order.
+# Condition -> its personas, in this order.
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "none": (),
     "truthful": ("truthful",),
@@ -51,18 +51,18 @@ def prompt_injection(
     seed: int = 0,
     chat: bool = False,
 ) -> Prompts:
-    """Prompts of `reading_comprehension` with one distractor, behind a persona.
+    """Prompts of `reading_comprehension` with one distractor, after a persona.
 
     Args:
         tokenizer, names, activities, shots, templates, shuffled, seed, chat: as there.
         conditions: of ``none``, ``truthful``, ``truthful, then deceitful`` and ``deceitful``;
-            all unless given.
+            all by default.
 
     Returns:
-        Prompts as `reading_comprehension` makes them, each item in every condition, with
-        further rows ``condition``, ``lie`` (the distractor's activity) and ``compliant`` (what
-        the persona that speaks last asks for: the output, or the lie), and a span ``persona``
-        (empty in condition ``none``).
+        Prompts as those of `reading_comprehension`, each item in every condition, with further
+        rows ``condition``, ``lie`` (the distractor's activity) and ``compliant`` (the answer that
+        follows the last persona: the output, or the lie), and a span ``persona`` (empty in
+        condition ``none``).
 
     Raises:
         InputError: if a condition is not in the set, or as `reading_comprehension`.

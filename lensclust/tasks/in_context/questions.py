@@ -1,4 +1,4 @@
-"""Questions whose text is made of named pieces, asked behind none or more worked ones."""
+"""Few-shot prompts of questions whose text consists of named pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.prompts import Prompts
-from lensclust.tasks.in_context.demonstrations import dealt_wrongly, drawn
+from lensclust.tasks.in_context.demonstrations import drawn, mismatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 BETWEEN = "\n\n"
 UNNAMED = ""
 
-# A name, or none, and the text that it stands for.
+# A name (possibly empty) and a text.
 Piece = tuple[str, str]
 CharSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A text up to where its answer begins.
+    """A question, up to its answer.
 
     Attributes:
-        item: what is asked, whatever the wording: no prompt shows the item that it asks.
-        template: name of the wording; a question is shown in the wording of the query.
+        item: the content, whatever the wording: a query's item is never in its demonstrations.
+        template: name of the wording; demonstrations have the wording of the query.
         pieces: the text in order; pieces with a name become spans.
-        answer: the text that is right, without the space before it.
+        answer: the right answer, without the space before it.
         labels: further columns of the rows.
     """
 
@@ -46,11 +46,11 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question as it is asked."""
+        """The text of the question."""
         return "".join(text for _, text in self.pieces)
 
     def spans(self, start: int) -> dict[str, CharSpan]:
-        """Character ranges of the named pieces of a text in which this one begins at ``start``."""
+        """Character ranges of the named pieces if the question starts at ``start``."""
         found = {}
         for name, text in self.pieces:
             if name != UNNAMED:
@@ -60,7 +60,7 @@ class Question:
 
 
 def filled(layout: str, fields: Mapping[str, Sequence[Piece]]) -> tuple[Piece, ...]:
-    """The pieces of a layout whose slots are filled with pieces.
+    """Fill the slots of a layout with pieces.
 
     >>> filled("{who} is {what}.", {"who": [("name", "Ida")], "what": [("", "out")]})
     (('name', 'Ida'), ('', ' is '), ('', 'out'), ('', '.'))
@@ -75,10 +75,10 @@ def filled(layout: str, fields: Mapping[str, Sequence[Piece]]) -> tuple[Piece, .
 def chosen_names(
     given: Sequence[str] | None, known: Iterable[str], *, kind: str, task: str
 ) -> list[str]:
-    """The names asked for, in their order; all that are known unless given.
+    """The chosen names, in their order; all known ones by default.
 
     Raises:
-        InputError: in the name of ``task``, if one is not known, there is none, or one comes twice.
+        InputError: if one is not known, there is none, or one comes twice; starts with ``task``.
 
     >>> chosen_names(None, ["points", "lines"], kind="template", task="example")
     ['points', 'lines']
@@ -106,21 +106,21 @@ def few_shot(
     seed: int = 0,
     chat: bool = False,
 ) -> Prompts:
-    """Prompts that ask each question behind each number of worked ones.
+    """Few-shot prompts: each query after each number of demonstrations.
 
-    Worked questions are drawn anew for every item, without replacement, from those of the pool
-    with the query's template; the wordings of an item show the same ones, and a smaller number
-    shows the last ones of a larger. So prompts of one item and template differ in nothing but
-    what comes before the query.
+    Demonstrations are resampled for every item, without replacement, from the questions of the
+    pool with the query's template; all wordings of an item have the same ones, and a smaller
+    number has the last ones of a larger. So prompts of one item and template differ only before
+    the query.
 
     Args:
-        queries: what to ask.
-        pool: what may be shown.
+        queries: the questions to ask.
+        pool: the questions for demonstrations.
         tokenizer: a fast tokenizer (spans need character offsets).
         task: the task's name.
-        shots: numbers of worked questions.
-        shuffled: deal the answers that are shown anew among the worked questions, so that as
-            few as possible keep their own; a single one keeps it.
+        shots: numbers of demonstrations.
+        shuffled: permute the answers of the demonstrations, so that as few as possible keep their
+            own; a single one keeps it.
         seed: of the draws and the shuffles.
         chat: wrap each prompt in the tokenizer's chat template.
 
@@ -133,9 +133,9 @@ def few_shot(
         empty where there are fewer) and the named pieces of the queries; and the answers.
 
     Raises:
-        InputError: if there is no query, a number of shots is negative, comes twice or is more
-            than the pool holds, a query's item or text is in the pool, or queries differ in
-            the names of their pieces.
+        InputError: if there is no query, a number of shots is negative, repeated or larger than
+            the pool, a query's item or text is in the pool, or queries differ in the names of
+            their pieces.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -162,7 +162,7 @@ def few_shot(
             shown = worked[len(worked) - n :]
             answers = [question.answer for question in shown]
             if shuffled and n:
-                answers = dealt_wrongly(answers, **key)
+                answers = mismatched(answers, **key)
             text, own = _shown(shown, answers, max(numbers))
             texts.append(text + query.text)
             own["query"] = (len(text), len(texts[-1]))
@@ -195,7 +195,7 @@ def few_shot(
 def _shown(
     shown: Sequence[Question], answers: Sequence[str], most: int
 ) -> tuple[str, dict[str, CharSpan]]:
-    """Worked questions up to where the query begins, and where their answers stand."""
+    """The text of the demonstrations, up to the query, and the ranges of their answers."""
     text, places = "", []
     for question, answer in zip(shown, answers, strict=True):
         text += f"{question.text} {answer}"
@@ -209,7 +209,7 @@ def _shown(
 def _checked(
     queries: Sequence[Question], pool: Sequence[Question], shots: list[int], task: str
 ) -> dict[str, list[Question]]:
-    """The questions that may be shown, by template."""
+    """The questions for demonstrations, by template."""
     if not queries:
         raise InputError(f"{task}: no question to ask, expected at least one")
     if not shots or min(shots) < 0 or len(set(shots)) < len(shots):

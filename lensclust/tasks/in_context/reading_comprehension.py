@@ -1,9 +1,9 @@
-"""Who does what: the answer stands in the text, beside a sentence about somebody else.
+"""Reading comprehension: who does what, with distractor sentences.
 
-People and activities are fully crossed, so neither gives the other away, and those that are
-asked are never shown: what a demonstration says is about others, doing other things.
+People and activities are fully crossed, so neither predicts the other, and those of queries are
+never in demonstrations.
 
-Source of the kind of task: Yousefi et al. 2023 (arXiv 2310.00313). The words are ours.
+Type of task from Yousefi et al. 2023 (arXiv 2310.00313). The wording is ours.
 """
 
 from __future__ import annotations
@@ -50,23 +50,24 @@ def reading_comprehension(
     seed: int = 0,
     chat: bool = False,
 ) -> Prompts:
-    """Prompts that say what some people are doing, and ask it of one of them.
+    """Prompts that say what some people are doing, and ask about one of them.
 
-    Each of so many names does each of so many activities, beside ``distractors`` sentences about
-    other names and activities of those, in random order.
+    Names and activities are fully crossed. The relevant sentence is among ``distractors``
+    sentences about other names and activities, in random order.
 
     Args:
         tokenizer: a fast tokenizer (spans need character offsets).
-        names, activities: how many are asked; the others of the 24 and 20 may be shown.
-        distractors: sentences that do not matter; none leaves a simple prompt.
-        shots: numbers of worked questions before the query.
-        templates: wordings (``question``, ``notes``, ``report``); all unless given.
-        shuffled: deal the answers that are shown anew among the worked questions.
-        seed: of the division into asked and shown, of distractors, order and draws.
+        names, activities: number of those in queries; the others of the 24 and 20 are for
+            demonstrations.
+        distractors: number of irrelevant sentences.
+        shots: numbers of demonstrations before the query.
+        templates: wordings (``question``, ``notes``, ``report``); all by default.
+        shuffled: permute the answers of the demonstrations.
+        seed: of the split into queries and demonstrations, of distractors, order and draws.
         chat: wrap each prompt in the tokenizer's chat template.
 
     Returns:
-        Prompts as `few_shot` makes them, with further rows ``name``, ``activity``,
+        Prompts as those of `few_shot`, with further rows ``name``, ``activity``,
         ``distractor_name``, ``distractor_activity`` (of the first distractor; empty without),
         ``place`` (of the relevant sentence, from 0), and spans ``relevant`` and, with
         distractors, ``irrelevant``, ``irrelevant_2``, ...: one sentence each.
@@ -97,31 +98,31 @@ def reading_comprehension(
 
 @dataclass(frozen=True)
 class Scene:
-    """Who does what in one text: the relevant one first, and the order of the sentences."""
+    """Names with activities, the relevant one first, and the order of the sentences."""
 
     people: tuple[tuple[str, str], ...]
     order: tuple[int, ...]
 
     @property
     def item(self) -> str:
-        """Names this scene among others of a division."""
+        """Identifier of this scene within a division."""
         return "/".join(self.people[0])
 
 
 @dataclass(frozen=True)
 class Division:
-    """Scenes that are asked and scenes that may be shown, of different names and activities."""
+    """Scenes for queries and scenes for demonstrations, with different names and activities."""
 
     asked: tuple[Scene, ...]
     shown: tuple[Scene, ...]
 
 
 def divided(names: int, activities: int, distractors: int, seed: int, *, task: str) -> Division:
-    """All scenes of so many names and activities, and all scenes of the others.
+    """All scenes of ``names`` names and ``activities`` activities, and all scenes of the others.
 
     Raises:
-        InputError: in the name of ``task``, if too few names or activities are left over for
-            as many distractors on either side.
+        InputError: if too few names or activities are left for the distractors on either side;
+            starts with ``task``.
     """
     content = data()
     for what, number in {"names": names, "activities": activities}.items():
@@ -144,16 +145,16 @@ def divided(names: int, activities: int, distractors: int, seed: int, *, task: s
 
 
 def wordings_of(templates: Sequence[str] | None, *, task: str) -> list[str]:
-    """The templates asked for, in their order.
+    """The chosen templates, in their order.
 
     Raises:
-        InputError: in the name of ``task``, if one is not in the set or there is none.
+        InputError: if one is not in the set or there is none; starts with ``task``.
     """
     return chosen_names(templates, data()["templates"], kind="template", task=task)
 
 
 def question(scene: Scene, template: str, persona: Sequence[Piece] = ()) -> Question:
-    """A scene in one wording, behind what is said of who answers."""
+    """A scene in one wording, after the persona."""
     content = data()
     named = ["relevant", "irrelevant", *(f"irrelevant_{n}" for n in range(2, len(scene.people)))]
     sentences = [
@@ -196,7 +197,7 @@ def data() -> dict[str, Any]:
 def _scenes(
     names: list[str], activities: list[str], distractors: int, generator: np.random.Generator
 ) -> tuple[Scene, ...]:
-    """Every name with every activity, and others drawn beside them."""
+    """Every name with every activity, each with random distractors."""
     found = []
     for name, activity in product(names, activities):
         other_names = generator.permutation([n for n in names if n != name])

@@ -1,10 +1,10 @@
-# Few-shot classification: labelled texts shown, one text to be labelled by one token
+# Few-shot classification of labelled texts with one-token labels
 from .classification import balanced_order as balanced_order
 
-# Label words: one token each where the answer is read, no two the same
+# Label words: distinct single tokens
 from .label_words import choices as choices
 
-# Texts with a class each: known sets from a pinned package, others by way of `datasets`
+# Labelled texts: known sets from a pinned package, others with `datasets`
 from .labelled_texts import LabelledTexts as LabelledTexts
 from .labelled_texts import class_names as class_names
 from .labelled_texts import data_names as data_names

@@ -1,8 +1,8 @@
-"""Few-shot classification: labelled texts shown, one text to be labelled by one token.
+"""Few-shot classification of labelled texts with one-token labels.
 
-Templates decide much of what a small model answers, down to a single space: they are plain data
-(``classification.json``), filled byte for byte. An example is the filled template; a query is
-the template up to its label, and the space before the label belongs to the label's token.
+A small model's answers depend strongly on the template, down to a single space: templates are
+plain data (``classification.json``), filled byte for byte. An example is the filled template; a
+query is the template up to its label, and the space before the label belongs to the label's token.
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ def classification(
 ) -> Prompts:
     """Prompts of labelled texts and one more text, to be answered by its label's word.
 
-    Half of the texts of each class may be shown and the other half asked, whatever the seed. The
-    examples of a seed are drawn in rounds of one text of each class, so the first few of them
-    are balanced, and those of a smaller number are among those of a larger. The queries are
-    drawn the same way, and are the same for every seed, template and number of shots.
+    Half of the texts of each class are for demonstrations and the other half for queries, whatever
+    the seed. The examples of a seed are drawn in rounds of one text per class, so the first few
+    are balanced, and a smaller number is a subset of a larger. The queries are drawn the same
+    way, and are the same for every seed, template and number of shots.
 
     Args:
-        data: a name (``sst2``, ``agnews``, ...; see `data_names`), or anything else that
-            `labelled_texts` reads, or what it returned.
+        data: a name (``sst2``, ``agnews``, ...; see `data_names`), or any other source of
+            `labelled_texts`, or its result.
         tokenizer: a fast tokenizer (spans need character offsets).
-        template: name of one of the set's templates (the first unless given), or a template:
-            one example, with ``{input}`` and then ``{label}``, and all white space.
-        words: label words, one a class; the set's own unless given.
-        shots: demonstrations in every prompt; four unless given, or one a class where there are
-            more classes than that. None are shown with 0.
-        examples: labelled texts of this seed, demonstrations included; the others are asked
-            behind the demonstrations, for a method to learn from. As many as shots unless given.
-        queries: at most so many; None for all, 0 for none.
-        longest: leave out texts of more characters.
+        template: name of one of the set's templates (default: the first), or a template: one
+            example, with ``{input}`` and then ``{label}``, and all white space.
+        words: label words, one per class; the set's by default.
+        shots: demonstrations in every prompt, may be 0; default four, or one per class if there
+            are more classes.
+        examples: labelled texts of this seed, demonstrations included; the others are queries
+            after the demonstrations, for a method to learn from. Default: as many as shots.
+        queries: maximum number of queries; None for all, 0 for none.
+        longest: drop texts of more characters.
         seed: of the examples and their order.
 
     Returns:
-        Prompts that begin alike, examples before queries, with rows ``task`` (the set),
+        Prompts with a common prefix, examples before queries, with rows ``task`` (the set),
         ``instruction`` (``sst2/review``), ``template``, ``input``, ``output`` (the word),
         ``label`` (the class), ``class`` (its number), ``split`` (``example`` or ``query``),
         ``shots``, ``seed``, ``demonstrations`` (the texts shown, a JSON list); spans
         ``demonstrations`` and ``input``; and as answers one token each (see `choices`).
 
     Raises:
-        InputError: if there is no such set or template, the template lacks a slot, there are not
-            as many words as classes, a word is not one token or begins like another, or there
-            are fewer shots than classes or fewer texts than asked for.
+        InputError: if there is no such set or template, the template lacks a slot, the numbers of
+            words and classes differ, a word is not one token or starts with the same token as
+            another, or there are fewer shots than classes or fewer texts than requested.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -151,7 +151,7 @@ def classification(
 def balanced_order(
     labels: Int[np.ndarray, " text"], generator: np.random.Generator
 ) -> Int[np.ndarray, " text"]:
-    """Places in rounds of one of each class, in random order, as long as there are some left.
+    """Indices in rounds of one item per class, in random order, until all are used.
 
     >>> labels = np.array([0, 0, 0, 0, 1, 1])
     >>> labels[balanced_order(labels, np.random.default_rng(0))].reshape(3, 2).tolist()
@@ -223,9 +223,9 @@ def _check_sizes(texts: LabelledTexts, shots: int, examples: int, queries: int |
 def _drawn(
     texts: LabelledTexts, examples: int, queries: int | None, longest: int | None, seed: int
 ) -> tuple[Int[np.ndarray, " example"], Int[np.ndarray, " query"]]:
-    """Texts to show or learn from, and texts to ask, balanced and from halves that never meet."""
+    """Texts for examples, and texts for queries, balanced and from disjoint halves."""
     drawn = []
-    # The second number keeps queries and examples from following one stream.
+    # The second number gives queries and examples separate random streams.
     for half, wanted, key in zip(
         texts.halves, (examples, queries), ([seed, 0], [0, 1]), strict=True
     ):

@@ -1,4 +1,4 @@
-"""Label words: one token each where the answer is read, no two the same."""
+"""Label words: distinct single tokens."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 def single_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, words: Sequence[str], *, what: str
 ) -> tuple[int, ...]:
-    """The token that each word is after ``text``.
+    """The token of each word after ``text``.
 
     Args:
-        words: with the space before them, where there is one.
-        what: in whose name errors speak.
+        words: with the space before them, if there is one.
+        what: function name used in error messages.
 
     Raises:
-        InputError: if two words begin with the same token, or one is not a single token; says
-            which, and how it splits.
+        InputError: if two words start with the same token, or one is not a single token; names it
+            and its tokens.
     """
     prompt = encoded(tokenizer, text).ids
     ids = [continuation(tokenizer, text, prompt, word) for word in words]
@@ -51,10 +51,10 @@ def single_tokens(
 
 
 def choices(prompts: Prompts) -> dict[str, int]:
-    """Class -> the token that answers it, in the order of the classes.
+    """Class -> the token of its label word, in the order of the classes.
 
     Args:
-        prompts: as `classification` makes them.
+        prompts: as those of `classification`.
 
     Raises:
         InputError: if the prompts lack answers or the rows ``label`` and ``class``.

@@ -1,4 +1,4 @@
-"""Texts with a class each: known sets from a pinned package, others by way of `datasets`."""
+"""Labelled texts: known sets from a pinned package, others with `datasets`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _GENERAL = "any"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelledTexts:
-    """Distinct texts with one class each, and how to ask for it.
+    """Distinct texts with one class each, and templates of prompts.
 
     Attributes:
         name: of the set.
-        texts: without white space around them or line breaks in them, no two the same.
+        texts: without surrounding white space or line breaks, all distinct.
         labels: class number of each text.
         classes: names of the classes.
-        words: what a model is to answer for each class.
+        words: label word of each class.
         templates: name -> one example, with ``{input}`` and ``{label}``; the first is the default.
         twins: pairs of templates that differ in one character.
     """
@@ -47,9 +47,9 @@ class LabelledTexts:
 
     @cached_property
     def halves(self) -> tuple[Int[np.ndarray, " shown"], Int[np.ndarray, " asked"]]:
-        """Texts that may be shown, and those that may be asked: half of each class, for good.
+        """Texts for demonstrations, and texts for queries: a fixed half of each class.
 
-        The division depends on the texts alone, not on their order or on any seed.
+        The split depends only on the texts, not on their order or on any seed.
         """
         order = np.random.default_rng(0).permutation(len(self.texts))
         order = np.array(sorted(range(len(self.texts)), key=self.texts.__getitem__))[order]
@@ -61,7 +61,7 @@ class LabelledTexts:
 
 
 def data_names() -> list[str]:
-    """The sets that need no hub.
+    """Names of the sets that need no hub.
 
     >>> data_names()[:4]
     ['sst2', 'rotten_tomatoes', 'sst5', 'agnews']
@@ -89,19 +89,19 @@ def labelled_texts(
 ) -> LabelledTexts:
     """Read a set of labelled texts.
 
-    White space is made single spaces; of equal texts the first is kept, none where their labels
-    differ; texts without a label (a negative class number, as in hidden test sets) are left out.
+    White space becomes single spaces; of equal texts the first is kept, or none if their labels
+    differ; texts without a label (a negative class number, as in hidden test sets) are dropped.
 
     Args:
         source: one of `data_names` (a pinned download of 18 MB, once); a hub id or a folder,
             read by `datasets`; a ``datasets.Dataset`` or ``DatasetDict``; a pandas frame.
         subset: configuration of a hub id ("sst2" of "nyu-mll/glue").
-        split: one of its splits; all of them unless given.
+        split: one of its splits; all by default.
         text, label: names of the columns.
         progress: show a bar for the download.
 
     Returns:
-        The texts. The words of a known set are single tokens to common tokenizers; those of any
+        The texts. The words of a known set are single tokens in common tokenizers; those of any
         other are the names of its classes.
 
     Raises:
@@ -143,7 +143,7 @@ def labelled_texts(
 def _table(
     source: Any, name: str, subset: str | None, split: str | None, text: str, label: str
 ) -> tuple[pd.DataFrame, list[str] | None]:
-    """Columns ``text`` and ``label``, and the names of the classes where the source has them."""
+    """Columns ``text`` and ``label``, and the names of the classes if the source has them."""
     if isinstance(source, pd.DataFrame):
         parts: list[Any] = [source]
     else:
@@ -159,13 +159,13 @@ def _table(
             part = part.select_columns([text, label]).to_pandas()
         part = pd.DataFrame({"text": part[text], "label": part[label]}).dropna()
         if not part["text"].map(lambda value: isinstance(value, str)).all():
-            raise InputError(f"labelled_texts: column {text!r} of {name!r} holds other than texts")
+            raise InputError(f"labelled_texts: column {text!r} of {name!r} holds values, not texts")
         tables.append(part)
     return pd.concat(tables, ignore_index=True), names
 
 
 def _parts(source: Any, subset: str | None, split: str | None) -> list[Any]:
-    """The splits of a data set that `datasets` reads."""
+    """The splits of a dataset that `datasets` reads."""
     import datasets
 
     try:
@@ -175,7 +175,7 @@ def _parts(source: Any, subset: str | None, split: str | None) -> list[Any]:
             found = datasets.load_from_disk(str(source))
         else:
             found = datasets.load_dataset(str(source), subset)
-    except Exception as error:  # the hub, the file formats and pyarrow raise what they like
+    except Exception as error:  # the hub, file formats and pyarrow may raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
             f"labelled_texts: cannot read {str(source)!r} ({reason}); "
@@ -198,7 +198,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _numbered(table: pd.DataFrame, names: list[str] | None) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Class numbers for labels; names of classes are those given, or the labels themselves."""
+    """Replace labels by class numbers; classes are named as given, or by their labels."""
     if names is not None:
         return table, tuple(names)
     values = table["label"]

@@ -1,8 +1,8 @@
-"""Pickles that hold plain values only, read without a way to name any code.
+"""Safe reading of pickles that hold plain values only.
 
-A pickle is a program; what makes it dangerous is that it may name functions and classes and
-call them. Here every name is refused, so what can come out is made of lists, tuples, dicts,
-texts, numbers and None. For files that others publish in no other form.
+A pickle is a program, and dangerous because it may name functions and classes and call them. Here
+every name is refused, so the result consists of lists, tuples, dicts, texts, numbers and None. For
+files that others publish in no other form.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_BYTES = 64_000_000
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every global, and with it every class, function and extension."""
+    """Unpickler that refuses every global: classes, functions and extensions."""
 
     def find_class(self, module: str, name: str, /) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}, expected plain values only")

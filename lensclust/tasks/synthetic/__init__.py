@@ -1,4 +1,4 @@
-"""Tasks of a small language of our own: simplified instruction following, compositions."""
+"""Synthetic tasks in a small artificial language: instruction following, compositions."""
 
 import lazy_loader
 

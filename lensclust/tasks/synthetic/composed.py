@@ -1,9 +1,9 @@
-"""Tasks of known composition: moves and maps of short sequences, and maps after moves.
+"""Tasks of known composition: permutations and maps of short sequences.
 
-A move puts the symbols of the input in another order; a map replaces each symbol by another; a
-composite task does a move and then a map. As in `sif`, what asks for a task is a string of one
-of its regular expressions, so a composite task has instructions of its own, which say nothing
-of its parts. No two moves and no two maps agree on half of what they do.
+A *move* permutes the symbols of the input; a *map* replaces each symbol by another; a composite
+task is a move followed by a map. As in `sif`, the instruction of a task is a string of one of its
+regular expressions, so a composite task has separate instructions, which are unrelated to its
+parts. No two moves and no two maps agree on half of their values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lensclust.tasks.synthetic.regular_languages import LETTERS, Language, draw_
 from lensclust.tasks.synthetic.sif import BOS, PAD, SEP, check_sizes
 
 _ATTEMPTS = 200
-# One input in so many is asked of no training string.
+# One input in this many is in no training prompt.
 _HELD_OUT = 4
 
 Function = tuple[int, ...]
@@ -45,25 +45,24 @@ def composed(
     n_letters: int = 20,
     seed: int = 0,
 ) -> Prompts:
-    """Prompts ``BOS instruction SEP symbols``, answered by as many symbols.
+    """Prompts ``BOS instruction SEP symbols``, answered by the same number of symbols.
 
-    Task ``move 2`` answers with the input's symbols in another order, ``map 1`` with another
-    symbol for each, and ``map 1 after move 2`` does the one and then the other:
-    ``output[i] = map[input[move[i]]]``. Inputs are drawn from all tasks' common inputs, of
-    different symbols. Splits, in ``rows["split"]``: ``train``, and ``test``: strings and inputs
-    that no training prompt of any task holds.
+    Task ``move 2`` permutes the input's symbols, ``map 1`` replaces each by another, and
+    ``map 1 after move 2`` is their composition: ``output[i] = map[input[move[i]]]``. All tasks
+    share their inputs, whose symbols are distinct. Splits, in ``rows["split"]``: ``train``, and
+    ``test``: strings and inputs that are in no training prompt of any task.
 
     Args:
-        n_moves: orders of the symbols, named 0, 1, ...
-        n_maps: replacements of the symbols, named 0, 1, ...
+        n_moves: number of permutations, named 0, 1, ...
+        n_maps: number of maps of symbols, named 0, 1, ...
         pairs: composite tasks: the move and the map of each.
-        width: symbols of an input.
-        n_symbols: different symbols.
+        width: number of symbols of an input.
+        n_symbols: number of different symbols.
         regexes_per_task: expressions of each task; row label ``template`` is "map 1/0" for the
             first of ``map 1``.
         strings_per_regex: training strings of an expression.
         test_strings: further strings of an expression.
-        inputs_per_string: prompts of each string, with an input each.
+        inputs_per_string: prompts of each string, each with another input.
         lengths: shortest and longest instruction, in letters.
         n_letters: letters the expressions are made of, at most 26.
         seed: the only source of randomness.
@@ -75,7 +74,7 @@ def composed(
 
     Raises:
         InputError: if the sizes contradict each other, a pair names no move or map, or no
-            functions or expressions can be found that meet them.
+            suitable functions or expressions can be found.
 
     >>> prompts = composed(seed=1)
     >>> prompts
@@ -110,7 +109,7 @@ def composed(
             f"composed: pair {tuple(odd[0])}, expected a move below n_moves={n_moves} and a map "
             f"below n_maps={n_maps}"
         )
-    # One stream each, so that a knob of the strings leaves the functions as they were.
+    # Separate streams, so that options of the strings do not change the functions.
     moves = _draw_functions("moves", n_moves, width, random.Random(f"composed-moves-{seed}"))
     maps = _draw_functions("maps", n_maps, n_symbols, random.Random(f"composed-maps-{seed}"))
     same, identity = tuple(range(width)), tuple(range(n_symbols))
@@ -135,16 +134,16 @@ def composed(
     for place, (task, kind, move_name, map_name, move, table) in enumerate(tasks):
         labels = {"task": task, "kind": kind, "move": move_name, "map": map_name}
         own = languages[place * regexes_per_task : (place + 1) * regexes_per_task]
-        for asked in _asked(task, own, width, n_symbols, inputs_per_string, pairing):
-            given = asked.pop("given")
+        for pair in _pairs(task, own, width, n_symbols, inputs_per_string, pairing):
+            given = pair.pop("given")
             output = [table[given[i]] for i in move]
-            rows.append({**labels, **asked, "input": _spelled(given), "output": _spelled(output)})
+            rows.append({**labels, **pair, "input": _spelled(given), "output": _spelled(output)})
     frame = pd.DataFrame(rows)
     order = (frame["split"] == "test").argsort(kind="stable")
     return _to_prompts(frame.iloc[order].reset_index(drop=True), n_symbols, n_letters)
 
 
-def _asked(
+def _pairs(
     task: str,
     languages: Sequence[Language],
     width: int,
@@ -179,12 +178,12 @@ def _asked(
 
 
 def _is_held_out(given: Function) -> bool:
-    """A fixed share of all inputs, whatever the seed and the task."""
+    """Whether an input is in the test split: a fixed share, whatever the seed and the task."""
     return zlib.crc32(bytes(given)) % _HELD_OUT == 0
 
 
 def _draw_functions(what: str, n: int, size: int, rng: random.Random) -> list[Function]:
-    """Permutations, any two of which, and each and doing nothing, agree on less than half."""
+    """Permutations; any two of them, and each and the identity, agree on less than half."""
     for _ in range(_ATTEMPTS):
         found: list[Function] = []
         for _ in range(_ATTEMPTS):
@@ -209,21 +208,21 @@ def _to_prompts(rows: pd.DataFrame, n_symbols: int, n_letters: int) -> Prompts:
     # As in `sif`, the separator is the last id and gives the size of the vocabulary.
     names = (PAD, *(f"s{i}" for i in range(n_symbols)), *LETTERS[:n_letters], BOS, SEP)
     ids = {name: i for i, name in enumerate(names)}
-    asked = list(zip(rows["instruction"], rows["input"], strict=True))
+    pairs = list(zip(rows["instruction"], rows["input"], strict=True))
     tokens = [
         [ids[BOS], *(ids[c] for c in string), ids[SEP], *(ids[s] for s in given.split())]
-        for string, given in asked
+        for string, given in pairs
     ]
     return Prompts.from_token_lists(
         tokens,
         rows,
         answers=[[ids[s] for s in output.split()] for output in rows["output"]],
         spans={
-            "instruction": [(1, 1 + len(string)) for string, _ in asked],
+            "instruction": [(1, 1 + len(string)) for string, _ in pairs],
             "input": [
-                (2 + len(string), len(row)) for (string, _), row in zip(asked, tokens, strict=True)
+                (2 + len(string), len(row)) for (string, _), row in zip(pairs, tokens, strict=True)
             ],
         },
-        texts=[f"{BOS}{string}{SEP}{given}" for string, given in asked],
+        texts=[f"{BOS}{string}{SEP}{given}" for string, given in pairs],
         pad_id=ids[PAD],
     )

@@ -1,4 +1,4 @@
-"""Random regular expressions, each with strings that match it and none of the others."""
+"""Random regular expressions, each with strings that match it and no other."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lensclust.errors import InputError
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 _ATTEMPTS = 200
-# Strings drawn at a time; an expression that yields fewer new ones than this is given up.
+# Strings per draw; an expression that yields fewer new ones than this is rejected.
 _DRAWS = 96
 _WORTHWHILE = 4
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of an expression; ``size`` is at least the number of strings it matches."""
+    """Part of an expression; ``size`` is an upper bound of the number of strings it matches."""
 
     pattern: str
     shortest: int
@@ -112,7 +112,7 @@ def draw_languages(
 ) -> tuple[Language, ...]:
     """A language for each number of training strings; no string of one matches another.
 
-    It takes about a second for 60 of them, so the last few results are kept.
+    Takes about a second for 60 of them, so the last few results are cached.
     """
     rng = random.Random(seed)
     languages: list[Language] = []
@@ -140,7 +140,7 @@ def _draw_language(
     others: list[Language],
     rng: random.Random,
 ) -> Language | None:
-    """One random expression with its strings, or None if this one does not do."""
+    """One random expression with its strings, or None if it is rejected."""
     expression = _draw_expression(letters, lengths[-1], rng)
     if expression.shortest > lengths[0] or expression.size < n_train + n_test:
         return None
@@ -171,10 +171,10 @@ def _claims_strings_of(pattern: str, others: list[Language]) -> bool:
 def _sample_strings(
     pattern: str, wanted: dict[int, int], taken: list[re.Pattern[str]], rng: random.Random
 ) -> dict[int, list[str]] | None:
-    """Distinct strings of a pattern, so many of each length, none that a taken one matches."""
-    # rstr draws from the language as `re` parses it. It picks from a negated class in the
-    # order of a set, which changes from process to process: the grammar has none. Strings
-    # are drawn many at a time, because rstr parses the pattern anew at every call.
+    """Distinct strings of a pattern, ``n`` of each length, none matched by an existing language."""
+    # rstr draws from the language as `re` parses it. Its choice from a negated class depends on
+    # set order, which differs between processes: the grammar has none. Strings are drawn many at
+    # a time, because rstr parses the pattern again at every call.
     sampler = rstr.Rstr(rng)
     pools: dict[int, set[str]] = {n: set() for n in wanted}
     missing = sum(wanted.values())
@@ -188,7 +188,7 @@ def _sample_strings(
         before, missing = missing, sum(wanted.values()) - sum(map(len, pools.values()))
         if before - missing < min(_WORTHWHILE, before):
             return None
-    # Likely strings come up first: shuffled, so that training and test are drawn alike.
+    # Likely strings come first: shuffled, so that training and test have one distribution.
     return {n: rng.sample(sorted(pool), len(pool)) for n, pool in pools.items()}
 
 

@@ -1,10 +1,10 @@
 """Simplified instruction following: regular expressions as instructions, tables as tasks.
 
-A task is a finite table input -> output. What asks for it is a string drawn from one of the
-task's regular expressions, so the task is never named: a model has to recognise which
-language the string belongs to. Inputs are shared between tasks, so the input alone does not
-give the answer away. This is our reconstruction of the task of Wu & Varshney, arXiv
-2402.12151, whose text gives the idea and no sizes.
+A task is a finite table input -> output. Its instruction is a string drawn from one of the task's
+regular expressions, so the task is never named: a model has to recognise the language of the
+string. Inputs are shared between tasks, so the input alone does not determine the answer. This is
+our reconstruction of the task of Wu & Varshney, arXiv 2402.12151, which gives the idea but no
+sizes.
 """
 
 from __future__ import annotations
@@ -46,33 +46,33 @@ def sif(
 ) -> Prompts:
     """Prompts ``BOS instruction SEP input`` of the synthetic task, answered by one token.
 
-    The instruction is a string of one of the task's regular expressions, a token a letter.
+    The instruction is a string of one of the task's regular expressions, one token per letter.
     No string matches any other expression of any task (``re.fullmatch``), and every
     expression contributes the same number of strings of each length, so neither the length
-    of a prompt nor the position of its last token tells the tasks apart.
+    of a prompt nor the position of its last token distinguishes the tasks.
 
     Splits, in ``rows["split"]``: ``train``; ``new_string`` (a new string of a trained
     expression, with an input that expression was trained with); ``new_pair`` (a training
-    string with an input that its task showed only through another expression); ``both``;
+    string with an input that its task has only with another expression); ``both``;
     ``new_regex`` (the negative control: an expression of no training row, answered by its
-    task's table, where only chance, ``1 / rows.groupby("input").output.nunique()``, is to be
-    expected). An input that a task never showed cannot be answered and is never asked.
+    task's table, where only chance, ``1 / rows.groupby("input").output.nunique()``, is
+    expected). Inputs that are in no training row of a task cannot be answered and are not used.
 
     Args:
         n_tasks: tasks, named 0, 1, ...
         n_inputs: input tokens, shared by the tasks.
         mappings_per_task: inputs in the table of each task.
-        n_outputs: output tokens; as many as inputs unless given. Tasks give one input
-            different outputs as long as there are enough.
+        n_outputs: output tokens; default as many as inputs. Tasks have different outputs for one
+            input as long as there are enough.
         regexes_per_task: trained expressions of a task; row label ``template`` is "3.1" for
             expression 1 of task 3.
         held_out_regexes: further expressions of a task, numbered after the trained ones.
         strings_per_regex: training strings of a trained expression.
-        held_out_inputs: inputs of the table that each trained expression is never shown with.
-        rows_per_mapping: rows of each task and input that it knows, in each split but
-            ``train`` (fewer where strings run out; none where nothing is held out).
+        held_out_inputs: inputs of the table that are held out from each trained expression.
+        rows_per_mapping: rows of each task and input of its table, in each split except
+            ``train`` (fewer if strings run out; none if nothing is held out).
         lengths: shortest and longest instruction, in letters.
-        fixed_length: all instructions as long as the longest: prompts that share an input
+        fixed_length: all instructions are as long as the longest: prompts that share an input
             then have identical embeddings at the last token.
         n_letters: letters the expressions are made of, at most 26.
         seed: the only source of randomness.
@@ -82,8 +82,7 @@ def sif(
         ``instruction`` and ``input``, and texts. `vocabulary` names the token ids.
 
     Raises:
-        InputError: if the sizes contradict each other, or no expressions can be found that
-            meet them.
+        InputError: if the sizes contradict each other, or no suitable expressions can be found.
 
     Source: Wu & Varshney, arXiv 2402.12151; sizes, grammar and splits are our reconstruction.
 
@@ -118,7 +117,7 @@ def sif(
             "mappings_per_task": (mappings_per_task, "n_inputs", n_inputs),
             "lengths[0]": (shortest, "lengths[1]", longest),
             "n_letters": (n_letters, "letters of the alphabet", len(LETTERS)),
-            # Beyond this some input of a table would be shown through no expression at all.
+            # Beyond this some input of a table would be in no training row.
             "held_out_inputs * regexes_per_task": (
                 held_out_inputs * regexes_per_task,
                 "(regexes_per_task - 1) * mappings_per_task",
@@ -126,7 +125,7 @@ def sif(
             ),
         },
     )
-    # One stream each, so that a knob of the strings leaves the tables as they were.
+    # Separate streams, so that options of the strings do not change the tables.
     tables = _draw_tables(
         n_tasks, n_inputs, mappings_per_task, n_outputs, random.Random(f"sif-tables-{seed}")
     )
@@ -163,8 +162,8 @@ def vocabulary(
 ) -> tuple[str, ...]:
     """Symbol of every token id that `sif` uses with these sizes; padding is 0.
 
-    The separator, which every prompt holds, is last: the largest id of any of the prompts
-    plus one is the size of the vocabulary.
+    The separator, which is in every prompt, is last: the largest id of the prompts plus one is
+    the size of the vocabulary.
 
     >>> vocabulary(n_inputs=2, n_letters=3)
     ('<pad>', 'y0', 'y1', 'x0', 'x1', 'a', 'b', 'c', '<bos>', '<sep>')
@@ -180,7 +179,7 @@ def vocabulary(
 def _draw_tables(
     n_tasks: int, n_inputs: int, mappings: int, n_outputs: int, rng: random.Random
 ) -> list[Table]:
-    """One table a task; any two disagree on more than half of the inputs they share."""
+    """One table per task; any two disagree on more than half of their shared inputs."""
     for _ in range(_ATTEMPTS):
         tables = _propose_tables(n_tasks, n_inputs, mappings, n_outputs, rng)
         if all(_disagree(a, b) for i, a in enumerate(tables) for b in tables[:i]):
@@ -197,7 +196,7 @@ def _propose_tables(
     uses = [0] * n_inputs
     known: list[list[int]] = []
     for _ in range(n_tasks):
-        # The least used inputs first: each input ends up in equally many tables.
+        # The least used inputs first, so that each input is in equally many tables.
         ranked = sorted(range(n_inputs), key=lambda i: (uses[i], rng.random()))
         known.append(ranked[:mappings])
         for i in ranked[:mappings]:
@@ -229,7 +228,7 @@ def _task_rows(
     rng: random.Random,
 ) -> Iterator[dict[str, str | int]]:
     inputs = rng.sample(sorted(table), len(table))
-    # Expression r hides the next few inputs of a circle: hidden evenly, each shown somewhere.
+    # Expression r holds out the next inputs in cyclic order: evenly, and each is shown somewhere.
     hidden = [
         {inputs[(r * held_out_inputs + i) % len(inputs)] for i in range(held_out_inputs)}
         for r in range(n_trained)

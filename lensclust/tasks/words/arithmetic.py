@@ -1,8 +1,8 @@
-"""Arithmetic of one and two steps, asked in words about the same three numbers.
+"""Arithmetic of one and two steps in words.
 
-The instruction says what to do with the numbers, the input is three numbers for every task, so
-the input alone does not give the task away. Two steps are two tasks in a row: ``multiply after
-add`` adds the first two numbers and multiplies the sum by the third.
+The instruction names the operation; the input is three numbers for every task, so the input alone
+does not reveal the task. Two steps are two tasks in a row: ``multiply after add`` adds the first
+two numbers and multiplies the sum by the third.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEPS: dict[str, Callable[[int, int], int]] = {
     "subtract": operator.sub,
     "multiply": operator.mul,
 }
-# The first step, and what is said behind it where there is a second.
+# The wording of the first step, and of the second.
 _WORDINGS: dict[str, dict[str, tuple[str, str]]] = {
     "imperative": {
         "add": ("Add the first two numbers", "then add the third"),
@@ -56,7 +56,7 @@ def arithmetic(
     layout: str = LAYOUT,
     seed: int = 0,
 ) -> Prompts:
-    """Prompts that ask for a result of three numbers, to be answered token by token.
+    """Prompts that ask for a result of three numbers, answered token by token.
 
     Args:
         tokenizer: a fast tokenizer (spans need character offsets).
@@ -74,8 +74,8 @@ def arithmetic(
         split``; spans ``instruction`` and ``input``; and the results as answers.
 
     Raises:
-        InputError: if a task is not known, a size makes no sense, or there are not as many
-            triples as asked for.
+        InputError: if a task is not known, a size is invalid, or there are fewer triples than
+            requested.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -126,7 +126,7 @@ def arithmetic(
 
 
 def _steps(task: str) -> list[str]:
-    """The steps of a task, in the order in which they are done."""
+    """The steps of a task, in the order of execution."""
     parts = task.split(AFTER)[::-1]
     if len(parts) > 2 or not set(parts) <= set(STEPS):
         raise InputError(

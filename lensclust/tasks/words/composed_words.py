@@ -1,7 +1,7 @@
-"""Word tasks in a row: the plural in upper case, the first letter of the opposite, ...
+"""Composed word tasks: the plural in upper case, the first letter of the opposite, ...
 
-A further step is done to the answer of a task of `natural`. Its result follows from the
-spelling of that answer, so it is computed, not looked up.
+The second step is applied to the answer of a task of `natural`. Its result depends on the
+spelling of that answer only, so it is computed, not looked up.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def composed_words(
     inputs: int | Sequence[str] | None = None,
     layout: str = LAYOUT,
 ) -> Prompts:
-    """Prompts that ask for two word tasks in a row, in two ways.
+    """Prompts that ask for two word tasks in a row, in two wordings.
 
     Args:
         tokenizer: a fast tokenizer (spans need character offsets).
@@ -75,7 +75,7 @@ def composed_words(
     """
     named = dict(zip(tasks, map(_parts, tasks), strict=True))
     if not named:
-        raise InputError("composed_words: no task asked for, expected at least one")
+        raise InputError("composed_words: no task given, expected at least one")
     tables = []
     for task, (last, first) in named.items():
         asked = natural(tokenizer, tasks=[first], paraphrases=list(_THEN), inputs=inputs).rows

@@ -1,9 +1,9 @@
-"""Instruction Induction (Honovich et al. 2022, arXiv 2205.10782), read from its folder.
+"""Instruction Induction (Honovich et al. 2022, arXiv 2205.10782), read from a folder.
 
-The instructions of a task are what different people wrote after seeing examples of it. They
-reuse each other's words ("write the plural", "output the plural"), and most tasks have inputs
-of their own kind, so wording and input both give the task away: compare whatever is found on
-this set with a bag-of-words clustering of it. `natural` is the set without that confound.
+The instructions of a task were written by different people after seeing examples of it. They
+share words ("write the plural", "output the plural"), and most tasks have a distinct kind of
+inputs, so wording and input both reveal the task: compare any result on this set with a
+bag-of-words clustering of it. `natural` is the set without that confound.
 """
 
 from __future__ import annotations
@@ -41,24 +41,23 @@ def instruction_induction(
     seed: int = 0,
     chat: bool = False,
 ) -> Prompts:
-    """Prompts of every task in a folder: each of its instructions over a sample of its inputs.
+    """Prompts of every task in a folder: each instruction with a sample of the task's inputs.
 
     Expected: ``annotations/TASK.json`` with ``{"annotations": [str, ...]}`` and
     ``execute/TASK.json`` with ``{"examples": {"1": {"input": str, "output": str}, ...}}``.
-    Two tasks of the original spell their examples otherwise and are read as its authors do:
+    Two tasks of the original have another format and are read as its authors do:
     ``cause`` and ``effect`` become two numbered sentences in random order, of which the cause
     is to be given; ``items`` become a list whose ``concept`` is to be given.
 
-    The inputs of a task are shared by its instructions. They are sampled along one random
-    order of all inputs, so that tasks over the same words get the same ones.
+    All instructions of a task have the same inputs. They are sampled along one random order of
+    all inputs, so that tasks over the same words have the same sample.
 
     Args:
         folder: the folder that holds ``annotations`` and ``execute``.
         tokenizer: a fast tokenizer (spans need character offsets).
-        tasks: names of tasks; all in the folder unless given.
-        instructions: at most so many instructions of each task, the first ones; all unless
-            given.
-        inputs: at most so many inputs of each task; None for all.
+        tasks: names of tasks; all in the folder by default.
+        instructions: maximum number of instructions of each task, from the first; all by default.
+        inputs: maximum number of inputs of each task; None for all.
         seed: of the sample of inputs and of the order of causes and effects.
         chat: wrap each prompt in the tokenizer's chat template.
 
@@ -103,7 +102,7 @@ def instruction_induction(
 def read_folder(
     folder: Path, *, tasks: Sequence[str] | None = None, seed: int = 0
 ) -> tuple[dict[str, list[str]], dict[str, list[tuple[str, str]]]]:
-    """Instructions and (input, output) pairs of every task, before anything is tokenised.
+    """Instructions and (input, output) pairs of every task, before tokenization.
 
     Raises:
         InputError: as `instruction_induction`.
@@ -111,7 +110,7 @@ def read_folder(
     names = _task_names(folder, tasks)
     wordings = {name: _annotations(folder / "annotations" / f"{name}.json") for name in names}
     pairs = {
-        # Seeded by the name, so that a task reads the same whichever others are loaded.
+        # Seeded by the name, so that a task does not depend on the other loaded tasks.
         name: _pairs(
             folder / "execute" / f"{name}.json", np.random.default_rng([seed, *name.encode()])
         )
@@ -160,7 +159,7 @@ def _annotations(path: Path) -> list[str]:
 
 
 def _pairs(path: Path, generator: np.random.Generator) -> list[Pair]:
-    """Distinct inputs of a task with their output (the first, where one has several)."""
+    """Distinct inputs of a task with their output (the first, if there are several)."""
     examples = _read(path).get("examples")
     if not isinstance(examples, dict) or not examples:
         raise _unexpected(path, '"examples": {"1": {"input": ..., "output": ...}, ...}')

@@ -1,14 +1,14 @@
-"""Our own natural-language tasks: 12 word tasks, 6 paraphrases each, 24 words shared by all.
+"""Natural-language tasks: 12 word tasks, 6 paraphrases each, 24 shared words.
 
-The set is made so that neither the wording nor the input gives the task away. It is fully
-crossed (every word is asked of every task by every paraphrase). The paraphrases of one task
+The set is designed so that neither the wording nor the input reveals the task. It is fully
+crossed (every word occurs with every task and every paraphrase). The paraphrases of one task
 share no content word, while the k-th paraphrases of all tasks share their sentence shape (the
-row label ``template``), so that a clustering of the instructions by the words they contain
-finds shapes, not tasks. A clustering by task therefore has to come from what is meant.
+row label ``template``), so that a bag-of-words clustering of the instructions finds shapes, not
+tasks. A clustering by task therefore has to come from meaning.
 
 The six paraphrases were revised while looking at a model's scores, so figures on them are
 optimistic. Four held-out wordings of each task follow the same rules, and were written before
-any model was run on them. Do not revise them in the light of scores: add others.
+any model was run on them. Do not revise them after seeing scores: add others.
 """
 
 from __future__ import annotations
@@ -46,24 +46,23 @@ def natural(
     chat: bool = False,
     layout: str | None = None,
 ) -> Prompts:
-    """Prompts that ask for a word's opposite, plural, French translation, ... in six ways.
+    """Prompts that ask for a word's opposite, plural, French translation, ... in six wordings.
 
     A plain prompt is the instruction, a line ``Input: "love"`` and a line ``Answer: "``. The
-    quotation that the answer completes makes the token that is read out the same in every
-    prompt, and leaves no room for anything but the answer. In the chat layout the instruction
-    and the input line are the user's message, and the reply is open: a model may start it
-    with a phrase of its own ("The plural of ..."), and the template's tokens make the prompts
-    two to three times as long.
+    quotation that the answer completes makes the readout token the same in every prompt, and
+    allows nothing but the answer. In the chat layout the instruction and the input line are the
+    user's message, and the reply is open: a model may start it with another phrase ("The plural
+    of ..."), and the template's tokens make the prompts two to three times as long.
 
     Args:
         tokenizer: a fast tokenizer (spans need character offsets).
-        tasks: names of tasks; all unless given.
-        paraphrases: the first so many, or names of templates (``imperative``, ``question``,
-            ``request``, ``scenario``, ``rule``, ``role``, and the held-out ``wish``,
-            ``correction``, ``condition``, ``dialogue``); all six, or with ``held_out`` all
-            four, unless given.
-        inputs: the first so many words, or the words; all unless given.
-        held_out: the held-out wordings alone, written without looking at any model's scores.
+        tasks: names of tasks; all by default.
+        paraphrases: their number, from the first, or names of templates (``imperative``,
+            ``question``, ``request``, ``scenario``, ``rule``, ``role``, and the held-out
+            ``wish``, ``correction``, ``condition``, ``dialogue``); by default all six, or with
+            ``held_out`` all four.
+        inputs: number of words, from the first, or the words; all by default.
+        held_out: only the held-out wordings, written without seeing any model's scores.
             For both kinds in one set, name their templates (see `template_names`).
         chat: wrap each prompt in the tokenizer's chat template.
         layout: another layout, with ``{instruction}`` and ``{input}``.
@@ -73,8 +72,7 @@ def natural(
         ``instruction`` (id of the sentence: ``plural/question``), ``template``, ``wording``
         (the sentence), ``input``, ``output``, ``split`` (``held_out`` for a held-out wording,
         otherwise ``all``); spans ``instruction`` and ``input``; and the outputs as answers
-        (with a leading space where the layout ends in neither a quotation mark nor white
-        space).
+        (with a leading space if the layout ends in neither a quotation mark nor white space).
 
     Raises:
         InputError: if a task, template or word is not in the set, or the layout lacks a field.
@@ -127,14 +125,14 @@ def natural(
     texts, spans = lay_out(
         layout, {"instruction": rows["wording"].tolist(), "input": rows["input"].tolist()}
     )
-    # A word that opens a quotation, a line or a reply has no space before it.
+    # A word at the start of a quotation, a line or a reply has no space before it.
     lead = "" if chat or layout.endswith(('"', "'", " ", "\n")) else " "
     answers = [lead + output for output in rows["output"]]
     return Prompts.from_texts(texts, rows, tokenizer, answers=answers, spans=spans, chat=chat)
 
 
 def task_names() -> list[str]:
-    """The tasks of the set.
+    """Names of the tasks of the set.
 
     >>> len(task_names())
     12
@@ -152,7 +150,7 @@ def template_names(*, held_out: bool = False) -> list[str]:
 
 
 def words() -> list[str]:
-    """The words that every task of the set asks about.
+    """The input words of every task of the set.
 
     >>> len(words())
     24
@@ -163,11 +161,11 @@ def words() -> list[str]:
 def lay_out(
     layout: str, fields: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], dict[str, list[CharSpan]]]:
-    """Fill a layout once for each prompt, and say where in the text each field went.
+    """Fill a layout for each prompt, and return the character range of each field.
 
     Args:
         layout: a format string that names each of the fields once.
-        fields: name -> one text a prompt.
+        fields: name -> one text per prompt.
 
     Returns:
         The texts, and name -> character range ``[start, stop)`` in each text.
@@ -209,12 +207,12 @@ def _choose(kind: str, wanted: int | Sequence[str] | None, known: list[str]) -> 
         return known
     if isinstance(wanted, int):
         if not 1 <= wanted <= len(known):
-            raise InputError(f"natural: {wanted} {kind}s asked for, expected 1 to {len(known)}")
+            raise InputError(f"natural: {wanted} {kind}s requested, expected 1 to {len(known)}")
         return known[:wanted]
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     for name in names:
         if name not in known:
             raise InputError(f"natural: no {kind} {name!r}: there are {', '.join(known)}")
     if not names:
-        raise InputError(f"natural: no {kind} asked for, expected some of {', '.join(known)}")
+        raise InputError(f"natural: no {kind} given, expected some of {', '.join(known)}")
     return list(dict.fromkeys(names))

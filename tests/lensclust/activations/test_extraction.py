@@ -248,7 +248,7 @@ def test_what_does_not_fit_half_precision_is_refused():
         model.transformer.wte.weight.mul_(1e6)
     bridge = lc.load(model)
     assert np.isfinite(lc.extract(bridge, some_prompts(2), "resid 0").resid).all()
-    with pytest.raises(lc.InputError, match="'resid' does not fit float16"):
+    with pytest.raises(lc.InputError, match="'resid' overflows float16"):
         lc.extract(bridge, some_prompts(2), "resid 0", dtype="float16")
 
 

@@ -86,7 +86,7 @@ def test_an_edit_of_a_head_changes_that_head_where_values_have_another_size() ->
 def test_norms_behind_the_sums_leave_no_middle_state(name: str, fields: dict[str, int]) -> None:
     network, model = both(name, **fields)
     for kind in ("resid_mid", "head"):
-        with pytest.raises(lc.InputError, match=f"'{kind}' does not exist in .*a norm stands"):
+        with pytest.raises(lc.InputError, match=f"'{kind}' does not exist in .*a norm follows"):
             read(model, kind)
     acts = read(model, ["resid", "attn_out", "mlp_out"])
     plain: list[Any] = [parts(network, FAMILIES[name], ids) for ids in IDS]
@@ -120,9 +120,9 @@ def test_blocks_without_attention_have_no_heads() -> None:
     assert acts.block.values.tolist() == [0, 3]
     assert acts.layer.values.tolist() == [0, 1, 2, 3, 4]
     for sites, message in (
-        ("z 1.0", "'z' in blocks 0, 3 alone"),
-        (["attn_out", "mlp_out"], "one array cannot hold these places"),
-        (["head 0.0", "mlp_out 1"], "one array cannot hold these places"),
+        ("z 1.0", "'z' in blocks 0, 3 only"),
+        (["attn_out", "mlp_out"], "one array cannot hold these sites"),
+        (["head 0.0", "mlp_out 1"], "one array cannot hold these sites"),
         ("head 3.4", "heads 0..3"),
     ):
         with pytest.raises(lc.InputError, match=message) as caught:

@@ -205,7 +205,7 @@ def test_random_weights_keep_the_architecture_and_the_global_generator(tmp_path:
         assert (one.tokenizer is None) == (trained.tokenizer is None)
 
 
-def test_random_twin_of_a_model_in_memory_leaves_it_alone() -> None:
+def test_random_copy_of_a_model_in_memory_leaves_it_alone() -> None:
     hf = hf_model("llama")
     before = fingerprint(hf)
     twin = load(hf, random_weights=True)
@@ -365,7 +365,7 @@ def test_a_file_that_holds_no_model_is_no_hub_id(
     monkeypatch.chdir(tmp_path)
     for source in (name, tmp_path / name):
         message = refusal(source)
-        assert "is a file that holds no model: expected .gguf" in message
+        assert "is not a model file: expected .gguf" in message
         assert "hub" not in message
 
 

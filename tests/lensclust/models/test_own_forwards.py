@@ -282,7 +282,7 @@ def test_a_module_of_ones_own_at_the_output_projection_keeps_all_but_heads():
     assert off(model, copy.deepcopy(network), 2) < 1e-5
     lc.extract(model, PROMPTS, ["z", "attn_out"], progress=False)
     probes.patch(model, PROMPTS.take([0]), PROMPTS.take([1]), "z", progress=False)
-    with pytest.raises(lc.InputError, match="no linear map whose weight can be read"):
+    with pytest.raises(lc.InputError, match="not a linear map with readable weight"):
         lc.extract(model, PROMPTS, "head", progress=False)
 
 

@@ -176,7 +176,7 @@ ROWS = pd.DataFrame({"task": ["a", "b"]})
         ({"answers": [[1]]}, "2 prompts but 1 of 'answers'"),
         ({"spans": {"s": [(0, 1.5), (0, 1)]}}, "span 's' of prompt 0"),
         ({"spans": {"s": [0, 1]}}, r"expected a range \(start, stop\)"),
-        ({"spans": {"s": [(0, 3), (0, 1)]}}, "places within its 1 tokens"),
+        ({"spans": {"s": [(0, 3), (0, 1)]}}, "positions within its 1 tokens"),
         ({"rows": pd.DataFrame([[1, 2]] * 2, columns=["a", "a"])}, "the column 'a' twice"),
         ({"rows": {"a": 1}}, "rows given as a dict"),
         ({"rows": {"a": [1, 2], "b": [1]}}, "rows given as a dict"),
@@ -198,7 +198,7 @@ def test_columns_in_several_orders_are_refused():
     together = lc.Prompts.from_token_lists([[1], [2], [3]], {"task": task[::-1], "i": word[::-1]})
     assert together.rows["task"].tolist() == ["c", "b", "a"]
     for other in (word.iloc[[1, 2, 0]], word.rename({0: 7}), word.set_axis(list("xyz"))):
-        with pytest.raises(lc.InputError, match="'task' and 'i' have other indices"):
+        with pytest.raises(lc.InputError, match="'task' and 'i' have different indices"):
             lc.Prompts.from_token_lists([[1], [2], [3]], {"task": task, "i": other})
 
 

@@ -102,7 +102,7 @@ def test_a_span_is_where_the_template_puts_its_characters(frame, change, text, d
     arguments = ([text], pd.DataFrame({"task": ["a"]}), tokenizer)
     spans = {"s": [(start, stop)]}
     if start < stop and not inside:
-        with pytest.raises(lc.InputError, match=r"leaves out .* so that their span has no place"):
+        with pytest.raises(lc.InputError, match=r"omits .* so that their span cannot be located"):
             lc.Prompts.from_texts(*arguments, chat=True, spans=spans)
         return
     prompts = lc.Prompts.from_texts(*arguments, chat=True, spans=spans)
@@ -252,7 +252,7 @@ def test_fingerprints_tell_how_a_text_is_cut(tmp_path):
     [
         ({"texts": "ab"}, "texts='ab', expected a list of texts"),
         ({"answers": "ab"}, "answers='ab', expected a list of texts"),
-        ({"spans": {"s": [(0, 2), (0, 1)]}}, "places within its 1 characters"),
+        ({"spans": {"s": [(0, 2), (0, 1)]}}, "positions within its 1 characters"),
     ],
 )
 def test_what_no_text_is(arguments, message):

@@ -120,7 +120,7 @@ def test_a_view_spoilt_anywhere_is_refused_or_still_a_view(
 @pytest.mark.parametrize(
     ("part", "value", "said"),
     [
-        ("opened", [[3, 0]], "'opened' is not what it should be"),
+        ("opened", [[3, 0]], "'opened' is missing or wrong"),
         ("shape", [4, 4], "scores 0: 'values'"),
         ("texts", ["one"], "labels 0: 'values'.* expected 1 texts"),
         ("points", {"shape": [5, 6, 2], "low": 0, "step": 1, "data": "!"}, "120 bytes in base64"),

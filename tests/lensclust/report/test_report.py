@@ -312,7 +312,10 @@ def view_that_is(content: Any) -> Callable[[Path], object]:
         (lambda run: (run / "figures/clusters.vl.json").write_text("x"), "clusters.vl.json is not"),
         (view_that_is({"kind": "movie"}), "views/1_a.json: kind 'movie' is not known"),
         (view_that_is({"kind": ["clusters"]}), "views/1_a.json: kind ['clusters'] is not known"),
-        (view_that_is({"kind": "clusters", "layers": [0]}), "views/1_a.json: 'steps' is not what"),
+        (
+            view_that_is({"kind": "clusters", "layers": [0]}),
+            "views/1_a.json: 'steps' is missing or wrong",
+        ),
     ],
 )
 def test_a_broken_run_is_one_line_naming_the_file(

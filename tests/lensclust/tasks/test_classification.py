@@ -405,7 +405,7 @@ def test_texts_are_distinct_labelled_and_one_line_each() -> None:
     assert texts.classes == ("0", "1")
     with pytest.raises(InputError, match=r"has the classes \['x'\], expected two"):
         labelled_texts(pd.DataFrame({"text": ["a"], "label": ["x"]}))
-    with pytest.raises(InputError, match="holds other than texts"):
+    with pytest.raises(InputError, match="holds values, not texts"):
         labelled_texts(pd.DataFrame({"text": [1, 2], "label": ["x", "y"]}))
 
 

@@ -328,7 +328,7 @@ def test_names():
         ({"steps": 0}, "steps=0, expected at least 1"),
         ({"batch_size": 0}, "batch_size=0, expected at least 1"),
         ({"lr": float("nan")}, "lr=nan, expected a positive number"),
-        ({"only": "mplx"}, "only='mplx' is in no name"),
+        ({"only": "mplx"}, "only='mplx' matches no name"),
         ({"only": "("}, "is no regular expression"),
         ({"only": []}, "expected names of parameters"),
         ({"only": ["no.such"]}, "no.such"),

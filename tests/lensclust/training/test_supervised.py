@@ -393,7 +393,7 @@ def test_a_folder_in_use_and_damaged_files_are_one_line(tmp_path):
         ({"checkpoints": 1}, "checkpoints=1, expected at least 2"),
         ({"checkpoints": [99]}, r"checkpoint at step 99, expected 0\.\.9"),
         ({"resume": True}, "expected the folder"),
-        ({"only": "mplx"}, "finetune: only='mplx' is in no name"),
+        ({"only": "mplx"}, "finetune: only='mplx' matches no name"),
         ({"only": ["head 9.1"]}, "site 'head 9.1' does not exist"),
         ({"only": LAST, "lora": Lora()}, "only and lora given"),
         ({"lora": Lora(rank=0)}, "lora rank=0, expected at least 1"),

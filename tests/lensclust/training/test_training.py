@@ -344,7 +344,7 @@ def test_a_second_answer_that_cannot_be_asked_is_an_error(auxiliary, said):
 )
 def test_weights_of_another_model_are_an_error(plain, changed, said):
     config = native_config("sif-small", **{**SIZES, **changed})
-    with pytest.raises(InputError, match="start_from does not fit the configuration: .*" + said):
+    with pytest.raises(InputError, match="start_from does not match the configuration: .*" + said):
         train(config, PROMPTS, start_from=plain.model(), **KNOBS)
 
 
