@@ -19,6 +19,7 @@ def main() -> None:
     run = lc.train("sif-small", prompts, steps=150, n_checkpoints=3, progress=False)
     unseen = prompts.where(split="new_string")
     acts = lc.extract(run.model(), unseen, ["resid", "head"], progress=False)
+    one = lc.extract(run.model(), unseen.where(input="x0"), "resid", progress=False)
     known = lc.extract(run.model(), prompts.where(split="train"), "resid", progress=False)
     tasks = cluster(known, by="task", given="input", jobs=1)
 
@@ -30,7 +31,7 @@ def main() -> None:
     moved = interchange(run.model(), unseen, moves, "resid", progress=False)
     charts = {
         "clusters": clusters.plot("cross_wording_ari"),
-        "states": cluster_map(acts).plot(),
+        "states": cluster_map(one).plot(),
         "moved": moved.plot(),
     }
     PICTURES.mkdir(exist_ok=True)
