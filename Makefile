@@ -53,9 +53,11 @@ bench-full: .venv/installed-bench
 calibrate: .venv/installed-test
 	$(BIN)/python -m tests.calibration
 
-# The README's claims and picture, from the runs that are there.
+# The claims of docs/results.md, the README's lines and its picture, from the runs that are there;
+# then the tutorial's pictures.
 readme: .venv/installed-test
 	$(BIN)/python -m tests.benchmarks.readme $(wildcard $(STUDIES:%=runs/%))
+	OMP_NUM_THREADS=1 $(BIN)/python docs/draw_pictures.py
 
 # One universal lock for every supported Python; extras are pinned too.
 lock: .venv/installed-test

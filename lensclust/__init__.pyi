@@ -1,39 +1,24 @@
-from . import figures as figures
-from . import report as report
-from . import tasks as tasks
+from . import figures as figures, report as report, tasks as tasks
+
+# Models
+from .models import Site as Site, fingerprint as fingerprint, load as load, release as release
+
+# Prompts whose task is known
+from .prompts import Prompts as Prompts
 
 # Activations
 from .activations import (
     extract as extract,
-)
-from .activations import (
     extract_with_ray as extract_with_ray,
-)
-from .activations import (
     head_residual as head_residual,
-)
-from .activations import (
     open_activations as open_activations,
-)
-from .activations import (
     pooled as pooled,
 )
+from .inference.prefix_sharing import plan_prefixes as plan_prefixes
+
+# Training
+from .training import Lora as Lora, finetune as finetune, train as train
 
 # Claims and errors
 from .errors import InputError as InputError
-from .inference.prefix_sharing import plan_prefixes as plan_prefixes
-
-# Models
-from .models import Site as Site
-from .models import fingerprint as fingerprint
-from .models import load as load
-from .models import release as release
-
-# Prompts with known tasks
-from .prompts import Prompts as Prompts
 from .results import Claim as Claim
-
-# Training
-from .training import Lora as Lora
-from .training import finetune as finetune
-from .training import train as train

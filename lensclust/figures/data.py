@@ -21,16 +21,19 @@ _MAX_POINTS = 3000  # points of a scatter, over all its panels
 
 
 def require_columns(call: str, frame: pd.DataFrame, columns: Sequence[str | None]) -> None:
+    """Raise InputError if a column that a chart needs is missing."""
     for column in columns:
         if column is not None and column not in frame:
             raise InputError(f"{call}: no column {column!r}: the frame has {list(frame)}")
 
 
 def distinct(names: Sequence[str | None]) -> list[str]:
+    """The names that are given, each once, in order."""
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def is_number(column: pd.Series) -> bool:
+    """Whether a column holds numbers; truth values do not count."""
     return is_numeric_dtype(column) and not is_bool_dtype(column)
 
 

@@ -15,18 +15,21 @@ from lensclust.figures.style import NULL_LABEL, PALETTE, SHAPES, Picture
 
 
 def tip(field: str, title: str, number_format: str | None = None) -> alt.Tooltip:
+    """A tooltip for a column: text, or a number in a format."""
     if number_format is None:
         return alt.Tooltip(field=field, type="nominal", title=title)
     return alt.Tooltip(field=field, type="quantitative", title=title, format=number_format)
 
 
 def seed_tips(seeds: pd.Series) -> list[alt.Tooltip]:
+    """Tooltips for the range over seeds, if there are several."""
     if seeds.max() <= 1:
         return []
     return [tip("low", "lowest seed", ".3f"), tip("high", "highest seed", ".3f")]
 
 
 def x_axis(values: pd.Series, name: str, *, narrow: bool) -> alt.X:
+    """The x axis: ordinal for names, logarithmic for steps, linear otherwise."""
     if not is_number(values):
         order = list(dict.fromkeys(values))
         axis = alt.Axis(title=name, labelAngle=-30)
@@ -75,6 +78,7 @@ def series(values: pd.Series, name: str, *, field: str = "line") -> dict[str, An
 
 
 def cycled(values: pd.Series, choices: Sequence[str]) -> alt.Scale:
+    """A scale that repeats its choices when there are more values than choices."""
     domain = list(dict.fromkeys(values.astype(str)))
     return alt.Scale(domain=domain, range=[choices[i % len(choices)] for i in range(len(domain))])
 
@@ -87,6 +91,7 @@ def null_fill(field: str) -> alt.Fill:
 
 
 def null_band(x: alt.X, low: alt.Y, high: alt.Y2) -> alt.Chart:
+    """The band of the null distribution behind a chart."""
     band = alt.Chart().transform_filter(f"datum.part === '{NULL_LABEL}'")
     fill = null_fill("part")
     return band.mark_area(opacity=0.3, aria=False).encode(x=x, y=low, y2=high, fill=fill)

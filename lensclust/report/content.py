@@ -82,6 +82,7 @@ class Run:
 
 
 def read_run(folder: Path, anchor: str) -> Run:
+    """Read and check a run directory for the page; ``anchor`` is its prefix for links."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         what = f"is a directory without {missing[0]}" if folder.is_dir() else "is no directory"

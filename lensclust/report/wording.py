@@ -81,6 +81,7 @@ def grouped(provenance: dict[str, Any]) -> list[tuple[str, tuple[tuple[str, str]
 
 
 def data_uri(text: str, kind: str) -> str:
+    """A text as a ``data:`` URI."""
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 

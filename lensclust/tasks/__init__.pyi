@@ -8,8 +8,7 @@ from .in_context.linear_regression import linear_regression as linear_regression
 from .in_context.prompt_injection import prompt_injection as prompt_injection
 
 # Few-shot prompts of questions whose text consists of named pieces
-from .in_context.questions import Question as Question
-from .in_context.questions import few_shot as few_shot
+from .in_context.questions import Question as Question, few_shot as few_shot
 
 # Reading comprehension: who does what, with distractor sentences
 from .in_context.reading_comprehension import reading_comprehension as reading_comprehension
@@ -21,8 +20,7 @@ from .labelled.classification import classification as classification
 from .labelled.label_words import choices as choices
 
 # Labelled texts: known sets from a pinned package, others with `datasets`
-from .labelled.labelled_texts import data_names as data_names
-from .labelled.labelled_texts import labelled_texts as labelled_texts
+from .labelled.labelled_texts import data_names as data_names, labelled_texts as labelled_texts
 
 # Names of task sets, for the command line, without importing the sets
 from .names import spelt_names as spelt_names

@@ -43,7 +43,9 @@ SOURCES: dict[str, Callable[[str, PreTrainedTokenizerBase | None], Prompts]] = {
 
 @checked_arguments
 def from_name(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Prompts:
-    """The prompts called ``sif``, ``natural``, ``reading_comprehension``, ``linear_regression``,
+    """The prompts of a source, by its name.
+
+    Names: ``sif``, ``natural``, ``reading_comprehension``, ``linear_regression``,
     ``prompt_injection``, ``instruction_induction:FOLDER`` or ``classification:DATA``
     (``classification:sst2``).
 

@@ -1,6 +1,5 @@
 # Training data: training and evaluation rows, and the tokens in the loss
-from .data import Auxiliary as Auxiliary
-from .data import required_sizes as required_sizes
+from .data import Auxiliary as Auxiliary, required_sizes as required_sizes
 
 # Supervised fine-tuning of a loaded model on prompts with their answers
 from .finetuning import finetune as finetune
@@ -9,9 +8,7 @@ from .finetuning import finetune as finetune
 from .lora import Lora as Lora
 
 # Losses on a model's internal states, beside that of its answers
-from .losses import StateLoss as StateLoss
-from .losses import contrast as contrast
-from .losses import pull as pull
+from .losses import StateLoss as StateLoss, contrast as contrast, pull as pull
 
 # Training a native model from scratch, with log-spaced checkpoints and an exact resume
 from .pretraining import train as train
@@ -20,5 +17,4 @@ from .pretraining import train as train
 from .runs import TrainingRun as TrainingRun
 
 # Temporary fine-tuning of a loaded model, undone at the end of a block
-from .temporary import Finetuned as Finetuned
-from .temporary import finetuned as finetuned
+from .temporary import Finetuned as Finetuned, finetuned as finetuned

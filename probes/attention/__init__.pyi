@@ -2,13 +2,10 @@
 from .knockout import answers_cut_off as answers_cut_off
 
 # Label words as anchors: saliency into the demonstrations' labels and to the answer
-from .label_words import LabelWordFlow as LabelWordFlow
-from .label_words import label_word_flow as label_word_flow
+from .label_words import LabelWordFlow as LabelWordFlow, label_word_flow as label_word_flow
 
 # Attention ratio: attention to relevant tokens relative to irrelevant ones
-from .ratio import AttentionRatio as AttentionRatio
-from .ratio import attention_ratio as attention_ratio
+from .ratio import AttentionRatio as AttentionRatio, attention_ratio as attention_ratio
 
 # Attention patterns of some heads on a few prompts, for inspection
-from .samples import AttentionSamples as AttentionSamples
-from .samples import sample_attention as sample_attention
+from .samples import AttentionSamples as AttentionSamples, sample_attention as sample_attention

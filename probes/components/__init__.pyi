@@ -1,11 +1,10 @@
 # Baselines with as many labels as reweighting: calibration and prompt selection
-from .calibration import calibrate as calibrate
-from .calibration import calibrate_many as calibrate_many
-from .calibration import select_prompt as select_prompt
-from .component_logits import WRITERS as WRITERS
-
-# Label logits by component: accuracy, label bias and agreement of components
-from .component_logits import ComponentLogits as ComponentLogits
+from .calibration import (
+    calibrate as calibrate,
+    calibrate_many as calibrate_many,
+    select_prompt as select_prompt,
+)
+from .component_logits import WRITERS as WRITERS, ComponentLogits as ComponentLogits
 
 # Exact decomposition of label logits over a model's components (direct effects)
 from .decomposition import decompose as decompose
@@ -17,6 +16,8 @@ from .frozen_norms import exact as exact
 from .label_tokens import Choices as Choices
 
 # Reweight a model's components from a few labelled prompts
-from .reweighting import Reweighting as Reweighting
-from .reweighting import reweight as reweight
-from .reweighting import reweight_many as reweight_many
+from .reweighting import (
+    Reweighting as Reweighting,
+    reweight as reweight,
+    reweight_many as reweight_many,
+)

@@ -1,8 +1,9 @@
 # Linear probes for a label at every site, with nulls and control tasks
-from .linear_probe import ProbeSweep as ProbeSweep
-from .linear_probe import probe as probe
+from .linear_probe import ProbeSweep as ProbeSweep, probe as probe
 
 # Change of the decodability of a prompt component by demonstrations
-from .paired_decoding import PairedDecoding as PairedDecoding
-from .paired_decoding import decodability as decodability
-from .paired_decoding import decode as decode
+from .paired_decoding import (
+    PairedDecoding as PairedDecoding,
+    decodability as decodability,
+    decode as decode,
+)

@@ -1,4 +1,4 @@
-"""``make bench``: run the comparisons, print the tables, and put them into the README.
+"""``make bench``: run the comparisons, print the tables, and put them into docs/benchmarks.md.
 
 With names behind it (``python -m tests.benchmarks linear``) only those are run, and the others
 keep the numbers they have. ``--full`` (``make bench-full``) takes the sizes that need an hour.
@@ -58,7 +58,7 @@ FULL = {
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, keep the numbers as JSON, and renew the README's tables."""
+    """Measure, keep the numbers as JSON, and renew the tables of docs/benchmarks.md."""
     ways = COMPARISONS | (FULL if "--full" in arguments else {})
     for name in [each for each in arguments if each != "--full"] or ways:
         result = {

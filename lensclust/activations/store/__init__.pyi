@@ -1,6 +1,5 @@
 # Attributes of a store: provenance, progress and digests
-from .attributes import DONE as DONE
-from .attributes import ROW_KEYS as ROW_KEYS
+from .attributes import DONE as DONE, ROW_KEYS as ROW_KEYS
 
 # Reading a store: finished rows only, verified by checksum
 from .reading import open_activations as open_activations

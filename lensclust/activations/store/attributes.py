@@ -38,10 +38,12 @@ def batches_written(store: Any) -> list[Any]:
 
 
 def batch_entry(frame: xr.Dataset) -> list[Any]:
+    """Size, prompts digest and label digest of one batch, as the store lists it."""
     return [frame.sizes["prompt"], frame.attrs["prompts"], label_digest(frame)]
 
 
 def rows_expected(store: Any) -> int:
+    """Number of rows of all batches that were begun."""
     return sum(size for size, *_ in batches_written(store))
 
 
@@ -57,6 +59,7 @@ def note(store: Any, **changes: Any) -> None:
 
 
 def seal(attributes: Mapping[str, Any]) -> str:
+    """Digest of a store's attributes, the seal itself left out."""
     kept = {name: value for name, value in attributes.items() if name != "seal"}
     return digest_of(kept)[:16]
 
@@ -74,6 +77,7 @@ def layout_digest(arrays: Mapping[str, Any], dataset: xr.Dataset) -> str:
 
 
 def label_digest(dataset: xr.Dataset) -> str:
+    """Digest of the labels along ``prompt``, names and values."""
     digest = hashlib.sha256()
     for name in sorted(str(n) for n, label in dataset.coords.items() if label.dims == ("prompt",)):
         digest.update(name.encode() + b"\0" + _content(dataset[name].values))
@@ -90,6 +94,7 @@ def _content(values: np.ndarray) -> bytes:
 
 
 def stored_kind(array: Any) -> str:
+    """`kind` of an array of a store."""
     # zarr stores truth values as small integers; xarray records the original type.
     return "|b1" if array.attrs.get("dtype") == "bool" else kind(array.dtype)
 

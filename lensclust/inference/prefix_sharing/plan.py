@@ -90,8 +90,9 @@ class Packing:
 
     @property
     def farthest(self) -> int:
-        """The prompt with the largest offset between a read token's place among the keys and its
-        position: a late continuation, with other tokens between it and its prefix.
+        """The prompt whose read token lies farthest, among the keys, from its own position.
+
+        That is a late continuation, with other tokens between it and its prefix.
         """
         apart = []
         for batch in self.batches:

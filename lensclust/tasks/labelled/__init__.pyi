@@ -5,6 +5,8 @@ from .classification import balanced_order as balanced_order
 from .label_words import choices as choices
 
 # Labelled texts: known sets from a pinned package, others with `datasets`
-from .labelled_texts import LabelledTexts as LabelledTexts
-from .labelled_texts import class_names as class_names
-from .labelled_texts import data_names as data_names
+from .labelled_texts import (
+    LabelledTexts as LabelledTexts,
+    class_names as class_names,
+    data_names as data_names,
+)

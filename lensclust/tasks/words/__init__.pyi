@@ -5,6 +5,4 @@ from .arithmetic import AFTER as AFTER
 from .instruction_induction import read_folder as read_folder
 
 # Natural-language tasks: 12 word tasks, 6 paraphrases each, 24 shared words
-from .natural import lay_out as lay_out
-from .natural import task_names as task_names
-from .natural import words as words
+from .natural import lay_out as lay_out, task_names as task_names, words as words

@@ -1,0 +1,132 @@
+"""Pages of the site that are made from the code: the reference, and the notebooks' source.
+
+The public names stand once in the packages' stub files (``__init__.pyi``). Here each becomes a
+page, grouped by the package that it comes from.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from importlib.metadata import entry_points
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Package -> title of its group -> folders or modules of the stub that belong to it.
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "lensclust": {
+        "Models": ("models",),
+        "Prompts": ("prompts",),
+        "Activations": ("activations", "inference"),
+        "Training": ("training",),
+        "Claims and errors": ("results", "errors"),
+    },
+    "lensclust.tasks": {
+        "Synthetic tasks": ("synthetic",),
+        "Tasks in words": ("words",),
+        "Demonstrations in context": ("in_context",),
+        "Labelled texts": ("labelled",),
+        "Task sets by name": ("names", "registry"),
+    },
+    "probes": {
+        "Clusters": ("clustering",),
+        "Mean states": ("design",),
+        "Geometry: neighbours, RSA, CKA": ("similarity",),
+        "Linear probes": ("linear",),
+        "Interventions": ("steering",),
+        "Activation patching": ("patching",),
+        "Activation patterns of heads": ("heads",),
+        "Attention": ("attention",),
+        "Component decomposition": ("components",),
+    },
+}
+# What is public in packages that are not faces.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "Deciding claims": ("lensclust.results.decide", "lensclust.results.shown_by"),
+    "Figures": tuple(
+        f"lensclust.figures.{name}"
+        for name in ("bars", "curves", "head_map", "save", "scatter", "stack")
+    ),
+    "The page": ("lensclust.report.views.ClusterView", "lensclust.report.write_page"),
+}
+
+
+def names(package: str) -> dict[str, list[str]]:
+    """The public names of a package's stub by the title of their group.
+
+    >>> sorted(names("probes")["Linear probes"])
+    ['PairedDecoding', 'ProbeSweep', 'decode', 'probe']
+    """
+    stub = ROOT.joinpath(*package.split("."), "__init__.pyi").read_text(encoding="utf-8")
+    titles = {part: title for title, parts in GROUPS[package].items() for part in parts}
+    found: dict[str, list[str]] = {title: [] for title in GROUPS[package]}
+    for node in ast.parse(stub).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            title = titles[node.module.split(".")[0]]
+            found[title] += [alias.asname or alias.name for alias in node.names]
+    return found
+
+
+def studies() -> tuple[str, ...]:
+    """The studies' classes, and what a study is made of."""
+    classes = [point.value.replace(":", ".") for point in entry_points(group="lensclust.studies")]
+    base = [f"studies.study.{name}" for name in ("Study", "Context", "Findings")]
+    return (*base, *sorted(name for name in classes if name.startswith("studies.")))
+
+
+def sections() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Section -> group -> full names."""
+    faces = {
+        package: {
+            title: tuple(f"{package}.{name}" for name in sorted(group, key=str.lower))
+            for title, group in names(package).items()
+        }
+        for package in GROUPS
+    }
+    return {**faces, "Claims, figures, pages": OTHERS, "studies": {"Studies": studies()}}
+
+
+def write_reference(folder: Path) -> None:
+    """One page a name, and an index of all."""
+    lines = [*_heading("Reference", "="), "One page a name: shapes, units, errors, an example.", ""]
+    for section, groups in sections().items():
+        lines += _heading(section, "-")
+        for title, full_names in groups.items():
+            # Named in the list, so that a class and a function that differ in case stay apart.
+            pages = [f"   {name} <{_file(name)}>" for name in full_names]
+            lines += [f".. rubric:: {title}", "", ".. toctree::", "   :maxdepth: 1", "", *pages, ""]
+            for name in full_names:
+                _write(folder / f"{_file(name)}.rst", _page(name))
+    _write(folder / "index.rst", lines)
+
+
+def copy_notebooks(folder: Path) -> None:
+    """The notebooks lie beside the studies; the site reads only its own folder."""
+    for notebook in sorted((ROOT / "studies" / "notebooks").glob("*.ipynb")):
+        shutil.copyfile(notebook, folder / notebook.name)
+
+
+def _page(name: str) -> list[str]:
+    short = name.rpartition(".")[2]
+    directive = "autoclass" if short[0].isupper() else "autofunction"
+    members = ["   :members:", "   :show-inheritance:"] if directive == "autoclass" else []
+    if short.endswith("Error"):
+        directive, members = "autoexception", []
+    return [*_heading(name, "="), f".. {directive}:: {name}", *members]
+
+
+def _file(name: str) -> str:
+    """A file name that differs from others in more than the case of its letters."""
+    package, _, short = name.rpartition(".")
+    return f"{package}.{'class.' if short[0].isupper() else ''}{short}"
+
+
+def _heading(text: str, line: str) -> list[str]:
+    return [text, line * len(text), ""]
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    text = "\n".join(lines) + "\n"
+    # Sphinx reads again what is newer than what it made of it.
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
