@@ -25,8 +25,7 @@ from upath import UPath
 
 from lensclust.activations.reader import ShardReader
 from lensclust.activations.skeleton import measured
-from lensclust.activations.store import Destination
-from lensclust.activations.store import writing as on_disk
+from lensclust.activations.store import Destination, writing as on_disk
 from lensclust.arguments import checked_arguments, require_prompts
 from lensclust.errors import InputError, check_counts
 from lensclust.models import SiteSelector, Source, load, shard_ranges

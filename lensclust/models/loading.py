@@ -20,8 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
-from lensclust.models import checkpoints as weights
-from lensclust.models import huggingface as pretrained
+from lensclust.models import checkpoints as weights, huggingface as pretrained
 from lensclust.models.agreement import forget_outdated
 from lensclust.models.cached_generation import require_right_library
 from lensclust.models.causality import require_causal

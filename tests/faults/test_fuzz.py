@@ -12,12 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import lensclust as lc
-from lensclust.activations.store import attributes as store_notes
-from lensclust.activations.store import writing as store
+from lensclust.activations.store import attributes as store_notes, writing as store
 from lensclust.cli.command import main
 from lensclust.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from lensclust.models.weight_files import gguf_contents, safetensors_contents

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import lensclust as lc
 from lensclust.report.page import write_page

@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import lensclust as lc
 import probes

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -21,8 +20,7 @@ from lensclust.cli.command import main
 from lensclust.figures.trade_offs import trade_off, unbeaten
 from lensclust.training.temporary import finetuned
 from probes.design.pairs import first_answers
-from studies.alignment import Alignment
-from studies.alignment import scores as alignment_scores
+from studies.alignment import Alignment, scores as alignment_scores
 from studies.alignment.claims import LOSS, WANTED, Part, claims, generated_texts, table
 from studies.alignment.figures import pictures
 from studies.alignment.methods import (

@@ -17,8 +17,7 @@ import pytest
 import xarray as xr
 
 import lensclust as lc
-from lensclust.activations.store import attributes as store_notes
-from lensclust.activations.store import writing as store
+from lensclust.activations.store import attributes as store_notes, writing as store
 from lensclust.activations.store.chunks import open_group
 from lensclust.cli.command import main
 from lensclust.storage.integrity import file_digest

@@ -22,8 +22,7 @@ import xarray as xr
 import zarr
 
 import lensclust as lc
-from lensclust.activations.store import attributes as store_notes
-from lensclust.activations.store import writing as store
+from lensclust.activations.store import attributes as store_notes, writing as store
 from tests.tiny import hf_model
 
 

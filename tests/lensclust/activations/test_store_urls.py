@@ -13,8 +13,7 @@ import xarray as xr
 from upath import UPath
 
 import lensclust as lc
-from lensclust.activations.store import attributes as store_notes
-from lensclust.activations.store import writing as store
+from lensclust.activations.store import attributes as store_notes, writing as store
 from lensclust.activations.store.chunks import open_group
 from lensclust.cli.command import main
 from lensclust.storage import locations as store_places

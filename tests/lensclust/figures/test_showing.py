@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pandas as pd
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lensclust as lc
 import probes

@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import lensclust as lc
 from lensclust.activations import reader as shard_reading

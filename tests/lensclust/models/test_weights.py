@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import SafetensorError
 from transformer_lens.model_bridge.sources.native import NativeModel
 from transformers import MixtralConfig, MixtralForCausalLM

@@ -11,8 +11,7 @@ import html
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import (
     Tokenizer,
     decoders,

@@ -7,8 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lensclust.results.claims import corrected, decide, decide_over_all
 from lensclust.results.statistics import agreement, holm, q_values

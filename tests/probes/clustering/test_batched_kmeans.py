@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score

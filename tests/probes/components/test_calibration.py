@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import softmax
@@ -21,8 +20,7 @@ from probes.components.calibration import METHODS, PENALTIES, calibrate, calibra
 from probes.components.component_logits import ComponentLogits
 from probes.components.labelled_examples import Examples
 from probes.components.penalties import example_folds
-from probes.components.reweighting import PENALTIES as THEIRS
-from probes.components.reweighting import reweight
+from probes.components.reweighting import PENALTIES as THEIRS, reweight
 from probes.components.sparse_fits import sparse_fits
 from tests.probes.components.test_components import planted
 

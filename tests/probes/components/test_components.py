@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import lensclust as lc
 from lensclust.errors import InputError

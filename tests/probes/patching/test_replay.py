@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
 import lensclust as lc
 from lensclust.inference.readouts import answers

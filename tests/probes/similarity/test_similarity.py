@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from concept_erasure import LeaceEraser
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import lensclust as lc

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy.linalg import inv, sqrtm
 from scipy.stats import ortho_group
 from sklearn.covariance import LedoitWolf
