@@ -16,6 +16,8 @@ import pandas as pd
 
 # What may be said in other words.
 TEXTS = {"statement", "control", "rule", "source", "unit"}
+# What is measured by a clock.
+TIMES = {"seconds"}
 
 
 def differences(before: Path, after: Path) -> list[str]:
@@ -42,7 +44,7 @@ def _by_id(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _scores(before: Path, after: Path) -> list[str]:
-    one, other = (pd.read_parquet(folder / "scores.parquet") for folder in (before, after))
+    one, other = (_timeless(pd.read_parquet(path / "scores.parquet")) for path in (before, after))
     if [*one.columns] != [*other.columns] or len(one) != len(other):
         return [f"scores: {one.shape} and {other.shape} rows and columns, or other names"]
     return [
@@ -50,6 +52,12 @@ def _scores(before: Path, after: Path) -> list[str]:
         for name in one.columns
         if not (same := one[name].eq(other[name]) | (one[name].isna() & other[name].isna())).all()
     ]
+
+
+def _timeless(scores: pd.DataFrame) -> pd.DataFrame:
+    if "metric" not in scores:
+        return scores
+    return scores[~scores["metric"].isin(TIMES)].reset_index(drop=True)
 
 
 def main(before: Path, after: Path) -> int:
@@ -60,6 +68,9 @@ def main(before: Path, after: Path) -> int:
         print(f"no run in {before}: expected a run directory, or a folder of them")
         return 2
     wrong = 0
+    if missing := [run for run in runs if not (after / run / "claims.json").exists()]:
+        print(f"not finished in {after}: {', '.join(missing)}")
+        return 2
     for run in runs:
         found = differences(before / run, after / run)
         print(f"{run or before.name}: {'the same' if not found else f'{len(found)} differences'}")
