@@ -55,7 +55,7 @@ def names(package: str) -> dict[str, list[str]]:
     """The public names of a package's stub by the title of their group.
 
     >>> sorted(names("probes")["Linear probes"])
-    ['PairedDecoding', 'ProbeSweep', 'decode', 'probe']
+    ['PairedDecoding', 'ProbeSweep', 'decodability', 'decode', 'probe']
     """
     stub = ROOT.joinpath(*package.split("."), "__init__.pyi").read_text(encoding="utf-8")
     titles = {part: title for title, parts in GROUPS[package].items() for part in parts}

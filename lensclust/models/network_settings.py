@@ -27,6 +27,7 @@ from lensclust.models.native import config_to_json
 from lensclust.models.parameters import WRAPPED
 from lensclust.storage import tensors_digest
 
+_WRAPPERS = ("transformer_lens.model_bridge.generalized", "transformer_lens.hook_points")
 _PLAIN = (bool, int, float, str, type(None))
 # Attributes that forwards write, such as counters or caches: later forwards do not depend on them.
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
@@ -114,11 +115,12 @@ def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
     remade = set(rewritten(network))
     for name, module in network.named_modules():
         # Attributes of the wrappers change when they are read.
-        if type(module).__module__.startswith("transformer_lens.model_bridge.generalized"):
+        if type(module).__module__.startswith(_WRAPPERS):
             continue
         yield name.replace(WRAPPED, ""), type(module).__qualname__
         for key, value in vars(module).items():
-            if f"{name}.{key}" in remade:
+            # Functions in the place of methods: `added_code`.
+            if f"{name}.{key}" in remade or callable(getattr(type(module), key, None)):
                 continue
             if _decides(key) and (said := _described(value)) is not _UNKNOWN:
                 yield f"{name}.{key}".replace(WRAPPED, ""), said

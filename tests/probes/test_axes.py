@@ -136,7 +136,8 @@ def public(module: Any) -> set[str]:
     found = set()
     for name in module.__all__:
         function = getattr(module, name)
-        if inspect.isfunction(function):
+        # Another name of a function is no other function.
+        if inspect.isfunction(function) and function.__name__ == name:
             parameters = inspect.signature(function).parameters.values()
             if any("xr.Dataset" in str(parameter.annotation) for parameter in parameters):
                 found.add(name)

@@ -88,7 +88,7 @@ def test_the_same_data_give_the_same_bytes_in_another_process(tmp_path: Path) ->
         figures.save(CHARTS[name](), tmp_path, name.replace(" ", "_"))
         figures.save(CHARTS[name](), tmp_path, f"again_{name.replace(' ', '_')}")
     code = (
-        "import sys; sys.path.insert(0, 'tests/lensclust'); import test_figures as t; "
+        "import sys; sys.path.insert(0, 'tests/lensclust/figures'); import test_figures as t; "
         "from lensclust import figures\n"
         f"for name in {names[::-1]}:\n"
         f"    figures.save(t.CHARTS[name](), {str(tmp_path / 'other')!r}, name.replace(' ', '_'))"

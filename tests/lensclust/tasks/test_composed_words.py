@@ -44,7 +44,7 @@ def test_basics_and_composites_have_sentences_of_their_own():
     [
         (["plural"], "no task 'plural': expected upper_case, first_letter, length, after one of"),
         (["plural after upper_case"], "no task 'plural after upper_case'"),
-        ([], "no task asked for"),
+        ([], "no task given"),
     ],
 )
 def test_unknown_tasks_are_one_line(tasks, message):

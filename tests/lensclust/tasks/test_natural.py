@@ -356,7 +356,7 @@ def test_selections_of_held_out_wordings(tokenizer: PreTrainedTokenizerFast) -> 
     ("options", "message"),
     [
         ({"tasks": ["plurals"]}, "no task 'plurals': there are opposite, plural"),
-        ({"tasks": []}, "no task asked for"),
+        ({"tasks": []}, "no task given"),
         ({"paraphrases": 7}, "7 paraphrases requested, expected 1 to 6"),
         ({"paraphrases": ["wishes"]}, "no paraphrase 'wishes': there are imperative, question"),
         ({"paraphrases": ["role"], "held_out": True}, "no held-out paraphrase 'role': there are"),
