@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformer_lens.config import TransformerBridgeConfig
@@ -66,7 +68,19 @@ class _Request:
     progress: bool
 
 
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Leave Python's and numpy's global random states as they were; torch's is kept below."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
 @checked_arguments
+@_random_states_kept()
 def load(
     source: Source,
     *,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Set
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import cache, partial
-from types import CodeType
+from numbers import Number
+from types import CodeType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -114,22 +116,32 @@ def _general() -> frozenset[str]:
 def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
     remade = set(rewritten(network))
     for name, module in network.named_modules():
+        kind = type(module)
         # Attributes of the wrappers change when they are read.
-        if type(module).__module__.startswith(_WRAPPERS):
+        if kind.__module__.startswith(_WRAPPERS):
             continue
-        yield name.replace(WRAPPED, ""), type(module).__qualname__
+        # A class whose forward was replaced by another function is another class.
+        yield name.replace(WRAPPED, ""), f"{kind.__qualname__} {kind.forward.__qualname__}"
+        is_own = kind.__module__.partition(".")[0] not in LIBRARIES
         for key, value in vars(module).items():
             # Functions in the place of methods: `added_code`.
-            if f"{name}.{key}" in remade or callable(getattr(type(module), key, None)):
+            if f"{name}.{key}" in remade or callable(getattr(kind, key, None)):
                 continue
-            if _decides(key) and (said := _described(value)) is not _UNKNOWN:
-                yield f"{name}.{key}".replace(WRAPPED, ""), said
+            # Tables that a forward of another length makes, from the configuration.
+            if key.endswith("inv_freq") and hasattr(module, "rope_type"):
+                continue
+            private = is_own and key.startswith("_") and key not in _OF_MODULES
+            if (private or _decides(key)) and (found := _described(value)) is not _UNKNOWN:
+                yield f"{name}.{key}".replace(WRAPPED, ""), found
 
 
 _UNKNOWN: Any = object()
+_OF_MODULES = frozenset(vars(nn.Module()))
+# How far containers and objects inside attributes are followed.
+_DEPTH = 6
 
 
-def _described(value: Any) -> Any:
+def _described(value: Any, depth: int = _DEPTH) -> Any:
     """An attribute as JSON that identifies its value; `_UNKNOWN` for unsupported types.
 
     >>> _described({"scales": [1.0, torch.float16], "net": nn.ReLU()})
@@ -137,53 +149,85 @@ def _described(value: Any) -> Any:
     """
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, (torch.dtype, torch.device)):
+    if isinstance(value, np.generic) and value.dtype != object:
+        return value.item() if isinstance(value.item(), _PLAIN) else repr(value)
+    if isinstance(value, (torch.dtype, torch.device, Number, range)):
         return str(value)
     if isinstance(value, np.ndarray) and value.dtype != object:
         value = torch.from_numpy(np.ascontiguousarray(value).view(np.uint8))
     if isinstance(value, Tensor):
         return _tensor(value)
+    if depth == 0 or isinstance(value, (nn.Module, PretrainedConfig)):
+        return _UNKNOWN
+    inside = partial(_inside, depth=depth - 1)
     if isinstance(value, Mapping):
-        return {str(key): _inside(each) for key, each in value.items()}
+        return {str(key): inside(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_inside(each) for each in value]
+        return [inside(each) for each in value]
     if isinstance(value, Set):
-        return sorted(str(_inside(each)) for each in value)
+        return sorted(str(inside(each)) for each in value)
     if isinstance(value, partial):
-        return [_described(value.func), _inside(value.args), _inside(value.keywords)]
-    if (named := getattr(value, "__qualname__", None)) is not None and callable(value):
-        return [f"{getattr(value, '__module__', '')}.{named}", *_own_code(value)]
+        return [inside(value.func), inside(value.args), inside(value.keywords)]
+    if callable(value) and hasattr(value, "__qualname__"):
+        return _function(value, inside)
+    if _of_user(type(value)) and hasattr(value, "__dict__"):
+        return [type(value).__qualname__, inside(vars(value))]
     return _UNKNOWN
 
 
-def _inside(value: Any) -> Any:
-    said = _described(value)
-    return type(value).__qualname__ if said is _UNKNOWN else said
+def _inside(value: Any, depth: int) -> Any:
+    found = _described(value, depth)
+    return type(value).__qualname__ if found is _UNKNOWN else found
+
+
+def _of_user(kind: type) -> bool:
+    home = kind.__module__.partition(".")[0]
+    return kind is SimpleNamespace or home not in {*LIBRARIES, *sys.stdlib_module_names, "numpy"}
 
 
 def _tensor(value: Tensor) -> Any:
-    if isinstance(value, nn.Parameter) or value.requires_grad or value.is_meta:
+    if isinstance(value, nn.Parameter) or value.is_meta:
         return _UNKNOWN
-    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return [str(value.dtype), *value.shape, xxhash.xxh3_128_hexdigest(content.data)]
+    kind = [str(value.dtype), *value.shape]
+    if value.layout != torch.strided or value.is_nested:
+        return kind
+    content = value.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return [*kind, xxhash.xxh3_128_hexdigest(content.view(torch.uint8).numpy().data)]
 
 
-def _own_code(function: Any) -> Iterator[str]:
-    """A digest of a user's function: two lambdas have the same name."""
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if isinstance(code, CodeType) and home_of(function) not in LIBRARIES:
-        yield _code_digest(code)
+def _function(function: Any, inside: Callable[[Any], Any]) -> Any:
+    """A function by its name; a user's by its code, defaults and what it closes over."""
+    plain = getattr(function, "__func__", function)
+    code = getattr(plain, "__code__", None)
+    if not isinstance(code, CodeType) or home_of(function) in LIBRARIES:
+        return f"{getattr(function, '__module__', '')}.{function.__qualname__}"
+    around = [_contents(cell) for cell in plain.__closure__ or ()]
+    given = [plain.__defaults__, plain.__kwdefaults__, around]
+    return [function.__qualname__, _code_digest(code), inside(given)]
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 def _code_digest(code: CodeType) -> str:
-    parts = [_code_digest(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    content = repr((code.co_code, code.co_names, parts))
+    content = repr((code.co_code, code.co_names, [_constant(each) for each in code.co_consts]))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return _code_digest(value)
+    # The order of a set's elements differs between processes.
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def _decides(name: str) -> bool:
     """Whether the output of a forward without dropout or labels may depend on an attribute."""
     # The folder it was read from, options of training and generation, and the longest sequence of
     # a cached table.
-    idle = ("name_or_path", "training", "use_cache", "gradient_checkpointing")
+    idle = ("name_or_path", "model_tags", "training", "use_cache", "gradient_checkpointing")
     return not name.startswith("_") and not name.endswith(("_token_id", "_cached", *idle))

@@ -28,7 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.models.added_code import AddedCode, added_code
-from lensclust.models.in_place import writes_its_weights
+from lensclust.models.in_place import run_again, tried_copy, writes_its_weights
 from lensclust.models.marks import mark, sampled
 from lensclust.models.network_settings import note_written, plain_settings, rewritten
 from lensclust.storage import difference
@@ -70,9 +70,8 @@ def wrapped_copy(
     modes = [(module, module.training) for module in own.modules()]
     try:
         # The test copy shares weights and nothing else, and is discarded.
-        tried = copy.deepcopy(own, memo | shared)
-        before = plain_settings(tried)
-        writes = writes_its_weights(tried)
+        tried = tried_copy(own, memo)
+        writes = writes_its_weights(own, tried)
         if not apart and not writes:
             memo |= shared
         copied = copy.deepcopy(own, memo)
@@ -83,9 +82,13 @@ def wrapped_copy(
             error,
         )
         return remember(wrap(own), own)
-    after = plain_settings(tried)
+    # What a first forward sets is a setting with two values; what each writes is none.
+    before, first = plain_settings(own), plain_settings(tried)
+    run_again(own, tried)
+    second = plain_settings(tried)
+    lazy = {name: value for name, value in first.items() if before.get(name) != value}
     for network in (own, copied):
-        note_written(network, (name for name in after if after[name] != before.get(name)))
+        note_written(network, (name for name in second if second[name] != first.get(name)))
     if writes and not apart:
         _log.warning(
             "load: %s writes into its weights in its forwards: the bridge has a copy of them, "
@@ -99,7 +102,7 @@ def wrapped_copy(
         bridge = wrap(copied)
     own.eval()
     modules = [(module, memo[id(module)]) for module, _ in modes]
-    link = Link(own, copied, modules, modes, apart, bridge.cfg, _splits(bridge, modules))
+    link = Link(own, copied, modules, modes, apart, bridge.cfg, _splits(bridge, modules), lazy)
     link.follow(bridge)
     link.note()
     copied.register_forward_pre_hook(link.before_forward)
@@ -372,6 +375,7 @@ class Link:
         apart: the copy has separate weights, on another device or in another precision.
         config: the bridge's configuration.
         splits: joint projections.
+        lazy: settings after the network's first forward, where that sets them.
         detached: the bridge has weights that are not the network's.
     """
 
@@ -382,6 +386,7 @@ class Link:
     apart: bool
     config: Any
     splits: list[Split]
+    lazy: dict[str, Any]
     detached: bool = False
     released: bool = False
     owners: nn.Module | None = None
@@ -444,6 +449,9 @@ class Link:
             InputError: names the first of them.
         """
         now = plain_settings(self.own)
+        for name, value in self.lazy.items():
+            if now.get(name) == value and name in self._settings:
+                now[name] = self._settings[name]
         if now != self._settings:
             raise InputError(
                 f"{self.config.model_name}: the network has other settings than when it was "

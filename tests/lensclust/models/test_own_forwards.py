@@ -6,7 +6,9 @@ The other side of every comparison is an unwrapped copy of the network with plai
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +78,66 @@ class HalvedOnce(LlamaMLP):
         return super().forward(x)
 
 
-def halved_once() -> Any:
+class HalvedByOut(HalvedOnce):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.halved:
+            self.halved = True
+            with torch.no_grad():
+                torch.div(self.gate_proj.weight, 2, out=self.gate_proj.weight)
+        return LlamaMLP.forward(self, x)
+
+
+class HalvedInLists(HalvedOnce):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.halved:
+            self.halved = True
+            with torch.no_grad():
+                torch.ops.aten._foreach_mul_([self.up_proj.weight, self.down_proj.weight], 0.5)
+        return LlamaMLP.forward(self, x)
+
+
+class HalvedAsData(HalvedOnce):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.halved:
+            self.halved = True
+            self.down_proj.weight.data = self.down_proj.weight.data / 2
+        return LlamaMLP.forward(self, x)
+
+
+class HalvedBuffer(HalvedOnce):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("gain", torch.full((1,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.halved:
+            self.halved = True
+            self.get_buffer("gain").mul_(0.5)
+        gain: Any = self.gain
+        return LlamaMLP.forward(self, x) * gain
+
+
+def halved_once(kind: type[HalvedOnce] = HalvedOnce) -> Any:
     network: Any = hf_model("llama")
     for layer in network.model.layers:
-        mlp = HalvedOnce(network.config)
-        mlp.load_state_dict(layer.mlp.state_dict())
+        mlp = kind(network.config)
+        mlp.load_state_dict(layer.mlp.state_dict(), strict=False)
         layer.mlp = mlp
     return network.eval()
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: rwkv(5, 2), lambda: rwkv(7, 6), halved_once], ids=["2", "6", "own"]
+    "make",
+    [
+        lambda: rwkv(5, 2),
+        lambda: rwkv(7, 6),
+        halved_once,
+        lambda: halved_once(HalvedByOut),
+        lambda: halved_once(HalvedInLists),
+        lambda: halved_once(HalvedAsData),
+        lambda: halved_once(HalvedBuffer),
+    ],
+    ids=["2", "6", "own", "out", "lists", "data", "buffer"],
 )
 def test_weights_that_a_forward_writes_are_not_written_twice(make: Callable[[], Any]):
     network, plain = make(), make()
@@ -135,6 +186,15 @@ def test_a_long_text_through_the_network_leaves_short_prompts_alone(name: str, r
     assert off(model, plain.to(torch.float64)) < 1e-5
 
 
+@dataclass
+class Options:
+    scale: float
+
+
+def times(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda made, also=1.0: made * factor * also
+
+
 class Scaled(LlamaMLP):
     """Multiplies by numbers that lie in containers, tensors and functions among its attributes."""
 
@@ -145,13 +205,20 @@ class Scaled(LlamaMLP):
         self.tensor = torch.ones(1)
         self.array = np.ones(2)
         self.squash: Any = torch.tanh
+        self.options = Options(1.0)
+        self.times: Any = times(1.0)
+        self._hidden = np.float32(1.0)
+        self.first: float | None = None
         self.seen = 0
         self.last: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen += 1
         self.last = x.detach()
+        if self.first is None:
+            self.first = 0.5**0.5
         made = super().forward(x) * self.scales[0][0] * self.table["scale"] * self.tensor
+        made = self.times(made) * self.options.scale * float(self._hidden) * self.first
         return self.squash(made * float(self.array[1]))
 
 
@@ -179,6 +246,11 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "tensor in place": lambda mlp: mlp.tensor.fill_(3.0),
     "array": _array,
     "function": lambda mlp: setattr(mlp, "squash", torch.sin),
+    "closure": lambda mlp: setattr(mlp, "times", times(3.0)),
+    "default": lambda mlp: setattr(mlp.times, "__defaults__", (3.0,)),
+    "object": lambda mlp: setattr(mlp.options, "scale", 3.0),
+    "private": lambda mlp: setattr(mlp, "_hidden", np.float32(3.0)),
+    "set by the first forward": lambda mlp: setattr(mlp, "first", 3.0),
     "lambda": lambda mlp: setattr(mlp, "squash", lambda made: made * 3.0),
 }
 
@@ -321,3 +393,54 @@ def test_a_store_goes_on_when_the_folder_of_the_model_was_moved(tmp_path: Path):
     for name, resume in (("one", False), ("other", True)):
         model = lc.load(tmp_path / name, progress=False)
         lc.extract(model, PROMPTS, "resid", store=tmp_path / "s", resume=resume, progress=False)
+
+
+def test_attributes_that_nobody_can_digest_do_no_harm():
+    network: Any = hf_model("llama")
+    mlp = network.model.layers[0].mlp
+    mlp.mask = torch.eye(3).to_sparse()
+    mlp.turned = torch.ones(2, dtype=torch.cfloat).conj()
+    mlp.itself = [mlp]
+    mlp.itself.append(mlp.itself)
+    names = [*network.state_dict()]
+    model = lc.load(network)
+    assert [*network.state_dict()] == names
+    assert off(model, copy.deepcopy(network)) < 1e-5
+
+
+class Dropped(LlamaMLP):
+    """Draws from Python's and numpy's generators in training mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and random.random() + np.random.rand() < 0:  # noqa: NPY002
+            return x
+        return super().forward(x)
+
+
+def test_random_states_are_left_alone():
+    network: Any = hf_model("llama")
+    for layer in network.model.layers:
+        mlp = Dropped(network.config)
+        mlp.load_state_dict(layer.mlp.state_dict())
+        layer.mlp = mlp
+    lc.load(hf_model("gpt2"))
+    # Python's generator too, but beartype, which runs in tests, draws from that.
+    before = np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+    lc.load(network.eval())
+    after = np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+    assert str(before[0]) == str(after[0])
+    assert torch.equal(before[1], after[1])
+
+
+def test_a_class_whose_forward_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch):
+    network: Any = hf_model("llama")
+    model, attention = lc.load(network), type(network.model.layers[0].self_attn)
+    before = attention.forward
+
+    def tripled(self: Any, *given: Any, **named: Any) -> Any:
+        made, *more = before(self, *given, **named)
+        return (3 * made, *more)
+
+    monkeypatch.setattr(attention, "forward", tripled)
+    with pytest.raises(lc.InputError, match="other settings"):
+        lc.extract(model, PROMPTS, "resid", progress=False)
