@@ -97,7 +97,7 @@ def studies_table(runs: list[Path], known: str = "") -> str:
             if claim["id"] == id
         ]
     for study, (_, words) in HEADLINES.items():
-        rows.setdefault(study, [f"| {study} | {words} | – | not run since the rules changed |"])
+        rows.setdefault(study, [f"| {study} | {words} | – | not measured yet |"])
     return "\n".join([*HEADS["studies"], *(line for study in HEADLINES for line in rows[study])])
 
 
