@@ -1,7 +1,7 @@
 """Pages of the site that are made from the code: the reference, and the notebooks' source.
 
 The public names stand once in the packages' stub files (``__init__.pyi``). Here each becomes a
-page, grouped by the package that it comes from.
+page, in the groups of the stubs.
 """
 
 from __future__ import annotations
@@ -12,34 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Package -> title of its group -> folders or modules of the stub that belong to it.
-GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
-    "lensclust": {
-        "Models": ("models",),
-        "Prompts": ("prompts",),
-        "Activations": ("activations", "inference"),
-        "Training": ("training",),
-        "Claims and errors": ("results", "errors"),
-    },
-    "lensclust.tasks": {
-        "Synthetic tasks": ("synthetic",),
-        "Tasks in words": ("words",),
-        "Demonstrations in context": ("in_context",),
-        "Labelled texts": ("labelled",),
-        "Task sets by name": ("names", "registry"),
-    },
-    "probes": {
-        "Clusters": ("clustering",),
-        "Mean states": ("design",),
-        "Geometry: neighbours, RSA, CKA": ("similarity",),
-        "Linear probes": ("linear",),
-        "Interventions": ("steering",),
-        "Activation patching": ("patching",),
-        "Activation patterns of heads": ("heads",),
-        "Attention": ("attention",),
-        "Component decomposition": ("components",),
-    },
-}
+# Packages whose stubs list what is public, in groups with a comment line each.
+FACES = ("lensclust", "lensclust.tasks", "probes")
 # What is public in packages that are not faces.
 OTHERS: dict[str, tuple[str, ...]] = {
     "Deciding claims": ("lensclust.results.decide", "lensclust.results.shown_by"),
@@ -58,12 +32,12 @@ def names(package: str) -> dict[str, list[str]]:
     ['PairedDecoding', 'ProbeSweep', 'decodability', 'decode', 'probe']
     """
     stub = ROOT.joinpath(*package.split("."), "__init__.pyi").read_text(encoding="utf-8")
-    titles = {part: title for title, parts in GROUPS[package].items() for part in parts}
-    found: dict[str, list[str]] = {title: [] for title in GROUPS[package]}
+    lines, found = stub.splitlines(), dict[str, list[str]]()
     for node in ast.parse(stub).body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            title = titles[node.module.split(".")[0]]
-            found[title] += [alias.asname or alias.name for alias in node.names]
+            above = lines[: node.lineno - 1]
+            title = next(line[2:] for line in reversed(above) if line.startswith("# "))
+            found.setdefault(title, []).extend(alias.asname or alias.name for alias in node.names)
     return found
 
 
@@ -81,7 +55,7 @@ def sections() -> dict[str, dict[str, tuple[str, ...]]]:
             title: tuple(f"{package}.{name}" for name in sorted(group, key=str.lower))
             for title, group in names(package).items()
         }
-        for package in GROUPS
+        for package in FACES
     }
     return {**faces, "Claims, figures, pages": OTHERS, "studies": {"Studies": studies()}}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lensclust.tasks import spelt_names
+from lensclust.tasks.names import spelt_names
 
 
 @dataclass(frozen=True)
