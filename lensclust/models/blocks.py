@@ -289,13 +289,14 @@ class _Block:
             )
             return heads, width // heads, torch.inf
         bias = torch.zeros(()) if bias is None else bias
-        self._projection(z, weight, bias)
+        each = torch.einsum("bphd,hdm->bphm", z, weight)
+        total = each.sum(2) + bias
+        self._projection(total)
         if out is None:
             self.refused["head"] = "there is no attn_out that its heads add up to"
             return heads, width // heads, torch.inf
-        each = torch.einsum("bphd,hdm->bphm", z, weight)
         size = each.norm(dim=-1).sum(-1) + bias.norm()
-        error = float(((each.sum(2) + bias - out).norm(dim=-1) / size.clamp_min(1e-30)).max())
+        error = float(((total - out).norm(dim=-1) / size.clamp_min(1e-30)).max())
         if not error <= min(rounding_tolerance(self.dtype), _HEADS_SHARE):  # a NaN is refused, too
             self.refused["head"] = (
                 "its heads pass through a norm or a factor before the residual stream and do not "
@@ -307,10 +308,9 @@ class _Block:
             self.refused["head"] = "a norm follows the sum of the state and its heads"
         return heads, width // heads, error
 
-    def _projection(self, z: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """Refuse values weighted by ``W_O`` if attention's output is not ``z W_O``."""
+    def _projection(self, made: Tensor) -> None:
+        """Refuse values weighted by ``W_O`` if attention's output is not ``made``, ``z W_O``."""
         given = self.seen.get("attn.hook_out")
-        made = torch.einsum("bphd,hdm->bpm", z, weight) + bias
         scale = contribution_scale(self.model, self.number)
         if given is None or given.shape != made.shape:
             return

@@ -8,8 +8,8 @@ such weights would each do so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -46,6 +46,15 @@ class _WritesForbidden(TorchDispatchMode):
         return not value.is_meta and value.untyped_storage().data_ptr() in self.places
 
 
+@contextmanager
+def _weights_kept(network: nn.Module) -> Iterator[None]:
+    """Stop what would write into a network's weights, and keep the random states of torch."""
+    weights = list(network.parameters())
+    devices = {weight.device for weight in weights if weight.is_cuda}
+    with torch.random.fork_rng(devices), _WritesForbidden(weights):
+        yield
+
+
 def tried_copy(network: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy to run forwards on: its parameters share the network's memory, its buffers do not.
 
@@ -75,7 +84,7 @@ def writes_its_weights(network: nn.Module, tried: nn.Module) -> bool:
     True
     """
     try:
-        with torch.random.fork_rng(), _WritesForbidden(list(network.parameters())):
+        with _weights_kept(network):
             for training in (False, True):
                 for module in tried.modules():
                     module.training = training
@@ -100,7 +109,7 @@ def run_few(network: nn.Module, length: int = 4) -> None:
 def run_again(network: nn.Module, tried: nn.Module) -> None:
     """A forward of a `tried_copy` over other tokens, which writes into no weight of the network."""
     tried.eval()
-    with suppress(_Written), torch.random.fork_rng(), _WritesForbidden(list(network.parameters())):
+    with suppress(_Written), _weights_kept(network):
         run_few(tried, 7)
 
 

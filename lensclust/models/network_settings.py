@@ -72,8 +72,11 @@ def rewritten(network: nn.Module) -> Iterator[str]:
     for name, module in network.named_modules():
         found = getattr(module, "rope_type", None)
         for layers, kind in (found if isinstance(found, dict) else {"": found}).items():
+            prefix = f"{name}.{layers}{'_' if layers else ''}"
             if kind == "longrope" or "dynamic" in str(kind):
-                yield f"{name}.{layers}{'_' if layers else ''}inv_freq"
+                yield f"{prefix}inv_freq"
+            if kind == "longrope":
+                yield f"{prefix}long_inv_freq"
             if "dynamic" in str(kind):
                 yield f"{name}.attention_scaling"
 
@@ -122,13 +125,10 @@ def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         # A class whose forward was replaced by another function is another class.
         yield name.replace(WRAPPED, ""), f"{kind.__qualname__} {kind.forward.__qualname__}"
-        is_own = kind.__module__.partition(".")[0] not in LIBRARIES
+        is_own = _of_user(kind)
         for key, value in vars(module).items():
             # Functions in the place of methods: `added_code`.
             if f"{name}.{key}" in remade or callable(getattr(kind, key, None)):
-                continue
-            # Tables that a forward of another length makes, from the configuration.
-            if key.endswith("inv_freq") and hasattr(module, "rope_type"):
                 continue
             private = is_own and key.startswith("_") and key not in _OF_MODULES
             if (private or _decides(key)) and (found := _described(value)) is not _UNKNOWN:
@@ -181,6 +181,7 @@ def _inside(value: Any, depth: int) -> Any:
 
 
 def _of_user(kind: type) -> bool:
+    """Whether a class is a user's, or a bare namespace, and none of a library."""
     home = kind.__module__.partition(".")[0]
     return kind is SimpleNamespace or home not in {*LIBRARIES, *sys.stdlib_module_names, "numpy"}
 

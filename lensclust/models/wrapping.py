@@ -561,7 +561,7 @@ class Link:
                     f"{name}: {key!r} of shape {shapes[1]} was {shapes[0]} when the network was "
                     "loaded: load it again"
                 )
-            if tensor is not None and id(held) in tables and key in tables[id(held)]:
+            if tensor is not None and key in tables.get(id(held), ()):
                 # The copy computes these itself, for the lengths that it is given.
                 if copied is not None:
                     held_by_copy[key] = copied.to(tensor.device, tensor.dtype)
