@@ -32,7 +32,7 @@ CLASSES = {
     "ComponentLogits": "what probes.decompose returns",
     "AttentionSamples": "what probes.sample_attention returns",
     "Module": "a model",
-    "Auxiliary": "a lensclust.training.pretraining.Auxiliary",
+    "Auxiliary": "a lensclust.training.Auxiliary",
     "Lora": "a lensclust.Lora",
     "ndarray": "an array",
     "Tensor": "a tensor",

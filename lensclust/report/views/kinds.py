@@ -13,9 +13,6 @@ from lensclust.errors import InputError
 from lensclust.report.views.clusters import ClusterView
 from lensclust.report.views.heads import HeadView
 
-__all__ = ["KINDS", "ClusterView", "HeadView", "check_view"]
-
-
 KINDS: Mapping[str, Any] = {"clusters": ClusterView, "heads": HeadView}
 
 
