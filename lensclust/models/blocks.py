@@ -291,7 +291,7 @@ class _Block:
         bias = torch.zeros(()) if bias is None else bias
         each = torch.einsum("bphd,hdm->bphm", z, weight)
         total = each.sum(2) + bias
-        self._projection(total)
+        self._projection(total, out)
         if out is None:
             self.refused["head"] = "there is no attn_out that its heads add up to"
             return heads, width // heads, torch.inf
@@ -308,13 +308,19 @@ class _Block:
             self.refused["head"] = "a norm follows the sum of the state and its heads"
         return heads, width // heads, error
 
-    def _projection(self, made: Tensor) -> None:
-        """Refuse values weighted by ``W_O`` if attention's output is not ``made``, ``z W_O``."""
+    def _projection(self, made: Tensor, out: Tensor | None) -> None:
+        """Refuse values weighted by ``W_O`` if attention's output is not ``made``, ``z W_O``.
+
+        What the module gives may pass through a norm before it is ``attn_out`` (Gemma-2), or hold
+        the state that it was added to (Bloom): one of the two has to agree.
+        """
         given = self.seen.get("attn.hook_out")
         scale = contribution_scale(self.model, self.number)
         if given is None or given.shape != made.shape:
             return
-        errors = [relative_error(made, given * factor) for factor in {1.0, scale}]
+        told = [given * factor for factor in {1.0, scale}]
+        told += [] if out is None or out.shape != made.shape else [out]
+        errors = [relative_error(made, each) for each in told]
         if not min(errors) <= min(rounding_tolerance(self.dtype), _HEADS_SHARE):
             self.refused["value"] = (
                 "the output of its projection is not its weight times the heads "
