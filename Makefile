@@ -23,17 +23,18 @@ test-slow: .venv/installed-test
 attack: .venv/installed-test
 	$(BIN)/python -m tests.attack
 
-# Every notebook from its first cell to its last; outputs go nowhere.
+# Every notebook from its first cell to its last, on the site's copies, which keep the outputs.
 notebooks: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --nbmake-timeout=900 --durations 6 studies/notebooks
+	cp studies/notebooks/*.ipynb docs/notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --nbmake --overwrite --nbmake-timeout=900 --durations 6 docs/notebooks
 
 # docs/models.md: every feature on a tiny model of every family, against plain torch hooks.
 models: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
 
-# The site, in docs/_build/index.html.
-docs: .venv/installed-docs
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+# The site, in docs/_build/html/index.html, after the notebooks that it shows.
+docs: .venv/installed-docs notebooks
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 check: .venv/installed-test
 	$(BIN)/ruff check $(SOURCES)
@@ -81,7 +82,7 @@ newest:
 		$(wildcard tests/families)
 
 clean:
-	rm -rf .venv .venv-newest docs/_build .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-newest docs/_build docs/notebooks/*.ipynb docs/reference/*.rst .ruff_cache .pytest_cache .hypothesis dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock is a constraint: it pins every package, and pip takes those that the platform needs.

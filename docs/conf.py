@@ -18,7 +18,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_co
 html_theme = "furo"
 html_title = f"lensclust {release}"
 exclude_patterns = ["_build"]
-# Notebooks are shown, not run: `make notebooks` runs them.
+# Notebooks are shown with the outputs that `make notebooks` left in them.
 nb_execution_mode = "off"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -7,8 +7,9 @@ page, in the groups of the stubs.
 from __future__ import annotations
 
 import ast
+import json
 import shutil
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -75,9 +76,31 @@ def write_reference(folder: Path) -> None:
 
 
 def copy_notebooks(folder: Path) -> None:
-    """The notebooks lie beside the studies; the site reads only its own folder."""
+    """The notebooks lie beside the studies; the site shows its own copies, with outputs if run.
+
+    Where the package's metadata name a repository on GitHub, each opens in Colab.
+    """
     for notebook in sorted((ROOT / "studies" / "notebooks").glob("*.ipynb")):
-        shutil.copyfile(notebook, folder / notebook.name)
+        copy = folder / notebook.name
+        if not copy.exists() or copy.stat().st_mtime < notebook.stat().st_mtime:
+            shutil.copyfile(notebook, copy)
+        for line in metadata("lensclust").get_all("Project-URL", []):
+            label, _, url = line.partition(", ")
+            if label == "Repository":
+                _add_badge(copy, url)
+
+
+def _add_badge(notebook: Path, repository: str) -> None:
+    if not repository.startswith(github := "https://github.com/"):
+        return
+    colab = "https://colab.research.google.com"
+    place = f"{repository.removeprefix(github)}/blob/main/studies/notebooks/{notebook.name}"
+    badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{place})"
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    text = content["cells"][0]["source"]
+    if badge not in text:
+        text += ["\n", "\n", badge]
+        notebook.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _page(name: str) -> list[str]:
