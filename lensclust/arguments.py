@@ -1,8 +1,8 @@
 """Checks of arguments of public functions, by the types in their signatures.
 
 Checked here, for all functions: objects that are not models, prompts or activations, None where it
-is not allowed, a single name or number instead of a list, text instead of a number, and fractions,
-NaN and infinity instead of a whole number.
+is not allowed, a single name or number instead of a list, text instead of a number, fractions,
+NaN and infinity instead of a whole number, and a model that another thread is using.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
 
 from lensclust.errors import InputError, check_counts
 
@@ -41,6 +45,9 @@ MEANS = "mean states: the dataset that probes.mean_states(acts) returns"
 ELEMENTS = {"str": "texts", "float": "numbers", "int": "whole numbers", "tuple": "pairs"}
 # Types that may be None although the name does not say so.
 MAY_BE_NONE = ("None", "Any", "Label", "Units", "bool")
+# id of a model -> thread, function and number of calls within one another that use it.
+_USERS: dict[int, tuple[int, str, int]] = {}
+_LOCK = threading.Lock()
 # Separators of the types in a union.
 _BAR = re.compile(r"\s*\|\s*(?![^\[]*\])")
 
@@ -70,6 +77,9 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
     wanted = [_Wanted(caller, each) for each in signature.parameters.values()]
     named_so = {each.name: each for each in wanted}
     run: Any = function
+    uses = [each for each in signature.parameters if named_so[each].is_model]
+    # A context manager uses its model until it is left.
+    lasting = inspect.isgeneratorfunction(inspect.unwrap(function))
 
     @functools.wraps(function)
     def checked(*given: _Given.args, **named: _Given.kwargs) -> _Found:
@@ -79,9 +89,46 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
             name: named_so[name].taken(value) if name in named_so else value
             for name, value in named.items()
         }
-        return run(*in_order, **by_name)
+        if not uses:
+            return run(*in_order, **by_name)
+        model = signature.bind(*in_order, **by_name).arguments.get(uses[0])
+        if lasting:
+            return _alone_within(run(*in_order, **by_name), model, caller)
+        with _alone_with(model, caller):
+            return run(*in_order, **by_name)
 
     return checked
+
+
+@contextmanager
+def _alone_with(model: Any, caller: str) -> Iterator[None]:
+    """Refuse a model that another thread is using: hooks of one would act on the other's forwards.
+
+    Raises:
+        InputError: names the function that is using it.
+    """
+    here = threading.get_ident()
+    with _LOCK:
+        thread, user, depth = _USERS.get(id(model), (here, caller, 0))
+        if thread != here:
+            raise InputError(
+                f"{caller}: {user} is using this model in another thread, expected one at a time: "
+                "put a threading.Lock around both, or load a model for each thread"
+            )
+        _USERS[id(model)] = thread, user, depth + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            thread, user, depth = _USERS.pop(id(model))
+            if depth > 1:
+                _USERS[id(model)] = thread, user, depth - 1
+
+
+@contextmanager
+def _alone_within(inner: Any, model: Any, caller: str) -> Iterator[Any]:
+    with _alone_with(model, caller), inner as found:
+        yield found
 
 
 def require_hooked(model: Any, *, caller: str) -> None:
@@ -132,6 +179,49 @@ Prompts.from_texts(texts, rows, model.tokenizer)
     raise InputError(f"{caller}: given a {type(given).__name__} as {name}, expected {advice}")
 
 
+def numbers(caller: str, what: str, given: Any) -> np.ndarray:
+    """Numbers in an array, a tensor or lists, as float64.
+
+    Raises:
+        InputError: names the argument, what was given and what was expected.
+
+    >>> numbers("f", "the vector", {1.0})
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: f: set given as the vector, expected numbers in an array
+    """
+    if "Tensor" in _classes(given):
+        return given.detach().cpu().double().numpy()
+    try:
+        if not _is_listed(given) or isinstance(given, Set) or not hasattr(given, "__len__"):
+            raise TypeError
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{caller}: {type(given).__name__} given as {what}, expected numbers in an array"
+        ) from None
+
+
+def pairs(caller: str, series: Any, second: str) -> Iterator[tuple[Any, Any]]:
+    """The elements of a series of pairs, such as a step and a model.
+
+    Raises:
+        InputError: if it is no series, or an element is no pair.
+
+    >>> list(pairs("f", [(0, "a"), 1], "a model"))
+    Traceback (most recent call last):
+    ...
+    lensclust.errors.InputError: f: a series with a int, expected pairs of a step and a model
+    """
+    expected = f"expected pairs of a step and {second}"
+    if not _is_listed(series):
+        raise InputError(f"{caller}: {type(series).__name__} given, {expected}")
+    for item in series:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise InputError(f"{caller}: a series with a {type(item).__name__}, {expected}")
+        yield item[0], item[1]
+
+
 class _Wanted:
     """The allowed types of one parameter."""
 
@@ -140,6 +230,7 @@ class _Wanted:
         kind = parameter.annotation
         text = kind if isinstance(kind, str) else getattr(kind, "__name__", "Any")
         self.kinds = ["Any"] if kind is inspect.Parameter.empty else _BAR.split(text)
+        self.is_model = not {*self.kinds}.isdisjoint(MODELS)
         self.whole = "int" in self.kinds and not {"float", "bool"} & {*self.kinds}
 
     def taken(self, value: Any) -> Any:
@@ -219,6 +310,9 @@ def _is(kind: str, value: Any) -> bool:
     if name == "tuple":
         each = inside[:-1].split(", ")
         return len(value) == len(each) and all(map(_is, each, value))
+    if name == "Sequence" and inside.startswith("str") and hasattr(value, "dtype"):
+        # An array of texts, none of numbers.
+        return "Tensor" not in _classes(value) and np.asarray(value).dtype.kind in "OUST"
     # In a list of texts, the function itself names the wrong one.
     if (name == "Sequence" or inside.startswith("tuple")) and isinstance(value, (list, tuple)):
         return all(_is_one_of(_BAR.split(inside[:-1]), each) for each in value)

@@ -208,6 +208,10 @@ choosing with a list, such as acts.isel(layer=[0])
         if variable in acts and variable in (variables or acts):
             own = ("head", "d_head") if variable == "z" else ("d_model",)
             expected, held = ("prompt", "position", axis, *own), acts[variable].dims
+            if (kind := acts[variable].dtype).kind not in "fiub":
+                raise InputError(
+                    f"these activations hold {variable!r} as {kind}, expected real numbers"
+                )
             for name in expected:
                 if name not in held:
                     raise InputError(

@@ -12,12 +12,14 @@ from transformer_lens.model_protocol import TransformerLensModel
 from lensclust.arguments import require_hooked, require_prompts
 from lensclust.errors import InputError
 from lensclust.models import (
+    default_budget,
     forget_outdated,
     keep_up,
     length_steps,
     model_name,
     modules_of,
     require_faithful,
+    require_own_code_right,
     same_tokenizer,
     tokenizer_fingerprint,
 )
@@ -90,6 +92,11 @@ def require_fits(model: TransformerLensModel, prompts: Prompts, *, caller: str) 
         raise InputError(
             f"{caller}: prompt {row} has {longest} tokens, but {name} has a context of {context}"
         )
+    if isinstance(model, TransformerBridge):
+        longest += max(map(len, prompts.answers), default=0) if prompts.answers else 0
+        longest = min(longest, context or longest)
+        tokens = min(default_budget(model), longest * len(prompts))
+        require_own_code_right(model, longest=longest, tokens=tokens, caller=caller)
     vocabulary = model.cfg.d_vocab
     largest = int(prompts.tokens.max())
     if vocabulary and largest >= vocabulary:

@@ -95,6 +95,12 @@ from .network_settings import (
     settings_digest as settings_digest,
 )
 
+# Self-checks of networks with modules of a user's own classes
+from .own_code import (
+    require_own_code_right as require_own_code_right,
+    sees_whole_prompts as sees_whole_prompts,
+)
+
 # Which parameters a training updates, and restoring the model afterwards
 from .parameters import (
     chosen_parameters as chosen_parameters,

@@ -8,7 +8,7 @@ in one forward of a few tokens, once for each model.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +31,14 @@ BLOCK_HOOKS = {
     "head": "blocks.{}.attn.hook_z",
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_out": "blocks.{}.hook_mlp_out",
+}
+# Beginning of a hook's name in its block -> the kinds that cannot be read if it fires twice.
+_HOLDS: dict[str, tuple[str, ...]] = {
+    "hook_resid_mid": ("resid_mid",),
+    "hook_resid": ("resid", *BLOCK_HOOKS),
+    "attn": ("z", "head", "attn_out", "value", "pattern"),
+    "hook_attn": ("z", "head", "attn_out", "value", "pattern"),
+    "hook_mlp": ("mlp_out",),
 }
 # The terms of the sum are known, so only the rounding of the sum itself remains.
 _SUM_ROUNDINGS = 4
@@ -172,10 +180,11 @@ def _examined_unhooked(model: Any) -> tuple[Block, ...]:
     parts += r"|(ln\w*|mlp)\.hook_in"
     looked_at = [name for name in hooks if re.fullmatch(rf"blocks\.\d+\.({parts})", name)]
     found: dict[str, Tensor] = {}
-    dtypes = {torch.float32}
+    fired, dtypes = Counter[str](), {torch.float32}
 
     def keep(name: str) -> Callable[[Tensor, Any], None]:
         def hook(value: Tensor, hook: Any) -> None:
+            fired[name] += 1
             if isinstance(value, Tensor) and value.is_floating_point():
                 dtypes.add(value.dtype)
                 found[name] = value.detach().to("cpu", torch.float32, copy=True)
@@ -197,14 +206,19 @@ def _examined_unhooked(model: Any) -> tuple[Block, ...]:
         for part in training:
             part.training = True
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return tuple(_Block(model, number, found, coarsest).examined() for number in numbers)
+    return tuple(_Block(model, number, found, fired, coarsest).examined() for number in numbers)
 
 
 class _Block:
     """Activations of one block in the test forward, and the checks on them."""
 
     def __init__(
-        self, model: Any, number: int, found: Mapping[str, Tensor], dtype: torch.dtype
+        self,
+        model: Any,
+        number: int,
+        found: Mapping[str, Tensor],
+        fired: Mapping[str, int],
+        dtype: torch.dtype,
     ) -> None:
         self.model, self.number, self.dtype = model, number, dtype
         here = f"blocks.{number}."
@@ -212,6 +226,16 @@ class _Block:
             name.removeprefix(here): value for name, value in found.items() if name.startswith(here)
         }
         self.refused: dict[str, str] = {}
+        self.twice: dict[str, str] = {}
+        for name, times in fired.items():
+            point = name.removeprefix(here)
+            if times > 1 and point != name:
+                reason = (
+                    f"{name} fires {times} times in one forward: a module stands at several "
+                    "depths, or the network runs its blocks several times"
+                )
+                kinds = next((k for start, k in _HOLDS.items() if point.startswith(start)), ())
+                self.twice |= dict.fromkeys(kinds, reason)
 
     def examined(self) -> Block:
         states = self.seen.get("hook_resid_pre")
@@ -223,7 +247,7 @@ class _Block:
             return Block(0, 0, self.model.cfg.d_model, refused=self.refused)
         direct = self._sums()
         heads, d_head, error = self._heads(direct)
-        return Block(heads, d_head, states.shape[-1], error, self.refused)
+        return Block(heads, d_head, states.shape[-1], error, self.refused | self.twice)
 
     def _sums(self) -> bool:
         """Refuse outputs that are not added to the stream; return whether attention's is."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import cache, partial
 from numbers import Number
-from types import CodeType, SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,8 +40,8 @@ def settings_digest(model: nn.Module) -> str:
 
     That is: the configuration fields of the network's class (not its name or dtype), the classes
     of its modules, numbers, texts, tensors and functions among their attributes (and in lists and
-    dictionaries there), buffers that are in no state dict and that no forward writes, and the
-    precision of `torch.autocast` if that is on.
+    dictionaries there), attributes, code and globals of a user's classes, buffers that are in no
+    state dict and that no forward writes, and the precision of `torch.autocast` if that is on.
 
     >>> import lensclust as lc
     >>> one, other = lc.load("native:sif-small"), lc.load("native:sif-small")
@@ -125,7 +125,7 @@ def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         # A class whose forward was replaced by another function is another class.
         yield name.replace(WRAPPED, ""), f"{kind.__qualname__} {kind.forward.__qualname__}"
-        is_own = _of_user(kind)
+        is_own = is_of_user(kind)
         for key, value in vars(module).items():
             # Functions in the place of methods: `added_code`.
             if f"{name}.{key}" in remade or callable(getattr(kind, key, None)):
@@ -133,6 +133,43 @@ def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
             private = is_own and key.startswith("_") and key not in _OF_MODULES
             if (private or _decides(key)) and (found := _described(value)) is not _UNKNOWN:
                 yield f"{name}.{key}".replace(WRAPPED, ""), found
+    for kind in {each for module in network.modules() for each in type(module).__mro__}:
+        if is_of_user(kind):
+            yield from _of_class(kind)
+
+
+def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
+    """Attributes of a user's class, the code of its methods, and the globals that these name."""
+    seen: dict[str, Any] = {}
+    for key, value in vars(kind).items():
+        value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if isinstance(value, FunctionType):
+            seen |= _named_globals(value, set())
+            yield f"class {kind.__qualname__}.{key}", _code_digest(value.__code__)
+        elif not key.startswith("__") and (found := _described(value)) is not _UNKNOWN:
+            yield f"class {kind.__qualname__}.{key}", found
+    for name, value in seen.items():
+        yield f"class {kind.__qualname__}: global {name}", value
+
+
+def _named_globals(function: FunctionType, known: set[CodeType]) -> dict[str, Any]:
+    """Globals that a user's function names, itself or through other functions of the user."""
+    found: dict[str, Any] = {}
+    known.add(function.__code__)
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)
+        if isinstance(value, FunctionType):
+            if home_of(value) not in LIBRARIES and value.__code__ not in known:
+                found[name] = _code_digest(value.__code__)
+                found |= _named_globals(value, known)
+        elif value is not None and (said := _described(value)) is not _UNKNOWN:
+            found[name] = said
+    return found
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names}.union(*map(_names, inner))
 
 
 _UNKNOWN: Any = object()
@@ -170,7 +207,7 @@ def _described(value: Any, depth: int = _DEPTH) -> Any:
         return [inside(value.func), inside(value.args), inside(value.keywords)]
     if callable(value) and hasattr(value, "__qualname__"):
         return _function(value, inside)
-    if _of_user(type(value)) and hasattr(value, "__dict__"):
+    if is_of_user(type(value)) and hasattr(value, "__dict__"):
         return [type(value).__qualname__, inside(vars(value))]
     return _UNKNOWN
 
@@ -180,7 +217,7 @@ def _inside(value: Any, depth: int) -> Any:
     return type(value).__qualname__ if found is _UNKNOWN else found
 
 
-def _of_user(kind: type) -> bool:
+def is_of_user(kind: type) -> bool:
     """Whether a class is a user's, or a bare namespace, and none of a library."""
     home = kind.__module__.partition(".")[0]
     return kind is SimpleNamespace or home not in {*LIBRARIES, *sys.stdlib_module_names, "numpy"}

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust.arguments import checked_arguments
@@ -338,9 +339,13 @@ class Split:
         return [self.module.get_parameter(name) for name in self.joint]
 
     def is_there(self) -> bool:
-        """Whether the joint weights are still in the network: pruning, say, renames them."""
-        held = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        return held.issuperset(self.joint)
+        """Whether the joint weights are in the network now.
+
+        Pruning renames them; `torch.func` and `torch.export` put other tensors in their place.
+        """
+        held = dict(self.module.named_parameters(remove_duplicate=False))
+        there = [held.get(name) for name in self.joint]
+        return all(isinstance(weight, nn.Parameter) and not is_fake(weight) for weight in there)
 
     def _share_memory(self) -> bool:
         return not self._copies()

@@ -49,6 +49,8 @@ def label_texts(values: Any) -> np.ndarray:
     ['1', '', '2.5']
     """
     array = np.asarray(values)
+    if array.dtype.kind == "f" and pd.api.types.is_integer_dtype(getattr(values, "dtype", None)):
+        array = values.to_numpy(dtype=object)  # as floats, large whole numbers would be equal
     if array.dtype.kind in "iubU":
         return array.astype(str)
     if array.dtype.kind == "f":  # each distinct number is spelt once

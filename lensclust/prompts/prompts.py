@@ -290,13 +290,12 @@ class Prompts:
         return tokens, lengths, mask
 
     def label_arrays(self) -> dict[str, np.ndarray]:
-        """The columns of ``rows`` as arrays of numbers or strings (missing ones empty)."""
-        return {
-            str(name): column.to_numpy()
-            if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufb"
-            else np.array(["" if pd.isna(v) else str(v) for v in column], dtype=object)
-            for name, column in self.rows.items()
-        }
+        """The columns of ``rows`` as arrays of numbers or strings (missing ones empty).
+
+        Numbers that pandas may leave out (``Int64``, ``double[pyarrow]``) are numbers too; where
+        some are missing, they are floats with NaN.
+        """
+        return {str(name): _label_array(column) for name, column in self.rows.items()}
 
     def digest(self) -> str:
         """sha256 over tokens, labels, spans and answers, first 16 hex digits.
@@ -531,3 +530,16 @@ def _pad(
     for index, row in enumerate(ids):
         tokens[index, : len(row)] = torch.as_tensor(row)
     return tokens, lengths
+
+
+def _label_array(column: pd.Series) -> np.ndarray:
+    dtype: Any = column.dtype
+    plain = getattr(dtype, "numpy_dtype", dtype)
+    if isinstance(plain, np.dtype) and plain.kind in "iufb":
+        there = column.dropna()
+        if isinstance(dtype, np.dtype) or len(there) == len(column):
+            return column.to_numpy(dtype=plain)
+        # As pandas does; floats cannot tell larger whole numbers apart.
+        if plain.kind == "f" or (plain.kind in "iu" and (there.abs() < 2**53).all()):
+            return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return label_texts(column.array).astype(object)

@@ -44,8 +44,8 @@ def encoded(
 
     Nothing is added to a rendered chat, as in ``apply_chat_template``.
 
-    An end token that the tokenizer adds is dropped, one that is in the text stays. If the text
-    begins with the BOS that the tokenizer adds, it is not added again.
+    What the tokenizer adds at the end (an end token, ``[SEP]``) is dropped; what is in the text
+    stays. If the text begins with the BOS that the tokenizer adds, it is not added again.
     """
     options: dict[str, Any] = {"return_offsets_mapping": True} if offsets else {}
     options |= {"add_special_tokens": False} if chat else {"return_special_tokens_mask": True}
@@ -57,9 +57,7 @@ def encoded(
         added_again = without != text and list(tokenizer(without)["input_ids"]) == ids
         return Encoded(without if added_again else text, ids, places)
     before, after = _added(tokenizer, text, ids, found["special_tokens_mask"])
-    stop = len(ids)
-    while stop > max(1, len(ids) - after) and ids[stop - 1] == tokenizer.eos_token_id:
-        stop -= 1
+    stop = max(1, len(ids) - after)
     start = 0
     bos = tokenizer.bos_token_id
     if before == 1 < len(ids) - after and bos is not None and ids[:2] == [bos, bos]:

@@ -30,6 +30,7 @@ from lensclust.models import (
     agrees,
     attention_kernel,
     batches,
+    blocks_of,
     default_budget,
     few_tokens,
     hook_name,
@@ -185,6 +186,8 @@ def hiding_places(
                 f"{caller}: block {block} of {model_name(model)} has no attention, expected some "
                 f"of {list(found)}"
             )
+        if reason := blocks_of(model)[block].refused.get("pattern"):
+            raise InputError(f"{caller}: attention of block {block} cannot be cut: {reason}")
         if found[block] is None:
             raise InputError(
                 f"{caller}: tokens cannot be hidden from the attention of block {block} of "

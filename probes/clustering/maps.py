@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 
 from lensclust import figures
 from lensclust.activations import dataset_sites, site_values
-from lensclust.arguments import checked_arguments
+from lensclust.arguments import checked_arguments, pairs
 from lensclust.errors import InputError
 from lensclust.figures import Shown
 from lensclust.report.views import ClusterView
@@ -121,7 +121,9 @@ def cluster_map(
     """
     if method not in METHODS:
         raise InputError(f"cluster_map: method {method!r} is not known, only {list(METHODS)}")
-    series = [(0, acts)] if isinstance(acts, xr.Dataset) else list(acts)
+    series = [(0, acts)]
+    if not isinstance(acts, xr.Dataset):
+        series = list(pairs("cluster_map", acts, "its activations"))
     if not series:
         raise InputError("cluster_map: no activations given")
     first = series[0][1]

@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from scipy.optimize import nnls
 
-from lensclust.arguments import checked_arguments
+from lensclust.arguments import checked_arguments, numbers
 from lensclust.errors import InputError
 from lensclust.figures import Shown
 from lensclust.results import permutation_p
@@ -221,6 +221,10 @@ def _bases(basis: Bases, names: Sequence[str] | None) -> dict[str, Float[np.ndar
         if names is not None:
             raise InputError("compose: names given twice: the bases already have names")
         named = dict(basis)
+    elif not isinstance(basis, (list, tuple, np.ndarray, xr.DataArray)):
+        raise InputError(
+            f"compose: {type(basis).__name__} given as basis, expected name -> change, or a list"
+        )
     else:
         labels = [str(i) for i in range(len(basis))] if names is None else [*names]
         if len(set(labels)) != len(basis):
@@ -236,7 +240,7 @@ def _bases(basis: Bases, names: Sequence[str] | None) -> dict[str, Float[np.ndar
 
 
 def _numbers(given: Given, what: str) -> Float[np.ndarray, "block head"]:
-    values = np.asarray(given, dtype=np.float64)
+    values = numbers("compose", what, given)
     if values.ndim != 2:
         raise InputError(f"compose: {what} has {values.ndim} axes, expected blocks and heads")
     bad = np.argwhere(~np.isfinite(values))

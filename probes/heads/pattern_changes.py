@@ -15,7 +15,7 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from lensclust import figures
-from lensclust.arguments import checked_arguments
+from lensclust.arguments import checked_arguments, pairs
 from lensclust.errors import InputError
 from lensclust.figures import Shown
 from lensclust.inference import Readout
@@ -91,7 +91,7 @@ def change(
     [False, True]
     """
     patterns: dict[int, HeadActivation] = {}
-    for step, item in series:
+    for step, item in pairs("change", series, "a model or pattern"):
         if step in patterns:
             raise InputError(f"change: step {step} comes twice")
         if isinstance(item, HeadActivation):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lensclust.arguments import checked_arguments
+from lensclust.arguments import checked_arguments, numbers
 from lensclust.errors import InputError
 from lensclust.models import Site
 from probes.steering.interventions import (
@@ -140,7 +140,7 @@ def add_direction(
 
 
 def _checked(vector: Any, where: str) -> Tensor:
-    values = torch.as_tensor(vector).detach().float().cpu()
+    values = torch.from_numpy(numbers("add_direction", f"the vector for {where}", vector)).float()
     if values.ndim != 1 or not bool(values.isfinite().all()):
         raise InputError(
             f"add_direction: the vector for {where} has shape {tuple(values.shape)} and "

@@ -20,7 +20,7 @@ from transformer_lens.model_protocol import TransformerLensModel
 
 from lensclust import figures
 from lensclust.activations import extract, select
-from lensclust.arguments import checked_arguments
+from lensclust.arguments import checked_arguments, numbers
 from lensclust.errors import InputError
 from lensclust.figures import Shown
 from lensclust.inference import answers
@@ -190,7 +190,8 @@ def _checked_strengths(strengths: Sequence[float | int]) -> list[float]:
 def _checked_tokens(
     model: TransformerLensModel, wanted: Any, n_prompts: int
 ) -> Int[Tensor, " prompt"]:
-    tokens = torch.as_tensor(wanted)
+    numbers("tune", "wanted", wanted)
+    tokens = torch.as_tensor(wanted if isinstance(wanted, Tensor) else np.asarray(wanted))
     if tokens.shape != (n_prompts,) or tokens.is_floating_point():
         raise InputError(
             f"tune: wanted has shape {tuple(tokens.shape)} and type {tokens.dtype}, expected one "

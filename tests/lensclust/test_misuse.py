@@ -201,6 +201,26 @@ others = {
     "dtype 'int8' is not known": lambda: lc.extract(model, prompts, "resid", dtype=torch.int8),
     "store: int given": lambda: lc.extract(model, prompts, "resid", store=3),
     "store: TransformerBridge given": lambda: lc.open_activations(model),
+    "hypothesis: name=3, expected one text": lambda: probes.rsa(acts4, {3}, **quick),
+    "Series given as kinds": lambda: probes.cluster(acts4, kinds=pd.Series([1, 2])),
+    "ndarray given as groups": lambda: probes.probe(acts4, groups=np.ones(4)),
+    "dict_values given as the vector for resid 1": lambda: probes.add_direction(
+        {"resid 1": {"x": 1.0}.values()}
+    ),
+    "DataFrame given as vectors, expected numbers": lambda: probes.add_direction(rows),
+    "generator given as wanted": lambda: probes.tune(
+        model, prompts, move, "resid 1", wanted=(each for each in (5, 6))
+    ),
+    "a series with a list, expected pairs": lambda: probes.change(iter([[1, 2, 3]])),
+    "a series with a Dataset, expected pairs of a step": lambda: probes.cluster_map(iter([acts4])),
+    "str given as the change": lambda: probes.compose("some", [np.ones((3, 2))]),
+    "Prompts given as basis": lambda: probes.compose(np.ones((3, 2)), prompts),
+    "hold 'resid' as complex64": lambda: probes.cka(
+        acts4.assign(resid=acts4.resid.astype("c8")), acts4
+    ),
+    "hold 'resid' as <U32": lambda: probes.silhouettes(
+        acts4.assign(resid=acts4.resid.astype("U32"))
+    ),
     "texts 1 is 3, expected a text": lambda: lc.Prompts.from_texts(
         ["a", 3], rows, tiny_tokenizer(sys.argv[1])
     ),

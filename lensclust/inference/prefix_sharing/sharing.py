@@ -42,6 +42,7 @@ from lensclust.models import (
     power_of_two,
     relative_error,
     remembered,
+    sees_whole_prompts,
     shard_ranges,
 )
 from lensclust.prompts import Prompts
@@ -226,6 +227,8 @@ def obstacle(model: TransformerLensModel) -> str | None:
         return f"no key/value cache in {type(network or model).__name__}"
     if getattr(network.config, "is_encoder_decoder", False):
         return "an encoder sees later tokens"
+    if (own := sees_whole_prompts(model)) is not None:  # positions or masks may depend on tokens
+        return f"{own} is a class of your own that sees whole prompts"
     return callers_hooks(model)
 
 

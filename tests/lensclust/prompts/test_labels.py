@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import lensclust as lc
+import probes
 from lensclust.prompts.indexing import row_numbers
 from lensclust.prompts.labels import label_text, label_texts
 
@@ -212,3 +213,45 @@ def test_a_mask_of_a_frame_in_another_order_is_never_taken_for_ours(order, mask)
     # An index of other numbers or names says nothing of the order.
     named = series.set_axis([f"row {i}" for i in order])
     assert row_numbers("f", named, 5).tolist() == np.flatnonzero(mask).tolist()
+
+
+NUMERIC = ["int64", "Int64", "UInt8", "float64", "Float32", "int16[pyarrow]", "double[pyarrow]"]
+
+
+@pytest.mark.parametrize("kind", NUMERIC)
+@given(values=st.lists(st.integers(0, 9), min_size=2, max_size=6), missing=st.booleans())
+def test_a_number_is_one_label_and_stays_a_number_in_every_type(
+    kind: str, values: list[int], missing: bool
+):
+    missing = missing and kind != "int64"
+    column = pd.Series([*values, None if missing else 3], dtype=kind)
+    rows = pd.DataFrame({"x": column})
+    prompts = lc.Prompts.from_token_lists([[5]] * len(column), rows)
+    found = prompts.label_arrays()["x"]
+    assert found.dtype.kind in "iuf"
+    assert np.array_equal(found, column.to_numpy("f8", na_value=np.nan), equal_nan=True)
+    assert label_texts(found).tolist() == label_texts(column.array).tolist()
+    assert len(prompts.where(x=values[0])) == (column == values[0]).sum()
+
+
+def test_whole_numbers_that_floats_cannot_tell_apart_are_texts():
+    column = pd.Series([2**60, 2**60 + 1], dtype="Int64").reindex(range(3))
+    prompts = lc.Prompts.from_token_lists([[5]] * 3, pd.DataFrame({"x": column}))
+    assert prompts.label_arrays()["x"].tolist() == [str(2**60), str(2**60 + 1), ""]
+
+
+def test_scores_do_not_depend_on_how_a_number_is_stored():
+    model, rng = lc.load("native:sif-small"), np.random.default_rng(0)
+    rows = pd.DataFrame({"task": np.repeat(list("abcd"), 6), "size": rng.integers(0, 9, 24) / 2})
+    lists = rng.integers(3, 60, (24, 5)).tolist()
+    found = []
+    for kind in ("float64", "Float64", "double[pyarrow]"):
+        prompts = lc.Prompts.from_token_lists(lists, rows.astype({"size": kind}))
+        acts = lc.extract(model, prompts, "resid 3", progress=False)
+        frame = probes.rsa(
+            acts, ["task"], nuisance=["size"], compare="spearman", permutations=2, progress=False
+        ).frame
+        found.append(frame["value"].tolist())
+        means = probes.mean_states(acts, by="size")
+        probes.shift(means, rows["size"][0], rows["size"].iloc[-1], by="size")
+    assert found[0] == found[1] == found[2]
