@@ -93,7 +93,8 @@ def checked_arguments(function: Callable[_Given, _Found]) -> Callable[_Given, _F
             return run(*in_order, **by_name)
         model = signature.bind(*in_order, **by_name).arguments.get(uses[0])
         if lasting:
-            return _alone_within(run(*in_order, **by_name), model, caller)
+            whole: Any = _alone_within(run(*in_order, **by_name), model, caller)
+            return whole
         with _alone_with(model, caller):
             return run(*in_order, **by_name)
 

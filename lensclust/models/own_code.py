@@ -43,7 +43,7 @@ def own_classes(network: nn.Module) -> list[str]:
     return sorted(kind.__qualname__ for kind in kinds if is_of_user(kind))
 
 
-def sees_whole_prompts(model: TransformerBridge) -> str | None:
+def sees_whole_prompts(model: Any) -> str | None:
     """The first class of a user's that is attention, or contains it; None if there is none."""
     attention = {
         id(getattr(getattr(block, "attn", None), "original_component", None))

@@ -49,7 +49,8 @@ def label_texts(values: Any) -> np.ndarray:
     ['1', '', '2.5']
     """
     array = np.asarray(values)
-    if array.dtype.kind == "f" and pd.api.types.is_integer_dtype(getattr(values, "dtype", None)):
+    kind: Any = getattr(values, "dtype", array.dtype)
+    if array.dtype.kind == "f" and pd.api.types.is_integer_dtype(kind):
         array = values.to_numpy(dtype=object)  # as floats, large whole numbers would be equal
     if array.dtype.kind in "iubU":
         return array.astype(str)

@@ -121,9 +121,11 @@ def cluster_map(
     """
     if method not in METHODS:
         raise InputError(f"cluster_map: method {method!r} is not known, only {list(METHODS)}")
-    series = [(0, acts)]
-    if not isinstance(acts, xr.Dataset):
-        series = list(pairs("cluster_map", acts, "its activations"))
+    series: list[tuple[int, xr.Dataset]] = (
+        [(0, acts)]
+        if isinstance(acts, xr.Dataset)
+        else list(pairs("cluster_map", acts, "its activations"))
+    )
     if not series:
         raise InputError("cluster_map: no activations given")
     first = series[0][1]

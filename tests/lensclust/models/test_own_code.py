@@ -64,8 +64,9 @@ class Crowded(GPT2MLP):
 class Turned(GPT2Model):
     """Prompts of a batch change places inside the network, and change back behind it."""
 
-    def forward(self, input_ids: Any = None, **named: Any) -> Any:
-        out = super().forward(input_ids=input_ids.flip(0), **named)
+    def forward(self, *given: Any, **named: Any) -> Any:
+        named["input_ids"] = named["input_ids"].flip(0)
+        out: Any = super().forward(*given, **named)
         out.last_hidden_state = out.last_hidden_state.flip(0)
         return out
 
@@ -73,19 +74,21 @@ class Turned(GPT2Model):
 class Restarting(LlamaModel):
     """Positions count from the last token 7 on."""
 
-    def forward(self, input_ids: Any = None, position_ids: Any = None, **named: Any) -> Any:
-        place = torch.arange(input_ids.shape[1])[None]
-        begun = torch.where(input_ids == 7, place, 0).cummax(1).values
-        return super().forward(input_ids=input_ids, position_ids=place - begun, **named)
+    def forward(self, *given: Any, **named: Any) -> Any:
+        place = torch.arange(named["input_ids"].shape[1])[None]
+        begun = torch.where(named["input_ids"] == 7, place, 0).cummax(1).values
+        named["position_ids"] = place - begun
+        return super().forward(*given, **named)
 
 
 class Twice(LlamaModel):
     """A network that runs all its blocks twice."""
 
-    def forward(self, input_ids: Any = None, **named: Any) -> Any:
-        named |= {"past_key_values": None, "inputs_embeds": None, "use_cache": False}
-        first = super().forward(input_ids=input_ids, **named).last_hidden_state
-        return super().forward(**(named | {"inputs_embeds": first}))
+    def forward(self, *given: Any, **named: Any) -> Any:
+        named |= {"past_key_values": None, "use_cache": False}
+        first: Any = super().forward(*given, **named)
+        named |= {"input_ids": None, "inputs_embeds": first.last_hidden_state}
+        return super().forward(*given, **named)
 
 
 def with_part(name: str, kind: type[nn.Module]) -> Any:
