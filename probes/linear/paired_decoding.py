@@ -2,9 +2,12 @@
 
 Standard of evidence: both conditions use the same kind of probe and the same folds, in which the
 nuisance item (the name, when the activity is decoded) is held out whole; the paired difference is
-reported, with an interval over resampled items and a p from exchanging the two conditions within
-items. For each condition against permuted labels, see `probes.probe`. Decodability of a component
-does not mean that the model uses it.
+reported, with an interval over resampled items. Its p is the larger of two: from exchanging the two
+conditions within items, and from relabelling both conditions alike, with new probes. The first
+alone is too small where items are few: an item that is tested in one fold trains the probes of
+another, so two items that are alike are right or wrong together. For each condition against
+permuted labels, see `probes.probe`. Decodability of a component does not mean that the model uses
+it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from lensclust.arguments import checked_arguments
 from lensclust.errors import InputError
 from lensclust.figures import Shown
 from lensclust.prompts import require_same_prompts
+from lensclust.results import permutation_p
 from probes.design import Units, design, exchangeable, flipped_p, nested, smallest_flip_p
 from probes.linear.moments import SOLVERS
 from probes.linear.site_fits import SiteRows, held_out_labels
@@ -70,6 +74,7 @@ def decode(
     folds: int = 5,
     units: Units = None,
     resamples: int = 1000,
+    permutations: int = 99,
     seed: int = 0,
 ) -> PairedDecoding:
     """Decode a component of the prompts at every site, with and without demonstrations.
@@ -87,8 +92,9 @@ def decode(
         folds: number of splits.
         units: rows that form one item of the interval and of p: a column, several or one value
             per row. Default: those of one group, or of one wording where groups are finer.
-        resamples: of the items for the interval, and exchanges for p (at most all).
-        seed: of folds, resamples and exchanges.
+        resamples: of the items for the interval, and exchanges of conditions for p (at most all).
+        permutations: relabellings for p, as in `probes.probe`; 0 for none.
+        seed: of folds, resamples, exchanges and relabellings.
 
     Raises:
         InputError: if the two sets differ in prompts, target, groups or sites, or an option or
@@ -127,20 +133,27 @@ def decode(
         groups=groups,
         control=None,
         folds=folds,
-        permutations=0,
+        permutations=permutations,
         seed=seed,
     )
-    true = plan.codes[:, 0]
+    for note in plan.notes:
+        log.info("decode: %s", note)
     with threadpool_limits(1):
-        read = np.array(
-            [
-                [held_out_labels(SiteRows.of(a, s, position), plan, kind, penalty) for s in sites]
-                for a in sides
-            ]
-        )
-    right = read == true
+        read = [
+            [held_out_labels(SiteRows.of(a, s, position), plan, kind, penalty) for s in sites]
+            for a in sides
+        ]
+    right = np.array([[labels[:, 0] == plan.codes[:, 0] for labels in side] for side in read])
     item = _items(without, target, groups, units)
-    value, low, high, p, corrected = _paired(right, item, resamples, seed)
+    value, low, high, *exchanged = _paired(right, item, resamples, seed)
+    hits = np.array([[(labels == plan.codes).mean(0) for labels in side] for side in read])
+    change = np.abs(hits[1] - hits[0])
+    relabelled = [
+        permutation_p(change[:, 0], null)
+        for null in (change[:, 1:], change[:, 1:].max(0, keepdims=True))
+    ]
+    p, corrected = np.maximum(exchanged, relabelled) if permutations else exchanged
+    smallest = smallest_flip_p(int(item.max()) + 1, resamples)
     frame = pd.DataFrame(
         {
             "site": [str(site) for site in sites],
@@ -157,7 +170,7 @@ def decode(
             "ci_high": high,
             "p": p,
             "p_corrected": corrected,
-            "smallest_p": smallest_flip_p(int(item.max()) + 1, resamples),
+            "smallest_p": max(smallest, plan.smallest_p) if permutations else smallest,
             "n": right.shape[2],
             "n_items": item.max() + 1,
         }

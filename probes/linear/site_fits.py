@@ -93,18 +93,18 @@ def fit_site(rows: SiteRows, plan: Design, kind: str, penalties: Sequence[float]
 
 def held_out_labels(
     rows: SiteRows, plan: Design, kind: str, penalty: float
-) -> Int[np.ndarray, " row"]:
-    """Held-out prediction (label index) of each row."""
+) -> Int[np.ndarray, "row labelling"]:
+    """Held-out prediction (label index) of each row, under each labelling."""
     solve = SOLVERS[kind]
     moments = Moments(n_folds=plan.n_folds, n_classes=len(plan.names))
     for part, x in rows:
-        moments.update(x, plan.codes[part, :1], plan.fold[part])
+        moments.update(x, plan.codes[part], plan.fold[part])
     readouts = [solve(moments.training(held_out=fold), penalty) for fold in range(plan.n_folds)]
-    found = np.empty(len(plan.fold), dtype=np.int64)
+    found = np.empty(plan.codes.shape, dtype=plan.codes.dtype)
     for part, x in rows:
         for fold in np.unique(plan.fold[part]):
             inside = np.flatnonzero(plan.fold[part] == fold)
-            found[part.start + inside] = host(readouts[fold](x[like(inside, x)]))[:, 0]
+            found[part.start + inside] = host(readouts[fold](x[like(inside, x)]))
     return found
 
 

@@ -162,6 +162,7 @@ def all_links(
         penalty=PENALTY * share[0],
         folds=_folds(acts[NONE], task),
         resamples=study.permutations,
+        permutations=0,
         seed=seed,
     ).right.astype(float)
     changes = {

@@ -41,7 +41,7 @@ def _intervals(draws: int) -> bool:
 
 def _p(draws: int) -> bool:
     """Whether a p is small more often than it should be."""
-    found = rates(draws, powered=max(10, draws // 4), told=print)
+    found = rates(draws, powered=max(10, draws // 4), told=print, jobs=-1)
     write_atomically(PAGE, page(found, draws))
     wrong = found[found["wrong"]]
     print(f"{len(found)} cells, {len(wrong)} outside their bounds; {PAGE}")

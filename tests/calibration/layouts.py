@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,16 @@ class Layout:
     Attributes:
         rows: ``task, template, instruction, input`` of each row.
         what: one line.
+        again: rows of another draw, from a seed, where the layout is drawn too.
     """
 
     rows: pd.DataFrame
     what: str
+    again: Callable[[int], pd.DataFrame] | None = None
+
+    def of(self, seed: int) -> Layout:
+        """The layout of one draw."""
+        return self if self.again is None else replace(self, rows=self.again(seed))
 
 
 def _rows(rows: list[tuple[int, str, str, int]]) -> pd.DataFrame:
@@ -59,8 +65,11 @@ def _crossed(tasks: int, templates: int, inputs: int) -> pd.DataFrame:
 
 
 def _unbalanced(seed: int = 0) -> pd.DataFrame:
-    """Two to five wordings a task, of two to six strings each."""
-    rng = np.random.default_rng(seed)
+    """Two to five wordings a task, of two to six strings each.
+
+    In one such layout the numbers of strings are tied to tasks by chance, as in `_sizes_by_task`.
+    """
+    rng = np.random.default_rng([seed, 1])
     return _rows(
         [
             (task, f"{task}.{w}", f"{task}.{w}.{s}", x)
@@ -95,7 +104,11 @@ LAYOUTS: dict[str, Layout] = {
         _nested([3] * 6, 6, 1, [[t, (t + 1) % 6, (t + 2) % 6, (t + 4) % 6] for t in range(6)]),
         "6 tasks, 3 wordings each, each task with 4 of 6 inputs",
     ),
-    "unbalanced": Layout(_unbalanced(), "4 tasks of 2 to 5 wordings, 2 to 6 strings each"),
+    "unbalanced": Layout(
+        _unbalanced(),
+        "4 tasks of 2 to 5 wordings, 2 to 6 strings each, drawn each time",
+        _unbalanced,
+    ),
     "sizes by task": Layout(
         _sizes_by_task(), "4 tasks, 3 wordings each, of 2 strings in two tasks and 8 in the others"
     ),

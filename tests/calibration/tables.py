@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from joblib import delayed
 
+from lensclust.parallel import in_parallel, one_thread
 from tests.calibration.layouts import INPUT, LAYOUTS, NOISE, STRING, WIDTH, WORDING, Layout
 from tests.calibration.measures import MEASURES, PERMUTATIONS, Measure
 
@@ -22,10 +25,22 @@ SECOND, POWERED = 1_000_000, 2_000_000
 Drawn = dict[str, np.ndarray]
 
 
-def draw(measure: Measure, layout: Layout, *, task: float, seeds: Sequence[int]) -> Drawn:
+def draw(
+    measure: Measure, layout: Layout, *, task: float, seeds: Sequence[int], jobs: int = 1
+) -> Drawn:
     """p of each score of a measure, by draw."""
-    found = [measure(layout, task, seed) for seed in seeds]
+    calls = (delayed(_one)(measure, layout.of(seed), task, seed) for seed in seeds)
+    found = list(in_parallel(calls, jobs=jobs))
     return {name: np.array([each.get(name, np.nan) for each in found]) for name in found[0]}
+
+
+def _one(measure: Measure, layout: Layout, task: float, seed: int) -> dict[str, float]:
+    logging.disable(logging.WARNING)  # the layouts are coarse on purpose
+    try:
+        with one_thread():
+            return measure(layout, task, seed)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def rates(
@@ -36,32 +51,28 @@ def rates(
     layouts: Sequence[str] = tuple(LAYOUTS),
     measures: Sequence[Measure] = MEASURES,
     told: Callable[[str], object] = str,
+    jobs: int = 1,
 ) -> pd.DataFrame:
     """One row a score and layout: share of p up to .05 and .01 without and with a task effect.
 
     A cell outside its bounds is drawn again, ``again`` times, before it is called wrong or timid.
     """
     rows = []
-    logging.disable(logging.WARNING)  # the layouts are coarse on purpose
-    try:
-        for name, measure in product(layouts, measures):
-            null = draw(measure, LAYOUTS[name], task=0, seeds=range(draws))
-            seeds = range(POWERED, POWERED + powered)
-            with_task = draw(measure, LAYOUTS[name], task=EFFECT, seeds=seeds)
-            second: Drawn = {}
-            for score, p in null.items():
-                row = _row(p, with_task[score])
-                if (row["wrong"] or row["timid"]) and draws < again:
-                    seeds = range(SECOND, SECOND + again)
-                    second = second or draw(measure, LAYOUTS[name], task=0, seeds=seeds)
-                    row = _row(second[score], with_task[score])
-                rows.append(row | {"measure": score, "layout": name})
-                told(
-                    f"{name}: {score}: {row['at_05']:.3f} at .05, {row['at_01']:.3f} at .01, "
-                    f"{row['found']:.2f} with a task, {row['draws']} draws"
-                )
-    finally:
-        logging.disable(logging.NOTSET)
+    for name, measure in product(layouts, measures):
+        drawn = partial(draw, measure, LAYOUTS[name], jobs=jobs)
+        null = drawn(task=0, seeds=range(draws))
+        with_task = drawn(task=EFFECT, seeds=range(POWERED, POWERED + powered))
+        second: Drawn = {}
+        for score, p in null.items():
+            row = _row(p, with_task[score])
+            if (row["wrong"] or row["timid"]) and draws < again:
+                second = second or drawn(task=0, seeds=range(SECOND, SECOND + again))
+                row = _row(second[score], with_task[score])
+            rows.append(row | {"measure": score, "layout": name})
+            told(
+                f"{name}: {score}: {row['at_05']:.3f} at .05, {row['at_01']:.3f} at .01, "
+                f"{row['found']:.2f} with a task, {row['draws']} draws"
+            )
     return pd.DataFrame(rows)
 
 

@@ -10,6 +10,7 @@ from sklearn.linear_model import RidgeClassifier
 import lensclust as lc
 from probes import decode
 from probes.design.folds import design
+from tests.calibration.layouts import LAYOUTS, states
 from tests.probes.similarity.test_rdm_alignment import planted
 
 
@@ -58,6 +59,18 @@ def test_states_of_one_strength_change_as_often_as_stated():
     p = np.array([frame["p"].item() for frame in frames])
     for level in (0.05, 0.2):
         assert (p <= level).sum() <= stats.binom.ppf(0.999, len(p), level)
+
+
+def test_wordings_that_are_alike_are_no_evidence():
+    """Without relabelled probes, noise of whole wordings is called a change in 9 % of draws."""
+    layout, found = LAYOUTS["repeated inputs"], []
+    for seed in range(60):
+        sides = [states(layout, task=0, seed=[seed, side]) for side in range(2)]
+        options = {"target": "task", "groups": "template", "folds": 3, "resamples": 99}
+        alone, both = (decode(*sides, **options, permutations=n, seed=seed).frame for n in (0, 99))
+        assert both["p"].item() >= alone["p"].item()
+        found.append(both["p"].item())
+    assert (np.array(found) <= 0.05).sum() <= stats.binom.ppf(0.999, len(found), 0.05)
 
 
 @pytest.mark.parametrize(
