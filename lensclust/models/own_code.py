@@ -30,6 +30,16 @@ from lensclust.models.blocks import hooked_points, unhooked
 from lensclust.models.network_settings import is_of_user
 from lensclust.models.wrapping import followed_network
 
+# Packages whose modules take the place of single layers: adapters and quantised weights.
+_LAYERS = {
+    *("lensclust", "peft", "bitsandbytes", "torchao", "optimum", "auto_gptq", "gptqmodel", "awq"),
+    *("hqq", "compressed_tensors"),
+}
+
+
+def _is_own(kind: type) -> bool:
+    return is_of_user(kind) and kind.__module__.partition(".")[0] not in _LAYERS
+
 
 def own_classes(network: nn.Module) -> list[str]:
     """Names of the classes of a network's modules that are none of a library's.
@@ -40,7 +50,7 @@ def own_classes(network: nn.Module) -> list[str]:
     ['Gate']
     """
     kinds = {type(module) for module in network.modules()}
-    return sorted(kind.__qualname__ for kind in kinds if is_of_user(kind))
+    return sorted(kind.__qualname__ for kind in kinds if _is_own(kind))
 
 
 def sees_whole_prompts(model: Any) -> str | None:
@@ -50,7 +60,7 @@ def sees_whole_prompts(model: Any) -> str | None:
         for block in getattr(model, "blocks", ())
     }
     for module in model.original_model.modules():
-        if is_of_user(type(module)) and any(id(each) in attention for each in module.modules()):
+        if _is_own(type(module)) and any(id(each) in attention for each in module.modules()):
             return type(module).__qualname__
     return None
 
