@@ -95,7 +95,7 @@ def unhooked(model: TransformerLensModel) -> Iterator[None]:
     try:
         for point in there:
             # Hooks that are removed and added again would lose their order and contexts.
-            placed = _placed(point)
+            placed = _placed(point) if point.fwd_hooks else ()
             kept = {key: hook for key, hook in there[point].items() if key not in placed}
             point._forward_hooks = OrderedDict(kept)
         yield
@@ -122,7 +122,7 @@ def hooked_points(model: TransformerLensModel) -> list[str]:
     points: Any = getattr(model, "hook_dict")  # noqa: B009 - outside the protocol
     found: dict[int, str] = {}
     for name, point in sorted(points.items()):
-        if _placed(point):
+        if point.fwd_hooks and _placed(point):
             found.setdefault(id(point), name)
     return list(found.values())
 

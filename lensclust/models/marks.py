@@ -43,13 +43,10 @@ def sampled(weights: Iterable[Tensor]) -> Float[Tensor, "weight value"]:
         if weight.numel() and not weight.is_meta:
             places.setdefault(weight.device, []).append(number)
     for device, numbers in places.items():  # one synchronisation per device
-        values = [_few(held[number], device) for number in numbers]
+        flat = [held[number].reshape(-1) for number in numbers]
+        values = [weight[_spread(weight.numel(), device)].float() for weight in flat]
         found[numbers] = torch.stack(values).cpu()
     return found.nan_to_num()
-
-
-def _few(weight: Tensor, device: torch.device) -> Float[Tensor, " value"]:
-    return weight.reshape(-1)[_spread(weight.numel(), device)].float()
 
 
 @lru_cache(maxsize=1024)

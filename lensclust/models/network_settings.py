@@ -123,16 +123,19 @@ def _constants(network: nn.Module) -> Iterator[tuple[str, Any]]:
         # Attributes of the wrappers change when they are read.
         if kind.__module__.startswith(_WRAPPERS):
             continue
+        path = name.replace(WRAPPED, "")
         # A class whose forward was replaced by another function is another class.
-        yield name.replace(WRAPPED, ""), f"{kind.__qualname__} {kind.forward.__qualname__}"
+        yield path, f"{kind.__qualname__} {kind.forward.__qualname__}"
         is_own = is_of_user(kind)
         for key, value in vars(module).items():
+            if key in _OF_MODULES or not (_decides(key) or (is_own and key.startswith("_"))):
+                continue
             # Functions in the place of methods: `added_code`.
             if f"{name}.{key}" in remade or callable(getattr(kind, key, None)):
                 continue
-            private = is_own and key.startswith("_") and key not in _OF_MODULES
-            if (private or _decides(key)) and (found := _described(value)) is not _UNKNOWN:
-                yield f"{name}.{key}".replace(WRAPPED, ""), found
+            found = value if isinstance(value, _PLAIN) else _described(value)
+            if found is not _UNKNOWN:
+                yield f"{path}.{key}", found
     for kind in {each for module in network.modules() for each in type(module).__mro__}:
         if is_of_user(kind):
             yield from _of_class(kind)
@@ -217,6 +220,7 @@ def _inside(value: Any, depth: int) -> Any:
     return type(value).__qualname__ if found is _UNKNOWN else found
 
 
+@cache
 def is_of_user(kind: type) -> bool:
     """Whether a class is a user's, or a bare namespace, and none of a library."""
     home = kind.__module__.partition(".")[0]
@@ -263,6 +267,7 @@ def _constant(value: Any) -> str:
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
+@cache
 def _decides(name: str) -> bool:
     """Whether the output of a forward without dropout or labels may depend on an attribute."""
     # The folder it was read from, options of training and generation, and the longest sequence of

@@ -9,6 +9,7 @@ so they are looked for at the size of each call.
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ _LAYERS = {
 }
 
 
+@cache
 def _is_own(kind: type) -> bool:
     return is_of_user(kind) and kind.__module__.partition(".")[0] not in _LAYERS
 

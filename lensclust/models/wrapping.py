@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -331,9 +331,9 @@ class Split:
 
     def _marks_now(self) -> tuple[Marks, Marks]:
         version = not self.views
-        sources = [_mark(tensor, version) for tensor in self._joint()]
+        sources = _marks(self._joint(), version)
         made = _tensors(self.parts) if self.views else self._copies()
-        return sources, [_mark(tensor, version) for tensor in made]
+        return sources, _marks(made, version)
 
     def _joint(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self.joint]
@@ -594,7 +594,7 @@ class Link:
 
     def _versions_now(self) -> Marks:
         parameters = (slot[0].get(slot[2]) for slot in self._slots)
-        return [_mark(p, True) for p in parameters if isinstance(p, nn.Parameter)]
+        return _marks((each for each in parameters if isinstance(each, nn.Parameter)), True)
 
     def _note_values(self) -> None:
         """Record the network's values, for a bridge with separate weights."""
@@ -685,9 +685,12 @@ def _alike(some: Sequence[bytes | Tensor], others: Sequence[bytes | Tensor]) -> 
     )
 
 
-def _mark(tensor: Tensor, version: bool) -> tuple[int, int, int]:
-    counted = version and not tensor.is_inference()
-    return id(tensor), tensor.data_ptr(), tensor._version if counted else 0
+def _marks(tensors: Iterable[Tensor], version: bool) -> Marks:
+    """Identity, memory and, if asked for, the number of edits of each tensor."""
+    return [
+        (id(each), each.data_ptr(), each._version if version and not each.is_inference() else 0)
+        for each in tensors
+    ]
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
