@@ -5,14 +5,19 @@ SOURCES := lensclust probes studies tests
 STUDIES := emergence realistic unseen identity_pretraining alignment component_reweighting \
 	head_patterns icl_representations layer_by_layer
 
-.PHONY: study test test-slow attack notebooks models calibrate docs check bench bench-full readme lock newest \
-	clean
+.PHONY: study test test-typed test-slow attack notebooks models calibrate docs check bench \
+	bench-full readme lock newest clean
 
 study: .venv/installed
 	$(BIN)/lensclust run emergence --out runs/emergence --resume
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+
+# The same, with the types and shapes of every call checked: half as long again.
+test-typed: .venv/installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" \
+		--jaxtyping-packages=lensclust,probes,studies,beartype.beartype
 
 # The longest first, so that no process is left alone with them.
 test-slow: .venv/installed-test
