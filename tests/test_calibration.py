@@ -39,3 +39,4 @@ def test_the_page_has_every_measure_and_says_where_a_layout_is_too_small():
     assert "| nearest_neighbour |" in text
     assert "– (p ≥ 0.33)" in text
     assert all(layout.what in text for layout in LAYOUTS.values())
+    assert page(found[:0], 2, text) == text  # what is not drawn again stays

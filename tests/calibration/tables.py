@@ -92,22 +92,26 @@ def _row(null: np.ndarray, with_task: np.ndarray) -> dict[str, Any]:
     }
 
 
-def page(found: pd.DataFrame, draws: int) -> str:
-    """The page of the docs."""
+def page(found: pd.DataFrame, draws: int, known: str = "") -> str:
+    """The page of the docs; cells that were not drawn stay as they are on the known page."""
+    cells = _cells(known) | {
+        (row["measure"], row["layout"]): _cell(row) for _, row in found.iterrows()
+    }
     lines = [
         "# Calibration of p-values",
         "",
-        "Written by `make calibrate`. States are simulated with effects of the wording "
-        f"(standard deviation {WORDING}, half as much again shared by a template's tasks), the "
-        f"string ({STRING}), the input ({INPUT}) and noise ({NOISE}), each drawn by itself in "
-        f"{WIDTH} dimensions, and with no effect of the task. A valid p is at most .05 in at most "
-        "5 % of such draws.",
+        "Written by `make calibrate`, or layout by layout by `python -m tests.calibration --only p "
+        "--layouts NAME`. States are simulated with effects of the wording (standard deviation "
+        f"{WORDING}, half as much again shared by a template's tasks), the string ({STRING}), the "
+        f"input ({INPUT}) and noise ({NOISE}), each drawn by itself in {WIDTH} dimensions, and "
+        "with no effect of the task. A valid p is at most .05 in at most 5 % of such draws.",
         "",
         f"Each cell: share of p ≤ .05 / share of p ≤ .01 in {draws} draws without a task effect "
-        f"(bounds {MOST_05} and {MOST_01}; a cell above is drawn again, {AGAIN:,} times, and then "
-        f"marked * where it still is); then the share of p ≤ .05 with a task effect of {EFFECT}. "
-        f"{PERMUTATIONS} relabellings, or all there are; † less than {LEAST_05} at .05 although "
-        "the layout has enough relabellings; – the layout has too few for p ≤ .05.",
+        f"(bounds {MOST_05} and {MOST_01}; a cell outside is drawn again, {AGAIN:,} times, and "
+        f"then marked * where it still is); then the share of p ≤ .05 with a task effect of "
+        f"{EFFECT}. {PERMUTATIONS} relabellings, or all there are; † less than {LEAST_05} at .05 "
+        "although the layout has enough relabellings; – the layout has too few for p ≤ .05; empty: "
+        "not drawn yet.",
         "",
         "Where tasks do not know all inputs (`inputs known in part`), the input alone tells some "
         "tasks apart: scores over all rows, and neighbours, which may share an input, find that, "
@@ -115,19 +119,29 @@ def page(found: pd.DataFrame, draws: int) -> str:
         "input stays somewhat liberal in that layout: no relabelling keeps both the number of "
         "wordings a task has at each input and their company across inputs.",
         "",
+        "A single layout ties the numbers of strings to tasks by chance, and relabelling cannot "
+        "know that: so `unbalanced` is drawn anew each time, and `sizes by task` shows what a tie "
+        "does.",
+        "",
         *(f"- **{name}**: {layout.what}" for name, layout in LAYOUTS.items()),
         "",
         "| p of | " + " | ".join(LAYOUTS) + " |",
         "|---|" + "---|" * len(LAYOUTS),
     ]
-    cells = found.set_index(["measure", "layout"])
-    for measure in dict.fromkeys(found["measure"]):
-        texts = [
-            _cell(cells.loc[(measure, name)]) if (measure, name) in cells.index else ""
-            for name in LAYOUTS
-        ]
+    for measure in dict.fromkeys(measure for measure, _ in cells):
+        texts = [cells.get((measure, name), "") for name in LAYOUTS]
         lines.append(f"| {measure} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, ""])
+
+
+def _cells(page: str) -> dict[tuple[str, str], str]:
+    """The cells of a page: (measure, layout) -> text."""
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return {
+        (row[0], name): text.strip()
+        for row in rows[1:]
+        for name, text in zip(rows[0][1:], row[1:], strict=False)
+    }
 
 
 def _cell(row: pd.Series) -> str:
