@@ -123,8 +123,8 @@ def page(found: pd.DataFrame, draws: int, known: str = "") -> str:
         "know that: so `unbalanced` is drawn anew each time, and `sizes by task` shows what a tie "
         "does.",
         "",
-        "`patch` exchanges the signs of wordings and takes the inputs as given: where there are two "
-        "(`nested`, `unbalanced`, `sizes by task`), the mean of their own effects counts as one.",
+        "`patch` exchanges the signs of wordings and takes the inputs as given: where there are "
+        "two (`nested`, `unbalanced`, `sizes by task`), the mean of their effects counts as one.",
         "",
         *(f"- **{name}**: {layout.what}" for name, layout in LAYOUTS.items()),
         "",
