@@ -139,15 +139,19 @@ def decode(
     for note in plan.notes:
         log.info("decode: %s", note)
     with threadpool_limits(1):
-        read = [
-            [held_out_labels(SiteRows.of(a, s, position), plan, kind, penalty) for s in sites]
-            for a in sides
-        ]
-    right = np.array([[labels[:, 0] == plan.codes[:, 0] for labels in side] for side in read])
+        hits = np.array(
+            [
+                [
+                    held_out_labels(SiteRows.of(a, s, position), plan, kind, penalty) == plan.codes
+                    for s in sites
+                ]
+                for a in sides
+            ]
+        )
+    right = hits[..., 0]
     item = _items(without, target, groups, units)
     value, low, high, *exchanged = _paired(right, item, resamples, seed)
-    hits = np.array([[(labels == plan.codes).mean(0) for labels in side] for side in read])
-    change = np.abs(hits[1] - hits[0])
+    change = np.abs(hits[1].mean(1) - hits[0].mean(1))
     relabelled = [
         permutation_p(change[:, 0], null)
         for null in (change[:, 1:], change[:, 1:].max(0, keepdims=True))
